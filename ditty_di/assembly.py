@@ -1,0 +1,172 @@
+"""Puts injected parts in their places on a runtime, and refuses what does not fit, by slot.
+
+Nothing here replaces what was injected: a part that does not fit raises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ditty_di.compat import sum_gradients_on_gloo
+from ditty_di.models.weights import is_meta, materialize, unset
+from ditty_di.parallelize.pipeline import WindowLoss
+
+if TYPE_CHECKING:
+    from ditty_di.protocols import (
+        DataLoader,
+        DataLoaderFactory,
+        Loss,
+        ParallelizeFn,
+        PipelineFn,
+        WeightsFn,
+    )
+    from ditty_di.runtime import Runtime
+
+
+@dataclass
+class Parts:
+    """The model as this rank trains it: one part, or its stages of a pipeline."""
+
+    modules: list[nn.Module]
+    schedule: Any = None
+    window_loss: WindowLoss | None = None
+    has_first_stage: bool = True
+    has_last_stage: bool = True
+
+    def sync_gradients(self, now: bool) -> None:
+        """Whether the next backward pass reduces gradients over the data-parallel ranks."""
+        for module in self.modules:
+            if hasattr(module, "set_requires_gradient_sync"):
+                module.set_requires_gradient_sync(now)
+
+
+def place_model(
+    model: nn.Module,
+    *,
+    runtime: Runtime,
+    loss_fn: Loss,
+    weights: WeightsFn | None,
+    parallelize_fn: ParallelizeFn | None,
+    pipeline_fn: PipelineFn | None,
+) -> Parts:
+    """Parallelises the model, then fills what is on the meta device.
+
+    A model that comes with values is moved to the device and made equal to rank 0's.
+
+    Raises:
+        ValueError: a slot that is missing for this layout, or a tensor left without a value.
+    """
+    if is_meta(model):
+        if weights is None:
+            raise ValueError(
+                "weights: the model is on the meta device, so something must fill it; pass "
+                "weights=partial(ditty_di.models.weights.initialize, ...) or a model with values"
+            )
+    else:
+        model.to(runtime.device)
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+    if runtime.parallel_dims.pp_enabled:
+        parts = _split(model, runtime, loss_fn, parallelize_fn, pipeline_fn)
+    elif parallelize_fn is not None:
+        parts = Parts([parallelize_fn(model, parallel_dims=runtime.parallel_dims)])
+    elif runtime.dp_world_size > 1:
+        raise ValueError(
+            f"parallelize_fn: {runtime.dp_world_size} data-parallel ranks need a function that "
+            f"synchronises gradients, such as ditty_di.parallelize.data_parallel.shard"
+        )
+    else:
+        parts = Parts([model])
+    for module in parts.modules:
+        if runtime.device.type == "cpu":
+            sum_gradients_on_gloo(module)
+        if is_meta(module):
+            materialize(module, runtime.device)
+            weights(module, device=runtime.device)  # type: ignore[misc]
+        if missing := unset(module):
+            raise ValueError(f"weights: these tensors have no value (meta or NaN): {missing[:5]}")
+        module.train()
+    return parts
+
+
+def _split(
+    model: nn.Module,
+    runtime: Runtime,
+    loss_fn: Loss,
+    parallelize_fn: ParallelizeFn | None,
+    pipeline_fn: PipelineFn | None,
+) -> Parts:
+    if pipeline_fn is None:
+        raise ValueError("pipeline_fn: runtime.pp > 1 needs a function that splits the model")
+    window_loss = WindowLoss(loss_fn)
+    schedule, modules, first, last = pipeline_fn(
+        model,
+        parallel_dims=runtime.parallel_dims,
+        device=runtime.device,
+        loss_fn=window_loss,
+        parallelize_fn=parallelize_fn or (lambda part, parallel_dims: part),
+    )
+    return Parts(modules, schedule, window_loss, first, last)
+
+
+def place_dataloader(dataloader: DataLoaderFactory | DataLoader, runtime: Runtime) -> DataLoader:
+    """Completes a partial with this rank's place, and verifies the place of any loader.
+
+    Raises:
+        ValueError: the loader was made for another rank or number of ranks.
+    """
+    place = {"dp_rank": runtime.dp_rank, "dp_world_size": runtime.dp_world_size}
+    loader = dataloader(**place) if callable(dataloader) else dataloader
+    alone = {"dp_rank": 0, "dp_world_size": 1}
+    has = {name: getattr(loader, name, alone[name]) for name in place}
+    if has != place:
+        raise ValueError(
+            f"dataloader: it was made for {has}, but this rank is {place}; pass a partial that "
+            f"takes dp_rank and dp_world_size"
+        )
+    return loader
+
+
+def accumulation_steps(
+    global_batch_size: int | None, *, dataloader: DataLoader, runtime: Runtime
+) -> int:
+    """Micro-batches a rank and step: `global_batch_size` rows over all ranks, or one each.
+
+    Raises:
+        ValueError: the rows do not divide.
+    """
+    if global_batch_size is None:
+        return 1
+    rows = dataloader.batch_size * runtime.dp_world_size
+    if global_batch_size < 1 or global_batch_size % rows:
+        raise ValueError(
+            f"trainer.global_batch_size={global_batch_size} is no multiple of {rows} = "
+            f"dataloader.batch_size ({dataloader.batch_size}) x data-parallel ranks "
+            f"({runtime.dp_world_size}); change one of them"
+        )
+    return global_batch_size // rows
+
+
+def require_state(dataloader: DataLoader) -> None:
+    """A checkpoint must be able to say where in the data it was taken.
+
+    Raises:
+        ValueError: the loader has no state.
+    """
+    if not (hasattr(dataloader, "state_dict") and hasattr(dataloader, "load_state_dict")):
+        raise ValueError(
+            "dataloader: it has no state_dict and load_state_dict, so a resumed run could not "
+            "find its place in the data; use ditty_di.data.Loader, or train without a checkpointer"
+        )
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """The tensors of a batch on the device; anything else as it is."""
+    return torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda t: t.to(device, non_blocking=True), value
+    )

@@ -1,0 +1,114 @@
+"""Every difference between torch versions, and what makes torchtitan run without an accelerator.
+
+Importing this module is what does it, so it comes before any import of torchtitan. Each shim asks
+for the capability, never for the version, and names the torch version with which it can go.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.distributed.fsdp
+import torch.distributed.pipelining
+import torchtitan.tools.utils
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+#: SPMD backends of torchtitan that work on this torch: `partial_dtensor` everywhere. Below 2.14,
+#: `spmd_types` refuses FSDP parameters and `full_dtensor` logs the loss times the dp degree.
+SPMD_BACKENDS: tuple[str, ...] = ("partial_dtensor",)
+
+#: Whether a pipeline schedule's `step` takes lists of micro-batches (2.14 and newer).
+PIPELINE_TAKES_MICROBATCHES: bool = (
+    "arg_mbs" in inspect.signature(PipelineScheduleSingle.step).parameters
+)
+
+
+class CPUModule(ModuleType):
+    """`torch.cpu` with the few functions that torchtitan calls on any device module."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_name(self, device: Any = None) -> str:
+        return "cpu"
+
+    def get_device_properties(self, device: Any = None) -> SimpleNamespace:
+        pages = os.sysconf("SC_PHYS_PAGES")
+        return SimpleNamespace(name="cpu", total_memory=pages * os.sysconf("SC_PAGE_SIZE"))
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+    def memory_stats(self, device: Any = None) -> dict[str, int]:
+        return {}
+
+
+def _cpu_device() -> None:
+    """No version ends it: torchtitan 0.3 falls back to "cuda" where there is no accelerator."""
+    if not torch.accelerator.is_available():
+        torchtitan.tools.utils.device_type = "cpu"
+        torchtitan.tools.utils.device_module = CPUModule("ditty_di.compat.cpu")
+
+
+def _set_timeout() -> None:
+    """Ends with torch 2.14: `torch.distributed.set_timeout` is public there."""
+    if not hasattr(torch.distributed, "set_timeout"):
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        def set_timeout(timeout: Any, group: Any = None) -> None:
+            _set_pg_timeout(timeout, group)
+
+        torch.distributed.set_timeout = set_timeout  # type: ignore[attr-defined]
+
+
+def _data_parallel_mesh_dims() -> None:
+    """Ends with torch 2.12: torchtitan only needs the name to import where it is missing."""
+    if not hasattr(torch.distributed.fsdp, "DataParallelMeshDims"):
+
+        @dataclass(frozen=True)
+        class DataParallelMeshDims:
+            shard: Any = None
+            replicate: Any = None
+
+        torch.distributed.fsdp.DataParallelMeshDims = (  # type: ignore[attr-defined,misc]
+            DataParallelMeshDims
+        )
+
+
+def _pipeline_stage() -> None:
+    """Ends with torch 2.12: `PipelineStage` takes `get_mesh` there."""
+    stage = torch.distributed.pipelining.PipelineStage
+    if "get_mesh" not in inspect.signature(stage.__init__).parameters:
+
+        class PipelineStage(stage):  # type: ignore[valid-type,misc]
+            def __init__(self, *args: Any, get_mesh: Any = None, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+
+        torch.distributed.pipelining.PipelineStage = (  # type: ignore[misc]
+            PipelineStage
+        )
+
+
+def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
+    """No version ends it: gloo lacks the pre-multiplied sum that FSDP2 asks for by default."""
+    for module in model.modules():
+        if isinstance(module, torch.distributed.fsdp.FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+
+
+_cpu_device()
+_set_timeout()
+_data_parallel_mesh_dims()
+_pipeline_stage()
+if PIPELINE_TAKES_MICROBATCHES:
+    SPMD_BACKENDS = ("partial_dtensor", "full_dtensor", "spmd_types")

@@ -1,0 +1,57 @@
+"""Cross-entropy over tokens or classes, normalised by the whole window's valid labels."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ditty_di.protocols import Batch
+
+
+class CrossEntropyLoss(nn.Module):
+    """Cross-entropy in nats a valid label.
+
+    Args:
+        output: attribute of the model's output that holds the logits (`logits` for Hugging Face
+            models); None when the output is the logits.
+        shift: compare position t with label t + 1, for labels that are a copy of the input.
+        ignore_index: labels with this value weigh nothing.
+
+    Shapes: logits `[batch, seq, vocab]` or `[batch, classes]`; labels `[batch, seq]` or `[batch]`.
+    """
+
+    def __init__(
+        self, *, output: str | None = None, shift: bool = False, ignore_index: int = -100
+    ) -> None:
+        super().__init__()
+        self.shift, self.ignore_index = shift, ignore_index
+        self._logits = attrgetter(output) if output else _itself
+
+    def count(self, batch: Batch, /) -> Tensor:
+        """Valid labels of the batch, shape `[]`, int64."""
+        labels = batch[1]
+        labels = labels[:, 1:] if self.shift else labels
+        return (labels != self.ignore_index).sum()
+
+    def forward(
+        self, output: Any, labels: Tensor, global_count: Tensor, /
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The summed cross-entropy over `global_count`, shape `[]`, in float32."""
+        logits = self._logits(output)
+        if self.shift:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        loss = F.cross_entropy(
+            logits.flatten(0, -2).float(),
+            labels.flatten(),
+            ignore_index=self.ignore_index,
+            reduction="sum",
+        )
+        return loss / global_count, {}
+
+
+def _itself(output: Any) -> Any:
+    return output

@@ -1,0 +1,1 @@
+"""Constructors of models, and functions that fill them with values (`protocols.WeightsFn`)."""

@@ -1,0 +1,108 @@
+"""Data parallelism for any model: FSDP2, DDP and hybrids are one function and a mesh.
+
+The mesh comes from the runtime: all ranks in `dp_shard` is FSDP2, all in `dp_replicate` is DDP
+(each rank a whole copy, gradients all-reduced), both is HSDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import ditty_di.compat  # noqa: F401  (before torchtitan is imported by anyone)
+
+if TYPE_CHECKING:
+    from torchtitan.distributed import ParallelDims
+
+
+def shard(
+    model: nn.Module,
+    /,
+    *,
+    parallel_dims: ParallelDims,
+    blocks: str | None = None,
+    recompute: Callable[[nn.Module], nn.Module] | None = None,
+    recompute_every: int = 1,
+    compile: Mapping[str, Any] | None = None,
+    param_dtype: str | None = None,
+    reduce_dtype: str | None = None,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> nn.Module:
+    """Recomputes, compiles and shards the repeated blocks of a model, then the rest as one unit.
+
+    Args:
+        blocks: path of the `ModuleList` (or `ModuleDict`) of repeated blocks, such as
+            `model.layers`; None takes the one with the most parameters.
+        recompute: wraps a block for activation checkpointing (`ditty_di.parallelize.recompute`).
+        recompute_every: wrap every n-th block only.
+        compile: arguments of `nn.Module.compile` for each block; None stays eager.
+        param_dtype, reduce_dtype: names of torch dtypes for computing and for reducing gradients;
+            None keeps the parameters' own.
+        reshard_after_forward: free a block's gathered parameters between forward and backward.
+        cpu_offload: parameters, gradients and optimizer state live in host memory.
+
+    On one rank without a dtype or offload there is nothing to shard, and FSDP's hooks would cost
+    milliseconds a step on a small model: the blocks are recomputed and compiled only.
+
+    Raises:
+        ValueError: `blocks` is no container of blocks.
+    """
+    container = _blocks(model, blocks)
+    if recompute is not None:
+        for i, (name, block) in enumerate(list(container.named_children())):
+            if i % recompute_every == 0:
+                container.register_module(name, recompute(block))
+    if compile is not None:
+        for block in container.children():
+            block.compile(**compile)
+
+    if not (parallel_dims.dp_enabled or parallel_dims.cp_enabled or param_dtype or cpu_offload):
+        return model
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    shard_axis = "fsdp" if parallel_dims.spmd_backend == "partial_dtensor" else "dp_shard"
+    axes = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
+    options: dict[str, Any] = {
+        "mesh": parallel_dims.get_mesh([*axes, shard_axis]),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=getattr(torch, param_dtype) if param_dtype else None,
+            reduce_dtype=getattr(torch, reduce_dtype) if reduce_dtype else None,
+        ),
+        "reshard_after_forward": reshard_after_forward,
+        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    }
+    for block in container.children():
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is a sum over the global count already: gradients are added, not averaged.
+            module.set_gradient_divide_factor(1.0)
+    return model
+
+
+def _blocks(model: nn.Module, path: str | None) -> nn.Module:
+    if path is not None:
+        try:
+            container = model.get_submodule(path)
+        except AttributeError as error:
+            raise ValueError(f"parallelize: blocks={path!r}: {error}") from None
+        if not any(True for _ in container.children()):
+            raise ValueError(f"parallelize: blocks={path!r} has no modules in it")
+        return container
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.ModuleDict) and len(m)]
+    return max(lists, key=_size, default=nn.ModuleList())
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,206 @@
+"""What each slot of the trainer must be callable with, and nothing else.
+
+A *factory* slot receives a partial (YAML: `_partial_: true`; Python: `functools.partial` or any
+function) that the trainer completes with exactly the arguments written here: positional where the
+protocol says positional (`/`), by keyword where it says keyword (`*`). `Graph.check` reads these
+signatures too, so a typo inside a partial is found before anything is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.optim.lr_scheduler import LRScheduler
+    from torchtitan.distributed import ParallelDims
+
+    from ditty_di.runtime import Runtime
+
+    #: One micro-batch: the model's inputs, and the labels.
+    #:
+    #: `inputs["input"]` is the model's first positional argument (`[batch, seq]` token ids for a
+    #: language model); every other entry goes to `forward` under its own name.
+    Batch = tuple[dict[str, Tensor], Tensor]
+
+
+class Stateful(Protocol):
+    """Something a checkpoint holds."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class DataLoader(Protocol):
+    """Yields this rank's micro-batches. `batch_size` is in rows a micro-batch, per rank.
+
+    A loader that belongs to one of several data-parallel ranks also has `dp_rank` and
+    `dp_world_size`; one that can be resumed also has `state_dict` and `load_state_dict`.
+    """
+
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class DataLoaderFactory(Protocol):
+    def __call__(self, *, dp_rank: int, dp_world_size: int) -> DataLoader: ...
+
+
+class Loss(Protocol):
+    """A loss that knows, from the batch alone, how much it will weigh.
+
+    `count(batch)` is a tensor on the CPU, shape `[]` (or `[parts]` for a composite): valid tokens,
+    elements, ... The trainer sums it over the whole window (accumulation and data-parallel ranks)
+    before any backward pass and hands the sum back as `global_count`; the loss returns its *sum*
+    divided by `global_count`, so that N micro-batches equal one and many ranks equal one.
+    """
+
+    def count(self, batch: Batch, /) -> Tensor: ...
+
+    def __call__(
+        self, output: Any, labels: Tensor, global_count: Tensor, /
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class OptimizerFactory(Protocol):
+    """Receives every trainable parameter of every model part, with its fully qualified name."""
+
+    def __call__(
+        self, named_parameters: list[tuple[str, nn.Parameter]], /
+    ) -> torch.optim.Optimizer: ...
+
+
+class SchedulerFactory(Protocol):
+    def __call__(self, optimizer: torch.optim.Optimizer, /) -> LRScheduler: ...
+
+
+class ParallelizeFn(Protocol):
+    """Shards, wraps, compiles: returns the module to train (usually the same one)."""
+
+    def __call__(self, model: nn.Module, /, *, parallel_dims: ParallelDims) -> nn.Module: ...
+
+
+class PipelineFn(Protocol):
+    """Splits the model into stages: `(schedule, model_parts, has_first_stage, has_last_stage)`."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        /,
+        *,
+        parallel_dims: ParallelDims,
+        device: torch.device,
+        loss_fn: Callable[..., Tensor],
+        parallelize_fn: Callable[..., nn.Module],
+    ) -> tuple[Any, list[nn.Module], bool, bool]: ...
+
+
+class WeightsFn(Protocol):
+    """Fills a parallelised model in place, on any layout, with the same values.
+
+    The parameters are already on `device` and uninitialised.
+    """
+
+    def __call__(self, model: nn.Module, /, *, device: torch.device) -> None: ...
+
+
+class Validator(Protocol):
+    """`samples` are texts of the last validation by name, the same on every rank."""
+
+    samples: dict[str, str]
+
+    def should_validate(self, step: int) -> bool: ...
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Metrics of the held-out data, the same on every rank: `"loss"` and any others.
+
+        Empty when a stop was requested meanwhile.
+        """
+        ...
+
+
+class ValidatorFactory(Protocol):
+    """`forward(inputs)` runs the model as the training step does, on the runtime's device."""
+
+    def __call__(
+        self,
+        *,
+        model_parts: list[nn.Module],
+        forward: Callable[[dict[str, Tensor]], Any],
+        loss_fn: Loss,
+        runtime: Runtime,
+    ) -> Validator: ...
+
+
+class Checkpointer(Protocol):
+    def load(self) -> int | None:
+        """Restores the newest whole checkpoint; its step, or None when there is none."""
+        ...
+
+    def save(self, step: int, *, force: bool = False) -> bool:
+        """Saves when `step` is due, or `force`; True when a checkpoint was started."""
+        ...
+
+    def maybe_wait_for_staging(self) -> None:
+        """Called before every update: returns once parameters may change under a save."""
+        ...
+
+    def close(self) -> None:
+        """Waits for what is being written; raises what went wrong in the background."""
+        ...
+
+
+class CheckpointerFactory(Protocol):
+    """`states` are one logical object over all ranks (sharded or replicated); `rank_states` are
+    each rank's own (random number generators)."""
+
+    def __call__(
+        self, *, states: dict[str, Stateful], rank_states: dict[str, Stateful]
+    ) -> Checkpointer: ...
+
+
+class Metrics(Protocol):
+    """Collects and writes. `ntokens_since_last_log` and `data_loading_times` are filled by the
+    batch generator that the trainer inherits from torchtitan."""
+
+    ntokens_since_last_log: int
+    data_loading_times: list[float]
+
+    def start(
+        self, *, model_parts: list[nn.Module], total_steps: int, runtime: Runtime, step: int
+    ) -> None:
+        """Called once, after the weights are in place and a checkpoint of `step` was loaded."""
+        ...
+
+    def should_log(self, step: int) -> bool: ...
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Time within it (validation, saving) is not training time."""
+        ...
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def text(self, step: int, name: str, text: str) -> None: ...
+
+    def summary(self) -> dict[str, float]:
+        """What a run is judged by when it ends: tokens_per_second, peak_memory_gib, ..."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ProfilerFactory(Protocol):
+    """A context manager whose value has `step()`; `torchtitan.tools.profiler.Profiler` is one."""
+
+    def __call__(self, *, global_step: int) -> Any: ...
+
+
+class GraphTask(Protocol):
+    """A root node that is a partial works on the configuration itself, in the parent process."""
+
+    def __call__(self, graph: Any, /) -> None: ...

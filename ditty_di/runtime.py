@@ -1,0 +1,225 @@
+"""Device, process group, mesh and seeds: built first, closed last."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import ditty_di.compat as compat
+
+# isort: split
+import torchtitan.distributed.utils as dist_utils
+from torchtitan.config import DebugConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.utils import device_module, device_type
+
+
+class Runtime:
+    """One process's place among all: rank, device, mesh, seeds, and whether to stop.
+
+    A process group that exists already is used and left alone when the runtime closes; otherwise
+    one is made (gloo on CPU, NCCL with gloo beside it on CUDA), with one rank as well, so that the
+    code above never asks.
+
+    Args:
+        seed: seeds Python, NumPy and torch; pipeline stages get different ones, every other rank
+            the same, because the data order already tells data-parallel ranks apart.
+        dp_replicate, dp_shard, cp, tp, pp, ep: degrees of the parallel layout. One of the first
+            two may be -1: what the world size leaves.
+        spmd_backend: how torchtitan describes sharding; `partial_dtensor` runs on every torch.
+        deterministic: deterministic kernels only; slower.
+        stop_file: when this file appears, training stops at the next step as after SIGTERM.
+        init_timeout, train_timeout: seconds that a collective may take until, and after, the first
+            step.
+        threads: CPU threads of this process; None leaves torch's choice.
+
+    Raises:
+        ValueError: the layout does not fit the world size, or the backend does not fit this torch.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        dp_replicate: int = 1,
+        dp_shard: int = -1,
+        cp: int = 1,
+        tp: int = 1,
+        pp: int = 1,
+        ep: int = 1,
+        spmd_backend: str = "partial_dtensor",
+        deterministic: bool = False,
+        stop_file: str | None = None,
+        init_timeout: float = 300.0,
+        train_timeout: float = 100.0,
+        threads: int | None = None,
+    ) -> None:
+        if spmd_backend not in compat.SPMD_BACKENDS:
+            raise ValueError(
+                f"runtime.spmd_backend={spmd_backend!r} does not work on torch {torch.__version__}; "
+                f"use {' or '.join(map(repr, compat.SPMD_BACKENDS))}, or torch 2.14 or newer"
+            )
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = self._pick_device()
+        self._owns_process_group = not dist.is_initialized()
+        if self._owns_process_group:
+            self._init_process_group(init_timeout)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.train_timeout = train_timeout
+
+        replicate, shard = _data_degrees(dp_replicate, dp_shard, cp * tp * pp, self.world_size)
+        self.parallel_dims = ParallelDims(
+            dp_replicate=replicate,
+            dp_shard=shard,
+            cp=cp,
+            tp=tp,
+            pp=pp,
+            ep=ep,
+            world_size=self.world_size,
+            spmd_backend=spmd_backend,  # type: ignore[arg-type]
+        )
+        dist_utils.set_spmd_backend(spmd_backend)
+        self.dp_world_size, self.dp_rank = 1, 0
+        if self.parallel_dims.dp_enabled:
+            batch = self.parallel_dims.get_mesh("batch")
+            self.dp_world_size, self.dp_rank = batch.size(), batch.get_local_rank()
+
+        self.seed = seed
+        seed_everything(seed)
+        with warnings.catch_warnings():
+            # DTensor warns that it has no random operators on a CPU mesh; nothing here uses them.
+            warnings.filterwarnings("ignore", message="DTensor", category=UserWarning)
+            dist_utils.set_determinism(
+                self.parallel_dims,
+                self.device,
+                DebugConfig(seed=seed, deterministic=deterministic),
+                distinct_seed_mesh_dims=["pp"],
+            )
+        self._stop_file = Path(stop_file) if stop_file else None
+        self._signalled = False
+        self._old_handlers: dict[int, Any] = {}
+
+    # -- stopping ---------------------------------------------------------------------------
+
+    def catch_signals(self) -> None:
+        """From here on SIGTERM and SIGINT ask for a stop instead of ending the process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._old_handlers[number] = signal.signal(number, self._on_signal)
+            except ValueError:  # not the main thread: whoever owns it handles signals
+                return
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signalled and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C means now
+        self._signalled = True
+
+    def release_signals(self) -> None:
+        while self._old_handlers:
+            signal.signal(*self._old_handlers.popitem())
+
+    def stop_requested(self) -> bool:
+        """Whether this rank has seen a signal or the stop file; ranks agree with `any`."""
+        return self._signalled or (self._stop_file is not None and self._stop_file.exists())
+
+    # -- agreement between ranks: always on the CPU, so the device is never waited for ---------
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over the data-parallel ranks, in float64 (exact for counts up to 2**53)."""
+        if self.world_size == 1:
+            return [float(v) for v in values]
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        # Ranks that differ only in tp, cp or pp hold the same values: each was counted that often.
+        return (total / (self.world_size // self.dp_world_size)).tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return self.sum([float(flag)])[0] > 0 if self.world_size > 1 else flag
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Releases signals and the process group (only one that this runtime made)."""
+        self.release_signals()
+        if self._owns_process_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _pick_device(self) -> torch.device:
+        if device_type == "cpu":
+            return torch.device("cpu")
+        count = device_module.device_count()
+        if count > 1 and self.local_rank >= count:
+            raise ValueError(
+                f"rank {self.rank} wants {device_type}:{self.local_rank} but this machine shows "
+                f"{count}; start at most {count} ranks here (launcher.nproc={count})"
+            )
+        # A launcher may show each process only its own device: then that one is number 0.
+        device = torch.device(device_type, 0 if count == 1 else self.local_rank)
+        device_module.set_device(device)
+        return device
+
+    def _init_process_group(self, timeout: float) -> None:
+        # torchtitan runs its mesh bookkeeping in thread-local state, which backward would not see
+        # from other threads.
+        torch.autograd.set_multithreading_enabled(False)
+        limit = timedelta(seconds=timeout)
+        backend = "gloo"
+        if self.device.type != "cpu":
+            default = dist.Backend.default_device_backend_map[self.device.type]
+            backend = f"cpu:gloo,{self.device.type}:{default}"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=limit)
+        else:
+            dist.init_process_group(
+                backend, timeout=limit, store=dist.HashStore(), rank=0, world_size=1
+            )
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch (all devices). Any int is fine, 0 too."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _data_degrees(replicate: int, shard: int, rest: int, world_size: int) -> tuple[int, int]:
+    """Resolves the -1 in (dp_replicate, dp_shard) and checks that the layout fills the world."""
+    asked = f"dp_replicate={replicate}, dp_shard={shard}, cp*tp*pp={rest}"
+    if replicate == -1 and shard == -1:
+        raise ValueError(f"runtime: {asked}: only one of dp_replicate and dp_shard can be -1")
+    fixed = rest * (shard if replicate == -1 else replicate)
+    if replicate == -1 or shard == -1:
+        if fixed < 1 or world_size % fixed:
+            raise ValueError(
+                f"runtime: {asked} does not divide {world_size} ranks; use a multiple of {fixed} "
+                f"ranks (launcher.nproc={max(fixed, 1)}) or other degrees"
+            )
+        left = world_size // fixed
+        replicate, shard = (left, shard) if replicate == -1 else (replicate, left)
+    if replicate * shard * rest != world_size:
+        raise ValueError(
+            f"runtime: {asked} needs {replicate * shard * rest} ranks but there are {world_size}; "
+            f"start that many (launcher.nproc={replicate * shard * rest}) or change the degrees"
+        )
+    return replicate, shard
