@@ -1,0 +1,24 @@
+"""Trains PyTorch models from objects that are handed in, by YAML or by Python."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ditty_di.runtime import Runtime
+    from ditty_di.trainer import Trainer
+
+__version__ = "0.1.0"
+__all__ = ["Runtime", "Trainer", "__version__"]
+
+# Imported on first use: the command line must answer without torch.
+_EXPORTS = {"Runtime": "ditty_di.runtime", "Trainer": "ditty_di.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_EXPORTS]

@@ -1,0 +1,66 @@
+"""The command line: `python -m ditty_di [TASK AND OVERRIDES]`.
+
+    arguments -> Hydra composes -> job.execute: check, run directory, launch -> exit code
+
+Exit codes: 0 finished or stopped in good order; 1 the job failed; 2 it could not be started.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from ditty_di.launchers import torchrun
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if {"--help", "-h"} & set(arguments):
+            from ditty_di.cli import usage
+
+            print(usage.text(arguments))
+            return 0
+        return torchrun.run(arguments, start) if torchrun.is_parent() else start(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def start(arguments: Sequence[str], launcher: Callable[[str], int] | None = None) -> int:
+    """Composes a command and does it; `launcher` takes the place of the configuration's.
+
+    Whatever keeps it from starting is one message on standard error.
+    """
+    from ditty_di.cli.command import Command, parse
+
+    command = Command()
+    try:
+        command = parse(arguments)
+
+        from ditty_di.cli import composing
+        from ditty_di.cli.job import execute
+        from ditty_di.launchers import sweep
+
+        if command.sweep:
+            return sweep.run(command)
+        return composing.run(command, lambda config: execute(config, command, launcher)) or 0
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1" or "debug=true" in command.overrides:
+            raise
+        from ditty_di.cli import hints
+
+        print(hints.explain(error, command), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    from ditty_di.worker import leave
+
+    leave(main())

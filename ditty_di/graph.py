@@ -1,0 +1,420 @@
+"""The object graph of a configuration: which node is which object, checked first, built once.
+
+The only part that knows OmegaConf; Hydra has composed the configuration before it comes here. A
+node is a mapping with a `_target_` (and `_partial_`, `_args_`, as in Hydra). An interpolation to a
+node *is* that node's object: identity is the path in the configuration, within one `Graph`. Nothing
+is built, and no interpolation resolved, before something that is asked for reaches it.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import PurePath
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ditty_di._diagnosis import (
+    ABSENT,
+    BuildError,
+    Checked,
+    Checker,
+    ConfigError,
+    Difference,
+    Node,
+    Place,
+    Problem,
+    Provenance,
+    Setting,
+    difference,
+    dotted,
+    flatten,
+    is_node,
+    keys,
+    provenance,
+)
+from ditty_di._targets import SPECIAL, TargetError, did_you_mean, is_refused_object, locate
+
+__all__ = [
+    "ABSENT",
+    "BuildError",
+    "Checked",
+    "ConfigError",
+    "Difference",
+    "Graph",
+    "Node",
+    "Problem",
+    "Provenance",
+    "Setting",
+    "difference",
+    "flatten",
+    "provenance",
+]
+
+_NAME = r"""[^\\{}()\[\]:.$\s'"]+"""
+_REFERENCE = re.compile(  # ${a.b}, ${a[0]}, ${.sibling}, ${..uncle}
+    rf"\$\{{\s*(?P<dots>\.*)"
+    rf"(?P<path>(?:{_NAME}|\[{_NAME}\])(?:\.{_NAME}|\[{_NAME}\])*)\s*\}}"
+)
+_RESOLVER = re.compile(r"\$\{[\w.]+:")
+
+
+class Graph:
+    """Objects over a configuration.
+
+    Args:
+        cfg: an OmegaConf `DictConfig`, or a plain mapping.
+        where: `file:line` (or the override) that set a dotted key; see `provenance`.
+    """
+
+    def __init__(self, cfg: Any, where: Callable[[str], str] | None = None) -> None:
+        self._config: Any = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(cfg)
+        self._raw: Any = OmegaConf.to_container(self._config, resolve=False)
+        self.where: Any = where if where is not None else Provenance()
+        self._resolved: dict[Place, Any] = {}  # strings that OmegaConf resolved
+        self._made: dict[Place, Any] = {}  # containers that a resolver made
+        self._following: list[Place] = []
+        self._building: list[Place] = []
+        self._objects: dict[Place, Any] = {}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Graph:
+        """The graph of a YAML file such as a run's resolved.yaml; raises ConfigError."""
+        try:
+            cfg = OmegaConf.load(os.fspath(path))
+            if not OmegaConf.is_dict(cfg):
+                raise ValueError("a configuration is a mapping of keys to values")
+            return cls(cfg, Provenance.of_file(path))
+        except Exception as error:
+            what = " ".join(str(error).split())
+            raise ConfigError(f"cannot read {os.fspath(path)}: {what}") from error
+
+    # ------------------------------------------------------------------------------ building
+    def build(self, key: str) -> Any:
+        """The object at a dotted key: a node's object (the same one at every call), a plain mapping
+        or list with the objects in it, or a scalar.
+
+        Raises:
+            ConfigError: the configuration cannot be used.
+            BuildError: a constructor raised; `__cause__` is what it raised.
+        """
+        return self._build(self._find(key))
+
+    def _build(self, place: Place) -> Any:
+        meant, value = self.at(place)
+        if is_node(value):
+            return self._object(meant, value)
+        if not isinstance(value, dict | list):
+            return value
+        if meant == place:
+            return self._plain(place, value)
+        with self._inside(meant):
+            return self._plain(meant, value)
+
+    def _plain(self, place: Place, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._build((*place, key)) for key in value}
+        return [self._build((*place, index)) for index in keys(value)]
+
+    @contextmanager
+    def _inside(self, place: Place) -> Iterator[None]:
+        if place in self._building:
+            raise self.cycle(self._building, place)
+        self._building.append(place)
+        try:
+            yield
+        finally:
+            self._building.pop()
+
+    def _object(self, place: Place, node: dict[Any, Any]) -> Any:
+        if place in self._objects:
+            return self._objects[place]
+        with self._inside(place):
+            target, partial = self.head(place, node)
+            try:
+                fn = locate(target)
+            except TargetError as error:
+                raise self.error((*place, "_target_"), str(error)) from error
+            args: list[Any] = []
+            kwargs: dict[str, Any] = {}
+            for name in node:
+                if name == "_args_":
+                    args = self._build((*place, name))
+                elif name not in SPECIAL:
+                    kwargs[name] = self._build((*place, name))
+            try:
+                made = functools.partial(fn, *args, **kwargs) if partial else fn(*args, **kwargs)
+            except Exception as error:
+                trail = " -> ".join(map(dotted, self._building))
+                message = f"{target} raised {type(error).__name__}: {error}"
+                if len(self._building) > 1:
+                    message = f"{message}\n  (built for {trail})"
+                at = self.where(dotted((*place, "_target_")))
+                raise BuildError(Problem(dotted(place), message, at)) from error
+            if not partial and is_refused_object(made):
+                message = f"{target} gave {type(made).__name__} {made!r:.80}, which is refused"
+                raise self.error(place, f"{message}: it reaches into the interpreter")
+        self._objects[place] = made
+        return made
+
+    # ------------------------------------------------------------------------------ checking
+    def check(self, root: str) -> Checked:
+        """Imports every target that `root` reaches and binds every signature; builds nothing.
+
+        Raises:
+            ConfigError: everything that is wrong, at once.
+        """
+        return self._walked(root, imports=True)
+
+    def nodes(self, root: str) -> dict[str, Node]:
+        """Every node that `root` reaches, by key, in the order met. Imports nothing.
+
+        Raises:
+            ConfigError: a reference leads nowhere, a value is missing, or nodes form a cycle.
+        """
+        return self._walked(root, imports=False).nodes
+
+    def shared(self, root: str) -> dict[str, list[str]]:
+        """The nodes that are given to more than one parameter: key -> where they are given."""
+        uses: dict[str, list[str]] = {}
+        for node in self.nodes(root).values():
+            for name, key in node.arguments:
+                uses.setdefault(key, []).append(f"{node.key}.{name}")
+        return {key: given for key, given in uses.items() if len(given) > 1}
+
+    def _walked(self, root: str, imports: bool) -> Checked:
+        checker = Checker(self, imports)
+        checker.visit(self._find(root))
+        if checker.problems:
+            raise ConfigError(checker.problems)
+        return checker.checked
+
+    # ------------------------------------------------------------------------------- reading
+    def reads(self, root: str) -> set[str]:
+        """Every key that `root` reads, also through interpolations. What cannot be resolved is
+        passed over."""
+        seen: set[Place] = set()
+
+        def visit(place: Place) -> None:
+            if place in seen:
+                return
+            seen.add(place)
+            value = self._written(place)
+            try:
+                if isinstance(value, str):
+                    for inner in _inner(value):
+                        visit(self._meant(place, inner))
+                meant, value = self.at(place)
+            except ConfigError:
+                return
+            for key in keys(value):
+                visit((*meant, key))
+
+        visit(self._find(root))
+        return {dotted(place) for place in seen}
+
+    def explain(self, key: str) -> tuple[Any, Any]:
+        """(what is written at a key, what it comes to): a reference to a node stays `${key}`."""
+        place = self._find(key)
+        return self._written(place), self._settled(place)
+
+    def history(self, key: str) -> list[Setting]:
+        """Everything that set a key, in order, the last of which counts; [] when nobody knows."""
+        told = getattr(self.where, "history", None)  # any function may be given as `where`
+        return told(key) if told else []
+
+    def resolve(self) -> dict[str, Any]:
+        """The configuration as plain mappings, lists and scalars with interpolations replaced.
+
+        References to nodes, and to what has nodes in it, become `${absolute.path}`, so that a graph
+        read back shares the same objects. What cannot be resolved stays as it is written.
+        """
+        return {key: self._settled((key,)) for key in self._raw}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `resolve()` as YAML that `load` reads back to the same graph."""
+        OmegaConf.save(OmegaConf.create(self.resolve()), os.fspath(path))
+
+    def _settled(self, place: Place) -> Any:
+        written = self._written(place)
+        try:
+            meant, value = self.at(place)
+        except ConfigError:
+            return written
+        if meant != place and self._holds_nodes(meant, ()):
+            reference = _REFERENCE.fullmatch(f"${{{dotted(meant)}}}")
+            names = reference and _names(reference["path"])
+            return reference[0] if reference and names == list(map(str, meant)) else written
+        if isinstance(value, dict):
+            return {key: self._settled((*meant, key)) for key in value}
+        if isinstance(value, list):
+            return [self._settled((*meant, index)) for index in keys(value)]
+        if isinstance(value, enum.Enum):
+            return value.name
+        if isinstance(value, str | PurePath):  # a literal "${" must not be read back as a reference
+            return re.sub(r"(\\*)\$\{", r"\1\1\\${", str(value))
+        plain = value is None or isinstance(value, bool | int | float | bytes)
+        return value if plain else written
+
+    def _holds_nodes(self, place: Place, trail: tuple[Place, ...]) -> bool:
+        try:
+            meant, value = self.at(place)
+        except ConfigError:  # cannot be copied, so whoever refers to it keeps the reference
+            return True
+        if is_node(value) or meant in trail:
+            return True
+        return any(self._holds_nodes((*meant, key), (*trail, meant)) for key in keys(value))
+
+    # ---------------------------------------------------------------------------- references
+    def at(self, place: Place) -> tuple[Place, Any]:
+        """The place that is meant by what is written at `place`, references followed, and the
+        mapping, list or scalar there. Raises ConfigError."""
+        value = self._written(place)
+        if not (isinstance(value, str) and "${" in value):
+            if value == "???":
+                message = f"has no value yet (???): type {dotted(place)}=VALUE"
+                raise self.error(place, message)
+            return place, value
+        if place in self._following:
+            raise self.cycle(self._following, place)
+        self._following.append(place)
+        try:
+            reference = _REFERENCE.fullmatch(value)
+            return self.at(self._meant(place, reference)) if reference else self._text(place, value)
+        finally:
+            self._following.pop()
+
+    def error(self, place: Place, message: str) -> ConfigError:
+        """An error that names a place and the line that wrote it."""
+        key = dotted(place)
+        return ConfigError(Problem(key, message, self.where(key)))
+
+    def cycle(self, trail: list[Place], place: Place) -> ConfigError:
+        """The error for coming back to a `place` that is in `trail`."""
+        names = map(dotted, [*trail[trail.index(place) :], place])
+        return self.error(place, f"needs itself: {' -> '.join(names)}")
+
+    def head(self, place: Place, node: dict[Any, Any]) -> tuple[str, bool]:
+        """`_target_` and `_partial_` of a node. Raises ConfigError: all that is wrong with its
+        special keys."""
+        problems: list[Problem] = []
+
+        def value(name: str, fits: Callable[[Any], bool], instead: str) -> Any:
+            try:
+                found = self.at((*place, name))[1]
+                if not fits(found):
+                    raise self.error((*place, name), f"is {found!r}: {instead}")
+                return found
+            except ConfigError as error:
+                problems.extend(error.problems)
+
+        for name in node:
+            if not isinstance(name, str):
+                message = f"is {name!r}, which is no parameter's name: names are text"
+                problems.extend(self.error((*place, name), message).problems)
+        target = value("_target_", lambda v: isinstance(v, str), "write a dotted path")
+        partial = "_partial_" in node and value(
+            "_partial_", lambda v: isinstance(v, bool), "write true or false"
+        )
+        if "_args_" in node:
+            value("_args_", lambda v: isinstance(v, list), "write a list of positional arguments")
+        if "_convert_" in node:
+            instead = "constructors are given plain mappings and lists; leave it out"
+            value("_convert_", lambda v: v in ("all", "object", "partial"), instead)
+        if "_recursive_" in node:
+            instead = "the nodes in a node are always built; leave it out"
+            value("_recursive_", lambda v: v is True, instead)
+        if problems:
+            raise ConfigError(problems)
+        return target, partial
+
+    def _find(self, key: str) -> Place:
+        names = _names(key)
+        if not names:
+            raise ConfigError(f"{key!r} is no key; write one such as 'trainer' or 'optimizer.lr'")
+        return self._walk((), names, tuple(names), "no such key")
+
+    def _written(self, place: Place) -> Any:
+        return functools.reduce(lambda value, part: value[part], place, self._raw)
+
+    def _container(self, place: Place) -> Any:
+        """OmegaConf's own container at a place."""
+        depth = next((n for n in range(len(place), 0, -1) if place[:n] in self._made), 0)
+        start = self._made[place[:depth]] if depth else self._config
+        return functools.reduce(lambda value, part: value[part], place[depth:], start)
+
+    def _meant(self, place: Place, reference: re.Match[str]) -> Place:
+        """The place that a reference written at `place` names, itself not followed."""
+        up = len(reference["dots"])
+        if up > len(place):
+            raise self.error(place, f"{reference[0]}: leads above the configuration's root")
+        return self._walk(place[:-up] if up else (), _names(reference["path"]), place, reference[0])
+
+    def _walk(self, start: Place, names: list[str], place: Place, text: str) -> Place:
+        """From `start` down `names`, following references on the way. An error is that of `text`,
+        which is written at `place`."""
+        for n, name in enumerate(names):
+            start, inside = self.at(start)
+            part = int(name) if isinstance(inside, list) and name.isdecimal() else name
+            known = list(keys(inside))
+            if part not in known:
+                above = dotted(start) or "the configuration"
+                scalar = "" if isinstance(inside, dict | list) else f", it is {inside!r}"
+                hint = did_you_mean(name, known)
+                if not hint and n == len(names) - 1:
+                    elsewhere = (p for p, _ in _items(inside, start) if p[-1:] == (name,))
+                    hint = next((f"; did you mean {dotted(p)!r}?" for p in elsewhere), "")
+                raise self.error(place, f"{text}: {above} has no {name!r}{scalar}{hint}")
+            start = (*start, part)
+        return start
+
+    def _text(self, place: Place, text: str) -> tuple[Place, Any]:
+        """What a string with interpolations in it comes to, or what a resolver gives."""
+        if place not in self._resolved:
+            for inner in _inner(text):
+                meant, value = self.at(self._meant(place, inner))
+                if isinstance(value, dict | list) and not _RESOLVER.search(text):
+                    message = f"{inner[0]} is all of {dotted(meant)!r}, which is not text"
+                    raise self.error(place, f"{message}: refer to one value in it")
+            parent = self._container(place[:-1])
+            try:
+                value = parent[place[-1]]
+            except OmegaConfBaseException as error:
+                what = str(error).splitlines()[0]
+                raise self.error(place, f"cannot resolve {text!r}: {what}") from error
+            if isinstance(value, dict | list | tuple):
+                value = OmegaConf.create(value, parent=parent)
+            self._resolved[place] = value
+        value = self._resolved[place]
+        if not OmegaConf.is_config(value):
+            return place, value
+        for other, part in _items(self._raw):
+            if isinstance(part, dict | list) and self._container(other) is value:
+                return other, part  # the resolver gave a part of the configuration itself
+        self._made[place] = value
+        self._written(place[:-1])[place[-1]] = OmegaConf.to_container(value, resolve=False)
+        return place, self._written(place)
+
+
+def _inner(text: str) -> Iterator[re.Match[str]]:
+    """The plain references in a string."""
+    for match in _REFERENCE.finditer(text):
+        before = text[: match.start()]
+        if (len(before) - len(before.rstrip("\\"))) % 2 == 0:  # else the dollar is escaped
+            yield match
+
+
+def _names(path: str) -> list[str]:
+    return [name for name in re.split(r"[.\[\]]+", path) if name]
+
+
+def _items(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    yield place, value
+    for key in keys(value):
+        yield from _items(value[key], (*place, key))

@@ -1,0 +1,1 @@
+"""The verbs: functions that a configuration's `task` names."""

@@ -1,0 +1,186 @@
+"""Tasks that look at a configuration, or at two runs: check, explain, graph, diff.
+
+Each is a root node that is a partial: it is called with the graph, in the parent process, builds
+nothing and needs no torch of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ditty_di.graph import (
+    ConfigError,
+    Difference,
+    Graph,
+    Node,
+    difference,
+    flatten,
+)
+
+
+def check(graph: Graph, /, *, root: str = "trainer") -> None:
+    """Imports every target and binds every signature that `root` reaches; prints what it did.
+
+    Raises:
+        ConfigError: everything that is wrong, one line each.
+    """
+    checked = graph.check(root)
+    print(f"ok: {len(checked.nodes)} nodes from {root}, each imported and its arguments bound")
+    for key, protocol in checked.slots.items():
+        print(f"  {key} fits the slot that completes it: {protocol}")
+    if checked.unread:
+        print(f"  imported only, for they tell no signature: {', '.join(checked.unread)}")
+
+
+def explain(graph: Graph, /, *, key: str) -> None:
+    """Prints a key's value and everything that set it, the last of which counts."""
+    written, value = graph.explain(key)
+    print(f"{key} = {_text(value)}" + (f"   (from {_text(written)})" if written != value else ""))
+    history = graph.history(key)
+    width = max((len(setting.where) for setting in history), default=0)
+    for n, (where, text, chosen_by) in enumerate(history):
+        marks = [f"chosen by {chosen_by}"] if chosen_by else []
+        marks += ["overridden below"] if n < len(history) - 1 else []
+        print(f"  {where:{width}}  {text}" + (f"   ({', '.join(marks)})" if marks else ""))
+    if not history:
+        print(f"  set with {graph.where(key) or 'the configuration that was given'}")
+
+
+def graph(graph: Graph, /, *, root: str = "trainer", format: str = "tree") -> None:
+    """Prints the nodes that `root` reaches: `format` "tree" (shared objects marked) or "dot"."""
+    formats: dict[str, Callable[[Graph, str], str]] = {"tree": tree, "dot": dot}
+    if format not in formats:
+        raise ConfigError(f"format={format}: write one of {', '.join(formats)}")
+    print(formats[format](graph, root))
+
+
+def tree(graph: Graph, root: str) -> str:
+    """Nodes as an indented tree. A shared object is drawn once, and named where it comes again."""
+    nodes, shared = graph.nodes(root), graph.shared(root)
+    lines: list[str] = []
+    drawn: dict[str, str] = {}
+
+    def draw(node: Node, name: str, at: str, first: str, rest: str) -> None:
+        if node.key in drawn:
+            lines.append(f"{first}{name} -> {node.key}, shared")
+            return
+        drawn[node.key] = at
+        others = [use for use in shared.get(node.key, ()) if use != at]
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        mark = f"   -> shared, also at {', '.join(others[:3])}{more}" if others else ""
+        partial = " (partial)" if node.partial else ""
+        called = name if at == node.key or name == node.key else f"{name} = {node.key}"
+        lines.append(f"{first}{called}: {node.target}{partial}{mark}")
+        for n, (argument, key) in enumerate(node.arguments, 1):
+            last = n == len(node.arguments)
+            corner, side = ("└── ", "    ") if last else ("├── ", "│   ")
+            draw(nodes[key], argument, f"{node.key}.{argument}", rest + corner, rest + side)
+
+    for node in nodes.values():
+        if node.key not in drawn:  # the root itself, or the nodes in it when it is no node
+            draw(node, node.key, node.key, "", "")
+    return "\n".join(lines)
+
+
+def dot(graph: Graph, root: str) -> str:
+    """Nodes and arguments for Graphviz; shared objects filled, partials dashed."""
+    nodes, shared = graph.nodes(root), graph.shared(root)
+    lines = ["digraph {", "  rankdir=LR; node [shape=box];"]
+    for node in nodes.values():
+        styles = ["filled"] * (node.key in shared) + ["dashed"] * node.partial
+        style = f", style={_quoted(','.join(styles))}" if styles else ""
+        label = _quoted(f"{node.key}\n{node.target}")
+        lines.append(f"  {_quoted(node.key)} [label={label}{style}];")
+    for node in nodes.values():
+        for argument, key in node.arguments:
+            lines.append(f"  {_quoted(node.key)} -> {_quoted(key)} [label={_quoted(argument)}];")
+    return "\n".join([*lines, "}"])
+
+
+def diff(
+    graph: Graph, /, *, a: str, b: str, ignore: Sequence[str] = (), root: str = "trainer"
+) -> None:
+    """Prints what differs between two run directories: configuration, environment, result.
+
+    Keys that `root` reads, and that do not lie under one of `ignore`, can change the numbers; they
+    come first. Raises ConfigError for a folder that is no run.
+    """
+    runs = [_Run(name, folder) for name, folder in (("a", a), ("b", b))]
+    print("\n".join(f"{run.name}: {run.folder}" for run in runs))
+    old, new = (run.graph.resolve() for run in runs)
+    changed = difference(old, new)
+    numbers = difference(old, new, ignore, only=runs[0].reads(root) | runs[1].reads(root))
+    _section("can change the numbers", numbers)
+    _section("other keys", [change for change in changed if change not in numbers])
+    _section("environment", difference(*(run.json("environment.json") for run in runs)))
+    results = [flatten(run.json("result.json")) for run in runs]
+    if any(results):
+        names = [*results[0], *(name for name in results[1] if name not in results[0])]
+        rows = [["result", "a", "b"]]
+        rows += [[name, *(_text(r.get(name, "")) for r in results)] for name in names]
+        print(_table(rows))
+
+
+class _Run:
+    """What a run directory says about itself."""
+
+    def __init__(self, name: str, folder: str) -> None:
+        self.name, self.folder = name, Path(folder)
+        if not self.folder.is_dir():
+            raise ConfigError(f"{name}={folder}: there is no such folder")
+        if not (self.folder / "resolved.yaml").is_file():
+            inside = sorted(path.parent for path in self.folder.glob("**/resolved.yaml"))
+            hint = f"; runs in it: {', '.join(map(str, inside[:5]))}" if inside else ""
+            raise ConfigError(f"{name}={folder} is no run: it has no resolved.yaml{hint}")
+        self.graph = Graph.load(self.folder / "resolved.yaml")
+
+    def reads(self, root: str) -> set[str]:
+        """The keys that `root` reads, and those that it reads them from."""
+        graphs = [self.graph]
+        if (self.folder / "config.yaml").is_file():
+            graphs.append(Graph.load(self.folder / "config.yaml"))
+        try:
+            return set().union(*(g.reads(root) for g in graphs))
+        except ConfigError:  # a run of another task has no such root
+            return set()
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run; empty when the run did not come to write it."""
+        path = self.folder / name
+        if not path.is_file():
+            print(f"{self.name} has no {name}")
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"cannot read {path}: it is no JSON object")
+        return found
+
+
+def _section(title: str, changes: list[Difference]) -> None:
+    rows = [[f"  {key}", _text(old), "->", _text(new)] for key, old, new in changes]
+    print(f"{title}: {len(changes) or 'no'} difference{'s' * (len(changes) != 1)}")
+    if rows:
+        print(_table(rows))
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _text(value: Any) -> str:
+    """A value as YAML would show it on one line."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return value if isinstance(value, str) else repr(value)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
