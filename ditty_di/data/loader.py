@@ -1,0 +1,293 @@
+"""The loader: the same rows in the same order on any layout, from any position."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import random
+import signal
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ditty_di.data.order import Order
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ditty_di.protocols import Batch
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Dataset(Protocol):
+    """Anything with a length and rows by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Loader:
+    """Yields this rank's micro-batches `(inputs, labels)` of a map-style dataset.
+
+    The rows of all epochs form one stream, epoch after epoch without a gap, each shuffled by
+    (seed, epoch) alone. A global micro-batch is the stream's next `batch_size * dp_world_size`
+    rows, of which rank r takes the r-th `batch_size`: any layout sees the same rows in a window of
+    the same size, and every row comes once per epoch over all ranks.
+
+    `epochs=None` never ends. Otherwise the stream ends after `epochs` times the dataset (a
+    fraction is allowed, rounded up to a whole row), and the last global micro-batch is filled up
+    with rows whose labels are all `ignore_index`, so that every rank yields equally many;
+    `drop_last` leaves it out instead. Filling needs labels `[batch, ...]` of integers.
+
+    `collate_fn` makes `(inputs, labels)` of a list of rows; torch's `default_collate` otherwise.
+    Workers ignore SIGTERM and SIGINT, which are the trainer's to answer. Their Python, NumPy and
+    torch generators are seeded from (seed, rank, worker, position); this process' are not touched.
+
+    `state_dict()` counts the rows, over all ranks, of the micro-batches that were yielded: a
+    loader with another `batch_size`, `dp_world_size` or `num_workers` takes it and goes on with
+    exactly the rows that are left. The `iter()` after `load_state_dict` starts there, every other
+    one at the beginning. Only the newest iterator counts.
+
+    Raises `ValueError` for arguments out of range, or an empty dataset; `TypeError` with the first
+    micro-batch when the last would need filling up and its labels do not allow it.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        epochs: float | None = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Batch] | None = None,
+        ignore_index: int = -100,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        dp_rank: int = 0,
+        dp_world_size: int = 1,
+    ) -> None:
+        rows = len(dataset)
+        _require(rows > 0, "the dataset has no rows")
+        _require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
+        _require(seed >= 0, f"seed={seed} must not be negative")
+        _require(num_workers >= 0, f"num_workers={num_workers} must not be negative")
+        _require(
+            0 <= dp_rank < dp_world_size,
+            f"dp_rank={dp_rank} must be at least 0 and below dp_world_size={dp_world_size}",
+        )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.num_workers = num_workers
+        self.collate_fn = collate_fn
+        self.ignore_index = ignore_index
+        self.pin_memory = pin_memory
+        self.dp_rank = dp_rank
+        self.dp_world_size = dp_world_size
+        self._order = Order(rows, seed, shuffle)
+        self._step = batch_size * dp_world_size  # rows of a global micro-batch
+        self._end = None if epochs is None else _rows_in(epochs, rows)
+        if self._end is not None and drop_last:
+            _require(
+                self._end >= self._step,
+                f"drop_last leaves nothing: {self._end} rows make no micro-batch of {self._step}",
+            )
+        self._drop_last = drop_last
+        self._start = self._consumed = 0  # of the newest iterator; both are places in the stream
+        self._resuming = False
+
+    def __len__(self) -> int:
+        """Micro-batches from the beginning to the end, the same on every rank."""
+        if self._end is None:
+            # A TypeError, as list() asks for the length as a hint and takes this for "unknown".
+            raise TypeError("a loader with epochs=None never ends: it has no length")
+        return self._end // self._step if self._drop_last else -(-self._end // self._step)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._start = self._consumed = self._consumed if self._resuming else 0
+        self._resuming = False
+        return self._batches(self._start)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self._consumed, **self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises `ValueError` when the state belongs to another order of rows."""
+        missing = [key for key in self.state_dict() if state_dict.get(key) is None]
+        _require(not missing, f"the saved data position lacks {missing}: it has {[*state_dict]}")
+        saved = {key: state_dict[key] for key in self._identity()}
+        _require(
+            saved == self._identity(),
+            f"the data position was saved with {_in_words(saved)}, but this loader has "
+            f"{_in_words(self._identity())}: its rows come in another order. Give it the same "
+            "dataset and seed, or start the data anew (load.data=false).",
+        )
+        self._start = self._consumed = int(state_dict["consumed"])
+        self._resuming = True
+
+    def last_rows(self, n: int = 1) -> list[int]:
+        """Dataset row numbers of this rank's last `n` yielded micro-batches, oldest first."""
+        yielded = -(-(self._consumed - self._start) // self._step)
+        places = (self._start + i * self._step for i in range(max(0, yielded - n), yielded))
+        return [row for place in places for row in self._rows_at(place)]
+
+    def _identity(self) -> dict[str, Any]:
+        return {"seed": self.seed, "rows": len(self.dataset), "shuffle": self.shuffle}
+
+    def _places(self, place: int) -> Iterator[int]:
+        """Where each global micro-batch begins."""
+        while self._end is None or place + (self._step if self._drop_last else 1) <= self._end:
+            yield place
+            place += self._step
+
+    def _rows_at(self, place: int) -> list[int]:
+        """This rank's rows of the global micro-batch at `place`: fewer at the very end."""
+        first = place + self.dp_rank * self.batch_size
+        last = first + self.batch_size
+        return self._order.between(first, last if self._end is None else min(last, self._end))
+
+    def _indices(self, start: int) -> Iterator[list[int]]:
+        for place in self._places(start):
+            rows = self._rows_at(place)
+            yield rows + [0] * (self.batch_size - len(rows))
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        import torch
+        from torch.utils.data import DataLoader
+
+        loader: DataLoader[Any] = DataLoader(
+            self.dataset,  # type: ignore[arg-type]  # torch asks for a subclass, it needs none
+            batch_sampler=self._indices(start),  # type: ignore[arg-type]  # no length: may not end
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=self.pin_memory,
+            # Its own: from the global generator, resuming would shift dropout.
+            generator=torch.Generator(),
+            worker_init_fn=partial(_start_worker, self.seed, self.dp_rank, start),
+        )
+        with _stop_signals_blocked():
+            batches = iter(loader)
+        for batch, place in zip(batches, self._places(start), strict=True):
+            inputs, labels = _pair(batch)
+            if place == start:
+                self._check_labels(labels, start)
+            if self._end is not None and place + self._step > self._end:
+                labels = labels.clone()  # a dataset's own memory, perhaps
+                labels[len(self._rows_at(place)) :] = self.ignore_index
+            self._consumed = place + self._step
+            if self._end is not None:
+                self._consumed = min(self._consumed, self._end)
+            yield inputs, labels
+
+    def _check_labels(self, labels: Tensor, start: int) -> None:
+        """Tells with the first micro-batch, not after hours, that the last cannot be filled up."""
+        import torch
+
+        if self._end is None or self._drop_last or (self._end - start) % self._step == 0:
+            return
+        reason = ""
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            reason = f"labels of {labels.dtype} have no value that a loss ignores"
+        elif not torch.iinfo(labels.dtype).min <= self.ignore_index:
+            reason = f"labels of {labels.dtype} cannot hold ignore_index={self.ignore_index}"
+        elif labels.ndim == 0 or len(labels) != self.batch_size:
+            reason = (
+                f"labels of shape {list(labels.shape)} are not one entry a row, "
+                f"batch_size={self.batch_size}"
+            )
+        if reason:
+            raise TypeError(
+                f"{self._end - start} rows do not divide into micro-batches of {self._step} "
+                f"(batch_size x data-parallel ranks), and the last cannot be filled up: {reason}. "
+                "Choose sizes that divide, or drop_last=true, or steps instead of epochs."
+            )
+
+
+def horizon(
+    *,
+    steps: int | None = None,
+    epochs: float | None = None,
+    dataset: Dataset,
+    global_batch_size: int | None = None,
+) -> int:
+    """The number of optimizer steps: `steps`, or as many as `epochs` of the dataset need.
+
+    `global_batch_size` in rows a step, over accumulation and data-parallel ranks.
+
+    Raises `ValueError` unless exactly one of `steps` and `epochs` is given.
+    """
+    if (steps is None) == (epochs is None):
+        given = "neither is" if steps is None else f"steps={steps} and epochs={epochs} are"
+        raise ValueError(f"give exactly one of steps and epochs ({given} given; null unsets one)")
+    if steps is not None:
+        _require(steps >= 1, f"steps={steps} must be at least 1")
+        return steps
+    assert epochs is not None
+    if global_batch_size is None:
+        raise ValueError(f"epochs={epochs} need a global_batch_size to be counted in steps")
+    _require(global_batch_size >= 1, f"global_batch_size={global_batch_size} must be at least 1")
+    _require(len(dataset) > 0, "the dataset has no rows")
+    return -(-_rows_in(epochs, len(dataset)) // global_batch_size)
+
+
+def _rows_in(epochs: float, rows: int) -> int:
+    """Exact: 0.1 epochs of 30 rows are 3 rows, although `0.1 * 30 > 3`."""
+    _require(math.isfinite(epochs) and epochs > 0, f"epochs={epochs} must be above 0")
+    return math.ceil(Fraction(str(epochs)) * rows)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _in_words(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _pair(batch: Any) -> Batch:
+    try:
+        inputs, labels = batch
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"a micro-batch must be a pair (inputs, labels), not a {type(batch).__name__}. Let the "
+            'dataset\'s rows be such pairs, as ({"input": ids}, labels), or pass a `collate_fn`.'
+        ) from None
+    return inputs, labels
+
+
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Workers are born with the mask, so none is hit before it can ignore the signals.
+
+    Not with a fork server: the mask would stay with the server, and so with all its children.
+    """
+    if multiprocessing.get_start_method() == "forkserver":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(seed: int, dp_rank: int, start: int, worker: int) -> None:
+    import torch
+
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    sequence = np.random.SeedSequence([seed, dp_rank, worker, start])
+    random.seed(int(sequence.generate_state(1, np.uint64)[0]))
+    torch.manual_seed(int(sequence.generate_state(2, np.uint64)[1]))
+    np.random.seed(sequence.generate_state(8, np.uint32))
