@@ -1,0 +1,171 @@
+"""What the trainer holds: one optimizer over all model parts, and one scheduler."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ditty_di.names import canonical_fqn
+from ditty_di.protocols import OptimizerFactory, SchedulerFactory
+
+
+def trainable_parameters(
+    model_parts: Sequence[nn.Module], extra_named: Iterable[tuple[str, nn.Parameter]] = ()
+) -> list[tuple[str, nn.Parameter]]:
+    """(fully qualified name, parameter) of all that requires a gradient, in the parts' order.
+
+    Args:
+        extra_named: parameters outside the model, such as a loss's; one that is also the model's
+            (tied) stays under the model's name.
+
+    Raises:
+        ValueError: two parameters of one name; one parameter in two parts; none at all.
+    """
+    named: dict[str, nn.Parameter] = {}
+    owner: dict[int, str] = {}
+    frozen = 0
+
+    def add(name: str, parameter: nn.Parameter) -> None:
+        if name in named:
+            raise ValueError(
+                f"optimizer: two parameters are called {name!r}; every model part (and loss) must "
+                f"keep the names of the whole model, or checkpoints could not tell them apart"
+            )
+        named[name], owner[id(parameter)] = parameter, name
+
+    for part in model_parts:
+        for raw, parameter in part.named_parameters():
+            name = canonical_fqn(raw)
+            frozen += not parameter.requires_grad
+            if id(parameter) in owner:
+                raise ValueError(
+                    f"optimizer: {name!r} of one model part is also {owner[id(parameter)]!r} of "
+                    f"another; tie weights within one part only"
+                )
+            if parameter.requires_grad:
+                add(name, parameter)
+    for raw, parameter in extra_named:
+        if parameter.requires_grad and id(parameter) not in owner:
+            add(canonical_fqn(raw), parameter)
+    if not named:
+        raise ValueError(
+            f"optimizer: at least one parameter must be trainable, but all {frozen} are frozen "
+            f"(requires_grad=False); unfreeze some, or add an adapter"
+        )
+    return list(named.items())
+
+
+def build_optimizer(
+    factory: OptimizerFactory,
+    model_parts: Sequence[nn.Module],
+    extra_named: Iterable[tuple[str, nn.Parameter]] = (),
+) -> Optimizer:
+    """The factory's optimizer over all parts, verified; every group has its `param_names`.
+
+    Args:
+        factory: called once with `trainable_parameters(model_parts, extra_named)`.
+
+    Raises:
+        TypeError: an optimizer that is already built; a factory that returns none.
+        ValueError: see `trainable_parameters`; an optimizer with parameters that are not the
+            model's (stale ones, from before sharding), or without some that are.
+    """
+    if not callable(factory):
+        raise TypeError(
+            f"optimizer: pass a partial, such as functools.partial(torch.optim.AdamW, lr=3e-4) or "
+            f"`_partial_: true` in YAML, not a built {type(factory).__name__}: sharding replaces "
+            f"the parameters that it holds"
+        )
+    named = trainable_parameters(model_parts, extra_named)
+    optimizer = factory(named)
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"optimizer: the factory returned a {type(optimizer).__name__} without param_groups; "
+            f"pass one that returns a torch.optim.Optimizer"
+        )
+    names = {id(parameter): name for name, parameter in named}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if stale := held - names.keys():
+        shapes = [
+            tuple(p.shape)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if id(p) in stale
+        ]
+        raise ValueError(
+            f"optimizer: {len(stale)} of its parameters (of shapes {shapes[:3]}) are not trainable "
+            f"parameters of the model; build it from the (name, parameter) list that the factory "
+            f"receives, not from a model of before"
+        )
+    if missing := [name for name, parameter in named if id(parameter) not in held]:
+        raise ValueError(
+            f"optimizer: it leaves out {len(missing)} trainable parameters: {missing[:3]}; pass "
+            f"all on, and freeze (requires_grad=False) what shall not be trained"
+        )
+    for group in optimizer.param_groups:
+        # Checkpoints find an optimizer's state by these names, also where a factory dropped them.
+        group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
+    return optimizer
+
+
+class Optimizers:
+    """The trainer's optimizer, built by `build_optimizer`."""
+
+    def __init__(
+        self,
+        factory: OptimizerFactory,
+        model_parts: Sequence[nn.Module],
+        extra_named: Iterable[tuple[str, nn.Parameter]] = (),
+    ) -> None:
+        self.optimizer = build_optimizer(factory, model_parts, extra_named)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        self.optimizer.step(closure)  # type: ignore[arg-type]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+
+class Schedulers:
+    """The trainer's learning-rate scheduler, stepped once after every update.
+
+    Raises:
+        TypeError: a scheduler that is already built, or one whose `step()` needs an argument.
+        ValueError: a scheduler of another optimizer.
+    """
+
+    def __init__(self, factory: SchedulerFactory, optimizer: Optimizer) -> None:
+        if not callable(factory):
+            raise TypeError(
+                f"lr_scheduler: pass a partial, such as functools.partial(cosine, total_steps=100) "
+                f"or `_partial_: true` in YAML, not a built {type(factory).__name__}: the "
+                f"optimizer does not exist before the model is placed"
+            )
+        self.scheduler: LRScheduler = factory(optimizer)
+        if self.scheduler.optimizer is not optimizer:
+            raise ValueError(
+                "lr_scheduler: it drives another optimizer; pass a partial that takes the "
+                "optimizer as its argument"
+            )
+        try:
+            inspect.signature(self.scheduler.step).bind()
+        except TypeError as error:
+            raise TypeError(
+                f"lr_scheduler: {type(self.scheduler).__name__}.step() is called after every "
+                f"update with no argument ({error}); pass a scheduler that needs none"
+            ) from None
+
+    def step(self) -> None:
+        self.scheduler.step()
+
+    def get_metrics(self) -> dict[str, float]:
+        """The rates of the next update: `lr` (the first group's), and `lr/group{i}` of several."""
+        rates = [float(group["lr"]) for group in self.scheduler.optimizer.param_groups]
+        if len(rates) == 1:
+            return {"lr": rates[0]}
+        return {"lr": rates[0], **{f"lr/group{i}": rate for i, rate in enumerate(rates)}}

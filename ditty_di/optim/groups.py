@@ -1,0 +1,273 @@
+"""Different treatment for different parameters, chosen by name and number of dimensions.
+
+A rule's condition has up to four parts, all of which must hold: `match`, a regular expression
+found in the fully qualified name (`re.search`); `exclude`, one that is not; `min_ndim` and
+`max_ndim`. No part at all means every parameter. The first rule that holds takes the parameter.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+NamedParameters = Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """One rule as written; `where` names it in messages."""
+
+    where: str
+    options: dict[str, Any]
+    match: re.Pattern[str] | None
+    exclude: re.Pattern[str] | None
+    min_ndim: int
+    max_ndim: float
+
+    def takes(self, name: str, parameter: Tensor) -> bool:
+        return (
+            self.min_ndim <= parameter.ndim <= self.max_ndim
+            and (self.match is None or self.match.search(name) is not None)
+            and (self.exclude is None or self.exclude.search(name) is None)
+        )
+
+
+def _rule(
+    where: str,
+    /,
+    *,
+    match: str | None = None,
+    exclude: str | None = None,
+    min_ndim: int = 0,
+    max_ndim: float = float("inf"),
+    **options: Any,
+) -> _Rule:
+    def pattern(key: str, text: str | None) -> re.Pattern[str] | None:
+        try:
+            return None if text is None else re.compile(text)
+        except re.error as error:
+            raise ValueError(
+                f"optimizer: {where}.{key}={text!r} is no regular expression ({error}); write one "
+                f"that Python's re.search takes, such as 'norm|bias'"
+            ) from None
+
+    return _Rule(
+        where, options, pattern("match", match), pattern("exclude", exclude), min_ndim, max_ndim
+    )
+
+
+def _split(
+    named: list[tuple[str, Tensor]], rules: list[_Rule]
+) -> tuple[list[list[tuple[str, Tensor]]], list[tuple[str, Tensor]]]:
+    """What each rule takes, and what is left over.
+
+    Raises:
+        ValueError: a rule with a `match` that takes nothing on any rank.
+    """
+    taken: list[list[tuple[str, Tensor]]] = [[] for _ in rules]
+    left: list[tuple[str, Tensor]] = []
+    for name, parameter in named:
+        for rule, its in zip(rules, taken, strict=True):
+            if rule.takes(name, parameter):
+                its.append((name, parameter))
+                break
+        else:
+            left.append((name, parameter))
+    for rule, used in zip(rules, _on_any_rank([bool(its) for its in taken]), strict=True):
+        # Without a `match` nothing can be misspelt: a model may well have no vectors at all.
+        if rule.match is not None and not used:
+            raise ValueError(_nothing_taken(rule, [name for name, _ in named]))
+    return taken, left
+
+
+def _on_any_rank(flags: list[bool]) -> list[bool]:
+    """A pipeline stage holds its own parameters only: a rule may be for another rank's."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flags
+    ranks: list[list[bool]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(ranks, flags)
+    return [any(rank) for rank in zip(*ranks, strict=True)]
+
+
+def _nothing_taken(rule: _Rule, names: list[str]) -> str:
+    assert rule.match is not None
+    found = [name for name in names if rule.match.search(name)]
+    text = f"optimizer: {rule.where} (match={rule.match.pattern!r}) takes no trainable parameter"
+    if found:
+        return (
+            f"{text}: {_some(found)} match, but an earlier rule takes them or another condition of "
+            f"this one fails; write it before the others, or remove it"
+        )
+    segments = list(dict.fromkeys(part for name in names for part in name.split(".")))
+    words = re.findall(r"[A-Za-z_]\w+", rule.match.pattern)
+    near = [part for word in words for part in difflib.get_close_matches(word, segments, n=2)]
+    if near:
+        return f"{text}; did you mean {' or '.join(repr(part) for part in dict.fromkeys(near))}?"
+    return f"{text}; write a part of names like {_some(names)}"
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def grouped(
+    named_parameters: NamedParameters,
+    /,
+    *,
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+    groups: Sequence[Mapping[str, Any]],
+) -> Optimizer:
+    """One optimizer whose parameter groups have options of their own.
+
+        groups:
+          - {max_ndim: 1, weight_decay: 0.0}        # norm weights and biases, whatever their name
+          - {match: "embed", lr: 1.0e-4}
+
+    Args:
+        optimizer: a partial of any torch optimizer class; its arguments are the defaults, also
+            for parameters that no rule takes.
+        groups: each a condition (see the module) and what differs for its parameters.
+
+    Raises:
+        ValueError: a rule whose `match` takes nothing, a bad regular expression, or an option
+            that this optimizer does not have per group.
+    """
+    rules = [_rule(f"groups[{i}]", **group) for i, group in enumerate(groups)]
+    taken, left = _split(list(named_parameters), rules)
+    parts = [{"params": its, **rule.options} for its, rule in zip(taken, rules, strict=True) if its]
+    if left:
+        parts.insert(0, {"params": left})
+    built = optimizer(parts)
+    for rule in rules:
+        # torch takes any key into a group and reads it never: weight_deacy would just do nothing.
+        for key in rule.options.keys() - built.defaults.keys():
+            near = difflib.get_close_matches(key, built.defaults, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"write one of {_some([*built.defaults], 12)}"
+            )
+            raise ValueError(
+                f"optimizer: {rule.where}.{key}: {type(built).__name__} has no such option per "
+                f"group; {hint}"
+            )
+    return built
+
+
+class Combined(Optimizer):
+    """Several optimizers, each for parameters of its own, as one `torch.optim.Optimizer`.
+
+    `param_groups` are the optimizers' own group objects in a row and `state` is one mapping that
+    all of them write to, so that schedulers, gradient scalers, clipping and checkpoints see a
+    single optimizer.
+
+    Args:
+        optimizers: at least one; no parameter in two of them.
+    """
+
+    optimizers: tuple[Optimizer, ...] = ()
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        optimizers = tuple(optimizers)
+        super().__init__([group for one in optimizers for group in one.param_groups], {})
+        self.optimizers = optimizers
+        self._share()
+
+    def _share(self) -> None:
+        """Makes groups and state the optimizers' own again; loading replaces theirs."""
+        self.param_groups = [group for one in self.optimizers for group in one.param_groups]
+        self.state = defaultdict(dict)
+        for one in self.optimizers:
+            self.state.update(one.state)
+        for one in self.optimizers:
+            one.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of each; `closure`, if any, runs once before them."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for one in self.optimizers:
+            one.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Each optimizer loads its own part, in its own way (some keep integers as they are).
+
+        Raises:
+            ValueError: other parameter groups than this optimizer's.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        groups = list(state_dict["param_groups"])
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                f"optimizer: the state to load has {len(groups)} parameter groups, this optimizer "
+                f"{len(self.param_groups)}; build it with the rules that the state was saved with"
+            )
+        for one in self.optimizers:
+            own = [groups.pop(0) for _ in one.param_groups]
+            ids = {index for group in own for index in group["params"]}
+            state = {index: value for index, value in state_dict["state"].items() if index in ids}
+            one.load_state_dict({"state": state, "param_groups": own})
+        self._share()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is built: later, none of the optimizers would know of the group."""
+        if self.optimizers:
+            raise ValueError("optimizer: add the parameters to a rule before `combined` is called")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "optimizers": self.optimizers}
+
+
+def combined(
+    named_parameters: NamedParameters, /, *, rules: Sequence[Mapping[str, Any]]
+) -> Optimizer:
+    """Different optimizers for different parameters, as one.
+
+        rules:
+          - {min_ndim: 2, max_ndim: 2, exclude: "embed|lm_head", optimizer: <partial of Muon>}
+          - {optimizer: <partial of AdamW>}             # everything else
+
+    Args:
+        rules: each a condition (see the module) and `optimizer`, a factory that is called with the
+            list of (name, parameter) that the rule takes; it may be a partial of `grouped`. A rule
+            that takes nothing on this rank builds no optimizer.
+
+    Raises:
+        ValueError: a parameter that no rule takes, a rule whose `match` takes nothing, a bad
+            regular expression, or a rule with other keys.
+    """
+    parsed = [_rule(f"rules[{i}]", **rule) for i, rule in enumerate(rules)]
+    for rule in parsed:
+        if rule.options.keys() != {"optimizer"}:
+            raise ValueError(
+                f"optimizer: {rule.where} has the keys {sorted(rule.options)} beside its "
+                f"condition; write `optimizer` alone, and options such as lr inside it"
+            )
+    taken, left = _split(list(named_parameters), parsed)
+    if left:
+        raise ValueError(
+            f"optimizer: no rule takes {_some([name for name, _ in left])}; end the rules with one "
+            f"without a condition, {{optimizer: ...}}, for everything else"
+        )
+    return Combined(
+        rule.options["optimizer"](its) for its, rule in zip(taken, parsed, strict=True) if its
+    )

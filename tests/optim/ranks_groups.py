@@ -1,0 +1,72 @@
+"""One of two ranks over gloo, `python ranks_groups.py RANK STORE_FILE`; raises if it goes wrong."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim import SGD
+
+from ditty_di.optim import build_optimizer, combined, grouped
+
+CONF = Path(__file__).parents[2] / "conf" / "optimizer"
+
+
+def stages(rank: int) -> None:
+    """A rule may be for another stage's parameters, but not for nobody's."""
+    stage = nn.ModuleDict({("embed", "head")[rank]: nn.Linear(2, 2)})
+    sgd = partial(SGD, lr=1.0)
+    groups = partial(grouped, optimizer=sgd, groups=[{"match": "head", "lr": 2.0}])
+    assert build_optimizer(groups, [stage]).param_groups[0]["lr"] == 1.0 + rank
+    rules = partial(combined, rules=[{"match": "embed", "optimizer": sgd}, {"optimizer": sgd}])
+    assert len(build_optimizer(rules, [stage]).param_groups) == 1
+    wrong = partial(grouped, optimizer=sgd, groups=[{"match": "haed", "lr": 2.0}])
+    try:
+        build_optimizer(wrong, [stage])
+    except ValueError as error:
+        assert "groups[0] (match='haed')" in str(error)
+    else:
+        raise AssertionError("no rank has a 'haed'")
+
+
+def sharded_equals_whole(name: str, tolerance: float) -> None:
+    """Under FSDP2 a step updates as on one rank, up to `tolerance` of the update's norm."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 4))
+
+    factory = instantiate(OmegaConf.load(CONF / f"{name}.yaml"), _convert_="all")
+    whole, sharded, start = build(), build(), build()
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    x = torch.randn(8, 6)
+    for model in (whole, sharded):
+        optimizer = build_optimizer(factory, [model])
+        model(x).square().mean().backward()
+        optimizer.step()
+    parameters = zip(
+        start.parameters(), whole.named_parameters(), sharded.parameters(), strict=True
+    )
+    with torch.no_grad():
+        for before, (key, after), shard in parameters:
+            update, error = after - before, shard.full_tensor() - after  # type: ignore[attr-defined]
+            assert update.norm() > 0 and error.norm() <= tolerance * update.norm(), f"{name}: {key}"
+
+
+if __name__ == "__main__":
+    rank = int(sys.argv[1])
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+    stages(rank)
+    sharded_equals_whole("adamw_grouped", 1e-5)
+    # bfloat16 Newton-Schulz: a sharded sum rounds elsewhere, no further from the exact one.
+    sharded_equals_whole("muon", 0.05)
+    dist.barrier()
+    dist.destroy_process_group()
