@@ -1,0 +1,141 @@
+"""What was typed, made into what Hydra composes: options, overrides, and the run they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ditty_di.cli import searchpath
+from ditty_di.cli.overrides import key_of, merge, normalise, quoted, value_of, without
+from ditty_di.graph import ConfigError
+from ditty_di.rundir import RunDirectory
+
+#: What `python -m ditty_di` does when no experiment and no run is named.
+DEFAULT_EXPERIMENT = "pretrain"
+
+# Said for one start of a run, and not to be said again when the run goes on.
+_ONCE = ("run", "resume", "load")
+
+
+@dataclass
+class Command:
+    """One command line.
+
+    `overrides` is all that Hydra composes: a run's own first, then those given now. `run` is the
+    directory given as `run=`, `earlier` tells whether it holds a run.
+    """
+
+    options: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    config_name: str = "config"
+    config_dirs: list[str] = field(default_factory=list)
+    sweep: bool = False
+    run: RunDirectory | None = None
+    earlier: bool = False
+
+    @property
+    def hydra_arguments(self) -> list[str]:
+        return [*self.options, "--config-name", self.config_name, *self.overrides]
+
+    @property
+    def lasting(self) -> list[str]:
+        """The overrides that compose this run again."""
+        kept = without(self.overrides, *_ONCE)
+        return [o for o in kept if not key_of(o).startswith(("hydra.", "hydra/"))] + [
+            o for o in self.overrides if key_of(o) == "hydra.searchpath"
+        ]
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Raises ConfigError for a `run=` that cannot be used; argparse exits on unknown options."""
+    from hydra._internal.utils import get_args_parser
+
+    parsed = get_args_parser().parse_intermixed_args(list(arguments))
+    options = list(arguments)
+    for override in parsed.overrides:
+        options.remove(override)
+    for flag in ("--config-dir", "-cd", "--config-name", "-cn"):
+        options = _drop(options, flag)
+    sweep = parsed.multirun or value_of(parsed.overrides, "hydra.mode") == "MULTIRUN"
+    command = Command(
+        options=options,
+        overrides=normalise(parsed.overrides, sweep=sweep),
+        config_name=parsed.config_name or "config",
+        config_dirs=[str(Path(parsed.config_dir).absolute())] if parsed.config_dir else [],
+        sweep=sweep,
+    )
+    _take_run(command)
+    if not command.earlier:
+        _take_experiment(command, chosen_config=parsed.config_name is not None)
+    return command
+
+
+def _drop(options: list[str], flag: str) -> list[str]:
+    """Without an option and its value, `flag value` or `flag=value`."""
+    kept: list[str] = []
+    skip = False
+    for option in options:
+        if not skip and option != flag and not option.startswith(f"{flag}="):
+            kept.append(option)
+        skip = not skip and option == flag
+    return kept
+
+
+def _take_run(command: Command) -> None:
+    """Reads `run=`, and puts what an earlier start of that run was told before what is told now."""
+    given = value_of(command.overrides, "run")
+    if given is None:
+        return
+    if command.sweep:
+        raise ConfigError(
+            f"run={given}: every job of a sweep has a directory of its own; "
+            f"to choose where they are, type hydra.sweep.dir={given}"
+        )
+    run = command.run = RunDirectory(given)
+    if run.is_run():
+        stored = run.read_command()
+        command.overrides = merge(stored["overrides"], without(command.overrides, "run"))
+        command.config_dirs += [d for d in stored["config_dirs"] if Path(d).is_dir()]
+        if command.config_name == "config":
+            command.config_name = stored["config_name"]
+        command.earlier = True
+    elif not run.is_free():
+        jobs = sorted(file.parent for file in run.path.glob("*/overrides.yaml"))
+        hint = f"; did you mean run={RunDirectory(jobs[0])}?" if jobs else ""
+        raise ConfigError(
+            f"run={given}: this is no run's directory (it has no config.yaml and overrides.yaml) "
+            f"and it is not empty, so no new run is put there{hint}"
+        )
+    command.overrides.append(f"run={quoted(str(run.path))}")
+
+
+def _take_experiment(command: Command, chosen_config: bool) -> None:
+    experiment = value_of(command.overrides, "experiment")
+    if experiment in ("null", ""):
+        command.overrides = without(command.overrides, "experiment")
+    elif experiment is None and not chosen_config:
+        folders = searchpath.user_dirs(command.config_dirs)
+        if not any((folder / "config.yaml").is_file() for folder in folders):
+            command.overrides.insert(0, f"+experiment={DEFAULT_EXPERIMENT}")
+
+
+def patched(base: Any, old: Any, new: Any) -> Any:
+    """`base` with what changed between `old` and `new`, in plain mappings, key by key.
+
+    A node whose `_target_` changed is replaced as a whole: its arguments are another constructor's.
+    """
+    if not (isinstance(base, dict) and isinstance(old, dict) and isinstance(new, dict)):
+        return base if old == new else new
+    if old.get("_target_") != new.get("_target_"):
+        return new
+    result = dict(base)
+    for key in old.keys() | new.keys():
+        if key not in new:
+            result.pop(key, None)
+        elif key in base and key in old:
+            result[key] = patched(base[key], old[key], new[key])
+        elif key not in old or old[key] != new[key]:
+            result[key] = new[key]
+    return result

@@ -1,0 +1,53 @@
+"""Where configuration files are found: a user's own folders, then those that ship here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def conf_dir() -> Path:
+    """The shipped configuration: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    shipped = package / "conf"
+    return shipped if shipped.is_dir() else package.parent / "conf"
+
+
+def user_dirs(config_dirs: Iterable[str | Path] = ()) -> list[Path]:
+    """`./conf` if there is one, then each of `config_dirs`: all searched before the shipped ones.
+
+    Raises:
+        FileNotFoundError: one of `config_dirs` is not a folder.
+    """
+    found = []
+    for folder in (Path("conf"), *map(Path, config_dirs)):
+        path = folder.expanduser().resolve()
+        if path.is_dir():
+            if path != conf_dir() and path not in found:
+                found.append(path)
+        elif folder != Path("conf"):
+            raise FileNotFoundError(f"--config-dir {folder}: there is no folder {path}")
+    return found
+
+
+def groups(folders: Iterable[Path]) -> dict[str, dict[str, str]]:
+    """group -> {choice: first comment of its file} over `folders`, the first file of a name."""
+    found: dict[str, dict[str, str]] = {}
+    for folder in folders:
+        for file in sorted(folder.rglob("*.yaml")):
+            group = file.parent.relative_to(folder).as_posix()
+            if group != ".":
+                found.setdefault(group, {}).setdefault(file.stem, _first_comment(file))
+    return dict(sorted(found.items()))
+
+
+def _first_comment(file: Path) -> str:
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("#"):
+                text = line.lstrip("# ").strip()
+                if text and not text.startswith("@package"):
+                    return text
+            elif line.strip():
+                break
+    return ""

@@ -1,0 +1,103 @@
+"""A rank's standard output and error: on the console where one looks, and in its log file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+
+class Console:
+    """While it is open, what Python prints goes to `log` too, and with `show=False` only there.
+
+    Log records of `ditty_di` from INFO on, and of everybody else from WARNING on, are printed.
+    """
+
+    def __init__(self, log: Path, show: bool = True) -> None:
+        self._log = log
+        self._show = show
+
+    def __enter__(self) -> Console:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._log.open("a", encoding="utf-8", buffering=1)
+        self._before = sys.stdout, sys.stderr
+        self._tees = [Tee(stream if self._show else None, self._file) for stream in self._before]
+        sys.stdout, sys.stderr = (cast("TextIO", tee) for tee in self._tees)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        root = logging.getLogger()
+        self._logging = root.handlers, root.level
+        root.handlers = [handler]  # Hydra's would print everything a second time
+        root.setLevel(logging.WARNING)
+        logging.getLogger("ditty_di").setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        root = logging.getLogger()
+        root.handlers, level = self._logging
+        root.setLevel(level)
+        sys.stdout, sys.stderr = self._before
+        for tee in self._tees:
+            tee.detach()
+        self._file.close()
+
+    def log_only(self, text: str) -> None:
+        self._file.write(text)
+
+
+class Tee:
+    """A text stream in two places. In the file a line that was redrawn (`\\r`) stands once."""
+
+    def __init__(self, console: TextIO | None, file: TextIO | None) -> None:
+        self._console = console
+        self._file = file
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        if self._console is not None:
+            self._console.write(text)
+        if self._file is not None:
+            *done, line = (self._line + text).split("\n")
+            # A bar that is redrawn for hours never ends its line: only its last state matters.
+            self._line = _last_drawn(line)
+            self._file.writelines(_last_drawn(line) + "\n" for line in done)
+        return len(text)
+
+    def detach(self) -> None:
+        """Lets go of the file; a library that kept this stream can go on writing."""
+        if self._file is not None and self._line:
+            self._file.write(self._line + "\n")
+        self._file = None
+
+    def flush(self) -> None:
+        if self._console is not None:
+            self._console.flush()
+
+    def isatty(self) -> bool:
+        return self._console is not None and self._console.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._console if self._console is not None else sys.__stdout__, name)
+
+
+def _last_drawn(line: str) -> str:
+    return line.rstrip("\r").rpartition("\r")[2]
+
+
+def place_streams(log: Path, show: bool) -> None:
+    """Gives a launched rank its file descriptors.
+
+    Descriptor 0 is the console's standard error (see `launchers/local.py`): it is put in its place.
+    A rank that is not shown has its C libraries' output in the log as well.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if show:
+        os.dup2(0, 2)
+    else:
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)

@@ -1,0 +1,55 @@
+"""Started by hand under torchrun: all ranks run the one job that rank 0 composes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+_KEY = "ditty_di/job"
+_TIMEOUT = timedelta(hours=1)  # rank 0 may be importing everything from a slow disk
+
+
+def is_parent() -> bool:
+    """Whether this process is one of torchrun's ranks (or of anything that speaks the same)."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def run(arguments: Sequence[str], start: Callable[..., int]) -> int:
+    """Rank 0 starts the command and tells the others, through the rendezvous store, where the run
+    directory is; they import no Hydra. When rank 0 cannot start, all leave with its exit code."""
+    from torch.distributed import rendezvous
+
+    from ditty_di import worker
+
+    # torchrun's own store when it keeps one; the process group will use it as well.
+    store = next(iter(rendezvous("env://", timeout=_TIMEOUT)))[0]
+    if int(os.environ["RANK"]):
+        said = store.get(_KEY).decode()
+        return int(said) if said.isdigit() else worker.main(said)
+
+    def launch(run_dir: str) -> int:
+        store.set(_KEY, run_dir)
+        return worker.main(run_dir)
+
+    code = 1
+    try:
+        code = _refuse_sweep(arguments) or start(arguments, launch)
+    finally:
+        # Unless they know better; not before rank 0 has said why, for who leaves ends the others.
+        store.compare_set(_KEY, "", str(code))
+    return code
+
+
+def _refuse_sweep(arguments: Sequence[str]) -> int:
+    if not {"--multirun", "-m", "hydra.mode=MULTIRUN"} & set(arguments):
+        return 0
+    print(
+        "a sweep starts the ranks of its jobs by itself; instead of torchrun, type: "
+        f"python -m ditty_di {shlex.join(arguments)} "
+        f"launcher.nproc={os.environ.get('LOCAL_WORLD_SIZE', 'N')}",
+        file=sys.stderr,
+    )
+    return 2

@@ -1,0 +1,151 @@
+"""The run directory: what a run knows about itself, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+#: Statuses of `result.json` after which nothing is wrong.
+GOOD_STATUSES = ("finished", "preempted")
+
+
+class RunDirectory:
+    """The files of one run; the class knows their names and nothing about training.
+
+    config.yaml       as composed, interpolations and all: what a later command starts from
+    resolved.yaml     what the ranks build
+    overrides.yaml    what the command line said, to compose it again
+    environment.json  versions, hardware, git commit
+    result.json       how it ended; absent while it runs
+    logs/             rank-N.log, launcher.log, error-rank-N.json of ranks that failed
+    stop              while this file exists, every rank stops at its next step
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self.config = self.path / "config.yaml"
+        self.resolved = self.path / "resolved.yaml"
+        self.overrides = self.path / "overrides.yaml"
+        self.environment = self.path / "environment.json"
+        self.result = self.path / "result.json"
+        self.logs = self.path / "logs"
+        self.stop = self.path / "stop"
+        self._lock: Any = None
+
+    def __str__(self) -> str:
+        """As short as it can be typed from the working folder."""
+        here = Path.cwd()
+        return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
+
+    def is_run(self) -> bool:
+        return self.config.is_file() and self.overrides.is_file()
+
+    def is_free(self) -> bool:
+        """Whether a new run may be put here: nothing is, or only what a failed start left."""
+        if not self.path.exists():
+            return True
+        return self.path.is_dir() and not {p.name for p in self.path.iterdir()} - {"result.json"}
+
+    def prepare(self) -> None:
+        """Makes the directory, and takes away what an earlier start said about its end.
+
+        Raises:
+            BlockingIOError: another process is working in this directory.
+        """
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._take()
+        for stale in (self.stop, self.result, *self.logs.glob("error-rank-*.json")):
+            stale.unlink(missing_ok=True)
+
+    def _take(self) -> None:
+        """Keeps a lock on the directory for as long as this process lives."""
+        try:
+            import fcntl
+        except ImportError:  # not POSIX: nothing is locked
+            return
+        self._lock = (self.path / ".lock").open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"another process is working in {self}; wait for it, or stop it with: "
+                f"touch {self.stop}"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+    def release(self) -> None:
+        """Lets another process work here."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_command(self, overrides: list[str], config_name: str, config_dirs: list[str]) -> None:
+        command = {
+            "config_name": config_name,
+            "config_dirs": config_dirs,
+            "overrides": overrides,
+        }
+        _replace(self.overrides, yaml.safe_dump(command, sort_keys=False, allow_unicode=True))
+
+    def read_command(self) -> dict[str, Any]:
+        """`overrides`, `config_name` and `config_dirs` of the run's last start."""
+        return yaml.safe_load(self.overrides.read_text(encoding="utf-8"))
+
+    def write_text(self, file: Path, text: str) -> None:
+        _replace(file, text)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        _replace(self.result, json.dumps(_plain(result), indent=2) + "\n")
+
+    def read_result(self) -> dict[str, Any] | None:
+        return _read_json(self.result)
+
+    # -- ranks that failed ------------------------------------------------------------------
+
+    def write_error(self, failure: dict[str, Any]) -> bool:
+        """Leaves word of a rank's failure; True when no other rank has failed before it."""
+        first = not self.errors()
+        text = json.dumps(_plain(failure | {"time": time.time()}))
+        _replace(self.logs / f"error-rank-{failure['rank']}.json", text)
+        return first
+
+    def errors(self) -> list[dict[str, Any]]:
+        """What failed ranks left, the earliest first: the others usually fail because of it."""
+        found = [_read_json(file) for file in self.logs.glob("error-rank-*.json")]
+        return sorted((e for e in found if e), key=lambda error: error.pop("time"))
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _replace(file: Path, text: str) -> None:
+    """Writes aside and renames: a reader sees the old file or the new one, never half of one."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity and no NaN, and knows no tensors, arrays or paths."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return number if math.isfinite(number) else None

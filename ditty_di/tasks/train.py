@@ -1,0 +1,24 @@
+"""The task that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ditty_di.trainer import Trainer
+
+
+def train(
+    trainer: Trainer, export: Callable[[list[nn.Module]], None] | None = None
+) -> dict[str, Any]:
+    """Trains to the end, or until asked to stop; then `export(model_parts)` if it got to the end.
+
+    Returns what the trainer does: `status` ("finished" or "preempted"), `step`, `objective`, ...
+    """
+    result = trainer.train()
+    if export is not None and result["status"] == "finished":
+        export(trainer.model_parts)
+    return result

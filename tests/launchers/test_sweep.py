@@ -1,0 +1,103 @@
+"""Sweeps: a job is a process, a failure is a row."""
+
+import csv
+import importlib.util
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.toy import Folder, wait_for
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def rows(folder: Folder) -> list[dict]:
+    return json.loads((folder.path / "swept/results.json").read_text())
+
+
+SWEEP = ("--multirun", "hydra.sweep.dir=swept")
+
+
+def test_a_failed_job_does_not_end_the_sweep_and_is_marked(folder: Folder) -> None:
+    out, err = folder(*SWEEP, "value=3,2,1", "task.bad=2", "experiment=other", code=1)
+    found = [(r["job"], r["changed"], r["status"], r["objective"]) for r in rows(folder)]
+    assert found == [
+        ("2", "value=1", "finished", 1.0),
+        ("0", "value=3", "finished", 3.0),
+        ("1", "value=2", "failed", None),
+    ]
+    table = [line for line in out.splitlines() if "value=" in line][-3:]
+    assert ["value=1" in table[0], "failed" in table[2]] == [True, True]
+    assert "2 is a bad value" in out.splitlines()[-1]
+    with (folder.path / "swept/results.csv").open() as file:
+        assert [row["job"] for row in csv.DictReader(file)] == ["2", "0", "1"]
+    assert "Traceback" not in err
+    assert "rank 0 says 3" in (folder.path / "swept/0/logs/rank-0.log").read_text()
+
+    out, _ = folder("run=swept/0")  # a job is a run like any other
+    assert "rank 0 says 3" in out
+    _, err = folder("run=swept", code=2)
+    assert "did you mean run=swept/0?" in err
+
+
+def test_jobs_that_do_not_even_start_are_rows_too(folder: Folder) -> None:
+    folder.task("die")
+    out, _ = folder(*SWEEP, "task=finish,die", "note='a, b'", code=1)
+    assert [(r["status"], r["changed"]) for r in rows(folder)] == [
+        ("finished", "task=finish"),
+        ("failed", "task=die"),
+    ]
+    assert "exit code 3" in out
+    folder(*SWEEP, "task=finish,die", "note='a, b'", code=1)  # the same folder goes on
+    assert len(rows(folder)) == 2
+
+
+def test_a_mistake_is_found_before_the_first_job(folder: Folder) -> None:
+    _, err = folder(*SWEEP, "task=finish,finnish", code=2)
+    assert "did you mean 'finish'?" in err
+    assert not (folder.path / "swept/0").exists()
+    _, err = folder("--multirun", "run=x", "value=1,2", code=2)
+    assert "hydra.sweep.dir=x" in err
+
+
+def test_ctrl_c_ends_the_job_in_good_order_and_then_the_sweep(folder: Folder) -> None:
+    task = folder.task("until_stopped", stop_file="${run}/stop", ready="${run}/ready")
+    process = folder.start(*SWEEP, task, "value=1,2,3")
+    wait_for(folder.path / "swept/0/ready-0", process=process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert [row["status"] for row in rows(folder)] == ["preempted"]
+    assert not (folder.path / "swept/1/config.yaml").exists()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None,
+    reason="needs the extra [optuna]",
+)
+def test_optuna_searches_an_interval_and_survives_failed_trials(folder: Folder) -> None:
+    (folder.path / "conf/task/finish.yaml").write_text(
+        "_target_: tests.toy_tasks.fail_above\nvalue: ${value}\nlimit: 0.5\n"
+    )
+    out, _ = folder(
+        *(
+            *SWEEP,
+            "hydra/sweeper=optuna",
+            "hydra.sweeper.n_trials=5",
+            "hydra.sweeper.sampler.seed=1",
+        ),
+        "value=interval(0.0,1.0)",
+        code=1,
+    )
+    found = rows(folder)
+    assert len(found) == 5
+    good = [row["objective"] for row in found if row["status"] == "finished"]
+    assert good == sorted(good) and 0 < len(good) < 5
+    assert "Best value" in out
+    best = (folder.path / "swept/optimization_results.yaml").read_text()
+    assert f"best_value: {good[0]}" in best

@@ -1,0 +1,80 @@
+"""A rank, in this process: what it writes, and what it says when it fails."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ditty_di import worker
+from ditty_di.console import Tee
+from ditty_di.rundir import RunDirectory
+from tests.toy import result
+
+
+def run_of(path: Path, target: str, **arguments: object) -> RunDirectory:
+    run = RunDirectory(path / "run")
+    run.prepare()
+    task = {"_target_": f"tests.toy_tasks.{target}", **arguments}
+    run.resolved.write_text(yaml.safe_dump({"debug": False, "task": task}))
+    return run
+
+
+def test_what_the_task_returns_is_the_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(tmp_path, "finish", value=3.0)
+    assert worker.main(run.path) == 0
+    assert result(run.path)["objective"] == 3.0
+    assert capsys.readouterr().out == "rank 0 says 3.0\n"
+    assert (run.logs / "rank-0.log").read_text() == "rank 0 says 3.0\n"
+
+
+def test_running_out_of_memory_has_its_own_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(tmp_path, "out_of_memory")
+    assert worker.main(run.path) == 1
+    assert result(run.path)["status"] == "out of memory"
+    assert "more than there is" in capsys.readouterr().err
+
+
+def test_an_old_failure_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "out_of_memory")
+    worker.main(run.path)
+    run.release()
+    again = RunDirectory(run.path)
+    again.prepare()
+    assert again.read_result() is None and again.errors() == []
+
+
+def test_only_the_first_rank_that_fails_speaks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tmp_path, "finish", value=1.0, bad=1.0)
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        assert worker.main(run.path) == 1
+    said = capsys.readouterr().err
+    assert said.count("1.0 is a bad value") == 1
+    assert result(run.path)["rank"] == 1
+    assert [error["rank"] for error in run.errors()] == [1, 0]
+
+
+def test_the_process_is_left_as_it_was(tmp_path: Path) -> None:
+    before = sys.stdout, sys.stderr, logging.getLogger().handlers[:]
+    worker.main(run_of(tmp_path, "finish").path)
+    assert (sys.stdout, sys.stderr, logging.getLogger().handlers[:]) == before
+
+
+def test_a_progress_bar_is_one_line_in_the_log(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as file:
+        tee = Tee(None, file)
+        for step in range(100):
+            tee.write(f"\rstep {step}")
+        tee.write("\nnext\r\n")
+        tee.write("\rlast")
+        tee.detach()
+        tee.write("after the end")  # by a library that kept the stream
+    assert (tmp_path / "log").read_text() == "step 99\nnext\nlast\n"

@@ -1,0 +1,85 @@
+"""Tasks that need no model: what the command line, the launchers and the worker are tested with."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def finish(value: float = 1.0, bad: Any = None) -> dict[str, Any]:
+    """Finishes, with its value as objective; fails when the value is `bad`."""
+    print(f"rank {rank()} says {value}")
+    if value == bad:
+        raise RuntimeError(f"{value} is a bad value")
+    return {"step": 3, "objective": value, "tokens_per_second": 10.0, "far": float("inf")}
+
+
+def look(run: str, prompt: str, value: float) -> dict[str, Any]:
+    """A task over a run that exists."""
+    print(f"run={Path(run).name} prompt={prompt} value={value}")
+    return {}
+
+
+def show(graph: Any, *, key: str) -> None:
+    """A task that is given the graph."""
+    print(f"{key} is {graph.build(key)}")
+
+
+def out_of_memory() -> None:
+    raise MemoryError("more than there is")
+
+
+def die(on_rank: int = 0) -> dict[str, Any]:
+    """One rank vanishes without a word; the others wait for it."""
+    if rank() == on_rank:
+        os._exit(3)
+    time.sleep(600)
+    return {}
+
+
+def collective(fails_on: int) -> dict[str, Any]:
+    """One rank raises while the others are in a collective."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if rank() == fails_on:
+        raise ValueError("this rank cannot go on")
+    dist.barrier()
+    return {}
+
+
+def until_stopped(stop_file: str, ready: str) -> dict[str, Any]:
+    """Steps until a signal came or the stop file is there, as a training loop does."""
+    seen: list[int] = []
+    if "WORLD_SIZE" not in os.environ:
+        signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    Path(f"{ready}-{rank()}").touch()
+    for step in range(600):
+        if seen or Path(stop_file).exists():
+            return {"status": "preempted", "step": step}
+        time.sleep(0.05)
+    return {"step": 600}
+
+
+def never_stops(ready: str) -> dict[str, Any]:
+    Path(f"{ready}-{rank()}").write_text(str(os.getpid()))
+    time.sleep(600)
+    return {}
+
+
+def hydra_on_rank() -> None:
+    import sys
+
+    print("hydra", "hydra" in sys.modules)
+
+
+def fail_above(value: float, limit: float) -> dict[str, Any]:
+    if value > limit:
+        raise RuntimeError(f"{value} is more than {limit}")
+    return {"objective": value}
