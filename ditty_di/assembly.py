@@ -41,8 +41,9 @@ class Parts:
     def sync_gradients(self, now: bool) -> None:
         """Whether the next backward pass reduces gradients over the data-parallel ranks."""
         for module in self.modules:
-            if hasattr(module, "set_requires_gradient_sync"):
-                module.set_requires_gradient_sync(now)
+            set_sync: Any = getattr(module, "set_requires_gradient_sync", None)
+            if set_sync is not None:
+                set_sync(now)
 
 
 def place_model(

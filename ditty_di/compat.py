@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed
 import torch.distributed.fsdp
 import torch.distributed.pipelining
-import torchtitan.tools.utils
+import torchtitan.tools.utils  # noqa: F401  (so that `_cpu_device` finds it)
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 #: SPMD backends of torchtitan that work on this torch: `partial_dtensor` everywhere. Below 2.14,
@@ -54,10 +55,17 @@ class CPUModule(ModuleType):
 
 
 def _cpu_device() -> None:
-    """No version ends it: torchtitan 0.3 falls back to "cuda" where there is no accelerator."""
-    if not torch.accelerator.is_available():
-        torchtitan.tools.utils.device_type = "cpu"
-        torchtitan.tools.utils.device_module = CPUModule("ditty_di.compat.cpu")
+    """No version ends it: torchtitan 0.3 falls back to "cuda" where there is no accelerator.
+
+    Its modules copy the two names when they are imported, some perhaps before this one.
+    """
+    if torch.accelerator.is_available():
+        return
+    cpu = CPUModule("ditty_di.compat.cpu")
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torchtitan.") and hasattr(module, "device_module"):
+            module.device_module = cpu  # type: ignore[attr-defined]
+            module.device_type = "cpu"  # type: ignore[attr-defined]
 
 
 def _set_timeout() -> None:
@@ -68,7 +76,7 @@ def _set_timeout() -> None:
         def set_timeout(timeout: Any, group: Any = None) -> None:
             _set_pg_timeout(timeout, group)
 
-        torch.distributed.set_timeout = set_timeout  # type: ignore[attr-defined]
+        vars(torch.distributed)["set_timeout"] = set_timeout
 
 
 def _data_parallel_mesh_dims() -> None:
@@ -80,9 +88,7 @@ def _data_parallel_mesh_dims() -> None:
             shard: Any = None
             replicate: Any = None
 
-        torch.distributed.fsdp.DataParallelMeshDims = (  # type: ignore[attr-defined,misc]
-            DataParallelMeshDims
-        )
+        vars(torch.distributed.fsdp)["DataParallelMeshDims"] = DataParallelMeshDims
 
 
 def _pipeline_stage() -> None:
@@ -94,9 +100,7 @@ def _pipeline_stage() -> None:
             def __init__(self, *args: Any, get_mesh: Any = None, **kwargs: Any) -> None:
                 super().__init__(*args, **kwargs)
 
-        torch.distributed.pipelining.PipelineStage = (  # type: ignore[misc]
-            PipelineStage
-        )
+        vars(torch.distributed.pipelining)["PipelineStage"] = PipelineStage
 
 
 def sum_gradients_on_gloo(model: torch.nn.Module) -> None:

@@ -64,22 +64,25 @@ class Runtime:
         threads: int | None = None,
     ) -> None:
         if spmd_backend not in compat.SPMD_BACKENDS:
+            works = " or ".join(map(repr, compat.SPMD_BACKENDS))
             raise ValueError(
-                f"runtime.spmd_backend={spmd_backend!r} does not work on torch {torch.__version__}; "
-                f"use {' or '.join(map(repr, compat.SPMD_BACKENDS))}, or torch 2.14 or newer"
+                f"runtime.spmd_backend={spmd_backend!r} does not work on torch "
+                f"{torch.__version__}; use {works}, or torch 2.14 or newer"
             )
         if threads is not None:
             torch.set_num_threads(threads)
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if dist.is_initialized():
+            self.world_size = dist.get_world_size()
+        replicate, shard = _data_degrees(dp_replicate, dp_shard, cp * tp * pp, self.world_size)
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = self._pick_device()
         self._owns_process_group = not dist.is_initialized()
         if self._owns_process_group:
             self._init_process_group(init_timeout)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank = dist.get_rank()
         self.train_timeout = train_timeout
-
-        replicate, shard = _data_degrees(dp_replicate, dp_shard, cp * tp * pp, self.world_size)
         self.parallel_dims = ParallelDims(
             dp_replicate=replicate,
             dp_shard=shard,

@@ -29,7 +29,6 @@ from ditty_di.checkpoint.states import ModelState, OptimizerState, RNGState, Sch
 from ditty_di.metrics.metrics import Metrics
 from ditty_di.optim.container import Optimizers, Schedulers
 from ditty_di.parallelize.pipeline import pipeline_step
-
 from ditty_di.runtime import Runtime
 from ditty_di.window import Windows
 
@@ -136,14 +135,15 @@ class Trainer(torchtitan.trainer.Trainer):
         self.windows = Windows(self.gradient_accumulation_steps, loss_fn=loss_fn, runtime=runtime)
         self.metrics_processor = metrics or Metrics()
         self.profiler = profiler
-        self.checkpointer = checkpointer and self._checkpointed(checkpointer)
-        self.validator = validator and validator(
-            model_parts=self.model_parts, forward=self.forward, loss_fn=loss_fn, runtime=runtime
-        )
+        self.checkpointer = self._checkpointed(checkpointer) if checkpointer else None
+        self.validator: protocols.Validator | None = None
+        if validator:
+            self.validator = validator(
+                model_parts=self.model_parts, forward=self.forward, loss_fn=loss_fn, runtime=runtime
+            )
         self.train_context = dist_utils.get_spmd_context(parallel_dims=self.parallel_dims)
         self.fwd_bwd_fn = self._forward_backward_body
-        self._gc_was_enabled = gc.isenabled()
-        self.gc_handler = GarbageCollection(gc_freq=gc_every)
+        self.gc_every = gc_every
 
     def _checkpointed(self, checkpointer: protocols.CheckpointerFactory) -> protocols.Checkpointer:
         assembly.require_state(self.dataloader)
@@ -222,9 +222,10 @@ class Trainer(torchtitan.trainer.Trainer):
         window = [to_device(batch, self.device) for batch in window]
         if self.parallel_dims.pp_enabled:
             # The window's micro-batches are the pipeline's: one schedule runs them all.
-            inputs, labels = map(list, zip(*window, strict=True))
             return self.forward_backward_step(
-                input_dict=inputs, labels=labels, global_valid_tokens=global_count
+                input_dict=[inputs for inputs, _ in window],
+                labels=[labels for _, labels in window],
+                global_valid_tokens=global_count,
             )
         total = torch.zeros((), device=self.device)
         for i, (inputs, labels) in enumerate(window, start=1):
@@ -272,6 +273,8 @@ class Trainer(torchtitan.trainer.Trainer):
             the last training loss), skipped_steps, and the metrics' summary.
         """
         self.runtime.catch_signals()
+        gc_was_enabled = gc.isenabled()
+        self.gc_handler = GarbageCollection(gc_freq=self.gc_every)  # takes it over
         try:
             if self.checkpointer and self.checkpointer.load() is not None:
                 log.info("resumed after step %d of %d", self.step, self.config.training.steps)
@@ -289,6 +292,8 @@ class Trainer(torchtitan.trainer.Trainer):
             if self.checkpointer:
                 self.checkpointer.save(self.step, force=True)
         finally:
+            if gc_was_enabled:
+                gc.enable()
             self.runtime.release_signals()
         finished = exhausted or not self.should_continue_training()
         return {
@@ -352,9 +357,3 @@ class Trainer(torchtitan.trainer.Trainer):
         self.step, self.skipped_steps = state_dict["step"], state_dict["skipped_steps"]
         self.ntokens_seen = state_dict["tokens_seen"] // self.runtime.dp_world_size
         self.objective = state_dict["objective"]
-
-    def close(self) -> None:
-        """Waits for checkpoints being written; raises what went wrong with them."""
-        if self._gc_was_enabled:
-            gc.enable()
-        super().close()

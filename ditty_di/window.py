@@ -40,7 +40,7 @@ class Windows:
         try:
             while len(window) < self.size:
                 window.append(next(data))
-        except DataloaderExhaustedError:
+        except (DataloaderExhaustedError, StopIteration):  # the second from a spent generator
             pass
         stop, short, *total = self.runtime.sum(
             [self.runtime.stop_requested(), len(window) < self.size, *self._weigh(window)]

@@ -16,13 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-#: Segments that wrappers add to a module's path and that no checkpoint has.
-WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
-
-
-def canonical(name: str) -> str:
-    """The fully qualified name without the segments of wrappers."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+from ditty_di.names import canonical_fqn
 
 
 def is_meta(model: nn.Module) -> bool:
@@ -93,9 +87,10 @@ def torchtitan(model: nn.Module) -> Callable[[nn.Module], None]:
     """torchtitan's convention: each module's own `param_init`, then its own buffers."""
 
     def init(module: nn.Module) -> None:
-        if hasattr(module, "_init_self_parameters"):
-            module._init_self_parameters()
-            module._init_self_buffers(buffer_device=None)
+        titan: Any = module
+        if hasattr(titan, "_init_self_parameters"):
+            titan._init_self_parameters()
+            titan._init_self_buffers(buffer_device=None)
 
     return init
 
@@ -131,7 +126,7 @@ def initialize(
             names = {id(m): name for name, m in unit.named_modules(prefix=path)}
             with _unsharded(modules, done):
                 for module in reversed(modules):
-                    torch.manual_seed(_seed(seed, canonical(names[id(module)])))
+                    torch.manual_seed(_seed(seed, canonical_fqn(names[id(module)])))
                     init_module(module)
 
 
@@ -144,16 +139,18 @@ def pretrained(model: nn.Module, /, *, device: torch.device, path: str) -> None:
         FileNotFoundError: no safetensors in `path`.
         ValueError: a parameter that the files lack, or has another shape there.
     """
-    initialize(model, device=device, init=hugging_face)
+    init_module = hugging_face(model)
     files = Safetensors(path)
     problems = []
+    saved = {canonical_fqn(name) for name in model.state_dict()}
     with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            problems += files.copy_into(canonical(name), tensor)
-        saved = set(model.state_dict())
-        for name, tensor in model.named_buffers():
+        for module in model.modules():
+            if module._buffers and not module._parameters:
+                init_module(module)
+        for raw, tensor in _tensors(model):
+            name = canonical_fqn(raw)
             if name in saved:
-                problems += files.copy_into(canonical(name), tensor)
+                problems += files.copy_into(name, tensor)
     if problems:
         shown = "\n  ".join(problems[:10])
         raise ValueError(f"weights: {path} does not fit the model:\n  {shown}")
@@ -200,7 +197,7 @@ def _snapshot(path: str) -> Path:
     return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
 
 
-# -- tensors and their shards ------------------------------------------------------------------------
+# -- tensors and their shards ------------------------------------------------------------------
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -252,17 +249,21 @@ class _unsharded:
     def __enter__(self) -> None:
         self.swapped: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         for module in self.modules:
-            for table in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
                 for name, tensor in table.items():
                     if tensor is None:
                         continue
                     if id(tensor) in self.done or isinstance(tensor, DTensor):
                         whole = torch.full(
-                            tensor.shape, torch.nan, dtype=tensor.dtype, device=_local(tensor).device
+                            tensor.shape,
+                            torch.nan,
+                            dtype=tensor.dtype,
+                            device=_local(tensor).device,
                         )
                         scratch = nn.Parameter(whole, requires_grad=False)
                         self.swapped.append((table, name, tensor, scratch))
-                        table[name] = scratch  # type: ignore[assignment]
+                        table[name] = scratch
                     else:
                         self.done.add(id(tensor))
 

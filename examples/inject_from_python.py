@@ -1,0 +1,36 @@
+"""A model, a loss and a loader of one's own, any optimizer: no YAML, no registry."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from ditty_di import Trainer
+from ditty_di.data import Loader
+from ditty_di.optim import cosine
+
+
+class Absolute:
+    """A loss of one's own says what it weighs, and divides its sum by what all of it weighs."""
+
+    def count(self, batch):
+        return torch.tensor(batch[1].numel())
+
+    def __call__(self, output, labels, global_count):
+        return (output - labels).abs().sum() / global_count, {}
+
+
+x = torch.randn(4096, 8)
+y = x.sin().sum(1, keepdim=True)
+rows = [({"input": a}, b) for a, b in zip(x, y, strict=True)]
+
+trainer = Trainer(
+    model=nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 1)),
+    loss_fn=Absolute(),
+    optimizer=partial(torch.optim.Adafactor, lr=3e-2),
+    lr_scheduler=partial(cosine, total_steps=300),
+    dataloader=partial(Loader, rows, batch_size=64),
+    steps=300,
+)
+print(trainer.train())
+trainer.close()

@@ -1,0 +1,217 @@
+"""What the ranks of a distributed test do: `python -m tests.distributed.cases CASE RESULT JSON`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ditty_di.checkpoint import Checkpointer
+from ditty_di.data.loader import Loader
+from ditty_di.data.tokens import TokenDataset
+from ditty_di.losses import CrossEntropyLoss
+from ditty_di.metrics.metrics import Metrics
+from ditty_di.models.causal_lm import from_config
+from ditty_di.models.weights import hugging_face, initialize
+from ditty_di.optim.schedules import cosine
+from ditty_di.parallelize.data_parallel import shard
+from ditty_di.runtime import Runtime
+from ditty_di.trainer import Trainer
+
+STEPS, RESUME_AT, VOCAB, ROWS = 20, 8, 64, 16
+
+
+class Recorder:
+    """A metrics writer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def start(self, **ignored: Any) -> None: ...
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.rows.append({"step": step, **values})
+
+    def text(self, step: int, name: str, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.rows if "loss" in row]
+
+
+def tokens() -> np.ndarray:
+    """A learnable stream with ragged masks (label 0 is rare)."""
+    rng = np.random.default_rng(0)
+    steps = rng.integers(0, 3, size=6000)
+    return (np.cumsum(steps) % VOCAB).astype(np.uint16)
+
+
+class Ragged(torch.utils.data.Dataset):
+    """Token rows of which a row-dependent share of the labels is masked."""
+
+    def __init__(self, seq_len: int = 32) -> None:
+        self.rows = TokenDataset(tokens(), seq_len)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Any:
+        inputs, labels = self.rows[i]
+        labels = labels.clone()
+        labels[: i % 29] = -100
+        return inputs, labels
+
+
+def tiny_llama(dropout: float = 0.0, tie: bool = True) -> nn.Module:
+    from transformers import LlamaConfig
+
+    return from_config(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=tie,
+            attention_dropout=dropout,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def optimizer(name: str) -> Any:
+    if name == "AdamW8bit":
+        from torchao.optim import AdamW8bit
+
+        return partial(AdamW8bit, lr=1e-2)
+    extra = {"momentum": 0.9} if name == "SGD" else {}
+    return partial(getattr(torch.optim, name), lr=1e-2, **extra)
+
+
+def make_trainer(
+    folder: Path | None,
+    *,
+    layout: str = "fsdp",
+    accumulation: int = 1,
+    optimizer_name: str = "AdamW",
+    dropout: float = 0.0,
+    steps: int = STEPS,
+    async_save: bool = False,
+    rows: int = ROWS,
+    **slots: Any,
+) -> tuple[Trainer, Recorder]:
+    degrees = {"fsdp": {}, "ddp": {"dp_replicate": -1, "dp_shard": 1}}[layout]
+    runtime = Runtime(seed=3, **degrees)
+    recorder = Recorder()
+    checkpointer = None
+    if folder is not None:
+        checkpointer = partial(
+            Checkpointer,
+            str(folder / "checkpoints"),
+            every=RESUME_AT,
+            keep=None,
+            async_save=async_save,
+        )
+    options = {
+        "model": tiny_llama(dropout),
+        "loss_fn": CrossEntropyLoss(output="logits"),
+        "optimizer": optimizer(optimizer_name),
+        "lr_scheduler": partial(cosine, total_steps=STEPS, warmup_steps=3),
+        "dataloader": partial(
+            Loader, Ragged(), batch_size=rows // accumulation // runtime.dp_world_size, seed=3
+        ),
+        "weights": partial(initialize, seed=3, init=hugging_face),
+        "parallelize_fn": shard,
+        "checkpointer": checkpointer,
+    }
+    trainer = Trainer(
+        runtime=runtime,
+        steps=steps,
+        global_batch_size=rows,
+        metrics=Metrics(writers=[recorder], every=1),
+        **{**options, **slots},
+    )
+    return trainer, recorder
+
+
+def train(folder: Path | None, **options: Any) -> list[float]:
+    trainer, recorder = make_trainer(folder, **options)
+    trainer.train()
+    trainer.close()
+    losses = trainer.runtime.broadcast(recorder.losses())
+    digest = sum(float(_whole(p).double().abs().sum()) for p in trainer.model_parts[0].parameters())
+    return [*losses, digest]
+
+
+def _whole(p: torch.Tensor) -> torch.Tensor:
+    p = p.detach()
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+VARIANTS = {
+    "adamw": {},
+    "adamw-accumulated": {"accumulation": 4},
+    "adamw-dropout-async": {"dropout": 0.2, "async_save": True},
+    "sgd": {"optimizer_name": "SGD"},
+    "sgd-accumulated": {"optimizer_name": "SGD", "accumulation": 4},
+    "adamw8bit": {"optimizer_name": "AdamW8bit"},
+    "adamw8bit-accumulated": {"optimizer_name": "AdamW8bit", "accumulation": 4},
+}
+
+
+def whole_runs(folder: Path, layouts: list[str]) -> dict[str, list[float]]:
+    """Every variant from the start to the end, checkpoints kept in `folder`."""
+    out = {}
+    for layout in layouts:
+        for name, options in VARIANTS.items():
+            key = f"{layout}-{name}"
+            out[key] = train(folder / key, layout=layout, **options)
+    return out
+
+
+def resumed_runs(folder: Path, source: str, layout: str) -> dict[str, list[float]]:
+    """Every variant from a copy of `source`'s checkpoint of step RESUME_AT to the end."""
+    out = {}
+    for name, options in VARIANTS.items():
+        start = Path(source) / f"{layout}-{name}" / "checkpoints" / f"step-{RESUME_AT:08d}"
+        here = folder / f"resumed-{os.environ['WORLD_SIZE']}-{Path(source).name}-{name}"
+        runtime = Runtime(seed=3)
+        if runtime.rank == 0:
+            shutil.copytree(start, here / "checkpoints" / start.name)
+        runtime.any(False)  # a barrier: the copy is there
+        out[name] = train(here, layout=layout, **options)
+    return out
+
+
+def agreement(**arguments: Any) -> Any:
+    from tests.distributed.agreement import agreement
+
+    return agreement(**arguments)
+
+
+CASES = {case.__name__: case for case in (whole_runs, resumed_runs, agreement)}
+
+
+def main() -> None:
+    case, result, payload = sys.argv[1:]
+    arguments = json.loads(payload)
+    arguments["folder"] = Path(arguments["folder"])
+    value = CASES[case](**arguments)
+    if os.environ["RANK"] == "0":
+        Path(result).write_text(json.dumps(value))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""The trainer on one rank: what it computes, what it refuses, when it stops."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import inspect
+import math
+import os
+import signal
+import textwrap
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchtitan.trainer
+from torch import nn
+
+from ditty_di.checkpoint import Checkpointer
+from ditty_di.data.loader import Loader
+from ditty_di.losses import CrossEntropyLoss
+from ditty_di.models.weights import hugging_face, initialize
+from ditty_di.optim.schedules import constant, cosine
+from ditty_di.runtime import Runtime
+from ditty_di.trainer import InheritedConfig, Trainer
+from tests.distributed.cases import Ragged, Recorder, make_trainer, tiny_llama
+
+
+class Classes(torch.utils.data.Dataset):
+    """Points and their quadrant; `bad` rows hold NaN, `masked` rows have no label."""
+
+    def __init__(self, rows=64, bad=(), masked=()):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(rows, 2, generator=generator)
+        self.y = (self.x[:, 0] > 0).long() * 2 + (self.x[:, 1] > 0).long()
+        self.x[list(bad)] = torch.nan
+        self.y[list(masked)] = -100
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return {"input": self.x[i]}, self.y[i]
+
+
+@pytest.fixture
+def runtime():
+    runtime = Runtime(seed=0)
+    yield runtime
+    runtime.close()
+
+
+def small(runtime, **slots):
+    torch.manual_seed(0)
+    options = {
+        "model": nn.Sequential(nn.Linear(2, 16), nn.GELU(), nn.Linear(16, 4)),
+        "loss_fn": CrossEntropyLoss(),
+        "optimizer": partial(torch.optim.AdamW, lr=1e-2),
+        "lr_scheduler": constant_rate,
+        "dataloader": partial(Loader, Classes(), batch_size=8, shuffle=False),
+        "steps": 5,
+    }
+    return Trainer(runtime=runtime, **{**options, **slots})
+
+
+constant_rate = partial(constant, total_steps=1000)
+
+
+def test_the_first_20_losses_are_those_of_a_hand_written_loop_bit_for_bit(runtime):
+    trainer, recorder = make_trainer(None)
+    trainer.train()
+
+    model = tiny_llama()
+    from ditty_di.models.weights import materialize
+
+    materialize(model, torch.device("cpu"))
+    initialize(model, device=torch.device("cpu"), seed=3, init=hugging_face)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler = cosine(optimizer, total_steps=20, warmup_steps=3)
+    losses = []
+    for _, (inputs, labels) in zip(range(20), Loader(Ragged(), 16, seed=3), strict=False):
+        logits = model(inputs["input"]).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        loss = loss / (labels != -100).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        losses.append(loss.item())
+    assert recorder.losses() == losses
+
+
+def test_the_inherited_methods_read_nothing_else_from_the_config():
+    """torchtitan's own code is parsed: a new field that it reads fails here, not in a run."""
+    inherited = {
+        name
+        for name, member in vars(torchtitan.trainer.Trainer).items()
+        if inspect.isfunction(member) and name not in vars(Trainer) and name != "init_distributed"
+    }
+    read = set()
+    for name in inherited:
+        source = textwrap.dedent(inspect.getsource(getattr(torchtitan.trainer.Trainer, name)))
+        for node in ast.walk(ast.parse(source)):
+            text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            if text.startswith("self.config.") and text.count(".") == 3:
+                read.add(text.removeprefix("self.config."))
+    assert "parallelism.spmd_backend" in read
+    config = InheritedConfig()
+    for path in read:
+        section, field = path.split(".")
+        assert hasattr(getattr(config, section), field), f"torchtitan now reads config.{path}"
+
+
+def test_exactly_the_asked_number_of_steps(runtime):
+    result = small(runtime, steps=7).train()
+    assert (result["status"], result["step"]) == ("finished", 7)
+
+
+def test_accumulation_counts_windows_not_micro_batches(runtime):
+    trainer = small(runtime, steps=3, global_batch_size=16)
+    assert trainer.gradient_accumulation_steps == 2
+    trainer.train()
+    assert trainer.dataloader.state_dict()["consumed"] == 3 * 16
+
+
+def test_data_that_ends_early_finishes_with_a_save(runtime, tmp_path):
+    loader = partial(Loader, Classes(20), batch_size=8, epochs=1)
+    checkpointer = partial(Checkpointer, str(tmp_path), every=100)
+    trainer = small(runtime, dataloader=loader, steps=50, checkpointer=checkpointer)
+    result = trainer.train()
+    trainer.close()
+    assert (result["status"], result["step"]) == ("finished", 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_a_partial_last_window_still_trains(runtime):
+    loader = partial(Loader, Classes(24), batch_size=8, epochs=1)
+    result = small(runtime, dataloader=loader, steps=50, global_batch_size=16).train()
+    assert result["step"] == 2
+
+
+def test_a_finished_run_started_again_trains_and_writes_nothing(runtime, tmp_path):
+    checkpointer = partial(Checkpointer, str(tmp_path), every=100)
+    first = small(runtime, checkpointer=checkpointer)
+    first.train()
+    first.close()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    again = small(runtime, checkpointer=checkpointer)
+    result = again.train()
+    again.close()
+    assert (result["status"], result["step"]) == ("finished", 5)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_a_plain_torch_loader_is_taken_epoch_after_epoch_until_it_ends(runtime):
+    loader = torch.utils.data.DataLoader(Classes(16), batch_size=8)
+    result = small(runtime, dataloader=loader, steps=50).train()
+    assert (result["status"], result["step"]) == ("finished", 2)
+
+
+# -- what is not finite ---------------------------------------------------------------------------
+
+
+def weights_of(trainer):
+    return [p.detach().clone() for p in trainer.model_parts[0].parameters()]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(runtime):
+    trainer = small(runtime, dataloader=partial(Loader, Classes(bad=[9]), 8, shuffle=False))
+    after_first = None
+
+    class Watch(Recorder):
+        def write(self, step, values):
+            nonlocal after_first
+            after_first = weights_of(trainer)
+
+    trainer.metrics_processor.writers.append(Watch())
+    trainer.metrics_processor.every = 1
+    with pytest.raises(FloatingPointError, match=r"step 2 is not finite.*rows \[8, 9, 10"):
+        trainer.train()
+    for before, after in zip(after_first, weights_of(trainer), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_an_infinite_loss_with_finite_gradients_is_found_too(runtime):
+    class Infinite(CrossEntropyLoss):
+        def forward(self, output, labels, global_count):
+            loss, metrics = super().forward(output, labels, global_count)
+            return loss + math.inf, metrics
+
+    with pytest.raises(FloatingPointError, match="step 1 is not finite"):
+        small(runtime, loss_fn=Infinite()).train()
+
+
+def test_the_budget_passes_over_bad_windows_and_no_more(runtime):
+    bad = partial(Loader, Classes(bad=[9, 20]), 8, shuffle=False)
+    result = small(runtime, dataloader=bad, max_skipped_steps=2, steps=8).train()
+    assert (result["step"], result["skipped_steps"]) == (8, 2)
+    assert math.isfinite(result["objective"])
+    with pytest.raises(FloatingPointError, match="step 3"):
+        small(runtime, dataloader=bad, max_skipped_steps=1).train()
+
+
+def test_a_window_without_a_label_is_refused_not_counted_as_loss_zero(runtime):
+    masked = partial(Loader, Classes(masked=range(8, 16)), 8, shuffle=False)
+    with pytest.raises(FloatingPointError, match="step 2 has no label to learn from"):
+        small(runtime, dataloader=masked).train()
+
+
+def test_a_masked_micro_batch_in_a_window_is_fine(runtime):
+    masked = partial(Loader, Classes(masked=range(8, 16)), 8, shuffle=False)
+    assert small(runtime, dataloader=masked, global_batch_size=16).train()["step"] == 5
+
+
+# -- float16 --------------------------------------------------------------------------------------
+
+
+def test_gradients_are_unscaled_before_they_are_clipped(runtime):
+    plain, scaled = (
+        small(runtime),
+        small(runtime, grad_scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10)),
+    )
+    plain.train(), scaled.train()
+    for a, b in zip(weights_of(plain), weights_of(scaled), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_overflow_lowers_the_scale_and_is_no_skipped_step(runtime):
+    class Steep(CrossEntropyLoss):
+        def forward(self, output, labels, global_count):
+            return super().forward(output, labels, global_count / 1000)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=3e38, growth_interval=10_000)
+    trainer = small(runtime, loss_fn=Steep(), grad_scaler=scaler, steps=25)
+    before = weights_of(trainer)
+    result = trainer.train()
+    assert result["skipped_steps"] == 0
+    assert 0 < scaler.get_scale() < 3e38
+    assert any(not torch.equal(a, b) for a, b in zip(before, weights_of(trainer), strict=True))
+
+
+def test_the_scale_is_restored(runtime, tmp_path):
+    def run(steps):
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        trainer = small(
+            runtime,
+            grad_scaler=scaler,
+            steps=steps,
+            checkpointer=partial(Checkpointer, str(tmp_path), every=100),
+        )
+        trainer.train()
+        trainer.close()
+        return scaler.get_scale()
+
+    assert run(4) == 32.0
+    assert run(6) == 64.0
+
+
+# -- stopping -------------------------------------------------------------------------------------
+
+
+def test_sigterm_saves_at_the_next_step_and_the_same_run_resumes(runtime, tmp_path):
+    class Kill(Recorder):
+        def write(self, step, values):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    from ditty_di.metrics.metrics import Metrics
+
+    def run(writers):
+        trainer = small(
+            runtime,
+            steps=10,
+            metrics=Metrics(writers, every=1),
+            checkpointer=partial(Checkpointer, str(tmp_path), every=100),
+        )
+        result = trainer.train()
+        trainer.close()
+        return result, weights_of(trainer)
+
+    before = signal.getsignal(signal.SIGTERM)
+    stopped, _ = run([Kill()])
+    assert (stopped["status"], stopped["step"]) == ("preempted", 4)
+    assert signal.getsignal(signal.SIGTERM) == before
+    runtime._signalled = False
+    resumed, weights = run([])
+    assert (resumed["status"], resumed["step"]) == ("finished", 10)
+    whole = small(runtime, steps=10)
+    whole.train()
+    for a, b in zip(weights, weights_of(whole), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_stop_file_stops(tmp_path):
+    runtime = Runtime(stop_file=str(tmp_path / "stop"))
+    (tmp_path / "stop").touch()
+    result = small(runtime, steps=10).train()
+    runtime.close()
+    assert (result["status"], result["step"]) == ("preempted", 1)
+
+
+# -- what it refuses ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "slots, message",
+    [
+        ({"steps": 0}, "trainer.steps=0"),
+        ({"global_batch_size": 12}, r"global_batch_size=12 is no multiple of 8"),
+        ({"global_batch_size": 0}, r"global_batch_size=0"),
+        ({"model": tiny_llama(), "weights": None}, "weights: the model is on the meta device"),
+        (
+            {"dataloader": Loader(Classes(), 8, dp_rank=1, dp_world_size=2)},
+            r"dataloader: it was made for .*'dp_rank': 1",
+        ),
+        (
+            {
+                "dataloader": torch.utils.data.DataLoader(Classes(), 8),
+                "checkpointer": partial(Checkpointer, "never"),
+            },
+            "dataloader: it has no state_dict",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_by_slot(runtime, slots, message):
+    with pytest.raises(ValueError, match=message):
+        small(runtime, **slots)
+
+
+def test_a_model_without_a_trainable_parameter_is_refused(runtime):
+    frozen = nn.Linear(2, 4).requires_grad_(False)
+    with pytest.raises(ValueError, match="at least one parameter must be trainable"):
+        small(runtime, model=frozen)
+
+
+def test_an_optimizer_of_other_parameters_is_refused(runtime):
+    stale = nn.Linear(2, 4)
+    with pytest.raises(ValueError, match="not trainable parameters of the model"):
+        small(runtime, optimizer=lambda named: torch.optim.SGD(stale.parameters(), lr=1.0))
+
+
+def test_weights_that_leave_a_tensor_unset_are_refused(runtime):
+    def forgetful(model, /, *, device):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" not in name:
+                    parameter.zero_()
+
+    with pytest.raises(ValueError, match=r"have no value.*norm.weight"):
+        small(runtime, model=tiny_llama(), weights=forgetful)
+
+
+def test_what_was_injected_is_used_and_not_replaced(runtime):
+    model, loss = nn.Linear(2, 4), CrossEntropyLoss()
+    built = []
+
+    def optimizer(named):
+        built.append(torch.optim.SGD(named, lr=0.1))
+        return built[-1]
+
+    trainer = small(runtime, model=model, loss_fn=loss, optimizer=optimizer)
+    assert trainer.model_parts[0] is model
+    assert trainer.loss_fn is loss
+    assert trainer.optimizer is built[0]
+
+
+def test_garbage_collection_is_given_back(runtime):
+    assert gc.isenabled()
+    small(runtime).train()
+    assert gc.isenabled()
