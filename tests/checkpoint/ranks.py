@@ -1,0 +1,86 @@
+"""Runs functions in real processes over gloo, forked from a server that has imported torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "tests.checkpoint.cases"])
+
+#: Exit code of a rank that ended itself on purpose.
+KILLED = 41
+
+
+def run(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """`function(*args)` on every rank of a new process group; what each returned.
+
+    Raises:
+        AssertionError: a rank failed; the message has its traceback.
+    """
+    results, codes = run_dying(function, ranks, *args, timeout=timeout)
+    failures = [r for r in results if isinstance(r, _Failure)]
+    assert not failures, "\n".join(f.traceback for f in failures)
+    assert codes == [0] * ranks, codes
+    return results
+
+
+def run_dying(
+    function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120
+) -> tuple[list[Any], list[int | None]]:
+    """As `run`, for ranks that may die: (what each returned or None, exit codes)."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes, pipes = [], []
+        for rank in range(ranks):
+            receiver, sender = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_rank, args=(sender, folder, rank, ranks, function, args)
+            )
+            process.start()
+            sender.close()
+            processes.append(process)
+            pipes.append(receiver)
+        results = []
+        for process, pipe in zip(processes, pipes, strict=True):
+            try:
+                results.append(pickle.loads(pipe.recv_bytes()) if pipe.poll(timeout) else None)
+            except EOFError:
+                results.append(None)
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+        return results, [process.exitcode for process in processes]
+
+
+class _Failure:
+    def __init__(self, error: BaseException) -> None:
+        self.traceback = "".join(traceback.format_exception(error))
+        self.message = str(error)
+
+
+def _rank(
+    pipe: Any, folder: str, rank: int, ranks: int, function: Callable[..., Any], args: Any
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), ranks)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+    )
+    try:
+        result = function(*args)
+    except BaseException as error:
+        result = _Failure(error)
+    pipe.send_bytes(pickle.dumps(result))
+    # Not through the interpreter's end: a peer may have died, and nobody is to wait for it.
+    os._exit(1 if isinstance(result, _Failure) else 0)
