@@ -11,12 +11,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from ditty_di.console import quiet_imports
 from ditty_di.launchers import torchrun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    quiet_imports()
     try:
         if {"--help", "-h"} & set(arguments):
             from ditty_di.cli import usage

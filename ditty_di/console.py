@@ -86,6 +86,12 @@ def _last_drawn(line: str) -> str:
     return line.rstrip("\r").rpartition("\r")[2]
 
 
+def quiet_imports() -> None:
+    """Keeps torchao 0.18 from logging, at every import, which GPU kernels it did not load."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def place_streams(log: Path, show: bool) -> None:
     """Gives a launched rank its file descriptors.
 

@@ -86,7 +86,11 @@ class ParallelizeFn(Protocol):
 
 
 class PipelineFn(Protocol):
-    """Splits the model into stages: `(schedule, model_parts, has_first_stage, has_last_stage)`."""
+    """Splits the model into stages: `(schedule, model_parts, has_first_stage, has_last_stage)`.
+
+    The schedule runs a window's micro-batches (as many as gradient accumulation steps) and must
+    not scale gradients by their number (`scale_grads=False`): `loss_fn` has divided already.
+    """
 
     def __call__(
         self,

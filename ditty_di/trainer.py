@@ -291,6 +291,9 @@ class Trainer(torchtitan.trainer.Trainer):
                 log.warning("the data ended after step %d", self.step)
             if self.checkpointer:
                 self.checkpointer.save(self.step, force=True)
+        except BaseException:
+            self.metrics_processor.close()  # what was measured until then is worth the most now
+            raise
         finally:
             if gc_was_enabled:
                 gc.enable()

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ditty_di.console import Console, place_streams
+from ditty_di.console import Console, place_streams, quiet_imports
 from ditty_di.graph import ConfigError, Graph
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 
@@ -35,6 +35,7 @@ def main(run_dir: str | Path) -> int:
     run = RunDirectory(run_dir)
     rank = int(os.environ.get("RANK", "0"))
     started = time.time()
+    quiet_imports()
     log = run.logs / f"rank-{rank}.log"
     with Console(log, show=rank == 0) as console, _sigterm_interrupts():
         try:

@@ -124,8 +124,9 @@ def grouped(
     named_parameters: NamedParameters,
     /,
     *,
-    optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+    optimizer: Callable[..., Optimizer],
     groups: Sequence[Mapping[str, Any]],
+    lr: float | None = None,
 ) -> Optimizer:
     """One optimizer whose parameter groups have options of their own.
 
@@ -137,6 +138,7 @@ def grouped(
         optimizer: a partial of any torch optimizer class; its arguments are the defaults, also
             for parameters that no rule takes.
         groups: each a condition (see the module) and what differs for its parameters.
+        lr: the optimizer's learning rate, where one looks for it; None leaves the partial's own.
 
     Raises:
         ValueError: a rule whose `match` takes nothing, a bad regular expression, or an option
@@ -147,7 +149,7 @@ def grouped(
     parts = [{"params": its, **rule.options} for its, rule in zip(taken, rules, strict=True) if its]
     if left:
         parts.insert(0, {"params": left})
-    built = optimizer(parts)
+    built = optimizer(parts, **_rate(lr))
     for rule in rules:
         # torch takes any key into a group and reads it never: weight_deacy would just do nothing.
         for key in rule.options.keys() - built.defaults.keys():
@@ -238,7 +240,11 @@ class Combined(Optimizer):
 
 
 def combined(
-    named_parameters: NamedParameters, /, *, rules: Sequence[Mapping[str, Any]]
+    named_parameters: NamedParameters,
+    /,
+    *,
+    rules: Sequence[Mapping[str, Any]],
+    lr: float | None = None,
 ) -> Optimizer:
     """Different optimizers for different parameters, as one.
 
@@ -250,6 +256,7 @@ def combined(
         rules: each a condition (see the module) and `optimizer`, a factory that is called with the
             list of (name, parameter) that the rule takes; it may be a partial of `grouped`. A rule
             that takes nothing on this rank builds no optimizer.
+        lr: one learning rate for all of them; None leaves each its own.
 
     Raises:
         ValueError: a parameter that no rule takes, a rule whose `match` takes nothing, a bad
@@ -269,5 +276,11 @@ def combined(
             f"without a condition, {{optimizer: ...}}, for everything else"
         )
     return Combined(
-        rule.options["optimizer"](its) for its, rule in zip(taken, parsed, strict=True) if its
+        rule.options["optimizer"](its, **_rate(lr))
+        for its, rule in zip(taken, parsed, strict=True)
+        if its
     )
+
+
+def _rate(lr: float | None) -> dict[str, float]:
+    return {} if lr is None else {"lr": lr}

@@ -43,23 +43,25 @@ def pipeline_step(
         arguments.append((first,))
         labels.append(label)
         keywords.append(extra)
-    losses: list[Tensor] | None = [] if trainer.pp_has_last_stage else None
-    trainer._window_loss.global_count = global_valid_tokens
+    parts = trainer.parts
+    assert parts.window_loss is not None
+    parts.window_loss.global_count = global_valid_tokens
+    losses: list[Tensor] | None = [] if parts.has_last_stage else None
     with trainer.train_context():
         if PIPELINE_TAKES_MICROBATCHES:
-            trainer.pp_schedule.step(
-                arg_mbs=arguments if trainer.pp_has_first_stage else None,
+            parts.schedule.step(
+                arg_mbs=arguments if parts.has_first_stage else None,
                 kwarg_mbs=keywords,
-                target_mbs=labels if trainer.pp_has_last_stage else None,
+                target_mbs=labels if parts.has_last_stage else None,
                 losses=losses,
                 return_outputs=False,
             )
         else:
             # The schedule cuts the whole window again, into the same micro-batches.
             whole = {key: torch.cat([k[key] for k in keywords]) for key in keywords[0]}
-            trainer.pp_schedule.step(
-                *([torch.cat([a[0] for a in arguments])] if trainer.pp_has_first_stage else []),
-                target=torch.cat(labels) if trainer.pp_has_last_stage else None,
+            parts.schedule.step(
+                *([torch.cat([a[0] for a in arguments])] if parts.has_first_stage else []),
+                target=torch.cat(labels) if parts.has_last_stage else None,
                 losses=losses,
                 return_outputs=False,
                 **whole,

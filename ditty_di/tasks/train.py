@@ -21,4 +21,7 @@ def train(
     result = trainer.train()
     if export is not None and result["status"] == "finished":
         export(trainer.model_parts)
+    # Only when all went well: after an error, another rank may never come to what close waits for.
+    trainer.close()
+    trainer.runtime.close()
     return result

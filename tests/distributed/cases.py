@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,20 +196,18 @@ def resumed_runs(folder: Path, source: str, layout: str) -> dict[str, list[float
     return out
 
 
-def agreement(**arguments: Any) -> Any:
+def cases() -> dict[str, Callable[..., Any]]:
     from tests.distributed.agreement import agreement
+    from tests.distributed.pipelined import pipelined
 
-    return agreement(**arguments)
-
-
-CASES = {case.__name__: case for case in (whole_runs, resumed_runs, agreement)}
+    return {case.__name__: case for case in (whole_runs, resumed_runs, agreement, pipelined)}
 
 
 def main() -> None:
     case, result, payload = sys.argv[1:]
     arguments = json.loads(payload)
     arguments["folder"] = Path(arguments["folder"])
-    value = CASES[case](**arguments)
+    value = cases()[case](**arguments)
     if os.environ["RANK"] == "0":
         Path(result).write_text(json.dumps(value))
 

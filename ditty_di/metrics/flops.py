@@ -1,0 +1,32 @@
+"""Floating-point operations that training spends on one token."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def per_token(model_parts: list[nn.Module]) -> float:
+    """FLOPs of one training step per token, without attention scores: 6 N, or 4 N where frozen.
+
+    A weight costs 2 operations a token in the forward pass, 2 for the gradient of its input and 2
+    for its own gradient; a frozen one saves the last two (Kaplan et al. 2020, arXiv:2001.08361,
+    section 2.1). Tables that are only looked up (`nn.Embedding`) cost none; one that is tied to the
+    output projection is used there and counts. Recomputation is not counted, so that the figure
+    can serve the *model* FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+    """
+    weights = {
+        id(parameter): parameter
+        for part in model_parts
+        for module in part.modules()
+        if not isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    return float(sum((6 if p.requires_grad else 4) * p.numel() for p in weights.values()))
+
+
+def attention_per_token(*, num_layers: int, hidden_size: int, seq_len: int) -> float:
+    """FLOPs of the attention scores per token, `12 L d T` (arXiv:2204.02311, appendix B).
+
+    Not halved for causal masks, as there.
+    """
+    return 12.0 * num_layers * hidden_size * seq_len

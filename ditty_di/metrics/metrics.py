@@ -1,0 +1,191 @@
+"""What a run measures about itself, handed to any number of writers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import nn
+
+from ditty_di.metrics import flops
+
+if TYPE_CHECKING:
+    from ditty_di.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+GIB = 1024**3
+
+
+class Writer(Protocol):
+    """Where values go. Only rank 0's is ever started, and so only it may touch a file."""
+
+    def start(self, *, step: int, total_steps: int) -> None:
+        """Called once before the first value; `step` is the restored step, 0 in a new run."""
+        ...
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def text(self, step: int, name: str, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Metrics:
+    """Adds speed, memory and remaining time to what the trainer reports; rank 0 writes it.
+
+    `writers`: a list, or a mapping whose names only tell them apart (in YAML, one can be added or
+    taken out by its name; None is left out). `every`: steps between two reports (the first and
+    the last step are always reported). `flops_per_token`: None takes `flops.per_token` of the
+    model; `attention_flops_per_token` is added to either (`flops.attention_per_token`).
+    `peak_flops`: of one device, in FLOP/s; None looks the GPU up, and on a CPU there is no
+    utilisation to speak of.
+
+    Added to each report of a training step: `tokens_per_second` (all ranks, padding included),
+    `seconds_per_step`, `data_loading_share` (of this rank's time, 0 to 1), `eta_seconds`,
+    `tflops` (a device) and `mfu` (0 to 1, CUDA), `memory_gib` and `memory_reserved_gib` (this
+    rank's peak since the start; on a CPU `memory_gib` is the resident peak of the process).
+    """
+
+    def __init__(
+        self,
+        writers: Sequence[Writer] | Mapping[str, Writer | None] = (),
+        every: int = 10,
+        flops_per_token: float | None = None,
+        attention_flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"metrics: every must be a number of steps, at least 1; got {every}")
+        listed = writers.values() if isinstance(writers, Mapping) else writers
+        self.writers = [writer for writer in listed if writer is not None]
+        self.every = every
+        self.flops_per_token = flops_per_token
+        self.attention_flops_per_token = attention_flops_per_token
+        self.peak_flops = peak_flops
+        # Both are filled by the batch generator that the trainer inherits.
+        self.ntokens_since_last_log = 0
+        self.data_loading_times: list[float] = []
+        self.total_steps = 0
+        self._device: torch.device | None = None
+        self._dp_world_size = self._world_size = 1
+        self._active: list[Writer] = []
+        self._speeds: list[float] = []
+        self._paused = self._paused_in_interval = 0.0
+        self._started = self._interval_started = time.perf_counter()
+        self._last_step = 0
+
+    def start(
+        self, *, model_parts: list[nn.Module], total_steps: int, runtime: Runtime, step: int = 0
+    ) -> None:
+        """Opens the writers on rank 0. `step` is the restored step: what was written after it by
+        an earlier attempt is dropped, so that no step is reported twice."""
+        self.total_steps = total_steps
+        self._last_step = step
+        self._device = runtime.device
+        self._dp_world_size, self._world_size = runtime.dp_world_size, runtime.world_size
+        if self.flops_per_token is None:
+            self.flops_per_token = flops.per_token(model_parts)
+        if runtime.device.type == "cuda":
+            from torchtitan.tools.utils import get_peak_flops
+
+            torch.cuda.reset_peak_memory_stats(runtime.device)
+            if self.peak_flops is None:
+                self.peak_flops = get_peak_flops(torch.cuda.get_device_name(runtime.device))
+        if runtime.rank == 0:
+            for writer in self.writers:
+                writer.start(step=step, total_steps=total_steps)
+                self._active.append(writer)
+        self._started = self._interval_started = time.perf_counter()
+
+    def should_log(self, step: int) -> bool:
+        return step == 1 or step % self.every == 0 or step == self.total_steps
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent inside (validation, a blocking save) is not counted as training time."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            self._paused += seconds
+            self._paused_in_interval += seconds
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Writes `values`; with speed and memory where tokens were trained on and it is due."""
+        values = {name: float(value) for name, value in values.items()}
+        if self.ntokens_since_last_log and self.should_log(step):
+            values |= self._interval(step)
+        for writer in self._active:
+            writer.write(step, values)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        for writer in self._active:
+            writer.text(step, name, text)
+
+    def summary(self) -> dict[str, float]:
+        """`tokens_per_second` (median over the reports, the first, a warm-up, left out),
+        `peak_memory_gib` (this rank's) and `train_seconds` (pauses left out)."""
+        speeds = self._speeds[1:] or self._speeds
+        return {
+            "tokens_per_second": statistics.median(speeds) if speeds else 0.0,
+            "peak_memory_gib": self._memory()["memory_gib"],
+            "train_seconds": time.perf_counter() - self._started - self._paused,
+        }
+
+    def close(self) -> None:
+        """Closes every writer. One that fails is named in a warning: the training is over."""
+        writers, self._active = self._active, []
+        for writer in writers:
+            try:
+                writer.close()
+            except Exception:
+                logger.warning("could not close the metrics writer %s", writer, exc_info=True)
+
+    def _interval(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds = max(now - self._interval_started - self._paused_in_interval, 1e-9)
+        steps = max(step - self._last_step, 1)
+        speed = self.ntokens_since_last_log * self._dp_world_size / seconds
+        self._speeds.append(speed)
+        # The median of a few reports: the first one holds compilation and warm-up.
+        usual = seconds / steps * speed / statistics.median(self._speeds[-5:])
+        values = {
+            "tokens_per_second": speed,
+            "seconds_per_step": seconds / steps,
+            "data_loading_share": min(math.fsum(self.data_loading_times) / seconds, 1.0),
+            "eta_seconds": max(self.total_steps - step, 0) * usual,
+            **self._flops(speed),
+            **self._memory(),
+        }
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self._interval_started, self._paused_in_interval, self._last_step = now, 0.0, step
+        return values
+
+    def _flops(self, tokens_per_second: float) -> dict[str, float]:
+        per_token = (self.flops_per_token or 0.0) + self.attention_flops_per_token
+        per_device = per_token * tokens_per_second / self._world_size
+        values = {"tflops": per_device / 1e12}
+        if self.peak_flops:
+            values["mfu"] = per_device / self.peak_flops
+        return values
+
+    def _memory(self) -> dict[str, float]:
+        if self._device is not None and self._device.type == "cuda":
+            return {
+                "memory_gib": torch.cuda.max_memory_allocated(self._device) / GIB,
+                "memory_reserved_gib": torch.cuda.max_memory_reserved(self._device) / GIB,
+            }
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Linux counts in KiB, macOS in bytes.
+        return {"memory_gib": peak / (GIB if sys.platform == "darwin" else 1024**2)}

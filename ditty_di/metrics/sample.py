@@ -1,0 +1,145 @@
+"""Plain autoregressive sampling: with nothing but `forward`, and so under any parallel layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    Forward = Callable[[dict[str, Tensor]], Any]
+
+
+def logits_of(output: Any) -> Tensor:
+    """The output's `logits`, as Hugging Face models return them, or the output itself."""
+    return getattr(output, "logits", output)
+
+
+class SampleText:
+    """Continues `prompts`; fits the validator's `sample` slot.
+
+    Every rank runs the same `max_new_tokens` forward passes with the same seed, so that sharded
+    models stay in step; text ends at the first EOS. The model sees at most the last
+    `tokenizer.model_max_length` tokens. `logits_of` takes logits `[batch, seq, vocab]` out of what
+    the model returns.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 40,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        seed: int = 0,
+        logits_of: Callable[[Any], Tensor] = logits_of,
+    ) -> None:
+        self.tokenizer, self.prompts = tokenizer, list(prompts)
+        self.max_new_tokens, self.temperature, self.top_k = max_new_tokens, temperature, top_k
+        self.seed, self.logits_of = seed, logits_of
+
+    def __call__(
+        self, *, forward: Callable[[dict[str, Tensor]], Any], device: torch.device
+    ) -> dict[str, str]:
+        """`{"sample/0": prompt and continuation, ...}`, the same on every rank."""
+        rows = continuations(
+            forward,
+            [prompt_ids(self.tokenizer, prompt) for prompt in self.prompts],
+            device=device,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed,
+            max_length=self.tokenizer.model_max_length,
+            eos_token_id=self.tokenizer.eos_token_id,
+            logits_of=self.logits_of,
+        )
+        return {
+            f"sample/{i}": f"{prompt}{self.tokenizer.decode(row, skip_special_tokens=True)}"
+            for i, (prompt, row) in enumerate(zip(self.prompts, rows, strict=True))
+        }
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt that is to be continued: no EOS behind it, and never none at all.
+
+    An empty prompt becomes the BOS token, or EOS, which separates documents in training.
+
+    Raises:
+        ValueError: an empty prompt, and a tokenizer that has neither token.
+    """
+    ids = list(tokenizer(prompt)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    ids = ids or [token for token in starts if token is not None][:1]
+    if not ids:
+        raise ValueError("an empty prompt needs a tokenizer with a BOS or EOS token; write a word")
+    return ids
+
+
+@torch.no_grad()
+def continuations(
+    forward: Callable[[dict[str, Tensor]], Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    device: torch.device,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    max_length: int | None = None,
+    eos_token_id: int | None = None,
+    logits_of: Callable[[Any], Tensor] = logits_of,
+) -> list[list[int]]:
+    """New tokens for each prompt, up to its first EOS (left out). `temperature` 0 is greedy.
+
+    For causal models: rows are padded on the right, where no earlier position looks. All forward
+    passes have one shape `[prompts, width]`, so that a compiled model is compiled once.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    longest = max(len(row) for row in rows) + max_new_tokens
+    width = min(longest, max_length or longest)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(max_new_tokens):
+        windows = [row[-width:] for row in rows]
+        ids = torch.tensor([w + [0] * (width - len(w)) for w in windows], device=device)
+        last = torch.tensor([len(w) - 1 for w in windows], device=device)
+        logits = logits_of(forward({"input": ids}))[torch.arange(len(rows), device=device), last]
+        chosen = choose(logits.float().cpu(), temperature, top_k, top_p, generator)
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            row.append(token)
+    new = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+    return [row[: row.index(eos_token_id)] if eos_token_id in row else row for row in new]
+
+
+def choose(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """One token a row from logits `[rows, vocab]`: `[rows]`.
+
+    `top_k` keeps the k most likely; `top_p` the fewest whose probabilities reach p (Holtzman et
+    al. 2020, arXiv:1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None:
+        ordered, index = probabilities.sort(-1, descending=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

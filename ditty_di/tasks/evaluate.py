@@ -1,0 +1,64 @@
+"""The validation loss of a trained model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+# torch is imported when a task runs: the command line must answer without it.
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ditty_di.protocols import Loss, ParallelizeFn, ValidatorFactory, WeightsFn
+    from ditty_di.runtime import Runtime
+
+
+def evaluate(
+    *,
+    model: nn.Module,
+    loss_fn: Loss,
+    validator: ValidatorFactory | None,
+    weights: WeightsFn | None = None,
+    parallelize_fn: ParallelizeFn | None = None,
+    runtime: Runtime | None = None,
+) -> dict[str, Any]:
+    """Validates once, on the same batches and with the same loss as training did.
+
+    Returns what the validator does, and `objective`, its loss; empty-handed (`status`
+    "preempted") when a stop was requested meanwhile.
+
+    Raises:
+        ValueError: no validator, as in a run that trained without one.
+    """
+    if validator is None:
+        raise ValueError("evaluate: this run has no validator; add validator=default, or loss_only")
+    from ditty_di.assembly import place_model, to_device
+    from ditty_di.runtime import Runtime
+
+    runtime = runtime or Runtime()
+    parts = place_model(
+        model,
+        runtime=runtime,
+        loss_fn=loss_fn,
+        weights=weights,
+        parallelize_fn=parallelize_fn,
+        pipeline_fn=None,
+    ).modules
+
+    def forward(inputs: dict[str, Tensor]) -> Any:
+        inputs = to_device(inputs, runtime.device)
+        return parts[0](inputs["input"], **{k: v for k, v in inputs.items() if k != "input"})
+
+    made = validator(model_parts=parts, forward=forward, loss_fn=loss_fn, runtime=runtime)
+    runtime.catch_signals()
+    try:
+        values = made.validate(0)
+    finally:
+        runtime.release_signals()
+    if not values:
+        return {"status": "preempted"}
+    if runtime.rank == 0:
+        for name, value in values.items():
+            print(f"{name:24} {value:.6f}")
+        for name, text in made.samples.items():
+            print(f"{name}: {text}")
+    return values | {"objective": values["loss"]}
