@@ -1,0 +1,224 @@
+"""The validation loss is exact, and validating leaves no trace in the training."""
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ditty_di
+from ditty_di.losses import CrossEntropyLoss
+from ditty_di.metrics import Validator
+from ditty_di.runtime import Runtime
+
+VOCAB = 11
+
+
+@pytest.fixture
+def runtime():
+    runtime = Runtime()
+    yield runtime
+    runtime.close()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(VOCAB, 8), nn.Dropout(0.5), nn.Linear(8, VOCAB))
+
+
+def batches(valid=(9, 1, 4)):
+    """Batches [3, 3] with so many labels that count."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for number in valid:
+        ids = torch.randint(VOCAB, (3, 3), generator=generator)
+        labels = torch.randint(VOCAB, (3, 3), generator=generator)
+        labels.view(-1)[number:] = -100
+        made.append(({"input": ids}, labels))
+    return made
+
+
+def validator(runtime, model, data, **options):
+    return Validator(
+        data,
+        **{"every": 10} | options,
+        model_parts=[model],
+        forward=lambda inputs: model(inputs["input"]),
+        loss_fn=CrossEntropyLoss(),
+        runtime=runtime,
+    )
+
+
+def _ids(batch):
+    return batch[0]["input"]
+
+
+def _labels(batch):
+    return batch[1]
+
+
+def exact(model, data):
+    model.eval()
+    with torch.no_grad():
+        total = sum(
+            F.cross_entropy(model(i["input"]).flatten(0, 1), y.flatten(), reduction="sum").double()
+            for i, y in data
+        )
+    model.train()
+    return float(total) / sum(int((y != -100).sum()) for _, y in data)
+
+
+def test_loss_is_the_global_mean_not_the_mean_of_batch_means(runtime, model):
+    data = batches()
+    made = validator(runtime, model, data, perplexity=True, baselines={"unigram_entropy": 2.5})
+    values = made.validate(10)
+    assert values.pop("loss") == pytest.approx(exact(model, data), abs=1e-6)
+    assert values.pop("perplexity") == pytest.approx(math.exp(exact(model, data)), rel=1e-6)
+    assert values == {"unigram_entropy": 2.5}
+    assert validator(runtime, model, data, max_batches=2).validate(10)["loss"] == pytest.approx(
+        exact(model, data[:2]), abs=1e-6
+    )
+
+
+def test_is_due_every_nth_step(runtime, model):
+    made = validator(runtime, model, batches(), every=10)
+    assert [step for step in range(1, 31) if made.should_validate(step)] == [10, 20, 30]
+    with pytest.raises(ValueError, match="validator: max_batches must be at least 1; got 0"):
+        validator(runtime, model, batches(), max_batches=0)
+
+
+def test_parts_of_a_composite_are_divided_by_their_own_counts(runtime, model):
+    class Composite:
+        def count(self, batch):
+            return torch.stack([(batch[1] != -100).sum(), torch.tensor(batch[1].numel())])
+
+        def __call__(self, output, labels, global_count):
+            first = F.cross_entropy(output.flatten(0, 1), labels.flatten(), reduction="sum")
+            second = output.square().mean(-1).sum()
+            parts = {"ce": first / global_count[0], "z": second / global_count[1]}
+            return parts["ce"] + 0.1 * parts["z"], parts
+
+    data = batches()
+    made = validator(runtime, model, data)
+    made.loss_fn = Composite()
+    values = made.validate(10)
+    assert values["ce"] == pytest.approx(exact(model, data), abs=1e-6)
+    assert values["loss"] == pytest.approx(values["ce"] + 0.1 * values["z"], abs=1e-6)
+
+
+def test_leaves_training_flags_gradients_and_random_numbers_alone(runtime, model):
+    rows = TensorDataset(*(torch.stack([pick(b) for b in batches()]) for pick in (_ids, _labels)))
+    # A torch loader draws a seed from the global generator whenever it is iterated.
+    loader = DataLoader(rows, collate_fn=lambda b: ({"input": b[0][0]}, b[0][1]))
+
+    def sample(*, forward, device):
+        return {"sample/0": str([random.random(), np.random.rand(), torch.rand(1).item()])}
+
+    model[2].eval()
+    made = validator(runtime, model, loader, sample=sample)
+
+    def draws():
+        random.seed(3), np.random.seed(3), torch.manual_seed(3)
+        return lambda: (random.random(), np.random.rand(), torch.rand(2).tolist())
+
+    plain = draws()()
+    after = draws()
+    made.validate(10)
+    assert after() == plain
+    assert [m.training for m in model] == [True, True, False] and model.training
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert list(made.samples) == ["sample/0"]
+
+
+def test_a_factory_is_completed_with_this_ranks_place(runtime, model):
+    seen = []
+
+    def factory(*, dp_rank, dp_world_size):
+        seen.append((dp_rank, dp_world_size))
+        return batches()
+
+    made = validator(runtime, model, factory)
+    plain = validator(runtime, model, batches())
+    assert made.validate(10) == made.validate(20) == plain.validate(10)
+    assert set(seen) == {(0, 1)}
+
+
+class Positioned:
+    """A loader that remembers where it is, as a resumable one does."""
+
+    def __init__(self, data):
+        self.data, self.position = data, 0
+
+    def __iter__(self):
+        while self.position < len(self.data):
+            self.position += 1
+            yield self.data[self.position - 1]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def test_a_loader_with_a_position_starts_over_each_time(runtime, model):
+    made = validator(runtime, model, Positioned(batches()))
+    assert made.validate(10)["loss"] == made.validate(20)["loss"]
+    assert made.validate(30)["loss"] == pytest.approx(exact(model, batches()), abs=1e-6)
+
+
+def test_what_cannot_be_averaged_is_refused(runtime, model):
+    with pytest.raises(ValueError, match="yields no batch"):
+        validator(runtime, model, []).validate(10)
+    with pytest.raises(ValueError, match="not one label of the validation data counts"):
+        validator(runtime, model, batches([0, 0])).validate(10)
+    shrinking = batches([9, 4])
+    made = validator(runtime, model, shrinking)
+    made.validate(10)
+    shrinking[0] = batches([3])[0]
+    with pytest.raises(ValueError, match=r"other data than the first time \(13.0 labels, then"):
+        made.validate(20)
+
+
+def test_a_signal_ends_validation_early(runtime, model):
+    seen = []
+    runtime.catch_signals()
+
+    def forward(inputs):
+        seen.append(1)
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return model(inputs["input"])
+
+    made = validator(runtime, model, batches([9] * 6))
+    made.forward = forward
+    assert made.validate(10) == {}
+    assert len(seen) == 2 and model.training
+    # And while the first pass counts.
+    assert validator(runtime, model, batches()).validate(10) == {}
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_many_ranks_with_uneven_batches_agree_with_one(layout, tmp_path):
+    script = Path(__file__).parent / "ranks_validation.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    root = str(Path(ditty_di.__file__).parents[1])
+    done = subprocess.run(
+        [*command, script, layout],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("exact") == 2
