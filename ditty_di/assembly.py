@@ -166,8 +166,9 @@ def require_state(dataloader: DataLoader) -> None:
         )
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """The tensors of a batch on the device; anything else as it is."""
-    return torch.utils._pytree.tree_map_only(
-        torch.Tensor, lambda t: t.to(device, non_blocking=True), value
-    )
+def to_device(device: torch.device, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with their tensors on the device, and anything else as it is."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }

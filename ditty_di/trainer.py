@@ -123,6 +123,9 @@ class Trainer(torchtitan.trainer.Trainer):
             pipeline_fn=pipeline_fn,
         )
         self.model_parts = self.parts.modules
+        self.parameters = [p for part in self.model_parts for p in part.parameters()]
+        self.loss_mesh = self.parallel_dims.get_optional_mesh("loss")
+        self.pp_mesh = self.parallel_dims.get_optional_mesh("pp")
         self.optimizers = Optimizers(optimizer, self.model_parts)
         self.optimizer = self.optimizers.optimizer
         self.lr_schedulers = Schedulers(lr_scheduler, self.optimizer)
@@ -162,7 +165,7 @@ class Trainer(torchtitan.trainer.Trainer):
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """The model's output for one micro-batch of inputs, moved to the device."""
-        inputs = to_device(inputs, self.device)
+        inputs = to_device(self.device, inputs)
         with self.train_context():
             return self.model_parts[0](
                 inputs["input"], **{k: v for k, v in inputs.items() if k != "input"}
@@ -194,10 +197,10 @@ class Trainer(torchtitan.trainer.Trainer):
 
         self.grad_scaler.unscale_(self.optimizer)
         grad_norm = dist_utils.clip_grad_norm_(
-            [p for part in self.model_parts for p in part.parameters()],
+            self.parameters,
             self.max_norm,
             foreach=True,
-            pp_mesh=self.parallel_dims.get_optional_mesh("pp"),
+            pp_mesh=self.pp_mesh,
             ep_enabled=self.parallel_dims.ep_enabled,
         )
         values = {"loss": self._reduced(loss), "grad_norm": float(grad_norm)}
@@ -219,7 +222,7 @@ class Trainer(torchtitan.trainer.Trainer):
 
     def _run_window(self, window: list[protocols.Batch], global_count: Tensor) -> Tensor:
         """Forward and backward of every micro-batch; this rank's share of the loss."""
-        window = [to_device(batch, self.device) for batch in window]
+        window = [(to_device(self.device, x), y.to(self.device)) for x, y in window]
         if self.parallel_dims.pp_enabled:
             # The window's micro-batches are the pipeline's: one schedule runs them all.
             return self.forward_backward_step(
@@ -239,7 +242,7 @@ class Trainer(torchtitan.trainer.Trainer):
     def _reduced(self, value: Tensor | float) -> float:
         """The sum over ranks of a value that each rank has its share of."""
         total = torch.as_tensor(value, dtype=torch.float32, device=self.device)
-        for mesh in map(self.parallel_dims.get_optional_mesh, ("loss", "pp")):
+        for mesh in (self.loss_mesh, self.pp_mesh):
             if mesh is not None:
                 total = dist_utils.dist_sum_tensor(total, mesh)
         return float(total)

@@ -114,10 +114,14 @@ def say(run: RunDirectory, failure: dict[str, Any]) -> None:
 
 
 def leave(code: int) -> None:
-    """Ends a rank. One of several that failed does not wait for threads or process groups."""
+    """Ends a rank. One of several does not wait for threads or process groups.
+
+    When it failed they would wait for others; and on torch 2.15 gloo's threads may outlive the
+    interpreter, which ends a rank that succeeded with a signal (pytorch#179291).
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)
     sys.exit(code)
 
