@@ -10,36 +10,22 @@ from __future__ import annotations
 
 import enum
 import functools
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ditty_di._diagnosis import (
-    ABSENT,
-    BuildError,
-    Checked,
-    Checker,
-    ConfigError,
-    Difference,
-    Node,
-    Place,
-    Problem,
-    Provenance,
-    Setting,
-    difference,
-    dotted,
-    flatten,
-    is_node,
-    keys,
-    provenance,
-)
-from ditty_di._targets import SPECIAL, TargetError, did_you_mean, is_refused_object, locate
+from ditty_di._graph.checking import Checked, Checker, Node
+from ditty_di._graph.differences import ABSENT, Difference, difference, flatten
+from ditty_di._graph.errors import BuildError, ConfigError, Place, Problem, dotted, is_node, keys
+from ditty_di._graph.provenance import Provenance, Setting, provenance
+from ditty_di._graph.targets import SPECIAL, TargetError, did_you_mean, is_refused_object, locate
 
 __all__ = [
     "ABSENT",
@@ -90,7 +76,10 @@ class Graph:
             cfg = OmegaConf.load(os.fspath(path))
             if not OmegaConf.is_dict(cfg):
                 raise ValueError("a configuration is a mapping of keys to values")
-            return cls(cfg, Provenance.of_file(path))
+            where = Provenance.of_file(path)
+            if (sources := _sources(path)).exists():
+                where.add_saved(json.loads(sources.read_text(encoding="utf-8")))
+            return cls(cfg, where)
         except Exception as error:
             what = " ".join(str(error).split())
             raise ConfigError(f"cannot read {os.fspath(path)}: {what}") from error
@@ -238,8 +227,14 @@ class Graph:
         return {key: self._settled((key,)) for key in self._raw}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `resolve()` as YAML that `load` reads back to the same graph."""
-        OmegaConf.save(OmegaConf.create(self.resolve()), os.fspath(path))
+        """Writes `resolve()` as YAML that `load` reads back to the same graph.
+
+        Beside it, `sources.json` says where each key was set, so that an error still says so.
+        """
+        resolved = self.resolve()
+        OmegaConf.save(OmegaConf.create(resolved), os.fspath(path))
+        told = {key: self.where(key) for key in flatten(resolved)}
+        _sources(path).write_text(json.dumps(told, indent=0), encoding="utf-8")
 
     def _settled(self, place: Place) -> Any:
         written = self._written(place)
@@ -400,6 +395,10 @@ class Graph:
         self._made[place] = value
         self._written(place[:-1])[place[-1]] = OmegaConf.to_container(value, resolve=False)
         return place, self._written(place)
+
+
+def _sources(path: str | os.PathLike[str]) -> Path:
+    return Path(path).with_name("sources.json")
 
 
 def _inner(text: str) -> Iterator[re.Match[str]]:

@@ -20,6 +20,7 @@ class RunDirectory:
 
     config.yaml       as composed, interpolations and all: what a later command starts from
     resolved.yaml     what the ranks build
+    sources.json      which file and line, or override, set each key of it
     overrides.yaml    what the command line said, to compose it again
     environment.json  versions, hardware, git commit
     result.json       how it ended; absent while it runs

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ditty_di._targets import is_refused
+from ditty_di._graph.targets import is_refused
 from ditty_di.graph import (
     ABSENT,
     BuildError,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ditty_di._targets import did_you_mean
+from ditty_di._graph.targets import did_you_mean
 from ditty_di.cli import searchpath
 from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import without

@@ -45,7 +45,7 @@ def evaluate(
     ).modules
 
     def forward(inputs: dict[str, Tensor]) -> Any:
-        inputs = to_device(inputs, runtime.device)
+        inputs = to_device(runtime.device, inputs)
         return parts[0](inputs["input"], **{k: v for k, v in inputs.items() if k != "input"})
 
     made = validator(model_parts=parts, forward=forward, loss_fn=loss_fn, runtime=runtime)

@@ -1,0 +1,1 @@
+"""What `ditty_di.graph` is made of."""
