@@ -5,7 +5,6 @@ Nothing here replaces what was injected: a part that does not fit raises.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from ditty_di.compat import sum_gradients_on_gloo
 from ditty_di.models.weights import is_meta, materialize, unset
-from ditty_di.parallelize.pipeline import WindowLoss
+from ditty_di.parallelize.pipeline import Parts, WindowLoss
 
 if TYPE_CHECKING:
     from ditty_di.protocols import (
@@ -26,24 +25,6 @@ if TYPE_CHECKING:
         WeightsFn,
     )
     from ditty_di.runtime import Runtime
-
-
-@dataclass
-class Parts:
-    """The model as this rank trains it: one part, or its stages of a pipeline."""
-
-    modules: list[nn.Module]
-    schedule: Any = None
-    window_loss: WindowLoss | None = None
-    has_first_stage: bool = True
-    has_last_stage: bool = True
-
-    def sync_gradients(self, now: bool) -> None:
-        """Whether the next backward pass reduces gradients over the data-parallel ranks."""
-        for module in self.modules:
-            set_sync: Any = getattr(module, "set_requires_gradient_sync", None)
-            if set_sync is not None:
-                set_sync(now)
 
 
 def place_model(

@@ -28,7 +28,6 @@ from ditty_di.assembly import to_device
 from ditty_di.checkpoint.states import ModelState, OptimizerState, RNGState, SchedulerState
 from ditty_di.metrics.metrics import Metrics
 from ditty_di.optim.container import Optimizers, Schedulers
-from ditty_di.parallelize.pipeline import pipeline_step
 from ditty_di.runtime import Runtime
 from ditty_di.window import Windows
 
@@ -184,8 +183,16 @@ class Trainer(torchtitan.trainer.Trainer):
             self._loss_metrics[name] = self._loss_metrics.get(name, 0.0) + value.detach()
         return loss.detach()
 
-    def pp_forward_backward_step(self, **window: Any) -> Tensor:
-        return pipeline_step(self, **window)
+    def pp_forward_backward_step(
+        self,
+        *,
+        input_dict_mbs: list[dict[str, Tensor]],
+        label_mbs: list[Tensor],
+        global_valid_tokens: Tensor,
+    ) -> Tensor:
+        window = list(map(self.post_dataloading_process, input_dict_mbs, label_mbs))
+        with self.train_context():
+            return self.parts.run_schedule(window, global_valid_tokens)
 
     def train_step(self, data_iterator: Iterator[protocols.Batch]) -> None:
         """One window: counts, forward and backward, then an update on all ranks or on none."""

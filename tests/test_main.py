@@ -26,7 +26,14 @@ def test_a_run_leaves_what_is_needed_to_understand_and_repeat_it(folder: Folder)
     out, _ = folder("value=2.5", "note='${value} it is'")
     run = folder.run()
     assert {p.name for p in run.iterdir()} == {
-        *("config.yaml", "resolved.yaml", "overrides.yaml", "environment.json", "result.json"),
+        *(
+            "config.yaml",
+            "resolved.yaml",
+            "sources.json",
+            "overrides.yaml",
+            "environment.json",
+            "result.json",
+        ),
         *("logs", ".lock"),
     }
     config = yaml.safe_load((run / "config.yaml").read_text())

@@ -1,17 +1,17 @@
-"""Pipeline parallelism on every torch: one schedule step over a window of micro-batches."""
+"""The model as one rank trains it, and pipeline parallelism on every torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditty_di.compat import PIPELINE_TAKES_MICROBATCHES
 
 if TYPE_CHECKING:
     from ditty_di.protocols import Loss
-    from ditty_di.trainer import Trainer
 
 
 class WindowLoss:
@@ -29,43 +29,52 @@ class WindowLoss:
         return self.loss_fn(output, labels, self.global_count)[0]
 
 
-def pipeline_step(
-    trainer: Trainer,
-    *,
-    input_dict_mbs: list[dict[str, Tensor]],
-    label_mbs: list[Tensor],
-    global_valid_tokens: Tensor,
-) -> Tensor:
-    """Runs the schedule over the micro-batches; the loss on the last stage, 0 on the others."""
-    arguments, labels, keywords = [], [], []
-    for inputs, label in zip(input_dict_mbs, label_mbs, strict=True):
-        first, label, extra = trainer.post_dataloading_process(inputs, label)
-        arguments.append((first,))
-        labels.append(label)
-        keywords.append(extra)
-    parts = trainer.parts
-    assert parts.window_loss is not None
-    parts.window_loss.global_count = global_valid_tokens
-    losses: list[Tensor] | None = [] if parts.has_last_stage else None
-    with trainer.train_context():
+@dataclass
+class Parts:
+    """The model as this rank trains it: one module, or its stages of a pipeline."""
+
+    modules: list[nn.Module]
+    schedule: Any = None
+    window_loss: WindowLoss | None = None
+    has_first_stage: bool = True
+    has_last_stage: bool = True
+
+    def sync_gradients(self, now: bool) -> None:
+        """Whether the next backward pass reduces gradients over the data-parallel ranks."""
+        for module in self.modules:
+            set_sync: Any = getattr(module, "set_requires_gradient_sync", None)
+            if set_sync is not None:
+                set_sync(now)
+
+    def run_schedule(
+        self, window: list[tuple[Tensor, Tensor, dict[str, Any]]], global_count: Tensor
+    ) -> Tensor:
+        """Forward and backward of a window's micro-batches (input, labels, keywords of forward).
+
+        Returns:
+            The loss on the rank of the last stage, 0 on the others; shape `[]`.
+        """
+        assert self.window_loss is not None
+        self.window_loss.global_count = global_count
+        inputs, labels, keywords = map(list, zip(*window, strict=True))
+        losses: list[Tensor] | None = [] if self.has_last_stage else None
         if PIPELINE_TAKES_MICROBATCHES:
-            parts.schedule.step(
-                arg_mbs=arguments if parts.has_first_stage else None,
+            self.schedule.step(
+                arg_mbs=[(x,) for x in inputs] if self.has_first_stage else None,
                 kwarg_mbs=keywords,
-                target_mbs=labels if parts.has_last_stage else None,
+                target_mbs=labels if self.has_last_stage else None,
                 losses=losses,
                 return_outputs=False,
             )
         else:
             # The schedule cuts the whole window again, into the same micro-batches.
-            whole = {key: torch.cat([k[key] for k in keywords]) for key in keywords[0]}
-            parts.schedule.step(
-                *([torch.cat([a[0] for a in arguments])] if parts.has_first_stage else []),
-                target=torch.cat(labels) if parts.has_last_stage else None,
+            self.schedule.step(
+                *([torch.cat(inputs)] if self.has_first_stage else []),
+                target=torch.cat(labels) if self.has_last_stage else None,
                 losses=losses,
                 return_outputs=False,
-                **whole,
+                **{key: torch.cat([k[key] for k in keywords]) for key in keywords[0]},
             )
-    if losses is None:
-        return torch.zeros((), device=trainer.device)
-    return torch.stack([loss.detach() for loss in losses]).sum().to(trainer.device)
+        if losses is None:
+            return torch.zeros_like(global_count.sum())
+        return torch.stack([loss.detach() for loss in losses]).sum().to(global_count.device)
