@@ -78,7 +78,8 @@ def tiny_llama(dropout: float = 0.0, tie: bool = True) -> nn.Module:
     return from_config(
         LlamaConfig(
             vocab_size=VOCAB,
-            hidden_size=64,
+            # Every matrix is 8-bit in AdamW8bit (4096 elements) also as one of two shards.
+            hidden_size=128,
             intermediate_size=96,
             num_hidden_layers=2,
             num_attention_heads=4,
