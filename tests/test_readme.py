@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
     """A working folder with the README's own experiments in conf/, and one run."""
     folder = tmp_path_factory.mktemp("readme")
     for text in blocks("yaml"):
-        file = folder / re.match(r"# (\S+)", text)[1]
+        file = folder / re.search(r"^# (conf/\S+)", text, re.MULTILINE)[1]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     (folder / "my_texts").mkdir()
