@@ -134,8 +134,9 @@ class Runtime:
             signal.signal(*self._old_handlers.popitem())
 
     def stop_requested(self) -> bool:
-        """Whether this rank has seen a signal or the stop file; ranks agree with `any`."""
-        return self._signalled or (self._stop_file is not None and self._stop_file.exists())
+        """Whether this rank has seen a signal, or rank 0 the stop file; ranks agree with `any`."""
+        asked = self.rank == 0 and self._stop_file is not None and self._stop_file.exists()
+        return self._signalled or asked
 
     # -- agreement between ranks: always on the CPU, so the device is never waited for ---------
 

@@ -110,6 +110,7 @@ class Trainer(torchtitan.trainer.Trainer):
         self.max_norm, self.max_skipped_steps = max_norm, max_skipped_steps
         self.step = self.ntokens_seen = self.skipped_steps = 0
         self.objective: float | None = None
+        self.last_loss: float | None = None
 
         self.loss_fn = loss_fn
         self.model_config = getattr(model, "config", None)
@@ -328,6 +329,8 @@ class Trainer(torchtitan.trainer.Trainer):
                 self.train_step(data)
             except DataloaderExhaustedError:
                 self.step -= 1
+                if self.step == 0:
+                    raise ValueError("dataloader: it yields no batch on some rank") from None
                 self._validate(last=True)
                 return True
             self._validate(last=not self.should_continue_training())

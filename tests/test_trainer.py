@@ -135,6 +135,21 @@ def test_data_that_ends_early_finishes_with_a_save(runtime, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
 
 
+def test_data_that_never_begins_is_an_error(runtime):
+    nothing = torch.utils.data.DataLoader(Classes(4), batch_size=8, drop_last=True)
+    with pytest.raises(ValueError, match="yields no batch"):
+        small(runtime, dataloader=nothing).train()
+
+
+def test_the_profiler_is_started_and_leaves_a_trace(runtime, tmp_path):
+    from torchtitan.tools.profiler import Profiler
+
+    config = Profiler.Config(enable_profiling=True, profile_freq=4, profiler_warmup=1)
+    profiler = partial(Profiler, config, base_folder=str(tmp_path))
+    assert small(runtime, profiler=profiler, steps=5).train()["status"] == "finished"
+    assert list(tmp_path.rglob("*trace.json.gz"))
+
+
 def test_a_partial_last_window_still_trains(runtime):
     loader = partial(Loader, Classes(24), batch_size=8, epochs=1)
     result = small(runtime, dataloader=loader, steps=50, global_batch_size=16).train()
