@@ -61,11 +61,10 @@ def _cpu_device() -> None:
     """
     if torch.accelerator.is_available():
         return
-    cpu = CPUModule("ditty_di.compat.cpu")
+    names = {"device_type": "cpu", "device_module": CPUModule("ditty_di.compat.cpu")}
     for name, module in list(sys.modules.items()):
-        if name.startswith("torchtitan.") and hasattr(module, "device_module"):
-            module.device_module = cpu  # type: ignore[attr-defined]
-            module.device_type = "cpu"  # type: ignore[attr-defined]
+        if name.startswith("torchtitan."):
+            vars(module).update({k: v for k, v in names.items() if k in vars(module)})
 
 
 def _set_timeout() -> None:

@@ -87,14 +87,23 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def latest(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint in `folder`; newer ones that are not whole are logged."""
+    """The newest whole checkpoint in `folder`; newer ones that are not whole are logged.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole. A crashed save does not leave
+            that, and to start anew as if there were none would throw a training away.
+    """
+    damage: CheckpointError | None = None
     for checkpoint in reversed(_named(Path(folder))):
         try:
             _whole(checkpoint)
         except CheckpointError as error:
             log.warning("passing over a checkpoint that is not whole: %s", error)
+            damage = damage or error
         else:
             return checkpoint
+    if damage is not None:
+        raise CheckpointError(f"no checkpoint is whole: {damage}; move it away to start anew")
     return None
 
 

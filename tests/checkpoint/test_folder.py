@@ -136,3 +136,9 @@ def test_finding_the_newest_needs_no_torch(tmp_path):
         f"assert r.latest({str(tmp_path)!r}) is None; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_checkpoints_of_which_none_is_whole_are_an_error_not_a_new_start(tmp_path):
+    (tmp_path / "step-00000003").mkdir()
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*move it away"):
+        latest(tmp_path)
