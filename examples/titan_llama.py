@@ -2,16 +2,18 @@
 
 from functools import partial
 
-import torch
-from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
-from torchtitan.models.llama3 import parallelize_llama
-
 from ditty_di import Trainer
 from ditty_di.data import Loader, TokenDataset, python_docs, tokenize, train_bpe
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.models.titan import llama3
 from ditty_di.models.weights import initialize, torchtitan
 from ditty_di.optim import cosine
+
+# isort: split
+# After ditty_di, which makes torchtitan run on older torch and without a GPU.
+import torch
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.models.llama3 import parallelize_llama
 
 STEPS = 30
 corpus = python_docs()
