@@ -79,6 +79,15 @@ class SchedulerFactory(Protocol):
     def __call__(self, optimizer: torch.optim.Optimizer, /) -> LRScheduler: ...
 
 
+class ModelTransform(Protocol):
+    """Changes a model before it is parallelised: quantises, adds adapters, converts layers.
+
+    The model is on meta, or has its values; what comes back is the same module or one around it.
+    """
+
+    def __call__(self, model: nn.Module, /) -> nn.Module: ...
+
+
 class ParallelizeFn(Protocol):
     """Shards, wraps, compiles: returns the module to train (usually the same one)."""
 
@@ -107,10 +116,23 @@ class PipelineFn(Protocol):
 class WeightsFn(Protocol):
     """Fills a parallelised model in place, on any layout, with the same values.
 
-    The parameters are already on `device` and uninitialised.
+    The parameters are already on `device` and uninitialised. One that also has
+    `identity() -> dict[str, Any]` (which base it reads: path, revision, hash) can fill the same
+    frozen parameters again, so checkpoints leave them out.
     """
 
     def __call__(self, model: nn.Module, /, *, device: torch.device) -> None: ...
+
+
+class MissingWeightsFn(Protocol):
+    """Gives values to parameters that a pretrained base does not have, such as adapters.
+
+    `names` are fully qualified in `model`, whose other parameters have their values by then.
+    """
+
+    def __call__(
+        self, model: nn.Module, names: list[str], /, *, device: torch.device
+    ) -> None: ...
 
 
 class Validator(Protocol):
