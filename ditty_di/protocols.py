@@ -140,7 +140,13 @@ class Validator(Protocol):
 
     samples: dict[str, str]
 
-    def should_validate(self, step: int) -> bool: ...
+    def should_validate(self, step: int) -> bool:
+        """Also asked for step 0, before the first."""
+        ...
+
+    def report(self) -> str:
+        """What to tell when training has ended; may be empty."""
+        ...
 
     def validate(self, step: int) -> dict[str, float]:
         """Metrics of the held-out data, the same on every rank: `"loss"` and any others.

@@ -322,6 +322,8 @@ class Trainer(torchtitan.trainer.Trainer):
         """Steps until the end or a stop request; whether the data ended first."""
         data = self.batch_generator(self.dataloader)
         first = self.step + 1
+        if self.step == 0:
+            self._validate(last=False)
         while self.should_continue_training() and not self.windows.stopping:
             self.step += 1
             self.gc_handler.run(self.step)

@@ -25,7 +25,7 @@ class SampleText:
     Every rank runs the same `max_new_tokens` forward passes with the same seed, so that sharded
     models stay in step; text ends at the first EOS. The model sees at most the last
     `tokenizer.model_max_length` tokens. `logits_of` takes logits `[batch, seq, vocab]` out of what
-    the model returns.
+    the model returns. Texts repeat the whole prompt, or with `echo=False` its first line alone.
     """
 
     def __init__(
@@ -37,11 +37,12 @@ class SampleText:
         temperature: float = 0.8,
         top_k: int | None = None,
         seed: int = 0,
+        echo: bool = True,
         logits_of: Callable[[Any], Tensor] = logits_of,
     ) -> None:
         self.tokenizer, self.prompts = tokenizer, list(prompts)
         self.max_new_tokens, self.temperature, self.top_k = max_new_tokens, temperature, top_k
-        self.seed, self.logits_of = seed, logits_of
+        self.seed, self.echo, self.logits_of = seed, echo, logits_of
 
     def __call__(
         self, *, forward: Callable[[dict[str, Tensor]], Any], device: torch.device
@@ -59,9 +60,10 @@ class SampleText:
             eos_token_id=self.tokenizer.eos_token_id,
             logits_of=self.logits_of,
         )
+        shown = [p if self.echo else f"{p.lstrip().partition(chr(10))[0]} -> " for p in self.prompts]
         return {
             f"sample/{i}": f"{prompt}{self.tokenizer.decode(row, skip_special_tokens=True)}"
-            for i, (prompt, row) in enumerate(zip(self.prompts, rows, strict=True))
+            for i, (prompt, row) in enumerate(zip(shown, rows, strict=True))
         }
 
 

@@ -47,7 +47,8 @@ class Validator:
     before each validation; it must yield the same batches each time. `sample` (`SampleText`) runs
     after each validation and leaves its texts in `samples`: name -> text, the same on all ranks.
     `baselines` are reported beside the loss, for comparison (`{unigram_entropy: 7.1}`).
-    `perplexity` reports exp(loss), for losses in nats a token.
+    `perplexity` reports exp(loss), for losses in nats a token. `first` validates before the first
+    step as well, so that `report` can tell what training has changed.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Validator:
         sample: Sample | None = None,
         baselines: dict[str, float] | None = None,
         perplexity: bool = False,
+        first: bool = False,
         model_parts: list[nn.Module],
         forward: Forward,
         loss_fn: Loss,
@@ -70,7 +72,8 @@ class Validator:
         self.dataloader = dataloader
         self.every, self.max_batches = every, max_batches
         self.sample, self.samples = sample, dict[str, str]()
-        self.baselines, self.perplexity = dict(baselines or {}), perplexity
+        self.baselines, self.perplexity, self.first = dict(baselines or {}), perplexity, first
+        self._done: list[tuple[int, float, dict[str, str]]] = []
         self.model_parts, self.forward, self.loss_fn = model_parts, forward, loss_fn
         self.runtime = runtime
         # An injected loader that remembers its position is put back to where it is now.
@@ -80,7 +83,18 @@ class Validator:
         self._spare: Batch | None = None
 
     def should_validate(self, step: int) -> bool:
-        return step % self.every == 0
+        """Step 0 is the time before the first."""
+        return step % self.every == 0 if step else self.first
+
+    def report(self) -> str:
+        """The first and the last validation of this process side by side; empty if they are one."""
+        if len(self._done) < 2:
+            return ""
+        (then, before, texts), (now, after, later) = self._done
+        lines = [f"held-out loss {before:.4f} at step {then}, {after:.4f} at step {now}"]
+        for name, text in texts.items():
+            lines += [f"{name} at step {then}: {text}", f"{name} at step {now}: {later[name]}"]
+        return "\n".join(lines)
 
     def validate(self, step: int) -> dict[str, float]:
         """`loss`, the loss's own metrics and the baselines; {} when a stop was requested.
@@ -100,6 +114,8 @@ class Validator:
             values = self._losses(*self._counted)
             if values and self.sample is not None:
                 self.samples = self.sample(forward=self.forward, device=self.runtime.device)
+        if values:
+            self._done = [*self._done[:1], (step, values["loss"], self.samples)]
         if values and self.perplexity:
             values["perplexity"] = float(np.exp(values["loss"]))
         return values | self.baselines if values else {}

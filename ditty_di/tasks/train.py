@@ -19,6 +19,9 @@ def train(
     Returns what the trainer does: `status` ("finished" or "preempted"), `step`, `objective`, ...
     """
     result = trainer.train()
+    report = trainer.validator.report() if trainer.validator else ""
+    if report and trainer.runtime.rank == 0:
+        print(report)
     if export is not None and result["status"] == "finished":
         export(trainer.model_parts)
     # Only when all went well: after an error, another rank may never come to what close waits for.
