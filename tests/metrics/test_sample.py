@@ -114,3 +114,6 @@ def test_sample_text_continues_each_prompt():
     sample = SampleText(Letters(), ["ab", "x", "y"], max_new_tokens=3, temperature=0)
     texts = sample(forward=lambda inputs: table(inputs["input"]), device=DEVICE)
     assert texts == {"sample/0": "abcde", "sample/1": "xyz", "sample/2": "yz"}
+    short = SampleText(Letters(), ["ab"], max_new_tokens=3, temperature=0, echo=False)
+    texts = short(forward=lambda inputs: table(inputs["input"]), device=DEVICE)
+    assert texts == {"sample/0": "ab -> cde"}

@@ -97,6 +97,26 @@ def test_is_due_every_nth_step(runtime, model):
         validator(runtime, model, batches(), max_batches=0)
 
 
+def test_before_the_first_step_when_asked_and_reported_beside_the_last(runtime, model):
+    assert not validator(runtime, model, batches()).should_validate(0)
+    texts = iter("abc")
+    made = validator(
+        runtime, model, batches(), first=True, sample=lambda **_: {"sample/0": next(texts)}
+    )
+    assert made.should_validate(0)
+    before = made.validate(0)["loss"]
+    assert made.report() == ""
+    made.validate(10)
+    with torch.no_grad():
+        model[2].weight.mul_(0.5)
+    after = made.validate(20)["loss"]
+    assert made.report().splitlines() == [
+        f"held-out loss {before:.4f} at step 0, {after:.4f} at step 20",
+        "sample/0 at step 0: a",
+        "sample/0 at step 20: c",
+    ]
+
+
 def test_parts_of_a_composite_are_divided_by_their_own_counts(runtime, model):
     class Composite:
         def count(self, batch):
