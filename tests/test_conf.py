@@ -9,18 +9,31 @@ from ditty_di.cli.searchpath import conf_dir
 from ditty_di.graph import ConfigError, Graph
 
 #: What a choice needs beside itself; a user has to say it too.
+FINE_TUNING = ["tokenizer=of_model", "model=hf_causal_lm", "validator=finetune"]
+EXAMPLES = ["data=jsonl", *FINE_TUNING]
 NEEDS = {
+    **{f"data={name}": FINE_TUNING for name in ("alpaca", "debug", "dolly", "jsonl")},
+    **{f"data={name}": FINE_TUNING for name in ("slim_orca", "sst2")},
+    **{f"batching={name}": EXAMPLES for name in ("length_grouped", "packed", "padded")},
+    "batching=padding_free": EXAMPLES,
+    "batching=seq2seq": EXAMPLES,
+    "data=examples": [
+        *("data.train_records=null", "data.validation_records=null"),
+        *FINE_TUNING,
+    ],
+    "model=hf_seq2seq": ["model.path=folder"],
+    "tokenizer=of_model": ["model=hf_causal_lm"],
+    "validator=finetune": EXAMPLES,
     "data=documents": ["data.corpus=null"],
     "data=text": ["data.corpus.path=texts"],
     "lr_scheduler=power": ["lr_scheduler.seq_len=256"],
-    "model=folder": ["model.path=folder"],
     "model=titan_llama": ["weights=torchtitan", "loss=cross_entropy"],
     "parallelize=titan_llama": ["model=titan_llama", "weights=torchtitan", "loss=cross_entropy"],
     "tokenizer=pretrained": ["tokenizer.pretrained_model_name_or_path=folder"],
-    "weights=pretrained": ["model=folder", "model.path=folder"],
+    "weights=pretrained": ["model=hf_causal_lm"],
 }
 #: Not in the defaults list, so they are added.
-ADDED = ("experiment", "recompute", "compile", "profiler")
+ADDED = ("experiment", "recompute", "compile", "profiler", "neftune")
 CHOICES = sorted(
     f"{path.parent.name}={path.stem}"
     for path in conf_dir().glob("*/*.yaml")
@@ -50,7 +63,7 @@ def test_every_choice_is_sound(choice):
 
 def test_a_choice_without_what_it_needs_says_so():
     with pytest.raises(ConfigError, match=r"model.path"):
-        composed("model=folder").check("task")
+        composed("model=hf_seq2seq").check("task")
 
 
 def test_a_plain_start_is_the_pretraining_experiment():
