@@ -23,7 +23,8 @@ def ready(model: nn.Module, weights: WeightsFn | None, device: torch.device) -> 
         if weights is None:
             raise ValueError(
                 "weights: the model is on the meta device, so something must fill it; pass a "
-                "partial of ditty_di.checkpoint.read.from_checkpoint or models.weights.pretrained"
+                "partial of ditty_di.checkpoint.read.from_checkpoint, or a "
+                "ditty_di.models.pretrained.Pretrained"
             )
         materialize(model, device)
         weights(model, device=device)

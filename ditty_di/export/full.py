@@ -1,0 +1,163 @@
+"""A whole model as a folder that others open."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditty_di.export.folder import quiet, replaced_whole
+from ditty_di.export.gather import gathered, only_part
+from ditty_di.export.publish import Publication
+
+# torch is imported when a model is exported: the command line must answer without it.
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class HuggingFaceExport:
+    """Writes config, safetensors and tokenizer for transformers' `from_pretrained`.
+
+    Called with the trainer's model parts, on every rank: sharded parameters are gathered one by
+    one, and rank 0 keeps copies on the CPU and writes. What is written is the model's own class,
+    whatever training put into it (float8 layers, a loss that takes the head's place, noise).
+
+    Args:
+        tokenizer: written beside the model.
+        path: the folder; one that is there already is replaced once the new one is whole.
+        dtype: a name in torch for the floating-point values; None keeps each tensor's own.
+        max_shard_size: of one safetensors file, such as `5GB`.
+        run, push_to, private, license: see `publish.Publication`.
+
+    Raises:
+        ValueError: a quantised base, adapters, or a pipeline's stages: these have other exports.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        path: str,
+        *,
+        dtype: str | None = None,
+        max_shard_size: str = "5GB",
+        run: str | None = None,
+        push_to: str | None = None,
+        private: bool = True,
+        license: str | None = None,
+    ) -> None:
+        self.dtype, self.max_shard_size = dtype, max_shard_size
+        self.publication = Publication(
+            path, tokenizer=tokenizer, run=run, push_to=push_to, private=private, license=license
+        )
+
+    def __call__(self, model_parts: list[nn.Module]) -> None:
+        model: Any = only_part(model_parts)
+        _refuse_parts_of_a_model(model)
+        state_dict = gathered(model, self.dtype)
+        if state_dict is None:
+            return
+        bare = _bare(model)
+        with self.publication.written({"kind": "model"}) as folder:
+            save_model(bare, folder, state_dict, self.max_shard_size)
+
+
+class SafetensorsExport:
+    """Writes `model.safetensors` alone, for a model of any kind; otherwise as `HuggingFaceExport`.
+
+    Tied parameters are written once, under the first of their names.
+    """
+
+    def __init__(self, path: str, *, dtype: str | None = None) -> None:
+        self.path, self.dtype = path, dtype
+
+    def __call__(self, model_parts: list[nn.Module]) -> None:
+        state_dict = gathered(only_part(model_parts), self.dtype)
+        if state_dict is None:
+            return
+        from safetensors.torch import save_file
+
+        path = Path(self.path).expanduser()
+        with replaced_whole(path) as folder:
+            save_file(state_dict, folder / "model.safetensors", metadata={"format": "pt"})
+        print(f"exported: {path}/model.safetensors")
+
+
+def _refuse_parts_of_a_model(model: Any) -> None:
+    instead = "write the adapters alone (export=adapter), or merge them (export=merged)"
+    if any(not p.is_floating_point() for p in model.parameters()):
+        raise ValueError(
+            f"export: the base is quantised, and its rounded weights are no model to publish; "
+            f"{instead}"
+        )
+    if any(hasattr(module, "peft_config") for module in model.modules()):
+        raise ValueError(f"export: the model has adapters beside its base; {instead}")
+    if not hasattr(model, "save_pretrained"):
+        raise ValueError(
+            f"export: {type(model).__name__} is no transformers model; export=safetensors writes "
+            f"the tensors of any model"
+        )
+
+
+def _bare(model: Any) -> PreTrainedModel:
+    """The model's own class on meta, as `from_pretrained` builds it, with its real vocabulary."""
+    import torch
+    from torch.distributed.fsdp import FSDPModule
+
+    # fully_shard puts a class of its own before the model's: FSDPLlamaForCausalLM.
+    own: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    config = copy.deepcopy(model.config)
+    config.get_text_config().vocab_size = model.get_input_embeddings().weight.shape[0]
+    if hasattr(config, "use_cache"):
+        config.use_cache = True  # off while training
+    with torch.device("meta"):
+        bare = own(config)
+    if getattr(model, "generation_config", None) is not None:
+        bare.generation_config = copy.deepcopy(model.generation_config)
+        bare.generation_config.use_cache = True
+    return bare
+
+
+def save_model(
+    bare: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor], max_shard_size: str
+) -> None:
+    """Writes config and safetensors of a model whose tensors are in `state_dict`.
+
+    Raises:
+        ValueError: `state_dict` is not what the class will look for; nothing is written.
+    """
+    state_dict = _as_expected(bare, state_dict)
+    weight: Counter[str] = Counter()
+    for tensor in state_dict.values():
+        weight[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    with quiet():
+        bare.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
+    # transformers writes the dtype of `bare`; what is in the files counts.
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"dtype": weight.most_common(1)[0][0]}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _as_expected(bare: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the names of `bare`, of which tied parameters have one each."""
+    known = {id(p): name for name, p in reversed(list(bare.named_parameters()))}
+    aliases = {name: known[id(p)] for name, p in bare.named_parameters(remove_duplicate=False)}
+    persistent = set(bare.state_dict())
+    expected = {name: p.shape for name, p in bare.named_parameters()}
+    expected |= {name: b.shape for name, b in bare.named_buffers() if name in persistent}
+    found = {aliases.get(name, name): tensor for name, tensor in state_dict.items()}
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is too much" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} is {list(found[name].shape)} and should be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    if problems:
+        raise ValueError(
+            f"export: the trained model is no {type(bare).__name__} any more (export=safetensors "
+            f"writes what it is): " + "; ".join(sorted(problems)[:5])
+        )
+    return found

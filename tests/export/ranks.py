@@ -1,0 +1,70 @@
+"""Ranks export sharded models of every kind; on one rank the same models unsharded."""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+from ditty_di.adapters import add, initialize
+from ditty_di.assembly import place_model
+from ditty_di.export import AdapterExport, HuggingFaceExport, MergedExport
+from ditty_di.losses import CrossEntropyLoss, deferred_head
+from ditty_di.models import causal_lm, seq2seq
+from ditty_di.models.pretrained import Pretrained
+from ditty_di.parallelize.data_parallel import shard
+from ditty_di.parallelize.recompute import full
+from ditty_di.quantization import nf4
+from ditty_di.runtime import Runtime
+
+
+def main(folder, bases):
+    runtime = Runtime()
+    tokenizer = AutoTokenizer.from_pretrained(bases["llama"])
+    sharding = partial(shard, recompute=full, reshard_after_forward=False)
+
+    def placed(model, base):
+        parts = place_model(
+            model,
+            runtime=runtime,
+            loss_fn=CrossEntropyLoss(output="logits"),
+            weights=Pretrained(base, missing=initialize),
+            parallelize_fn=sharding,
+            pipeline_fn=None,
+        )
+        return parts.modules
+
+    grown = AutoTokenizer.from_pretrained(bases["llama"])
+    grown.add_tokens(["<|one|>", "<|two|>", "<|three|>"])
+    model = causal_lm.from_pretrained(bases["llama"], tokenizer=grown, head=deferred_head)
+    (whole,) = placed(model, bases["llama"])
+    with torch.no_grad():  # leaves the outermost parameters gathered
+        whole(torch.zeros(1, 3, dtype=torch.long))
+    HuggingFaceExport(grown, str(folder / "full"))([whole])
+    (encoder_decoder,) = placed(seq2seq.from_pretrained(bases["t5"]), bases["t5"])
+    HuggingFaceExport(tokenizer, str(folder / "t5"))([encoder_decoder])
+
+    lora = partial(add, config=LoraConfig(r=4, target_modules="all-linear"))
+    model = causal_lm.from_pretrained(
+        bases["llama"], tokenizer=grown, quantize=nf4, adapter=lora, head=deferred_head
+    )
+    (adapted,) = placed(model, bases["llama"])
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(adapted.named_parameters()):
+            if "lora_B" in name:  # the same values on any layout
+                local = getattr(parameter, "_local_tensor", parameter)
+                local.fill_(0.01 * (1 + i % 5))
+    AdapterExport(grown, str(folder / "adapter"))([adapted])
+    MergedExport(grown, str(folder / "merged"))([adapted])
+    runtime.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    sys.stdout.flush()
+    # gloo's threads may outlive the interpreter and abort it (pytorch/pytorch#179291).
+    os._exit(0)
