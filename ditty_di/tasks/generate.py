@@ -1,17 +1,18 @@
-"""Text from a trained model: prompts in, continuations out."""
+"""Text from a trained model: prompts in, continuations or answers out."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ditty_di.generation.decoding import Decode, Options, hugging_face, is_seq2seq, plain
+from ditty_di.generation.prompts import Encoder, Prompts, read_prompts
 
 # torch is imported when a task runs: the command line must answer without it.
 if TYPE_CHECKING:
@@ -19,27 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ditty_di.protocols import WeightsFn
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to continue; `temperature` 0 is greedy. Random numbers are torch's global ones."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    max_length: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-
-
-class Decode(Protocol):
-    """Continues prompts of token ids: the new ids, up to the first EOS (left out)."""
-
-    def __call__(
-        self, model: Any, prompts: Sequence[list[int]], /, *, options: Options
-    ) -> list[list[int]]: ...
 
 
 def generate(
@@ -50,30 +30,38 @@ def generate(
     prompt: str | None = None,
     prompts: str | None = None,
     output: str | None = None,
+    encoder: Encoder | None = None,
+    input_format: str | Sequence[str] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    num_beams: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
     device: str | None = None,
     decode: Decode | None = None,
 ) -> dict[str, Any]:
-    """Continues one `prompt`, or every line of the file `prompts`.
+    """Continues, or answers, one `prompt`, or every line of the file `prompts`.
 
     Args:
         model: on meta (then `weights` fills it) or with its values.
-        prompts: a .jsonl file of objects with the text under `prompt` or `input`; an `id` beside
-            it is repeated in the answer.
+        prompts: a .jsonl file of objects with the text under `prompt` or `input`, with `messages`,
+            or with the fields that the format needs.
         output: a .jsonl file for the answers, which appears when all are there; None prints them.
+        encoder, input_format: how a record becomes a prompt; see `Prompts`.
+        repetition_penalty, num_beams: None is what the model's own generation_config says.
         device: None takes the accelerator, if there is one.
         decode: None takes the model's own `generate` where it has one (`hugging_face`), else
             `plain`, which needs nothing but the forward pass.
 
-    An answer is `{"input", "text", "tokens"}`, in the order of the prompts. `tokens` counts the
-    generated tokens that `text` is made of, so without EOS. A prompt that leaves no room for
-    `max_new_tokens` under the tokenizer's `model_max_length` loses its beginning; its answer says
-    how many tokens in `cut`. Of several ranks the first does the work, the others return at once.
+    An answer repeats its record and adds `text` and `tokens`, in the order of the prompts; `input`
+    and `id` (its place) are added where there are none. `tokens` counts the generated tokens that
+    `text` is made of, so without EOS. A prompt that leaves no room for `max_new_tokens` under the
+    tokenizer's `model_max_length` loses its beginning; its answer says how many tokens in `cut`.
+    The seed and the batch size decide about what is sampled; greedy answers depend on neither. Of
+    several ranks the first does the work, the others return at once.
 
     Raises:
         ValueError: not exactly one of `prompt` and `prompts`; lines that are no prompts (file,
@@ -83,9 +71,24 @@ def generate(
         return {}
     if (prompt is None) == (prompts is None):
         raise ValueError('generate: give either prompt="..." or prompts=FILE.jsonl')
-    limit = tokenizer.model_max_length
-    _check(max_new_tokens, limit, temperature, top_k, top_p, batch_size)
-    asked = [{"input": prompt}] if prompts is None else read_prompts(prompts)
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
+        max_length=tokenizer.model_max_length,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    options.check()
+    if batch_size < 1:
+        raise ValueError(f"generate: batch_size={batch_size} must be at least 1")
+    making = Prompts(
+        tokenizer, encoder=encoder, input_format=input_format, seq2seq=is_seq2seq(model)
+    )
+    asked = read_prompts(prompts, making) if prompts is not None else [_typed(prompt, making)]
 
     import torch
 
@@ -93,15 +96,6 @@ def generate(
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     ready(model, weights, torch.device(device or found or "cpu"))
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        max_length=limit,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     decode = decode or (hugging_face if hasattr(model, "generate") else plain)
     started, tokens, answer = time.perf_counter(), 0, dict[str, Any]()
     torch.manual_seed(seed)
@@ -110,10 +104,8 @@ def generate(
             batch = asked[first : first + batch_size]
             for answer in _answers(batch, model, tokenizer, decode, options):
                 tokens += answer["tokens"]
-                if output is None and prompts is None:
-                    print(answer["input"] + answer["text"], file=file)
-                else:
-                    print(json.dumps(answer, ensure_ascii=False), file=file)
+                line = json.dumps(answer, ensure_ascii=False)
+                print(making.shown(answer) if output is prompts is None else line, file=file)
     if output is not None:
         print(f"{len(asked)} answers, {tokens} tokens: {output}")
     result = {"prompts": len(asked), "tokens": tokens, "output": output}
@@ -121,145 +113,32 @@ def generate(
     return result | speed | ({} if prompt is None else {"text": answer["text"]})
 
 
-def read_prompts(path: str) -> list[dict[str, Any]]:
-    """`[{"input": text, "id": ...}, ...]` of a .jsonl file; empty lines are passed over.
-
-    Raises:
-        ValueError: lines that are no prompts, each with its number and the reason.
-    """
-    found: list[dict[str, Any]] = []
-    problems = []
-    with Path(path).expanduser().open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-                text = entry["prompt"] if "prompt" in entry else entry["input"]
-                if not isinstance(text, str):
-                    raise TypeError
-                found.append({"input": text} | {k: entry[k] for k in ("id",) if k in entry})
-            except json.JSONDecodeError as error:
-                problems.append(f"line {number}: no JSON: {error}")
-            except (KeyError, TypeError):
-                problems.append(f'line {number}: no object with a text as "prompt" or "input"')
-    if problems:
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+def _typed(prompt: str | None, making: Prompts) -> tuple[dict[str, Any], list[int]]:
+    record = {"id": 0, "input": prompt}
+    try:
+        return record, making.ids(record)
+    except ValueError as error:
         raise ValueError(
-            f"{path} has lines that are no prompts:\n  " + "\n  ".join(problems[:10]) + more
-        )
-    if not found:
-        raise ValueError(f'{path} has no prompts; write lines such as {{"prompt": "Once upon"}}')
-    return found
-
-
-def _check(
-    max_new_tokens: int,
-    limit: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    batch_size: int,
-) -> None:
-    for wrong, what in (
-        (max_new_tokens < 1, f"max_new_tokens={max_new_tokens} must be at least 1"),
-        (
-            max_new_tokens >= limit,
-            f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the tokenizer's "
-            f"model_max_length is {limit}",
-        ),
-        (temperature < 0, f"temperature={temperature} must not be negative; 0 is greedy"),
-        (top_k is not None and top_k < 1, f"top_k={top_k} must be at least 1, or null"),
-        (
-            top_p is not None and not 0 < top_p <= 1,
-            f"top_p={top_p} must be above 0 and at most 1, or null",
-        ),
-        (batch_size < 1, f"batch_size={batch_size} must be at least 1"),
-    ):
-        if wrong:
-            raise ValueError(f"generate: {what}")
+            f"generate: the prompt alone is not enough here: {error}; write what is needed into "
+            f"prompts=FILE.jsonl"
+        ) from error
 
 
 def _answers(
-    batch: list[dict[str, Any]],
+    batch: list[tuple[dict[str, Any], list[int]]],
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     decode: Decode,
     options: Options,
 ) -> Iterator[dict[str, Any]]:
-    from ditty_di.metrics.sample import prompt_ids
-
-    ids = [prompt_ids(tokenizer, entry["input"]) for entry in batch]
     assert options.max_length is not None
-    room = options.max_length - options.max_new_tokens
-    rows = decode(model, [row[-room:] for row in ids], options=options)
-    for entry, prompt, row in zip(batch, ids, rows, strict=True):
+    room = options.max_length - (0 if is_seq2seq(model) else options.max_new_tokens)
+    rows = decode(model, [prompt[-room:] for _, prompt in batch], options=options)
+    for (record, prompt), row in zip(batch, rows, strict=True):
         text = tokenizer.decode(row, skip_special_tokens=True)
-        answer = entry | {"text": text, "tokens": len(row)}
+        shown = {} if "input" in record else {"input": tokenizer.decode(prompt)}
+        answer = record | shown | {"text": text, "tokens": len(row)}
         yield answer | ({"cut": len(prompt) - room} if len(prompt) > room else {})
-
-
-def hugging_face(
-    model: Any, prompts: Sequence[list[int]], /, *, options: Options
-) -> list[list[int]]:
-    """transformers' `generate` (key-value cache): prompts padded on the left, pads never attended.
-
-    The model's own `generation_config` holds for what `options` do not say; its end tokens count.
-    """
-    import torch
-
-    width = max(map(len, prompts))
-    pad = options.pad_token_id or 0  # whatever it is: masked by length, not by id
-    device = next(model.parameters()).device
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-
-    config = copy.deepcopy(model.generation_config)
-    own = config.eos_token_id
-    ends = {own} if isinstance(own, int) else set(own or ())
-    ends |= {options.eos_token_id} - {None}
-    sampling: dict[str, Any] = {"temperature": None, "top_k": None, "top_p": None}
-    if options.temperature > 0:
-        sampling = {
-            "temperature": options.temperature,
-            "top_k": options.top_k or 0,
-            "top_p": 1.0 if options.top_p is None else options.top_p,
-        }
-    config.update(
-        max_new_tokens=options.max_new_tokens,
-        do_sample=options.temperature > 0,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad,
-        use_cache=True,
-        **sampling,
-    )
-    with torch.no_grad():
-        rows = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:]
-    return [_up_to(ends, row) for row in rows.tolist()]
-
-
-def _up_to(ends: set[int], row: list[int]) -> list[int]:
-    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
-
-
-def plain(model: Any, prompts: Sequence[list[int]], /, *, options: Options) -> list[list[int]]:
-    """Any causal model whose forward pass takes ids `[batch, seq]` and gives logits."""
-    import torch
-
-    from ditty_di.metrics.sample import continuations
-
-    return continuations(
-        lambda inputs: model(inputs["input"]),
-        prompts,
-        device=next(model.parameters()).device,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=int(torch.randint(2**31, ())),
-        max_length=options.max_length,
-        eos_token_id=options.eos_token_id,
-    )
 
 
 @contextmanager

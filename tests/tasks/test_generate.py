@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from ditty_di.export import HuggingFaceExport
+from ditty_di.generation.decoding import Options, hugging_face, plain
+from ditty_di.generation.prompts import Prompts, read_prompts
 from ditty_di.tasks.export import export
-from ditty_di.tasks.generate import Options, generate, hugging_face, plain, read_prompts
+from ditty_di.tasks.generate import generate
 from ditty_di.tasks.loading import ready
 
 PROMPTS = ["Document 3 says", "D", "that 4 follows, and 2 does", "no"]
@@ -40,7 +43,7 @@ def test_checkpoint_export_and_transformers_agree(build, tokenizer, checkpoint, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = str(tmp_path / "export")
-    export(build(), tokenizer, checkpoint, path=folder)
+    export(build(), HuggingFaceExport(tokenizer, folder), checkpoint)
     exported, words = (
         AutoModelForCausalLM.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),
@@ -127,6 +130,7 @@ def test_counts_tokens_without_eos_and_stops_there(tokenizer, tmp_path):
     )
     first, _ = answers(tmp_path / "out")
     assert first == {
+        "id": 0,
         "input": start,
         "text": tokenizer.decode(ids[1:]),
         "tokens": len(ids) - 1,
@@ -178,24 +182,120 @@ def test_a_long_prompt_keeps_its_end(model, tokenizer, tmp_path):
     assert first["text"] == tokenizer.decode(rest[0], skip_special_tokens=True)
 
 
-def test_bad_lines_are_named_with_their_number(tmp_path):
+def test_bad_lines_are_named_with_their_number(tokenizer, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text(
         '{"prompt": "a"}\n\n{"prompt": \n["x"]\n{"input": 3}\n{"text": "b"}\n"prompt"\n'
+        '{"messages": [{"role": "user", "content": "c"}]}\n'
     )
+    making = Prompts(tokenizer)
     with pytest.raises(ValueError) as error:
-        read_prompts(str(path))
+        read_prompts(str(path), making)
     lines = str(error.value).splitlines()
     assert lines[0] == f"{path} has lines that are no prompts:"
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
-        f"line {n}" for n in (3, 4, 5, 6, 7)
+        f"line {n}" for n in (3, 4, 5, 6, 7, 8)
     ]
-    assert "no JSON" in lines[1] and 'no object with a text as "prompt" or "input"' in lines[4]
-    path.write_text('{"prompt": "x\u2028y", "id": 0}\n{"input": ""}\n')
-    assert read_prompts(str(path)) == [{"input": "x\u2028y", "id": 0}, {"input": ""}]
+    assert "no JSON" in lines[1] and "no object" in lines[2] and "needs a tokenizer" in lines[6]
+    assert 'it has no text as "prompt" or "input"' in lines[4]
+    path.write_text('{"prompt": "x\u2028y", "id": "q"}\n\n{"input": "", "output": "z"}\n')
+    found = read_prompts(str(path), making)
+    assert [record for record, _ in found] == [
+        {"input": "x\u2028y", "id": "q"},
+        {"id": 1, "input": "", "output": "z"},
+    ]
+    assert found[0][1] == tokenizer("x\u2028y")["input_ids"]
     path.write_text("\n")
     with pytest.raises(ValueError, match="has no prompts; write lines such as"):
-        read_prompts(str(path))
+        read_prompts(str(path), making)
+
+
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_conversations_end_where_the_model_is_to_answer(model, tokenizer, tmp_path):
+    import copy
+
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = CHAT
+    turns = [{"role": "user", "content": "Document"}, {"role": "assistant", "content": "known"}]
+    asking = [{"messages": turns}, {"messages": turns[:1]}, {"messages": turns[1:]}]
+    source = asked(tmp_path / "in.jsonl", asking[:2])
+    output = tmp_path / "out.jsonl"
+    generate(model, chat, prompts=source, output=str(output), max_new_tokens=5, **CPU)
+    first, second = answers(output)
+    assert first["input"] == second["input"] == "user: Document\nassistant:"
+    assert first["text"] == second["text"] and first["messages"] == turns
+    with pytest.raises(ValueError, match="no turn that the assistant could answer"):
+        Prompts(chat).ids(asking[2])
+    with pytest.raises(ValueError, match="no list of objects"):
+        Prompts(chat).ids({"messages": "hi"})
+
+
+def test_an_input_format_and_the_encoder_of_training_make_the_prompt(model, tokenizer, tmp_path):
+    from ditty_di.data import Encoder
+
+    pattern = "Document __input__ says __what__:"
+    record = {"input": "3", "what": "that", "output": "4"}
+    wanted = tokenizer("Document 3 says that:")["input_ids"]
+    assert Prompts(tokenizer, input_format=pattern).ids(record) == wanted
+    encoder = Encoder(tokenizer, input_format=pattern, output_format="__output__")
+    assert Prompts(tokenizer, encoder=encoder).ids(record) == wanted
+    ((trained,),) = encoder([record])
+    assert trained.ids[: len(wanted)] == wanted, "what stood before the output in training"
+    source, output = asked(tmp_path / "in.jsonl", [record]), tmp_path / "out.jsonl"
+    options = {"max_new_tokens": 4, **CPU}
+    generate(model, tokenizer, prompts=source, output=str(output), encoder=encoder, **options)
+    (answer,) = answers(output)
+    plainly = generate(model, tokenizer, prompt="Document 3 says that:", **options)
+    assert answer == record | {"id": 0, "text": plainly["text"], "tokens": plainly["tokens"]}
+    with pytest.raises(ValueError, match=r'prompt alone is not enough here: no key "what"'):
+        generate(model, tokenizer, prompt="3", encoder=encoder, **options)
+
+
+def test_an_answer_is_printed_alone_a_continuation_with_its_start(model, tokenizer, capsys):
+    text = generate(model, tokenizer, prompt="3", input_format="Document __input__", **CPU)["text"]
+    assert capsys.readouterr().out == text.strip() + "\n"
+
+
+def test_encoder_decoder_models(tokenizer, tmp_path):
+    from ditty_di.export.opening import published
+    from tests.export import cases
+
+    model = published(cases.t5(tmp_path / "base", tokenizer)).eval()
+    model.generation_config.eos_token_id = None
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    prompts = [[5, 6, 7, 8, eos], [9, eos]]
+    options = Options(max_new_tokens=6, pad_token_id=pad)
+    batched = hugging_face(model, prompts, options=options)
+    assert batched == [hugging_face(model, [p], options=options)[0] for p in prompts]
+    said = [pad]
+    for _ in range(6):
+        logits = model(
+            input_ids=torch.tensor(prompts[:1]), decoder_input_ids=torch.tensor([said])
+        ).logits[0, -1]
+        seen = torch.tensor(said).unique()  # the model's own repetition_penalty, 1.25
+        scores = logits[seen]
+        logits[seen] = torch.where(scores > 0, scores / 1.25, scores * 1.25)
+        said.append(int(logits.argmax()))
+    assert batched[0] == said[1:]
+    asking = asked(tmp_path / "in.jsonl", [{"input": PROMPTS[0]}])
+    generate(model, tokenizer, prompts=asking, output=str(tmp_path / "out"), **CPU)
+    assert answers(tmp_path / "out")[0]["input"] == PROMPTS[0]
+
+
+def test_penalty_and_beams(model):
+    def greedy(**options):
+        return hugging_face(model, [[5, 6]], options=Options(max_new_tokens=24, **options))[0]
+
+    assert len(set(greedy(repetition_penalty=1e6))) == 24
+    assert greedy(repetition_penalty=1.0) == greedy() == greedy(num_beams=1)
+    assert greedy(num_beams=4) != greedy()
+    with pytest.raises(ValueError, match="need a model with transformers' generate"):
+        plain(model, [[5, 6]], options=Options(num_beams=2))
 
 
 @pytest.mark.parametrize(
@@ -208,6 +308,8 @@ def test_bad_lines_are_named_with_their_number(tmp_path):
         ({"prompt": "a", "temperature": -1}, "0 is greedy"),
         ({"prompt": "a", "top_p": 0.0}, "top_p=0.0 must be above 0"),
         ({"prompt": "a", "top_k": 0}, "top_k=0 must be at least 1, or null"),
+        ({"prompt": "a", "repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0"),
+        ({"prompt": "a", "num_beams": 0}, "num_beams=0 must be at least 1"),
         ({"prompt": "a", "batch_size": 0}, "batch_size=0"),
         ({"prompt": "a"}, "the model is on the meta device"),
     ],

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from ditty_di.graph import Graph
 
+NAMED = ["tokenizer.pretrained_model_name_or_path=folder"]
 CONF = Path(__file__).parents[2] / "conf"
 
 
@@ -23,7 +24,15 @@ def composed(*overrides):
         ["task=generate_folder", "folder=/tmp/model"],
         ["task=evaluate"],
         ["task=evaluate", "validator=loss_only"],
-        ["task=export", "dtype=bfloat16"],
+        ["task=export", "export.dtype=bfloat16"],
+        ["task=export", "export=adapter"],
+        ["task=export", "export=merged", "export.push_to=user/name"],
+        ["task=export", "export=safetensors"],
+        ["task=export", "export=none"],
+        ["task=push", "to=user/name"],
+        ["task=generate", "data=jsonl", "tokenizer=pretrained", *NAMED, "prompt=Once"],
+        ["task=export", "data=jsonl", "tokenizer=pretrained", *NAMED, "export=merged"],
+        ["task=generate_folder", "folder=user/name", "input_format='Q: __input__'"],
         ["metrics=default"],
         ["metrics=wandb"],
         ["metrics=quiet"],

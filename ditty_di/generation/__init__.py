@@ -1,0 +1,1 @@
+"""From prompts to text: reading them, continuing them, opening what was exported."""

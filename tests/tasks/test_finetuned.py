@@ -1,0 +1,85 @@
+"""From a LoRA run to answers: out of the run, its adapters, and a merged model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ditty_di.export.opening import open_model, open_tokenizer
+from ditty_di.tasks.generate import generate
+from tests.export import cases
+
+ROOT = str(Path(__file__).parents[2])
+
+
+def ditty_di(folder, *arguments):
+    env = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ditty_di", *arguments],
+        cwd=folder,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def answers(path):
+    return [json.loads(line) for line in path.open()]
+
+
+@pytest.mark.slow
+def test_a_run_its_adapters_and_a_merged_model_answer_alike(tokenizer, tmp_path):
+    cases.llama(tmp_path / "base", tokenizer, initializer_range=0.05)
+    for split, numbers in (("train", range(50)), ("val", range(50, 60)), ("test", range(60, 65))):
+        (tmp_path / "pairs" / split).mkdir(parents=True)
+        pairs = [{"input": f"{i}", "output": f"says that {i + 1} follows"} for i in numbers]
+        text = "".join(json.dumps(pair) + "\n" for pair in pairs)
+        (tmp_path / "pairs" / split / "a.jsonl").write_text(text)
+    form = "Q: Document __input__ A:"
+    ditty_di(
+        tmp_path,
+        "run=RUN",
+        "model=hf_causal_lm",
+        "model.path=base",
+        "weights=pretrained",
+        "tokenizer=of_model",
+        "adapter=lora",
+        "data=jsonl",
+        "data.path=pairs",
+        "data.seq_len=64",
+        f"data.input_format='{form}'",
+        "steps=12",
+        "validator=loss_only",
+        "export=adapter",
+    )
+    asking = ["prompts=pairs/test/a.jsonl", "max_new_tokens=12"]
+    ditty_di(tmp_path, "run=RUN", "task=generate", *asking, "output=run.jsonl")
+    ditty_di(
+        tmp_path, "run=RUN", "task=export", "export=merged", "export.path=M", "export.dtype=float32"
+    )
+    for folder in ("RUN/export", "M"):
+        generate(
+            open_model(str(tmp_path / folder)),
+            open_tokenizer(str(tmp_path / folder)),
+            prompts=str(tmp_path / "pairs" / "test" / "a.jsonl"),
+            output=str(tmp_path / folder / "answers.jsonl"),
+            input_format=form,
+            max_new_tokens=12,
+            batch_size=2,
+            device="cpu",
+        )
+    run, adapter, merged = (
+        answers(tmp_path / name)
+        for name in ("run.jsonl", "RUN/export/answers.jsonl", "M/answers.jsonl")
+    )
+    assert run == adapter == merged and len(run) == 5
+    assert [set(answer) for answer in run] == [{"id", "input", "output", "text", "tokens"}] * 5
+    assert [answer["input"] for answer in run] == [str(i) for i in range(60, 65)]
+    assert any(answer["tokens"] for answer in run)
+    assert (tmp_path / "RUN" / "export" / "adapter_config.json").is_file(), "still the run's own"
