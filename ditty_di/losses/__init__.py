@@ -1,5 +1,27 @@
 """Losses that know from the batch alone how much they will weigh (`protocols.Loss`)."""
 
+from ditty_di.losses.calculator import CrossEntropyCalculator, LossCalculator, LossOutput
+from ditty_di.losses.composite import CompositeLoss
 from ditty_di.losses.cross_entropy import CrossEntropyLoss
+from ditty_di.losses.deferred import deferred_head
+from ditty_di.losses.distillation import DistillationLoss
+from ditty_di.losses.elementwise import HuberLoss, L1Loss, MSELoss
+from ditty_di.losses.liger import LigerLinearCrossEntropyLoss
+from ditty_di.losses.linear_cross_entropy import LinearCrossEntropyLoss
+from ditty_di.losses.uncertainty import UncertaintyWeightedLoss
 
-__all__ = ["CrossEntropyLoss"]
+__all__ = [
+    "CompositeLoss",
+    "CrossEntropyCalculator",
+    "CrossEntropyLoss",
+    "DistillationLoss",
+    "HuberLoss",
+    "L1Loss",
+    "LigerLinearCrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "LossCalculator",
+    "LossOutput",
+    "MSELoss",
+    "UncertaintyWeightedLoss",
+    "deferred_head",
+]

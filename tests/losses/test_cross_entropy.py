@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditty_di.losses import CrossEntropyLoss
+from tests.losses import families
+from tests.losses.families import build
 
 
 def batch(rows: int, seq: int, ignored: float, ignore_index: int = -100):
@@ -71,3 +73,12 @@ def test_half_precision_logits_are_compared_in_float32():
     logits, labels = batch(1, 4, 0.0)
     loss, _ = CrossEntropyLoss()(logits.bfloat16(), labels, torch.tensor(4))
     assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_decoder_targets_are_compared_as_they_are(family):
+    model = build(family)
+    inputs, labels = families.batch(family)
+    loss_fn = CrossEntropyLoss(output="logits")
+    loss, _ = loss_fn(model(**inputs), labels, loss_fn.count((inputs, labels)))
+    torch.testing.assert_close(loss, model(**inputs, labels=labels).loss)

@@ -1,0 +1,221 @@
+"""The way of a batch to the model, and of the model's output to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ditty_di.processors.chain import Report, Stage, examine
+from ditty_di.processors.context import Context
+from ditty_di.processors.contracts import Contract
+from ditty_di.processors.stages import pipeline
+from ditty_di.processors.tensors import BatchChecks, TensorChecks
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ditty_di.processors.base import PostProcessor, PreProcessor
+    from ditty_di.protocols import Batch, Loss
+
+NO_PAIR = """\
+{name}.process returned {found}; it must return (batch, ctx), and a preprocessor may return None \
+to reject the batch"""
+
+
+class Processors:
+    """Pre- and postprocessors in their order.
+
+    Without any it is false, and `prepare` and `finish` return what they are given; otherwise a
+    `Context` takes the place of the batch's labels.
+    """
+
+    def __init__(
+        self,
+        preprocessors: Sequence[PreProcessor] = (),
+        postprocessors: Sequence[PostProcessor] = (),
+    ) -> None:
+        self.preprocessors, self.postprocessors = tuple(preprocessors), tuple(postprocessors)
+        self._active = bool(self.preprocessors or self.postprocessors)
+        self._checks: TensorChecks | None = None
+
+    def __bool__(self) -> bool:
+        return self._active
+
+    def __repr__(self) -> str:
+        return f"Processors({list(self.preprocessors)!r}, {list(self.postprocessors)!r})"
+
+    # ---------------------------------------------------------------------------------- running
+    def prepare(
+        self,
+        batch: Batch,
+        *,
+        epoch: int,
+        step: int,
+        total_steps: int,
+        device: torch.device,
+        model: Any,
+    ) -> Any:
+        """The loader's batch as `(inputs, ctx)` on the device; None when a preprocessor rejects it.
+
+        Raises:
+            TypeError: a processor returned something else than `(batch, ctx)`.
+            ContractError: a tensor is not what a contract says, where tensors are checked.
+        """
+        if not self._active:
+            return batch
+        inputs = {name: _moved(value, device) for name, value in batch[0].items()}
+        target = _moved(batch[1], device)
+        ctx = Context(
+            original_batch=(inputs, target),
+            target=target,
+            forward_kwargs={name: value for name, value in inputs.items() if name != "input"},
+            epoch=epoch,
+            step=step,
+            total_steps=total_steps,
+            device=device,
+            model=model,
+        )
+        checks, on = self._checks, None
+        if checks is not None and (on := checks.begin()) is not None:
+            on.gives(checks.loader, inputs["input"], ctx)
+        stages = checks.preprocessors if checks else ()
+        result = _run(self.preprocessors, stages, inputs["input"], ctx, on)
+        if result is None:
+            return None
+        value, ctx = result
+        if checks is not None and on is not None:
+            on.takes(checks.model, value, ctx)
+            ctx.checks, checks.done = on, True
+        return {"input": value, **ctx["forward_kwargs"]}, ctx
+
+    def finish(self, output: Any, ctx: Any) -> Any:
+        """The model's output as the loss gets it; postprocessors may have written into `ctx`.
+
+        Raises:
+            TypeError, ContractError: as in `prepare`.
+        """
+        if not self._active:
+            return output
+        checks, on = self._checks, ctx.checks
+        if checks is not None and on is not None:
+            on.gives(checks.model, output, ctx)
+        stages = checks.postprocessors if checks else ()
+        result = _run(self.postprocessors, stages, output, ctx, on)
+        if result is None:
+            name = type(self).__name__
+            raise TypeError(f"{name}: a postprocessor returned None; only a batch can be rejected")
+        output, given = result
+        if given is not ctx:  # the caller hands its own context to the loss
+            written = dict(given)
+            ctx.clear()
+            ctx.update(written)
+        if checks is not None and on is not None:
+            on.takes(checks.loss, output, ctx)
+            ctx.checks = None
+        return output
+
+    def before(self, loss_fn: Loss) -> Loss:
+        """The loss as the trainer calls it: it takes what the postprocessors leave."""
+        return _Finished(self, loss_fn) if self._active else loss_fn
+
+    # --------------------------------------------------------------------------------- contracts
+    def stages(
+        self,
+        *,
+        loader: Any = None,
+        model: Any = None,
+        loss: Any = None,
+        model_contract: str | Contract | None = None,
+    ) -> list[Stage]:
+        """The whole pipeline; see `ditty_di.processors.stages.pipeline`."""
+        return pipeline(
+            loader=loader,
+            preprocessors=self.preprocessors,
+            model=model,
+            model_contract=model_contract,
+            postprocessors=self.postprocessors,
+            loss=loss,
+        )
+
+    def validate(self, *, strict: bool = False, **around: Any) -> Report:
+        """What the contracts tell; `around` as in `stages`.
+
+        Raises:
+            ContractError: all that does not fit, at once; `strict`, what no contract proves too.
+        """
+        report = examine(self.stages(**around))
+        report.verify(strict=strict)
+        return report
+
+    def picture(self, **around: Any) -> str:
+        """The pipeline as text, problems marked; `around` as in `stages`."""
+        return str(examine(self.stages(**around)))
+
+    def check_tensors(self, *, every: bool = False, **around: Any) -> None:
+        """Compares tensors with contracts from now on: of one batch, or of `every` one.
+
+        `prepare` and `finish` then have to be called also where there is no processor.
+        """
+        self._checks = TensorChecks(self.stages(**around), every=every)
+        self._active = True
+
+
+class _Finished:
+    """A loss behind postprocessors.
+
+    One that says `takes_context` gets the context, any other the target in it as its labels.
+    """
+
+    def __init__(self, processors: Processors, loss_fn: Loss) -> None:
+        self._finish, self._loss_fn = processors.finish, loss_fn
+        self._takes_context = getattr(loss_fn, "takes_context", False)
+
+    def count(self, batch: Batch, /) -> Tensor:
+        inputs, ctx = batch
+        return self._loss_fn.count((inputs, self._labels(ctx)))
+
+    def __call__(
+        self, output: Any, ctx: Any, global_count: Tensor, /
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        output = self._finish(output, ctx)
+        return self._loss_fn(output, self._labels(ctx), global_count)
+
+    def _labels(self, ctx: Any) -> Any:
+        return ctx if self._takes_context else ctx["target"]
+
+
+def _run(
+    processors: Sequence[Any],
+    stages: Sequence[Stage],
+    value: Any,
+    ctx: Context,
+    on: BatchChecks | None,
+) -> tuple[Any, Context] | None:
+    """One after the other; None when one of them rejects what it is given."""
+    for n, processor in enumerate(processors):
+        if on is not None:
+            on.takes(stages[n], value, ctx)
+        try:
+            result = processor.process(value, ctx)
+        except Exception as error:
+            error.add_note(f"in {processor.name}.process")
+            raise
+        if result is None:
+            return None
+        if type(result) is not tuple or len(result) != 2:
+            found = f"{len(result)} values" if type(result) is tuple else type(result).__name__
+            raise TypeError(NO_PAIR.format(name=processor.name, found=found))
+        value, ctx = result
+        if value is None:
+            return None
+        if type(ctx) is not Context:
+            ctx = Context(ctx)
+        if on is not None:
+            on.gives(stages[n], value, ctx)
+    return value, ctx
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A tensor on the device, and anything else as it is."""
+    return value.to(device, non_blocking=True) if hasattr(value, "layout") else value
