@@ -2,48 +2,102 @@
 
 from __future__ import annotations
 
-import copy
+import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    from ditty_di.protocols import ModelTransform
 
 
 def from_config(
-    config: PretrainedConfig, *, attn_implementation: str = "sdpa", dtype: str = "float32"
-) -> PreTrainedModel:
+    config: PretrainedConfig,
+    *,
+    attn_implementation: str = "sdpa",
+    dtype: str = "float32",
+    tokenizer: Any = None,
+    pad_vocab_to_multiple_of: int | None = None,
+    quantize: ModelTransform | None = None,
+    adapter: ModelTransform | None = None,
+    convert: ModelTransform | None = None,
+    neftune: ModelTransform | None = None,
+    head: ModelTransform | None = None,
+) -> nn.Module:
     """A causal LM with the architecture of `config`; its values come from the `weights` slot.
 
     Args:
         config: any transformers configuration that has a causal LM class.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...
-        dtype: of the parameters, a name in torch.
+        dtype: of the parameters, a name in torch. Rotary frequencies stay float32.
+        tokenizer: the vocabulary grows to its size where it is larger, and its pad, eos and bos
+            ids are taken where `config` has none.
+        pad_vocab_to_multiple_of: rounds the vocabulary up.
+        quantize, adapter, convert, neftune, head: change the model, in this order.
 
     The copy of `config` that the model keeps says `use_cache=False`: while training, a key-value
     cache costs memory and lets packed documents see each other.
     """
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(config)
-    config.use_cache = False
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
-        )
+    from ditty_di.models._hugging_face import build
+
+    return build(
+        AutoModelForCausalLM,
+        config,
+        attn_implementation=attn_implementation,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
+        transforms=(quantize, adapter, convert, neftune, head),
+    )
 
 
-def from_folder(
-    path: str, *, attn_implementation: str = "sdpa", dtype: str = "float32", **changes: Any
-) -> PreTrainedModel:
-    """The causal LM of a local folder or hub id: its architecture now, its values by `weights`.
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    attn_implementation: str = "sdpa",
+    dtype: str = "float32",
+    tokenizer: Any = None,
+    pad_vocab_to_multiple_of: int | None = None,
+    quantize: ModelTransform | None = None,
+    adapter: ModelTransform | None = None,
+    convert: ModelTransform | None = None,
+    neftune: ModelTransform | None = None,
+    head: ModelTransform | None = None,
+    **changes: Any,
+) -> nn.Module:
+    """The causal LM of a folder or hub id: its architecture now, its values by `weights`.
 
     Args:
         path: a folder with a `config.json`, or the hub's `user/name`.
+        revision: branch, tag or commit on the hub; None is its main branch.
         changes: entries of the configuration to override, such as `attention_dropout`.
-    """
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, **changes)
-    return from_config(config, attn_implementation=attn_implementation, dtype=dtype)
+    The other arguments are those of `from_config`.
+
+    Raises:
+        FileNotFoundError: no such folder, model or revision, or no `config.json`.
+        PermissionError: a gated model whose licence was not accepted.
+        ConnectionError: the hub cannot be reached and its cache lacks the model.
+        ValueError: the weights are quantised already.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from ditty_di.models._hugging_face import build, read_config, read_generation_config
+    from ditty_di.models.files import ModelFiles
+
+    files = ModelFiles(path, revision)
+    return build(
+        AutoModelForCausalLM,
+        read_config(files, changes),
+        attn_implementation=attn_implementation,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
+        transforms=(quantize, adapter, convert, neftune, head),
+        prepare=partial(read_generation_config, files),
+    )

@@ -1,7 +1,9 @@
-"""Filling a parallelised model: the same values on any layout, slice by slice.
+"""Filling a parallelised model with random numbers: the same values on any layout.
 
-A model comes here with its parameters allocated and uninitialised (`materialize` fills them with
-NaN, so that a value which nobody set is found before the first step, not in the loss).
+A model comes here with its parameters allocated and uninitialised: `materialize` fills them with
+NaN (integers with their smallest value), so that a tensor which nobody set is found before the
+first step, not in the loss. Bytes have no such value, but packed ones have their scales beside
+them. `ditty_di.models.pretrained` reads files.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def is_meta(model: nn.Module) -> bool:
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
-    """Gives every meta tensor of the model memory on `device`, filled with NaN.
+    """Gives every meta tensor of the model memory on `device`, filled with what says "unset".
 
     Tied parameters stay tied (`nn.Module.to_empty` alone unties them), and what already has
     values keeps them.
@@ -50,18 +51,29 @@ def materialize(model: nn.Module, device: torch.device) -> None:
                 module._parameters[name] = first._parameters[first_name]
     with torch.no_grad():
         for _, tensor in _tensors(model):
-            local = _local(tensor)
-            if local.is_floating_point():
-                local.fill_(torch.nan)
+            local(tensor).fill_(_unset_value(tensor.dtype))
 
 
 def unset(model: nn.Module) -> list[str]:
-    """Names of parameters and buffers that are on meta or hold NaN."""
-    return [
-        name
-        for name, tensor in _tensors(model)
-        if tensor.is_meta or (tensor.is_floating_point() and _local(tensor).isnan().any())
-    ]
+    """Names of parameters and buffers that are on meta, hold NaN, or integers as they were made."""
+    return [name for name, t in _tensors(model) if t.is_meta or _is_unset(local(t))]
+
+
+def _unset_value(dtype: torch.dtype) -> float | int:
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.nan
+    return torch.iinfo(dtype).min if dtype.is_signed else 0
+
+
+def _is_unset(tensor: Tensor) -> bool:
+    """By pieces: a mask of a large embedding would be half as large again."""
+    value = _unset_value(tensor.dtype)
+    if value == 0 or not tensor.numel():
+        return False
+    pieces = tensor.detach().flatten().split(1 << 24)
+    if value != value:
+        return any(bool(piece.isnan().any()) for piece in pieces)
+    return all(bool((piece == value).all()) for piece in pieces)
 
 
 # -- what initialises one module -----------------------------------------------------------------
@@ -79,8 +91,30 @@ def torch_reset(model: nn.Module) -> Callable[[nn.Module], None]:
 
 
 def hugging_face(model: nn.Module) -> Callable[[nn.Module], None]:
-    """transformers' convention: the model's `_init_weights(module)`, rotary buffers included."""
-    return model._init_weights  # type: ignore[return-value]
+    """transformers' convention: the model's `_init_weights(module)`, rotary buffers included.
+
+    The model may be inside others, such as peft's. A quantised layer makes its own random values.
+    """
+    _, base = transformers_model(model)
+    if base is None:
+        raise ValueError(
+            f"weights: {type(model).__name__} has no _init_weights, so it is no model of "
+            f"transformers; choose another init, such as weights=torch"
+        )
+
+    def init(module: nn.Module) -> None:
+        if hasattr(module, "fill_from"):
+            module.reset_parameters()  # type: ignore[operator]
+        else:
+            base._init_weights(module)
+
+    return init
+
+
+def transformers_model(model: nn.Module) -> tuple[str, Any]:
+    """(path, module) of the outermost model of transformers in it; ("", None) without one."""
+    found = ((path, m) for path, m in model.named_modules() if hasattr(type(m), "_init_weights"))
+    return next(found, ("", None))
 
 
 def torchtitan(model: nn.Module) -> Callable[[nn.Module], None]:
@@ -130,73 +164,6 @@ def initialize(
                     init_module(module)
 
 
-def pretrained(model: nn.Module, /, *, device: torch.device, path: str) -> None:
-    """Reads a folder of safetensors; each rank reads only its own slices.
-
-    Buffers that are not saved (rotary frequencies) are recomputed by the model's `_init_weights`.
-
-    Raises:
-        FileNotFoundError: no safetensors in `path`.
-        ValueError: a parameter that the files lack, or has another shape there.
-    """
-    init_module = hugging_face(model)
-    files = Safetensors(path)
-    problems = []
-    saved = {canonical_fqn(name) for name in model.state_dict()}
-    with torch.no_grad():
-        for module in model.modules():
-            if module._buffers and not module._parameters:
-                init_module(module)
-        for raw, tensor in _tensors(model):
-            name = canonical_fqn(raw)
-            if name in saved:
-                problems += files.copy_into(name, tensor)
-    if problems:
-        shown = "\n  ".join(problems[:10])
-        raise ValueError(f"weights: {path} does not fit the model:\n  {shown}")
-
-
-class Safetensors:
-    """The tensors of a folder (one file, or several with an index), read by slices."""
-
-    def __init__(self, path: str) -> None:
-        from safetensors import safe_open
-
-        folder = _snapshot(path)
-        names = sorted(folder.glob("*.safetensors"))
-        if not names:
-            raise FileNotFoundError(
-                f"weights: no .safetensors file in {folder}; give a folder that "
-                f"`save_pretrained` wrote"
-            )
-        self._files = [safe_open(name, "pt") for name in names]
-        self._where = {key: file for file in self._files for key in file.keys()}  # noqa: SIM118
-
-    def copy_into(self, name: str, target: Tensor) -> list[str]:
-        """Copies this rank's slice of `name` into `target`; what is wrong, if anything is."""
-        if name not in self._where:
-            return [f"{name}: not in the files"]
-        source = self._where[name].get_slice(name)
-        if tuple(source.get_shape()) != tuple(target.shape):
-            return [f"{name}: {source.get_shape()} there, {list(target.shape)} in the model"]
-        local = _local(target)
-        if local.numel():
-            index = _slices(target)
-            local.copy_(source[index] if index else source[...])
-        return []
-
-
-def _snapshot(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or path.count("/") != 1:
-        raise FileNotFoundError(f"weights: there is no folder {folder}")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
-
-
 # -- tensors and their shards ------------------------------------------------------------------
 
 
@@ -205,11 +172,12 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it, to be written to."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.data
 
 
-def _slices(tensor: Tensor) -> tuple[slice, ...]:
+def slices(tensor: Tensor) -> tuple[slice, ...]:
     """Which part of the whole tensor this rank holds."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, n) for n in tensor.shape)
@@ -219,6 +187,11 @@ def _slices(tensor: Tensor) -> tuple[slice, ...]:
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """Random numbers on the CPU that depend on the seed and the name only."""
+    return torch.Generator().manual_seed(_seed(seed, name))
 
 
 def _seed(seed: int, name: str) -> int:
@@ -257,9 +230,9 @@ class _unsharded:
                     if id(tensor) in self.done or isinstance(tensor, DTensor):
                         whole = torch.full(
                             tensor.shape,
-                            torch.nan,
+                            _unset_value(tensor.dtype),
                             dtype=tensor.dtype,
-                            device=_local(tensor).device,
+                            device=local(tensor).device,
                         )
                         scratch = nn.Parameter(whole, requires_grad=False)
                         self.swapped.append((table, name, tensor, scratch))
@@ -270,7 +243,7 @@ class _unsharded:
     def __exit__(self, *error: object) -> None:
         for table, name, tensor, whole in self.swapped:
             table[name] = tensor
-            local = _local(tensor)
-            if id(tensor) not in self.done and local.numel():
-                local.copy_(whole[_slices(tensor)])
+            here = local(tensor)
+            if id(tensor) not in self.done and here.numel():
+                here.copy_(whole[slices(tensor)])
             self.done.add(id(tensor))

@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from ditty_di.models.causal_lm import from_config, from_folder
+from ditty_di.models.causal_lm import from_config
 from ditty_di.models.weights import (
     hugging_face,
     initialize,
     is_meta,
     materialize,
-    pretrained,
     unset,
 )
 
@@ -106,48 +103,3 @@ def test_a_model_that_is_half_on_meta_is_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with pytest.raises(ValueError, match="some of its tensors are on the meta device"):
         materialize(model, CPU)
-
-
-# -- pretrained -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path):
-    torch.manual_seed(1)
-    LlamaForCausalLM(llama(tie=True)).save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    return tmp_path
-
-
-def test_a_saved_model_is_read_back_with_its_logits(folder):
-    model = from_folder(str(folder))
-    materialize(model, CPU)
-    pretrained(model, device=CPU, path=str(folder))
-    tokens = torch.arange(12)[None]
-    with torch.no_grad():
-        expected = LlamaForCausalLM.from_pretrained(folder)(tokens).logits
-        assert torch.equal(model(tokens).logits, expected)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"num_hidden_layers": 3}, r"model.layers.2.*not in the files"),
-        ({"hidden_size": 16}, r"embed_tokens.weight: \[64, 32\] there, \[64, 16\] in the model"),
-    ],
-)
-def test_files_that_do_not_fit_the_model_are_named(folder, changes, message):
-    model = from_config(LlamaConfig(**{**llama(tie=True).to_dict(), **changes, "head_dim": None}))
-    materialize(model, CPU)
-    with pytest.raises(ValueError, match=message):
-        pretrained(model, device=CPU, path=str(folder))
-
-
-def test_a_folder_without_safetensors_is_named(tmp_path):
-    model = from_config(llama())
-    materialize(model, CPU)
-    fill = partial(pretrained, model, device=CPU)
-    with pytest.raises(FileNotFoundError, match=r"no .safetensors file in"):
-        fill(path=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        fill(path=str(tmp_path / "nowhere"))

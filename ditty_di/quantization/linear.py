@@ -1,0 +1,184 @@
+"""What linear layers with a frozen weight of a few plain tensors of 4 or 8 bits share.
+
+`qweight` and `scale` are ordinary parameters that need no gradient, with one row for each row of
+the weight: sharding, checkpoints and the meta device treat them as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from ditty_di.models.weights import local, slices
+
+#: `read(name, index)`: the pretrained tensor of that name in this module, or the part that the
+#: slices of `index` say.
+Read = Callable[[str, Any], Tensor]
+
+#: `(dtype, in_features, *packed) -> [rows, in_features]`
+Decoder = Callable[..., Tensor]
+
+#: Weights that are quantised at a time: float32 copies of them are what a load needs beside the
+#: packed tensors. Fewer on a CPU, where there is less to gain from many.
+_CPU_PIECE, _PIECE = 1 << 18, 1 << 24
+
+
+class QuantizedLinear(nn.Module):
+    """What the layers share; a subclass says how to encode and decode.
+
+    Args:
+        in_features, out_features: of the layer.
+        bias: its bias, which stays as it is, or None.
+        dtype: of `dequantize()`; the product takes the input's dtype.
+    """
+
+    qweight: nn.Parameter
+    scale: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: nn.Parameter | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.register_parameter("bias", bias)
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Some rows of the weight as the module's packed tensors, by name."""
+        raise NotImplementedError
+
+    def packed(self) -> tuple[Tensor | None, ...]:
+        """What a decoder takes, of the tensors as they are now."""
+        raise NotImplementedError
+
+    def decoder(self, device: torch.device) -> Decoder:
+        """What decodes them on this device."""
+        raise NotImplementedError
+
+    def alone(self) -> QuantizedLinear:
+        """An unfilled layer like this one, unsharded and without bias, on the same device."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised weight, made anew each time: for code that looks at its dtype."""
+        return self.dequantize()
+
+    def dequantize(self) -> Tensor:
+        """`[out, in]`, or this rank's rows of it where the parameters are sharded."""
+        packed = [None if t is None else local(t) for t in self.packed()]
+        decode = self.decoder(local(self.qweight).device)
+        return decode(self.dtype, self.in_features, *packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`, in the dtype of `x` (or of autocast)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return _Product.apply(x, self.bias, self.decoder(x.device), *self.packed())
+
+    def fill_from(self, read: Read) -> None:
+        """Reads and quantises the rows that this rank holds, a piece at a time.
+
+        Raises:
+            ValueError: the pretrained weight has another shape, or the parameters are sharded
+                otherwise than by rows.
+        """
+        there, wanted = tuple(read("weight", None).shape), (self.out_features, self.in_features)
+        if there != wanted:
+            raise ValueError(f"weight: {list(there)} there, {list(wanted)} in the model")
+        rows = self._rows()
+        device = local(self.qweight).device
+        step = max(1, (_CPU_PIECE if device.type == "cpu" else _PIECE) // self.in_features)
+        with torch.no_grad():
+            for start in range(rows.start, rows.stop, step):
+                part = slice(start, min(start + step, rows.stop))
+                weight = read("weight", (part, slice(None))).to(device)
+                here = slice(part.start - rows.start, part.stop - rows.start)
+                for name, value in self.encode(weight).items():
+                    local(getattr(self, name))[here].copy_(value)
+
+    def reset_parameters(self) -> None:
+        """Random values, uniform within 1 / sqrt(in), as `torch.nn.Linear` has them."""
+        bound = self.in_features**-0.5
+        device = local(self.qweight).device
+
+        def read(name: str, index: Any) -> Tensor:
+            if index is None:
+                return torch.empty(self.out_features, self.in_features, device="meta")
+            rows = index[0].stop - index[0].start
+            return torch.empty(rows, self.in_features, device=device).uniform_(-bound, bound)
+
+        self.fill_from(read)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def verify_shards(self, read: Read) -> None:
+        """Gathers the sharded weight and compares it with one quantised whole: a collective call.
+
+        Raises:
+            RuntimeError: they differ, on all ranks alike.
+        """
+        own = dict(self.named_parameters(recurse=False))
+        own.pop("bias", None)
+        if not any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in own.values()):
+            return
+        whole = self.alone()
+        whole.fill_from(read)
+        gathered = self.alone()
+        for name, parameter in own.items():
+            value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            getattr(gathered, name).data.copy_(value)
+        if not torch.equal(whole.dequantize(), gathered.dequantize()):
+            raise RuntimeError(
+                f"the sharded {type(self).__name__} [{self.out_features}, {self.in_features}] "
+                f"does not hold the weight that one process quantises from the same file: the "
+                f"layout and the packed tensors do not fit each other"
+            )
+
+    def _rows(self) -> slice:
+        for parameter in (self.qweight, self.scale):
+            if isinstance(parameter, DTensor) and any(
+                isinstance(p, Shard) and p.dim != 0 for p in parameter.placements
+            ):
+                raise ValueError(
+                    f"a quantised layer can be sharded by rows only, not as {parameter.placements}"
+                )
+        return slices(self.qweight)[0]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class _Product(torch.autograd.Function):
+    """`x @ weight.T + bias`, with the packed weight kept for the backward pass and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, decode: Any, *packed: Any) -> Tensor:
+        ctx.decode, ctx.in_features, ctx.tensors = decode, x.shape[-1], len(packed)
+        ctx.bias = None if bias is None else bias.dtype
+        ctx.save_for_backward(*packed)
+        weight = decode(x.dtype, x.shape[-1], *packed)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            # Once only: activation checkpointing gives them once.
+            weight = ctx.decode(grad.dtype, ctx.in_features, *ctx.saved_tensors)
+            grad_x = grad @ weight
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias)
+        return grad_x, grad_bias, None, *[None] * ctx.tensors
+
+
+def frozen(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None
+) -> nn.Parameter:
+    """An uninitialised parameter that needs no gradient: it is sharded and saved as any other."""
+    return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device), requires_grad=False)

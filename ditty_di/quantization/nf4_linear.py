@@ -1,0 +1,215 @@
+"""NormalFloat4: 4-bit codes in blocks, as in QLoRA (https://arxiv.org/abs/2305.14314, section 3).
+
+The packed bytes are those of bitsandbytes' `nf4`. Blocks never cross rows, so that any rank can
+quantise its own rows. Where a row is no multiple of the block, it is as if zeros followed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditty_di.models.weights import local
+from ditty_di.quantization.linear import Decoder, QuantizedLinear, frozen
+from ditty_di.quantization.optional import require_bitsandbytes
+
+#: The 16 values of a code (QLoRA, appendix E).
+CODES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+#: Weights that are decoded at a time.
+_CPU_PIECE, _PIECE = 1 << 18, 1 << 23
+
+
+def pairs(device: torch.device | None) -> Tensor:
+    """The two values of each byte, `[256, 2]` in float32: one look-up decodes two codes."""
+    codes = torch.tensor(CODES, device=device)
+    byte = torch.arange(256, device=device)
+    return torch.stack((codes[byte >> 4], codes[byte & 15]), dim=1)
+
+
+@lru_cache
+def _bounds(device: torch.device) -> Tensor:
+    codes = torch.tensor(CODES, device=device)
+    return (codes[1:] + codes[:-1]) / 2
+
+
+def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """`[out, in]` of any dtype to bytes `[out, blocks * block_size / 2]` and the largest absolute
+    value of each block, `[out, blocks]` in float32; `blocks` is `in / block_size`, rounded up."""
+    rows = weight.shape[0]
+    values = F.pad(weight.float(), (0, -weight.shape[1] % block_size))
+    blocks = values.view(rows, values.shape[1] // block_size, block_size)
+    scale = blocks.abs().amax(-1)
+    # Times the reciprocal, as bitsandbytes does it: the bytes shall be the same.
+    scaled = blocks * (1.0 / scale.clamp_min(1e-38))[..., None]
+    codes = torch.bucketize(scaled, _bounds(weight.device), out_int32=True).to(torch.uint8)
+    codes = codes.view(rows, -1)
+    return (codes[:, ::2] << 4) | codes[:, 1::2], scale
+
+
+def decode(
+    dtype: torch.dtype,
+    in_features: int,
+    qweight: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    pairs: Tensor,
+) -> Tensor:
+    """Bytes and the blocks' scales to `[out, in]`, computed in float32.
+
+    Outside of compiled code it goes by pieces, which stay in the cache and hold little memory.
+    """
+    scales = _scales(scale, row_scale)
+    if torch.compiler.is_compiling():
+        values = F.embedding(qweight.int(), pairs).view(*scale.shape, -1) * scales[..., None]
+        return values.to(dtype).view(len(scale), -1)[:, :in_features]
+    columns = 2 * qweight.shape[1]
+    weight = torch.empty(len(scale), columns, dtype=dtype, device=qweight.device)
+    rows = max(1, (_CPU_PIECE if qweight.device.type == "cpu" else _PIECE) // columns)
+    for codes, factors, out in zip(
+        *(t.split(rows) for t in (qweight, scales, weight)), strict=True
+    ):
+        values = F.embedding(codes.int(), pairs).view(*factors.shape, -1)
+        torch.mul(values, factors[..., None], out=out.view(values.shape))
+    return weight[:, :in_features]
+
+
+def decode_with_bitsandbytes(
+    dtype: torch.dtype,
+    in_features: int,
+    qweight: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | None,
+    pairs: Tensor,
+) -> Tensor:
+    """`decode` by bitsandbytes' kernel."""
+    rows, blocks = scale.shape
+    columns = 2 * qweight.shape[1]
+    absmax = _scales(scale, row_scale).view(-1)
+    weight = torch.ops.bitsandbytes.dequantize_4bit.default(
+        qweight.view(-1, 1), absmax, columns // blocks, "nf4", [rows, columns], dtype
+    )
+    return weight[:, :in_features]
+
+
+def _scales(scale: Tensor, row_scale: Tensor | None) -> Tensor:
+    return scale.float() if row_scale is None else scale.float() * (row_scale.float() / 255)
+
+
+def _decoders(kernels: str) -> tuple[Decoder, Decoder]:
+    """What decodes on CUDA devices, and elsewhere."""
+    if kernels not in ("auto", "torch", "bitsandbytes"):
+        raise ValueError(
+            f"quantize: kernels={kernels!r}; it can be 'auto', 'torch' or 'bitsandbytes'"
+        )
+    if kernels == "torch" or (kernels == "auto" and not _auto()):
+        return decode, decode
+    require_bitsandbytes()
+    return decode_with_bitsandbytes, decode if kernels == "auto" else decode_with_bitsandbytes
+
+
+def _auto() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
+
+
+class NF4Linear(QuantizedLinear):
+    """4 bits a weight: `qweight` uint8 `[out, in / 2]`, `scale` bfloat16 `[out, in / block_size]`.
+
+    Args:
+        block_size: weights that share a scale, even.
+        double_quant: scales of 8 bits (`scale` uint8) times 1/255 of the row's largest (`row_scale`
+            bfloat16 `[out, 1]`): 0.517 bytes a weight instead of 0.531.
+        kernels: "torch", "bitsandbytes", or "auto": bitsandbytes' where it is installed and the
+            input is on a CUDA device, torch's elsewhere.
+
+    Raises:
+        ValueError: an odd block size, or other kernels.
+        ImportError: bitsandbytes is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        block_size: int = 64,
+        double_quant: bool = False,
+        kernels: str = "auto",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, dtype)
+        if block_size < 2 or block_size % 2:
+            raise ValueError(f"quantize: block_size={block_size} must be even, such as 64")
+        self.block_size, self.double_quant, self.kernels = block_size, double_quant, kernels
+        self._on_cuda, self._elsewhere = _decoders(kernels)
+        blocks = -(-in_features // block_size)
+        self.qweight = frozen(out_features, blocks * block_size // 2, torch.uint8, device)
+        if double_quant:
+            self.scale = frozen(out_features, blocks, torch.uint8, device)
+            self.row_scale = frozen(out_features, 1, torch.bfloat16, device)
+        else:
+            self.scale = frozen(out_features, blocks, torch.bfloat16, device)
+            self.register_parameter("row_scale", None)
+        self._pairs = pairs(self.qweight.device)
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        qweight, scale = quantize(weight, self.block_size)
+        if not self.double_quant:
+            return {"qweight": qweight, "scale": scale}
+        row_scale = scale.amax(1, keepdim=True).bfloat16()
+        steps = 255 * scale / row_scale.float().clamp_min(1e-38)
+        return {
+            "qweight": qweight,
+            "scale": steps.round().clamp(0, 255).to(torch.uint8),
+            "row_scale": row_scale,
+        }
+
+    def packed(self) -> tuple[Tensor | None, ...]:
+        table = self._pairs.to(self.qweight.device)
+        return self.qweight, self.scale, self.row_scale, table
+
+    def decoder(self, device: torch.device) -> Decoder:
+        return self._on_cuda if device.type == "cuda" else self._elsewhere
+
+    def alone(self) -> NF4Linear:
+        return NF4Linear(
+            self.in_features,
+            self.out_features,
+            dtype=self.dtype,
+            device=local(self.qweight).device,
+            block_size=self.block_size,
+            double_quant=self.double_quant,
+            kernels=self.kernels,
+        )
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> NF4Linear:
+        super()._apply(fn, recurse)
+        # No buffer: it would come back without a value from wherever buffers are emptied.
+        self._pairs = pairs(local(self.qweight).device)
+        return self

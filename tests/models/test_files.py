@@ -1,0 +1,208 @@
+"""Finding a model's files: in folders, and on a hub that is a real server on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ditty_di.models.files import ModelFiles
+from ditty_di.models.safetensors import Safetensors
+from tests.models.hub_server import COMMIT, GATED, PRIVATE, TOKEN, hub
+from tests.toy import REPOSITORY
+
+#: Run with the hub's address in the environment: huggingface_hub reads that when it is imported.
+ASK = """
+import json, sys, time
+time.sleep = lambda seconds: None  # huggingface_hub waits 23 s in all before it gives up
+from ditty_di.models.files import ModelFiles
+
+answers = []
+for path, revision, what in json.loads(sys.argv[1]):
+    try:
+        found = getattr(ModelFiles(path, revision), what)()
+        answers.append(["", str(found) if what == "config" else found and
+                        ([str(f) for f in found] if what == "safetensors" else found)])
+    except Exception as error:
+        answers.append([type(error).__name__, str(error)])
+print("ANSWERS" + json.dumps(answers))
+"""
+
+
+def ask(cache, endpoint, *questions, **environment):
+    """What `ModelFiles(path, revision).<method>()` does, for each of the questions."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), **environment}
+    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, json.dumps(questions)],
+        env=env,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.partition("ANSWERS")[2])
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model in two files, with others beside them that are none of its own."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    for i in (1, 2):
+        save_file({f"w{i}": torch.full((4, 3), float(i))}, folder / f"model-{i}.safetensors")
+    index = {"weight_map": {"w1": "model-1.safetensors", "w2": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "pytorch_model.bin").write_bytes(b"x" * 100)
+    save_file({"other": torch.zeros(1)}, folder / "consolidated.safetensors")
+    return folder
+
+
+def names(answer):
+    assert answer[0] == "", answer
+    return [path.rpartition("/")[2] for path in answer[1]]
+
+
+def test_a_download_takes_what_is_needed_and_works_offline_afterwards(model, tmp_path):
+    with hub({"user/small": model}) as (endpoint, requested):
+        config, weights, identity = ask(
+            tmp_path / "cache",
+            endpoint,
+            ["user/small", None, "config"],
+            ["user/small", "v1", "safetensors"],
+            ["user/small", None, "identity"],
+        )
+        fetched = {
+            r.rpartition("/")[2] for r in requested if r.startswith("GET") and "resolve" in r
+        }
+    assert f"/snapshots/{COMMIT}/config.json" in config[1]
+    assert names(weights) == ["model-1.safetensors", "model-2.safetensors"]
+    assert not fetched & {"pytorch_model.bin", "consolidated.safetensors"}
+    assert identity[1]["path"] == "user/small" and identity[1]["revision"] == COMMIT
+    assert identity[1]["hash"] == ModelFiles(model).identity()["hash"]
+
+    again = ask(
+        tmp_path / "cache",
+        endpoint,
+        ["user/small", None, "safetensors"],
+        ["user/other", None, "config"],
+        HF_HUB_OFFLINE="1",
+    )
+    assert names(again[0]) == names(weights)
+    assert again[1][0] == "ConnectionError" and "HF_HUB_OFFLINE is set" in again[1][1]
+
+
+def test_what_the_hub_refuses_is_said_in_one_sentence(model, tmp_path):
+    questions = [
+        [GATED, None, "config"],
+        [PRIVATE, None, "config"],
+        ["nobody/nothing", None, "config"],
+        ["user/small", "v9", "config"],
+        ["user/small", None, "config"],
+        ["user/bare", None, "safetensors"],
+    ]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text("{}")
+    (bare / "pytorch_model.bin").write_bytes(b"x")
+    (model / "config.json").unlink()
+    with hub({"user/small": model, GATED: model, "user/bare": bare}) as (endpoint, _):
+        answers = ask(tmp_path / "cache", endpoint, *questions)
+        (allowed,) = ask(tmp_path / "c2", endpoint, [GATED, None, "safetensors"], HF_TOKEN=TOKEN)
+    gated, private, nothing, revision, no_config, no_weights = answers
+    assert gated == [
+        "PermissionError",
+        f"{GATED} is gated: accept its licence at {endpoint}/{GATED}, then set HF_TOKEN or run "
+        f"`hf auth login`",
+    ]
+    for kind, message in (private, nothing):
+        assert kind == "FileNotFoundError"
+        assert "there is no folder" in message and "hf auth login" in message
+    assert revision[0] == "FileNotFoundError" and "no revision 'v9'" in revision[1]
+    assert no_config[0] == "FileNotFoundError"
+    assert no_config[1].startswith("user/small on the hub has no config.json")
+    assert "user/bare on the hub has no .safetensors file" in no_weights[1]
+    assert "has no config.json" in allowed[1], "with the token it is the model's own fault"
+    assert not any("\n" in message for _, message in answers)
+
+
+def test_without_a_network_the_answer_names_the_cache_and_the_address(tmp_path):
+    with hub({}) as (endpoint, _):
+        pass
+    ((kind, message),) = ask(tmp_path / "cache", endpoint, ["user/small", None, "config"])
+    assert kind == "ConnectionError"
+    assert f"{endpoint} cannot be reached" in message and str(tmp_path / "cache") in message
+
+
+def test_a_download_that_broke_off_is_not_taken_for_the_model(model, tmp_path):
+    """Only the configuration and the index came; without the hub, that is said."""
+    with hub({"user/small": model}) as (endpoint, _):
+        ask(tmp_path / "cache", endpoint, ["user/small", None, "safetensors"])
+    (snapshot,) = (tmp_path / "cache").glob("hub/models--user--small/snapshots/*")
+    (snapshot / "model-2.safetensors").unlink()
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        ((kind, message),) = ask(
+            tmp_path / "cache", endpoint, ["user/small", None, "safetensors"], **environment
+        )
+        assert kind == "ConnectionError"
+        assert "the model is not (wholly) in the cache" in message
+
+
+# -- folders --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "a/b/c", "~/nowhere at all"])
+def test_what_can_only_be_a_folder_is_never_looked_up(path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        ModelFiles(path)
+
+
+def test_a_folder_has_no_revisions(model):
+    with pytest.raises(ValueError, match=r"revision='v1'.*leave it out"):
+        ModelFiles(model, "v1")
+
+
+def test_a_folder_without_a_configuration_is_no_model(model):
+    (model / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        ModelFiles(model).config()
+
+
+def test_a_file_of_the_index_that_is_not_there_is_named(model):
+    (model / "model-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks model-2\.safetensors"):
+        ModelFiles(model).safetensors()
+
+
+def test_a_file_that_was_cut_short_is_named(model):
+    whole = (model / "model-2.safetensors").read_bytes()
+    for size in (len(whole) - 5, 3, 0):
+        (model / "model-2.safetensors").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model-2\.safetensors is no whole safetensors file"):
+            Safetensors(ModelFiles(model).safetensors())
+
+
+def test_without_an_index_the_usual_file_is_the_model_and_else_all_are(model):
+    (model / "model.safetensors.index.json").unlink()
+    found = [file.name for file in ModelFiles(model).safetensors()]
+    assert found == ["consolidated.safetensors", "model-1.safetensors", "model-2.safetensors"]
+    save_file({"w": torch.zeros(2)}, model / "model.safetensors")
+    assert [file.name for file in ModelFiles(model).safetensors()] == ["model.safetensors"]
+
+
+def test_the_identity_is_the_content_wherever_it_lies(model, tmp_path):
+    first = ModelFiles(model).identity()
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(model, copy)
+    assert ModelFiles(copy).identity()["hash"] == first["hash"]
+    save_file({"w2": torch.full((4, 3), 3.0)}, copy / "model-2.safetensors")
+    assert ModelFiles(copy).identity()["hash"] != first["hash"]

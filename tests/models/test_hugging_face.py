@@ -1,0 +1,103 @@
+"""What `causal_lm` and `seq2seq` build: configuration, vocabulary, the order of the transforms."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, PreTrainedTokenizerFast, T5Config
+
+from ditty_di.models import causal_lm, seq2seq
+from ditty_di.models.weights import is_meta
+from tests.models.tiny import llama, save_llama
+
+
+def tokenizer(size, **special):
+    words = {f"w{i}": i for i in range(size)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_vocabulary_grows_to_the_tokenizers(tie):
+    special = {"eos_token": "w1", "pad_token": "w3"}
+    model = causal_lm.from_config(
+        llama(tie_word_embeddings=tie), tokenizer=tokenizer(65, **special)
+    )
+    assert is_meta(model)
+    assert model.model.embed_tokens.weight.shape == model.lm_head.weight.shape == (65, 64)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+    config = model.config
+    assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (65, 1, 3)
+    assert config.bos_token_id is None
+
+
+def test_a_smaller_tokenizer_and_ids_that_are_set_change_nothing():
+    model = causal_lm.from_config(
+        llama(eos_token_id=7), tokenizer=tokenizer(10, eos_token="w1", pad_token="w3")
+    )
+    assert (model.config.vocab_size, model.config.eos_token_id) == (61, 7)
+
+
+@pytest.mark.parametrize("size, vocabulary", [(10, 64), (65, 96), (None, 64)])
+def test_the_vocabulary_is_rounded_up(size, vocabulary):
+    model = causal_lm.from_config(
+        llama(), tokenizer=size and tokenizer(size), pad_vocab_to_multiple_of=32
+    )
+    assert model.config.vocab_size == model.lm_head.out_features == vocabulary
+
+
+def test_a_decoder_without_a_start_token_starts_with_padding():
+    options = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1}
+    config = T5Config(**options, num_heads=4, pad_token_id=None, decoder_start_token_id=None)
+    model = seq2seq.from_config(config, tokenizer=tokenizer(65, pad_token="w3"))
+    assert model.config.decoder_start_token_id == 3
+    assert model.shared.weight.shape == (65, 32) and model.config.use_cache is False
+
+
+def test_transforms_are_applied_in_their_order_on_meta():
+    seen = []
+
+    def transform(name):
+        def apply(model, /):
+            assert is_meta(model) and model.config.use_cache is False
+            seen.append(name)
+            return model
+
+        return apply
+
+    order = ["quantize", "adapter", "convert", "neftune", "head"]
+    causal_lm.from_config(llama(), **{name: transform(name) for name in reversed(order)})
+    assert seen == order
+
+
+def test_what_a_transform_returns_is_the_model():
+    wrapped = causal_lm.from_config(llama(), adapter=torch.nn.Sequential)
+    assert isinstance(wrapped, torch.nn.Sequential)
+
+
+def test_the_configuration_of_a_folder_can_be_changed_and_keeps_its_path(tmp_path):
+    save_llama(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    model = causal_lm.from_pretrained(
+        tmp_path, attention_dropout=0.25, attn_implementation="eager", dtype="bfloat16"
+    )
+    assert model.config.attention_dropout == 0.25 and model.name_or_path == str(tmp_path)
+    assert model.config._attn_implementation == "eager" and model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == [5, 6]
+
+
+def test_weights_that_are_quantised_already_are_refused(tmp_path):
+    save_llama(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantised = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+    with pytest.raises(ValueError, match="quantised already"):
+        causal_lm.from_pretrained(tmp_path)
+
+
+def test_a_dtype_that_torch_does_not_have_is_named():
+    with pytest.raises(ValueError, match=r"model\.dtype='bf16' is no dtype; write float32"):
+        causal_lm.from_config(LlamaConfig(), dtype="bf16")
