@@ -11,17 +11,20 @@ def per_token(model_parts: list[nn.Module]) -> float:
     A weight costs 2 operations a token in the forward pass, 2 for the gradient of its input and 2
     for its own gradient; a frozen one saves the last two (Kaplan et al. 2020, arXiv:2001.08361,
     section 2.1). Tables that are only looked up (`nn.Embedding`) cost none; one that is tied to the
-    output projection is used there and counts. Recomputation is not counted, so that the figure
+    output projection is used there and counts. A linear layer that holds its weight packed (in
+    integers) counts for what it stands for. Recomputation is not counted, so that the figure
     can serve the *model* FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
     """
-    weights = {
-        id(parameter): parameter
-        for part in model_parts
-        for module in part.modules()
-        if not isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
-    return float(sum((6 if p.requires_grad else 4) * p.numel() for p in weights.values()))
+    weights: dict[int, nn.Parameter] = {}
+    packed = 0
+    for part in model_parts:
+        for module in part.modules():
+            own = [] if isinstance(module, nn.Embedding) else [*module.parameters(recurse=False)]
+            if hasattr(module, "in_features") and any(not p.is_floating_point() for p in own):
+                packed += module.in_features * module.out_features  # type: ignore[operator]
+            else:
+                weights |= {id(p): p for p in own}
+    return 4.0 * packed + sum((6 if p.requires_grad else 4) * p.numel() for p in weights.values())
 
 
 def attention_per_token(*, num_layers: int, hidden_size: int, seq_len: int) -> float:

@@ -60,7 +60,9 @@ class SampleText:
             eos_token_id=self.tokenizer.eos_token_id,
             logits_of=self.logits_of,
         )
-        shown = [p if self.echo else f"{p.lstrip().partition(chr(10))[0]} -> " for p in self.prompts]
+        shown = [
+            p if self.echo else f"{p.lstrip().partition(chr(10))[0]} -> " for p in self.prompts
+        ]
         return {
             f"sample/{i}": f"{prompt}{self.tokenizer.decode(row, skip_special_tokens=True)}"
             for i, (prompt, row) in enumerate(zip(shown, rows, strict=True))

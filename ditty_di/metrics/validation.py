@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -30,6 +31,10 @@ OTHER_DATA = """\
 validator: the validation loader yielded other data than the first time ({first} labels, then \
 {now}). A validation loss can only be compared with earlier ones on the same batches; give the \
 validator a loader that starts over with each iteration (no shuffling)."""
+
+
+def _as_it_is(batch: Batch) -> Batch | None:
+    return batch
 
 
 class Sample(Protocol):
@@ -65,6 +70,7 @@ class Validator:
         forward: Forward,
         loss_fn: Loss,
         runtime: Runtime,
+        prepare: Callable[[Batch], Batch | None] = _as_it_is,
     ) -> None:
         for name, number in (("every", every), ("max_batches", max_batches)):
             if number is not None and number < 1:
@@ -75,7 +81,7 @@ class Validator:
         self.baselines, self.perplexity, self.first = dict(baselines or {}), perplexity, first
         self._done: list[tuple[int, float, dict[str, str]]] = []
         self.model_parts, self.forward, self.loss_fn = model_parts, forward, loss_fn
-        self.runtime = runtime
+        self.runtime, self.prepare = runtime, prepare
         # An injected loader that remembers its position is put back to where it is now.
         state_dict = getattr(dataloader, "state_dict", None)
         self._start = copy.deepcopy(state_dict()) if state_dict is not None else None
@@ -93,7 +99,8 @@ class Validator:
         (then, before, texts), (now, after, later) = self._done
         lines = [f"held-out loss {before:.4f} at step {then}, {after:.4f} at step {now}"]
         for name, text in texts.items():
-            lines += [f"{name} at step {then}: {text}", f"{name} at step {now}: {later[name]}"]
+            for step, said in ((then, text), (now, later[name])):
+                lines.append(f"{name} at step {step}: {textwrap.shorten(said, 200)}")
         return "\n".join(lines)
 
     def validate(self, step: int) -> dict[str, float]:
@@ -120,7 +127,14 @@ class Validator:
             values["perplexity"] = float(np.exp(values["loss"]))
         return values | self.baselines if values else {}
 
-    def _batches(self) -> Iterable[Batch]:
+    def _batches(self) -> Iterator[tuple[Batch, Batch]]:
+        """The loader's batches, and what preprocessors make of them; none that they reject."""
+        for batch in self._loaded():
+            prepared = self.prepare(batch)
+            if prepared is not None:
+                yield batch, prepared
+
+    def _loaded(self) -> Iterable[Batch]:
         loader: Any = self.dataloader
         if callable(loader):
             loader = loader(dp_rank=self.runtime.dp_rank, dp_world_size=self.runtime.dp_world_size)
@@ -133,10 +147,10 @@ class Validator:
         runtime, batches = self.runtime, 0
         self._spare = None
         count: Tensor | None = None
-        for batch in self._batches():
+        for loaded, batch in self._batches():
             if runtime.stop_requested():
                 break
-            self._spare = self._spare or batch
+            self._spare = self._spare or loaded
             here = self.loss_fn.count(batch).double()
             count, batches = here if count is None else count + here, batches + 1
         if runtime.any(runtime.stop_requested()):
@@ -150,7 +164,8 @@ class Validator:
             first = runtime.broadcast(self._spare)
             self._spare = self._spare or first
             if count is None:
-                count = torch.zeros_like(self.loss_fn.count(first), dtype=torch.float64)
+                like = self.loss_fn.count(self._prepared(first))
+                count = torch.zeros_like(like, dtype=torch.float64)
         assert count is not None
         total = runtime.sum(count.flatten().tolist())
         if not any(total):
@@ -166,11 +181,10 @@ class Validator:
         for _ in range(batches):
             if runtime.any(runtime.stop_requested()):
                 return {}
-            following = next(iterator, None)
+            following = next(iterator, (None, None))[1]
             # A rank without further batches runs one again, weightless: the forward pass of a
             # sharded model needs all ranks.
-            batch = following or self._spare
-            assert batch is not None
+            batch = following or self._prepared(self._spare)
             inputs, labels = batch
             output = self.forward({k: _to(v, device) for k, v in inputs.items()})
             loss, metrics = self.loss_fn(output, labels.to(device), on_device)
@@ -187,6 +201,11 @@ class Validator:
         if not torch.equal(now, global_count.double().flatten()):
             raise ValueError(OTHER_DATA.format(first=global_count.tolist(), now=now.tolist()))
         return dict(zip(names, summed, strict=False))
+
+    def _prepared(self, spare: Batch | None) -> Batch:
+        prepared = self.prepare(spare) if spare is not None else None
+        assert prepared is not None  # it was not rejected before
+        return prepared
 
 
 def _to(value: Any, device: torch.device) -> Any:

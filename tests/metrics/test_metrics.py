@@ -166,3 +166,11 @@ def test_flops_of_trained_frozen_looked_up_and_tied_weights():
     assert flops.per_token([frozen]) == 4 * 16 + 6 * 40
     assert flops.per_token([Tied(tie=False).to("meta")]) == 6 * (16 + 40)
     assert flops.attention_per_token(num_layers=2, hidden_size=4, seq_len=8) == 12 * 2 * 4 * 8
+
+
+def test_flops_of_a_packed_weight_are_those_of_what_it_stands_for():
+    from ditty_di.quantization import nf4
+
+    plain = nn.Sequential(nn.Linear(128, 64, bias=False)).requires_grad_(False)
+    expected = flops.per_token([plain])
+    assert flops.per_token([nf4(plain.to("meta"))]) == expected == 4 * 128 * 64
