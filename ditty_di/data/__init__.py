@@ -1,25 +1,58 @@
-"""Documents, tokenizer, token rows and the loader: everything between text and micro-batches.
+"""Documents, examples, tokenizer, rows and the loader: everything between text and micro-batches.
 
 Importing this package imports neither torch nor transformers.
 """
 
+from ditty_di.data.collate import (
+    PackedCollate,
+    PaddedCollate,
+    PaddingFreeCollate,
+    Seq2SeqCollate,
+    decoder_start_token_id,
+)
 from ditty_di.data.corpus import (
     Corpus,
+    held_out_module,
     python_docs,
     text_files,
     train_documents,
     validation_documents,
 )
+from ditty_di.data.docstrings import docstring_pairs
+from ditty_di.data.encoding import Encoder
+from ditty_di.data.examples import Examples, Seq2SeqExamples, label_tokens, prompts
 from ditty_di.data.loader import Loader, horizon
+from ditty_di.data.order import LengthGrouped, Order
+from ditty_di.data.packing import Packed
+from ditty_di.data.sources import Records, in_memory, records, synthetic
 from ditty_di.data.tokenizer import train_bpe
 from ditty_di.data.tokens import TokenDataset, tokenize, unigram_entropy
 
 __all__ = [
     "Corpus",
+    "Encoder",
+    "Examples",
+    "LengthGrouped",
     "Loader",
+    "Order",
+    "Packed",
+    "PackedCollate",
+    "PaddedCollate",
+    "PaddingFreeCollate",
+    "Records",
+    "Seq2SeqCollate",
+    "Seq2SeqExamples",
     "TokenDataset",
+    "decoder_start_token_id",
+    "docstring_pairs",
+    "held_out_module",
     "horizon",
+    "in_memory",
+    "label_tokens",
+    "prompts",
     "python_docs",
+    "records",
+    "synthetic",
     "text_files",
     "tokenize",
     "train_bpe",

@@ -20,7 +20,7 @@ from ditty_di.data.cache import build_once, cache_folder
 _PYTHON_DOCS_FORMAT = 1
 # Shorter texts ("Return self.", "See base class.") teach nothing and repeat in variants.
 _PYTHON_DOCS_MIN_CHARS = 40
-_TEST_FOLDERS = {"test", "tests", "idle_test"}
+TEST_FOLDERS = {"test", "tests", "idle_test"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def python_docs(
 
     def build(path: Path) -> None:
         library = Path(sysconfig.get_path("stdlib"))
-        entries = [*_topics(library), *_docstrings(library)]
+        entries = [*topics(library), *_docstrings(library)]
         corpus = _split(_distinct(entries, _PYTHON_DOCS_MIN_CHARS), validation_fraction)
         if not corpus.train:
             raise ValueError(
@@ -120,6 +120,14 @@ def text_files(
     return Corpus([text for text, _ in documents], validation)
 
 
+def held_out_module(name: str) -> bool:
+    """Whether a module of the standard library, such as `json.decoder`, is kept out of training.
+
+    One in ten, by a hash of the name, for corpora and data sets that are made of its source.
+    """
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < 2**64 // 10
+
+
 # --- documents as (text, body) pairs: the body decides about duplicates and the split ----------
 
 
@@ -178,10 +186,10 @@ def _cut(text: str, fraction: float) -> Corpus:
 # --- the standard library ----------------------------------------------------------------------
 
 
-def _topics(library: Path) -> Iterator[tuple[str, str]]:
+def topics(library: Path) -> Iterator[tuple[str, str]]:
     """The language reference behind `help("topic")`: one literal dict in one source file."""
     path = library / "pydoc_data" / "topics.py"
-    tree = _parse(path) if path.is_file() else None
+    tree = parse(path) if path.is_file() else None
     for node in tree.body if tree else []:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             for _, text in sorted(ast.literal_eval(node.value).items()):
@@ -192,9 +200,9 @@ def _docstrings(library: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).parts):
         parts = path.relative_to(library).with_suffix("").parts
         # Not site-packages, which lies in the same folder, and not the tests of the library.
-        if parts[0] not in sys.stdlib_module_names or _TEST_FOLDERS.intersection(parts):
+        if parts[0] not in sys.stdlib_module_names or TEST_FOLDERS.intersection(parts):
             continue
-        tree = _parse(path)
+        tree = parse(path)
         if tree is not None:
             module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             yield from _docstrings_in(tree, module)
@@ -203,7 +211,7 @@ def _docstrings(library: Path) -> Iterator[tuple[str, str]]:
 def _docstrings_in(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         body = (ast.get_docstring(node) or "").strip()
-        if _encodable(body):
+        if encodable(body):
             yield _header(node, name), body
     for child in ast.iter_child_nodes(node):
         inner = getattr(child, "name", None)
@@ -220,7 +228,7 @@ def _header(node: ast.AST, name: str) -> str:
     return f"module {name}"
 
 
-def _parse(path: Path) -> ast.Module | None:
+def parse(path: Path) -> ast.Module | None:
     """The module's tree; None for the few files that are broken on purpose (templates, tests)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old sources
@@ -230,7 +238,7 @@ def _parse(path: Path) -> ast.Module | None:
             return None
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
     """False for lone surrogates, which no tokenizer and no file takes."""
     try:
         text.encode()
@@ -311,6 +319,6 @@ def _text_of(record: object, text_key: str) -> str:
     text = record[text_key]
     if not isinstance(text, str):
         raise ValueError(f'"{text_key}" holds a {type(text).__name__} instead of text')
-    if not _encodable(text):
+    if not encodable(text):
         raise ValueError(f'"{text_key}" holds half of a surrogate pair, which is not text')
     return text

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ditty_di.protocols import Batch
 
+_FILLING = -1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -30,6 +31,12 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+class OrderFactory(Protocol):
+    """`Order`, or a partial of a subclass of it."""
+
+    def __call__(self, rows: int, seed: int, shuffle: bool, /) -> Order: ...
 
 
 class Loader:
@@ -43,9 +50,13 @@ class Loader:
     `epochs=None` never ends. Otherwise the stream ends after `epochs` times the dataset (a
     fraction is allowed, rounded up to a whole row), and the last global micro-batch is filled up
     with rows whose labels are all `ignore_index`, so that every rank yields equally many;
-    `drop_last` leaves it out instead. Filling needs labels `[batch, ...]` of integers.
+    `drop_last` leaves it out instead. Filling needs labels `[batch, ...]` of integers, or
+    a `collate_fn` that fills.
 
     `collate_fn` makes `(inputs, labels)` of a list of rows; torch's `default_collate` otherwise.
+    One with a true attribute `fills` takes None for each row that fills up, and so may give labels
+    of any shape. `order` makes the order of rows: None is
+    `Order`; a partial of `LengthGrouped` is another.
     Workers ignore SIGTERM and SIGINT, which are the trainer's to answer. Their Python, NumPy and
     torch generators are seeded from (seed, rank, worker, position); this process' are not touched.
 
@@ -71,6 +82,7 @@ class Loader:
         ignore_index: int = -100,
         pin_memory: bool = False,
         drop_last: bool = False,
+        order: OrderFactory | None = None,
         dp_rank: int = 0,
         dp_world_size: int = 1,
     ) -> None:
@@ -93,7 +105,8 @@ class Loader:
         self.pin_memory = pin_memory
         self.dp_rank = dp_rank
         self.dp_world_size = dp_world_size
-        self._order = Order(rows, seed, shuffle)
+        self._order = (order or Order)(rows, seed, shuffle)
+        self._fills = bool(getattr(collate_fn, "fills", False))
         self._step = batch_size * dp_world_size  # rows of a global micro-batch
         self._end = None if epochs is None else _rows_in(epochs, rows)
         if self._end is not None and drop_last:
@@ -124,7 +137,7 @@ class Loader:
         """Raises `ValueError` when the state belongs to another order of rows."""
         missing = [key for key in self.state_dict() if state_dict.get(key) is None]
         _require(not missing, f"the saved data position lacks {missing}: it has {[*state_dict]}")
-        saved = {key: state_dict[key] for key in self._identity()}
+        saved = {key: value for key, value in state_dict.items() if key != "consumed"}
         _require(
             saved == self._identity(),
             f"the data position was saved with {_in_words(saved)}, but this loader has "
@@ -141,7 +154,7 @@ class Loader:
         return [row for place in places for row in self._rows_at(place)]
 
     def _identity(self) -> dict[str, Any]:
-        return {"seed": self.seed, "rows": len(self.dataset), "shuffle": self.shuffle}
+        return self._order.identity()
 
     def _places(self, place: int) -> Iterator[int]:
         """Where each global micro-batch begins."""
@@ -158,14 +171,14 @@ class Loader:
     def _indices(self, start: int) -> Iterator[list[int]]:
         for place in self._places(start):
             rows = self._rows_at(place)
-            yield rows + [0] * (self.batch_size - len(rows))
+            yield rows + [_FILLING if self._fills else 0] * (self.batch_size - len(rows))
 
     def _batches(self, start: int) -> Iterator[Batch]:
         import torch
         from torch.utils.data import DataLoader
 
         loader: DataLoader[Any] = DataLoader(
-            self.dataset,  # type: ignore[arg-type]  # torch asks for a subclass, it needs none
+            _Filled(self.dataset) if self._fills else self.dataset,  # type: ignore[arg-type]  # no
             batch_sampler=self._indices(start),  # type: ignore[arg-type]  # no length: may not end
             num_workers=self.num_workers,
             collate_fn=self.collate_fn,
@@ -180,7 +193,7 @@ class Loader:
             inputs, labels = _pair(batch)
             if place == start:
                 self._check_labels(labels, start)
-            if self._end is not None and place + self._step > self._end:
+            if self._end is not None and place + self._step > self._end and not self._fills:
                 labels = labels.clone()  # a dataset's own memory, perhaps
                 labels[len(self._rows_at(place)) :] = self.ignore_index
             self._consumed = place + self._step
@@ -192,7 +205,9 @@ class Loader:
         """Tells with the first micro-batch, not after hours, that the last cannot be filled up."""
         import torch
 
-        if self._end is None or self._drop_last or (self._end - start) % self._step == 0:
+        if self._end is None or self._drop_last or self._fills:
+            return
+        if (self._end - start) % self._step == 0:
             return
         reason = ""
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -210,6 +225,19 @@ class Loader:
                 f"(batch_size x data-parallel ranks), and the last cannot be filled up: {reason}. "
                 "Choose sizes that divide, or drop_last=true, or steps instead of epochs."
             )
+
+
+class _Filled:
+    """A dataset with None as the row that fills up."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return None if index == _FILLING else self._dataset[index]
 
 
 def horizon(

@@ -58,7 +58,7 @@ def tokenize(
     dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
     key = fingerprint(
         documents_fingerprint(documents),
-        _tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint(tokenizer),
         f"{_TOKENS_FORMAT} {split_special_tokens}",
     )
 
@@ -85,7 +85,7 @@ def tokenize(
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of what decides about ids: everything the tokenizer saves, but for limits and locations."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

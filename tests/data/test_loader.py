@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditty_di.data import Loader, horizon
+from ditty_di.data import (
+    LengthGrouped,
+    Loader,
+    PaddedCollate,
+    PaddingFreeCollate,
+    horizon,
+)
 from ditty_di.data.order import permutation
 
 
@@ -206,6 +213,95 @@ def test_labels_that_cannot_be_filled_up_are_refused_at_once(dp_rank):
 
     with pytest.raises(TypeError, match=r"shape \[1, 5\] are not one entry a row"):
         next(iter(Loader(Rows(9), 2, epochs=1, collate_fn=packed, **rank)))
+
+
+class Ragged(Rows):
+    """Row i is i + 1 labels i."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.lengths = np.arange(1, rows + 1)
+
+    def __getitem__(self, index):
+        ids = torch.full((index + 1,), index)
+        return {"input": ids}, ids
+
+
+RAGGED = (PaddedCollate(pad_id=5), PaddingFreeCollate(pad_id=5))
+
+
+@pytest.mark.parametrize("collate", RAGGED)
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("rows", "batch_size", "world"), [(7, 3, 2), (1, 2, 3), (6, 2, 1)])
+def test_collates_that_fill_give_every_label_once(collate, workers, rows, batch_size, world):
+    """Also where the labels of a micro-batch are one row, and a rank has nothing but filling."""
+    seen = []
+    for rank in range(world):
+        loader = Loader(
+            Ragged(rows),
+            batch_size,
+            epochs=1,
+            collate_fn=collate,
+            num_workers=workers,
+            dp_rank=rank,
+            dp_world_size=world,
+        )
+        batches = list(loader)
+        assert len(batches) == len(loader) == -(-rows // (batch_size * world))
+        for inputs, labels in batches:
+            assert inputs["input"].shape == labels.shape
+            valid = labels != -100
+            assert torch.equal(inputs["input"][valid], labels[valid])
+            seen += labels[valid].tolist()
+    assert sorted(seen) == [i for i in range(rows) for _ in range(i + 1)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    rows=st.integers(1, 40),
+    before=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    after=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stop=st.integers(0, 20),
+)
+def test_grouped_rows_resume_on_any_layout(rows, before, after, stop):
+    dataset = Ragged(rows)
+    order = partial(LengthGrouped, dataset=dataset, group_size=4, sort_rows=12)
+
+    def stream(layout, state=None, limit=None):
+        ranks = []
+        for rank in range(layout[1]):
+            loader = Loader(
+                dataset,
+                layout[0],
+                epochs=2,
+                collate_fn=PaddedCollate(),
+                order=order,
+                dp_rank=rank,
+                dp_world_size=layout[1],
+            )
+            if state:
+                loader.load_state_dict(state)
+            batches = list(itertools.islice(iter(loader), limit))
+            ranks.append([labels[:, 0].tolist() for _, labels in batches])
+        flat = [row for step in zip(*ranks, strict=True) for part in step for row in part]
+        return [row for row in flat if row != -100], loader.state_dict()
+
+    everything, _ = stream((1, 1))
+    first, state = stream(before, limit=stop)
+    assert first == everything[: state["consumed"]]
+    assert stream(after, state)[0] == everything[state["consumed"] :]
+
+
+def test_a_position_in_another_grouping_is_refused():
+    dataset = Ragged(10)
+    plain = Loader(dataset, 2, collate_fn=PaddedCollate())
+    order = partial(LengthGrouped, dataset=dataset)
+    grouped = Loader(dataset, 2, collate_fn=PaddedCollate(), order=order)
+    with pytest.raises(ValueError, match=r"lacks \['grouping'\]"):
+        grouped.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match=r"saved with .*grouping=groups of 1024"):
+        plain.load_state_dict(grouped.state_dict())
+    grouped.load_state_dict(grouped.state_dict())
 
 
 def test_filling_up_leaves_the_dataset_as_it_is():

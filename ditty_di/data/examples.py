@@ -1,0 +1,246 @@
+"""Examples to fine-tune on: records as token ids, and which of them are learnt."""
+
+from __future__ import annotations
+
+import json
+import logging
+import operator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ditty_di.data.cache import build_once, cache_folder, fingerprint
+from ditty_di.data.encoding import Encoded, Encoder
+from ditty_di.data.sources import Records
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Raise it when the same ids would be stored in another way.
+_EXAMPLES_FORMAT = 1
+_PROMPTS = 32
+_RECORDS_AT_ONCE = 1000
+_BAD_SHOWN = 10
+
+#: From the tokens that are output to the tokens that are learnt.
+LOSS_MASKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "output_only": np.copy,
+    "no_mask": np.ones_like,
+}
+
+BAD_RECORDS = """\
+{count} of {total} records cannot be used{first}:
+{lines}"""
+NOTHING_LEFT = """\
+no example is left of {total} records: {without} of them have no token to learn. Outputs may be \
+missing, or the limit of a row (max_tokens, seq_len) may leave no room for them after the inputs."""
+
+
+class Examples:
+    """Records as rows of token ids, each as long as it is; tokenized once, then memory-mapped.
+
+    `examples[i]` is `({"input": int64 [length]}, labels int64 [length])` with `labels[t]` the token
+    after `input[t]` where it is learnt, else `ignore_index`. `lengths` int64 `[examples]` are known
+    without reading the tokens.
+
+    `loss_mask`: `output_only` learns outputs and the assistant's answers, `no_mask` every token.
+
+    The first process to come tokenizes, others wait for its file: no collective is involved.
+    Examples without a token to learn are dropped; a log line counts them and what was cut.
+
+    Raises `ValueError` for bad records, all together, the first ten with file, line and reason; and
+    when no example is left.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        encoder: Encoder,
+        *,
+        loss_mask: str = "output_only",
+        ignore_index: int = -100,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if loss_mask not in LOSS_MASKS:
+            raise ValueError(f"loss_mask={loss_mask!r} must be one of {', '.join(LOSS_MASKS)}")
+        self.ignore_index = ignore_index
+        key = fingerprint(
+            records.fingerprint(), encoder.fingerprint(), f"{loss_mask} {_EXAMPLES_FORMAT}"
+        )
+        self._folder = build_once(
+            cache_folder(cache_dir) / "tokenized" / key[:32],
+            lambda aside: _build(aside, records, encoder, LOSS_MASKS[loss_mask]),
+        )
+        self._open()
+        log.info("%s", self._about["summary"])
+
+    def _open(self) -> None:
+        def load(name: str) -> np.ndarray:
+            found: np.ndarray = np.load(self._folder / f"{name}.npy", mmap_mode="r")
+            return found
+
+        self._tokens, self._learnt = load("tokens"), load("learnt")
+        self._offsets, self._inputs = load("offsets"), load("inputs")
+        self.lengths: np.ndarray = np.diff(self._offsets) - 1
+        self._about = json.loads((self._folder / "about.json").read_text(encoding="utf-8"))
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
+        import torch
+
+        ids, learnt, _ = self.tokens_of(index)
+        labels = np.where(learnt[1:], ids[1:], self.ignore_index)
+        return {"input": torch.from_numpy(ids[:-1].copy())}, torch.from_numpy(labels)
+
+    def tokens_of(self, index: int) -> Example:
+        """The whole example, unshifted."""
+        row = operator.index(index)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"example {row} of {len(self)}")
+        row %= len(self)
+        start, stop = self._offsets[row : row + 2]
+        return Example(
+            self._tokens[start:stop].astype(np.int64),
+            np.asarray(self._learnt[start:stop]),
+            int(self._inputs[row]),
+        )
+
+    def prompts(self, number: int) -> list[str]:
+        """Texts that stand before the first output of some examples, at most 32."""
+        return list(self._about["prompts"][:number])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers that are not forked map the files again instead of a copy of all tokens each.
+        return {"_folder": self._folder, "ignore_index": self.ignore_index}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+class Example(NamedTuple):
+    """One example as ids and learnt `[tokens]`; the first `inputs` ids are the input, -1 if it
+    is a conversation."""
+
+    ids: np.ndarray
+    learnt: np.ndarray
+    inputs: int
+
+
+class Seq2SeqExamples:
+    """The same examples for an encoder and a decoder.
+
+    Row i is `({"input": int64 [input]}, labels int64 [output])`: what the decoder is to say, not
+    shifted and EOS included. `lengths` are those of input and output together.
+
+    Raises `ValueError` for conversations.
+    """
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+        self.lengths = examples.lengths + 1
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
+        import torch
+
+        ids, learnt, inputs = self.examples.tokens_of(index)
+        if inputs < 0:
+            raise ValueError(
+                f"example {index} is a conversation, which has no encoder input: sequence-to-"
+                "sequence models need records with an input and an output"
+            )
+        labels = np.where(learnt, ids, self.examples.ignore_index)[inputs:]
+        return {"input": torch.from_numpy(ids[:inputs].copy())}, torch.from_numpy(labels)
+
+
+def label_tokens(examples: Examples) -> np.ndarray:
+    """All tokens that are learnt, `[tokens]`; their `unigram_entropy` is a loss to get below."""
+    learnt = np.array(examples._learnt, bool)
+    learnt[examples._offsets[:-1]] = False  # nothing precedes them
+    return np.asarray(examples._tokens[learnt])
+
+
+def prompts(dataset: Any, number: int = 3) -> list[str]:
+    """Prompts of some examples of a dataset, or of one that is made of examples (as `Packed`)."""
+    examples: Examples = getattr(dataset, "examples", dataset)
+    return examples.prompts(number)
+
+
+def _build(
+    folder: Path,
+    records: Records,
+    encoder: Encoder,
+    loss_mask: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    dtype = np.dtype("<u2" if len(encoder.tokenizer) <= 1 << 16 else "<u4")
+    tokens: list[np.ndarray] = [np.empty(0, dtype)]
+    learnt: list[np.ndarray] = [np.empty(0, bool)]
+    inputs: list[int] = []
+    total = found = without = cut = bad = 0
+    shown: list[str] = []
+    texts: list[str] = []
+    for where, example in _encoded(records, encoder):
+        total += where is not None
+        if isinstance(example, ValueError):
+            bad += 1
+            if len(shown) < _BAD_SHOWN:
+                shown.append(f"{where}: {example}")
+            continue
+        found += 1
+        mask = loss_mask(np.array(example.output, bool))
+        if not mask[1:].any():
+            without += 1
+            continue
+        cut += example.cut
+        if len(texts) < _PROMPTS:
+            texts.append(encoder.prompt_text(example))
+        tokens.append(np.array(example.ids, dtype))
+        learnt.append(mask)
+        inputs.append(example.inputs)
+    if bad:
+        first = f"; the first {_BAD_SHOWN}" if bad > _BAD_SHOWN else ""
+        lines = "\n".join(shown)
+        raise ValueError(BAD_RECORDS.format(count=bad, total=total, first=first, lines=lines))
+    if not inputs:
+        raise ValueError(NOTHING_LEFT.format(total=total, without=without))
+    sizes = [len(part) for part in tokens[1:]]
+    folder.mkdir()
+    np.save(folder / "tokens.npy", np.concatenate(tokens))
+    np.save(folder / "learnt.npy", np.concatenate(learnt))
+    np.save(folder / "offsets.npy", np.cumsum([0, *sizes], dtype=np.int64))
+    np.save(folder / "inputs.npy", np.array(inputs, np.int64))
+    summary = (
+        f"{len(inputs)} examples of {total} records: {sum(sizes)} tokens, the longest "
+        f"{max(sizes)}; {cut} cut to fit, {without} dropped without a token to learn"
+    )
+    about = {"summary": summary, "prompts": texts}
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _encoded(
+    records: Records, encoder: Encoder
+) -> Iterator[tuple[str | None, Encoded | ValueError]]:
+    """Examples with where they come from; None for the second and later ones of a record."""
+    for chunk in _chunks(records, _RECORDS_AT_ONCE):
+        for (where, _), examples in zip(chunk, encoder([r for _, r in chunk]), strict=True):
+            place: str | None = where
+            for example in examples:
+                yield place, example
+                place = None
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

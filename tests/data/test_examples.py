@@ -1,0 +1,163 @@
+import json
+import logging
+import multiprocessing
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from ditty_di.data import (
+    Encoder,
+    Examples,
+    Packed,
+    Seq2SeqExamples,
+    in_memory,
+    label_tokens,
+    prompts,
+    records,
+)
+from tests.data.words import CHAT, word_tokenizer
+
+RECORDS = [
+    {"input": "a b", "output": "c"},
+    {"input": "a", "output": ""},
+    {"input": "a b c d", "output": "e f g"},
+]
+
+
+def examples(cache_dir, found=RECORDS, tokenizer=None, loss_mask="output_only", **options):
+    encoder = Encoder(tokenizer or word_tokenizer(), **options)
+    return Examples(in_memory(found), encoder, loss_mask=loss_mask, cache_dir=cache_dir)
+
+
+def texts(dataset, index, tokenizer):
+    """The row's input and its labels, "." where nothing is learnt."""
+    row, labels = dataset[index]
+    assert row["input"].dtype == labels.dtype == torch.int64
+    learnt = [tokenizer.convert_ids_to_tokens(i) if i >= 0 else "." for i in labels.tolist()]
+    return "".join(tokenizer.convert_ids_to_tokens(row["input"].tolist())), "".join(learnt)
+
+
+def test_labels_are_the_next_tokens_where_they_are_learnt(tmp_path):
+    tokenizer = word_tokenizer()
+    dataset = examples(tmp_path, tokenizer=tokenizer)
+    assert texts(dataset, 0, tokenizer) == ("a bc", "..c<eos>")
+    assert texts(dataset, 1, tokenizer) == ("a", "<eos>"), "an empty output teaches to stop"
+    assert texts(dataset, -1, tokenizer) == ("a b c de f g", "......e f g<eos>")
+    assert dataset.lengths.tolist() == [4, 1, 12] == [len(labels) for _, labels in dataset]
+    with pytest.raises(IndexError):
+        dataset[3]
+
+
+def test_no_mask_learns_every_token(tmp_path):
+    tokenizer = word_tokenizer(bos=True)
+    dataset = examples(tmp_path, tokenizer=tokenizer, loss_mask="no_mask")
+    assert texts(dataset, 0, tokenizer) == ("<bos>a bc", "a bc<eos>")
+    with pytest.raises(ValueError, match="loss_mask='input' must be one of output_only, no_mask"):
+        examples(tmp_path, loss_mask="input")
+
+
+def test_eos_is_learnt_where_it_is_also_the_padding(tmp_path):
+    tokenizer = word_tokenizer(pad_token="<eos>")
+    assert texts(examples(tmp_path, tokenizer=tokenizer), 0, tokenizer) == ("a bc", "..c<eos>")
+
+
+def test_examples_without_a_token_to_learn_are_dropped_and_counted(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        dataset = examples(tmp_path, max_tokens=5)
+        assert len(dataset) == 2
+        examples(tmp_path, max_tokens=5)
+    (line, again) = [record.getMessage() for record in caplog.records]
+    assert "2 examples of 3 records: 7 tokens, the longest 5" in line
+    assert "0 cut to fit, 1 dropped without a token to learn" in line
+    assert line == again, "also when it comes from the cache"
+    # A lone first token has nothing before it to predict it from.
+    with pytest.raises(ValueError, match="no example is left of 1 records: 1 of them"):
+        examples(tmp_path, [{"input": "", "output": ""}])
+
+
+def test_all_bad_lines_are_told_at_once(tmp_path):
+    path = tmp_path / "train.jsonl"
+    lines = ['{"input": "a", "output": "b"}', "{", '{"input": "a"}', *["[]"] * 10]
+    path.write_text("\n".join(lines))
+    source = records(path, validation_fraction=0)
+    with pytest.raises(ValueError, match="12 of 13 records cannot be used; the first 10") as error:
+        Examples(source, Encoder(word_tokenizer()), cache_dir=tmp_path)
+    told = str(error.value).splitlines()[1:]
+    assert len(told) == 10
+    assert told[0].startswith(f"{path}:2: not JSON")
+    assert told[1] == f"""{path}:3: no key "output" among ['input']"""
+    assert not list((tmp_path / "tokenized").glob("[!.]*[!k]")), "nothing is cached"
+
+
+def test_tokenized_once_by_content_tokenizer_and_options(tmp_path, monkeypatch):
+    first = examples(tmp_path)
+    monkeypatch.setattr(Encoder, "__call__", None)  # tokenizing again would fail
+    again = examples(tmp_path)
+    assert isinstance(again._tokens, np.memmap) and not again._tokens.flags.writeable
+    assert torch.equal(first[2][1], again[2][1])
+    monkeypatch.undo()
+    for other in (
+        {"tokenizer": word_tokenizer(bos=True)},
+        {"loss_mask": "no_mask"},
+        {"max_tokens": 9},
+        {"found": RECORDS[:2]},
+    ):
+        examples(tmp_path, **other)
+    assert len([p for p in (tmp_path / "tokenized").iterdir() if p.is_dir()]) == 5
+
+
+def _prepare(folder, cache_dir, queue):
+    found = Examples(records(folder), Encoder(word_tokenizer()), cache_dir=cache_dir)
+    queue.put(found._tokens.tolist())
+
+
+def test_processes_without_a_group_wait_for_the_first(tmp_path):
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, RECORDS * 200)))
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = (tmp_path, tmp_path / "cache", queue)
+    workers = [context.Process(target=_prepare, args=arguments) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    found = [queue.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert found[0] == found[1] == found[2] and len(found[0]) > 100
+
+
+def test_workers_that_are_not_forked_map_the_files_again(tmp_path):
+    dataset = examples(tmp_path, RECORDS * 2000)
+    packed = pickle.dumps(dataset)
+    assert len(packed) < 1000
+    assert torch.equal(pickle.loads(packed)[2][1], dataset[2][1])
+
+
+def test_a_large_vocabulary_gets_wider_ids(tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(1 << 16)])
+    dataset = examples(tmp_path, [{"input": "a", "output": "<65535>"}], tokenizer)
+    assert dataset[0][1].tolist() == [len(tokenizer) - 1, tokenizer.eos_token_id]
+
+
+def test_for_an_encoder_and_a_decoder(tmp_path):
+    tokenizer = word_tokenizer(eos_after=True)
+    dataset = Seq2SeqExamples(examples(tmp_path, tokenizer=tokenizer, end_input=True))
+    assert texts(dataset, 0, tokenizer) == ("a b<eos>", "c<eos>")
+    assert dataset.lengths.tolist() == [6, 3, 14] and len(dataset) == 3
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat = examples(tmp_path, [{"messages": turns}], word_tokenizer(chat_template=CHAT))
+    with pytest.raises(ValueError, match="example 0 is a conversation"):
+        Seq2SeqExamples(chat)[0]
+
+
+def test_labels_alone_and_prompts(tmp_path):
+    tokenizer = word_tokenizer(bos=True)
+    dataset = examples(tmp_path, tokenizer=tokenizer, input_format="__input__:")
+    assert tokenizer.decode(label_tokens(dataset)) == "c<eos><eos>e f g<eos>"
+    everything = examples(tmp_path, tokenizer=tokenizer, loss_mask="no_mask")
+    assert len(label_tokens(everything)) == everything.lengths.sum()
+    assert prompts(dataset, 2) == ["a b:", "a:"]
+    assert prompts(Packed(dataset, 16), 9) == prompts(Seq2SeqExamples(dataset), 9)
+    assert len(prompts(dataset, 9)) == 3
