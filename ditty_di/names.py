@@ -8,7 +8,7 @@ WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module", "_orig_mod")
 
 #: What peft puts before the names of the model that it adapts, and into those of what it wraps.
 _ADAPTED_MODEL = "base_model.model."
-_ADAPTED_SEGMENTS = ("base_layer", "original_module")
+_ADAPTED_SEGMENTS = ("base_layer", "original_module", "token_adapter")
 #: Followed by the adapter's name: a trainable copy of a module of the base.
 _ADAPTED_COPIES = "modules_to_save"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ditty_di.checkpoint.folder import MANIFEST, CheckpointError, latest, read_manifest
 
@@ -13,10 +14,11 @@ from ditty_di.checkpoint.folder import MANIFEST, CheckpointError, latest, read_m
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     from ditty_di.protocols import WeightsFn
 
-__all__ = ["from_checkpoint", "latest", "load_model"]
+__all__ = ["from_checkpoint", "latest", "load_loss", "load_model", "read_base"]
 
 log = logging.getLogger(__name__)
 
@@ -28,34 +30,41 @@ def load_model(path: str | Path, model: nn.Module) -> int:
 
     Args:
         path: one checkpoint (`.../step-00000100`), or a folder of them: then the newest whole one.
-        model: its parameters have memory. What the checkpoint has beyond them is logged.
+        model: its parameters have memory. What a checkpoint of a whole model has beyond them is
+            logged. From a checkpoint of adapters only these are read, and all of them: the frozen
+            parameters must have the base's values already.
 
     Returns:
         The checkpoint's step.
 
     Raises:
-        CheckpointError: no whole checkpoint, or one that lacks something of the model or has it
-            in another shape.
+        CheckpointError: no whole checkpoint, one that lacks something of the model or has it in
+            another shape, or adapters that the model does not have.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load
 
     from ditty_di.checkpoint.entries import saved_entries, shown, unpack
     from ditty_di.checkpoint.states import ModelState
 
     checkpoint = _find(Path(path).expanduser())
     manifest = read_manifest(checkpoint)
-    state = ModelState([model])
+    reader = FileSystemReader(checkpoint)
     try:
-        saved = saved_entries(checkpoint).get("model", {})
+        entries = saved_entries(checkpoint)
+        saved = entries.get("model", {})
+        state = ModelState([model], frozen="base" not in entries)
+        whole = ModelState([model]).state_dict()
+        beyond = [key for key in saved if key not in whole]
+        if beyond and "base" in entries:
+            raise ValueError(
+                f"it has adapters that the model does not: {shown(beyond)}; build the model with "
+                f"the same `adapter`"
+            )
         state.prepare_load(saved)
         live = state.state_dict()
         read = {key: None if saved[key] is None else value for key, value in live.items()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            reader = FileSystemReader(checkpoint)
-            load({"model": read}, storage_reader=reader, no_dist=True)
+        _read(reader, {"model": read})
         state.load_state_dict(
             {k: unpack(v)[1] if isinstance(v, bytes) else v for k, v in read.items()}
         )
@@ -64,9 +73,38 @@ def load_model(path: str | Path, model: nn.Module) -> int:
         raise CheckpointError(f"{checkpoint} cannot be read: {reason}") from error
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{checkpoint} does not fit the model: {error}") from error
-    if beyond := [key for key in saved if key not in live]:
+    if beyond:
         log.warning("%s has what the model does not: %s", checkpoint, shown(beyond))
     return manifest.step
+
+
+def load_loss(loss_fn: Any, /, path: str | Path) -> None:
+    """Reads the parameters and buffers of a loss in place; of one that has none, nothing.
+
+    Args:
+        path: see `load_model`.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or one of a training with another loss.
+    """
+    from torch import nn
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    from ditty_di.checkpoint.entries import saved_entries
+    from ditty_di.checkpoint.states import ModelState
+
+    if not (isinstance(loss_fn, nn.Module) and loss_fn.state_dict()):
+        return
+    checkpoint = _find(Path(path).expanduser())
+    read_manifest(checkpoint)
+    state = ModelState([loss_fn])
+    try:
+        state.prepare_load(saved_entries(checkpoint).get("loss", {}))
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint} does not fit the loss: {error}") from error
+    read = state.state_dict()
+    _read(FileSystemReader(checkpoint), {"loss": read})
+    state.load_state_dict(read)
 
 
 def from_checkpoint(
@@ -76,20 +114,79 @@ def from_checkpoint(
     device: torch.device,
     path: str | Path,
     initialize: WeightsFn | None = None,
+    check_base: bool = True,
 ) -> None:
     """Fills a model from a checkpoint: for the `weights` slot.
 
     Args:
         path: see `load_model`.
         initialize: called first, for what no checkpoint has (buffers that are not saved, such as
-            rotary frequencies).
+            rotary frequencies), and for the base of a checkpoint that holds adapters only.
+        check_base: refuse adapters of another base than `initialize` reads.
 
     Raises:
-        CheckpointError: see `load_model`.
+        CheckpointError: see `load_model`; another base, or none that says what it is.
     """
+    there = read_base(path)
+    if there is not None and check_base:
+        _require_base(path, there, getattr(initialize, "identity", None))
     if initialize is not None:
         initialize(model, device=device)
     load_model(path, model)
+
+
+def read_base(path: str | Path) -> dict[str, Any] | None:
+    """Which base a checkpoint of adapters belongs to: path, revision, hash; None if to none.
+
+    Raises:
+        CheckpointError: no whole checkpoint.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    from ditty_di.checkpoint.entries import saved_entries
+
+    checkpoint = _find(Path(path).expanduser())
+    read_manifest(checkpoint)
+    return _read_identity(FileSystemReader(checkpoint), saved_entries(checkpoint))
+
+
+def _require_base(
+    path: str | Path, there: dict[str, Any], identity: Callable[[], dict[str, Any]] | None
+) -> None:
+    from ditty_di.checkpoint.states import base_shown, require_base
+
+    if identity is None:
+        raise CheckpointError(
+            f"{path} holds adapters for the base {base_shown(there)}, and not the base; pass "
+            f"initialize=ditty_di.models.pretrained.Pretrained(...), or check_base=false if what "
+            f"initialises the model is that base"
+        )
+    try:
+        hint = "set model.path to the first, or check_base=false to use them nevertheless"
+        require_base(there, identity(), hint=hint)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _read_identity(
+    reader: FileSystemReader, entries: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    from ditty_di.checkpoint.entries import unpack
+
+    if "base" not in entries:
+        return None
+    read: dict[str, Any] = {"identity": None}
+    _read(reader, {"base": read})
+    return unpack(read["identity"])[1]
+
+
+def _read(reader: FileSystemReader, targets: dict[str, Any]) -> None:
+    """Fills `targets` in place, without a process group."""
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(targets, storage_reader=reader, no_dist=True)
 
 
 def _find(path: Path) -> Path:

@@ -28,23 +28,91 @@ from ditty_di.names import canonical_fqn
 log = logging.getLogger(__name__)
 
 
+def model_states(
+    model_parts: Iterable[nn.Module], weights: Any = None
+) -> dict[str, ModelState | BaseState]:
+    """What a checkpoint holds of a model: all of it, or what a known base does not have.
+
+    Args:
+        weights: what filled the model. With `identity` (see `ditty_di.protocols.WeightsFn`) it can
+            fill the frozen parameters again, so they are left out, and the base is noted instead.
+    """
+    parts = list(model_parts)
+    identity = getattr(weights, "identity", None)
+    frozen = any(not p.requires_grad for part in parts for p in part.parameters())
+    if identity is None or not frozen:
+        return {"model": ModelState(parts)}
+    return {"base": BaseState(identity()), "model": ModelState(parts, frozen=False)}
+
+
+class BaseState:
+    """Which base the frozen parameters are of; loading one that was made with another fails.
+
+    A base is known by its `hash` alone: it may lie somewhere else by now. A checkpoint without a
+    base has its frozen parameters in it.
+    """
+
+    def __init__(self, identity: Mapping[str, Any]) -> None:
+        self.identity = dict(identity)
+        self._noted = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"identity": self.identity} if self._noted else {}
+
+    def prepare_load(self, saved: Mapping[str, Tensor | None]) -> None:
+        self._noted = "identity" in saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError when the checkpoint's base is another."""
+        self._noted = True
+        if "identity" in state_dict:
+            require_base(
+                state_dict["identity"],
+                self.identity,
+                hint="set model.path to the first, or load.base=false to load them nevertheless",
+            )
+
+
+def require_base(there: Mapping[str, Any], here: Mapping[str, Any], *, hint: str) -> None:
+    """The frozen parameters must be of the base that the checkpoint was made with.
+
+    Raises:
+        ValueError: they are of another, both named.
+    """
+    if there["hash"] != here["hash"]:
+        raise ValueError(
+            f"the checkpoint's adapters were trained on the base {base_shown(there)}, but the base "
+            f"here is {base_shown(here)}; {hint}"
+        )
+
+
+def base_shown(identity: Mapping[str, Any]) -> str:
+    """`path@revision (hash 0123456789ab)`."""
+    revision = f"@{identity['revision']}" if identity.get("revision") else ""
+    return f"{identity['path']}{revision} (hash {identity['hash'][:12]})"
+
+
 class ModelState:
     """The model's parameters and persistent buffers, under the names of the whole model.
 
     Args:
         model_parts: the model, or the stages of it that this rank has.
+        frozen: whether parameters that are not trained are saved. If not, they are still loaded
+            from a checkpoint that has them.
 
     Raises:
         ValueError: two parts (or two wrapped modules) have different tensors of one name.
     """
 
-    def __init__(self, model_parts: Iterable[nn.Module]) -> None:
+    def __init__(self, model_parts: Iterable[nn.Module], *, frozen: bool = True) -> None:
         self.model_parts = list(model_parts)
+        self.frozen = frozen
+        self._also: frozenset[str] = frozenset()
 
     def state_dict(self) -> dict[str, Any]:
         merged: dict[str, Any] = {}
         for part in self.model_parts:
-            for raw, value in part.state_dict().items():
+            for raw, value in self._of(part).items():
                 name = canonical_fqn(raw)
                 if name in merged:
                     raise ValueError(
@@ -57,13 +125,31 @@ class ModelState:
 
     def prepare_load(self, saved: Mapping[str, Tensor | None]) -> None:
         """Raises ValueError when the checkpoint is not this model's."""
+        self._also = frozenset(saved)
         require_same(self.state_dict(), saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part in self.model_parts:
-            own = {raw: state_dict[canonical_fqn(raw)] for raw in part.state_dict()}
+            own = {raw: state_dict[canonical_fqn(raw)] for raw in self._of(part)}
             extra = [raw for raw in own if raw.endswith(_EXTRA_STATE_KEY_SUFFIX)]
-            part.load_state_dict({**own, **{raw: own[raw][0] for raw in extra}})
+            values = {**own, **{raw: own[raw][0] for raw in extra}}
+            part.load_state_dict(values, strict=self.frozen)
+        self._also = frozenset()
+
+    def _of(self, part: nn.Module) -> dict[str, Any]:
+        """The entries of a part's state dict that are saved, or loaded now."""
+        entries = part.state_dict()
+        if self.frozen:
+            return entries
+        # By what is kept: quantised layers may put more into a state dict than parameters.
+        kept = {name for name, _ in part.named_buffers(remove_duplicate=False)}
+        kept |= {n for n, p in part.named_parameters(remove_duplicate=False) if p.requires_grad}
+        kept = {canonical_fqn(name) for name in kept} | self._also
+        return {
+            raw: value
+            for raw, value in entries.items()
+            if canonical_fqn(raw) in kept or raw.endswith(_EXTRA_STATE_KEY_SUFFIX)
+        }
 
 
 class OptimizerState:

@@ -75,7 +75,7 @@ def _rank(
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), ranks)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        "gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=180)
     )
     try:
         result = function(*args)

@@ -1,0 +1,236 @@
+"""Puts adapters into a model that is on meta, or has its values."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ditty_di.adapters import targets
+from ditty_di.adapters.state import NAME
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+#: Where peft keeps a trained copy of a module, and where the original.
+_COPIES = {"modules_to_save": "original_module", "ln_tuning_layers": "base_layer"}
+
+#: Starts that can be made without the base's values.
+_STARTS = (True, False, "gaussian", "orthogonal")
+
+
+def add(model: nn.Module, /, *, config: PeftConfig, dtype: str | None = "float32") -> nn.Module:
+    """The model inside a `peft.PeftModel`: its parameters frozen, the adapters trainable.
+
+    Args:
+        config: any configuration of peft whose layers have parameters of their own. Its
+            `target_modules` are names, a regular expression, `all-linear` (quantised layers too,
+            without the output head), or None: what peft knows for this architecture, else the
+            linear layers of the repeated blocks. A `task_type` of None becomes the model's own.
+        dtype: of everything that is trained, a name in torch; float32 also on a base of 16 bits,
+            whose own updates would be lost in rounding. None keeps what peft makes.
+
+    Raises:
+        ValueError: a name that no module has, or a configuration that cannot work here.
+    """
+    from peft import get_peft_model
+
+    config = copy.deepcopy(config)  # peft writes into it
+    _require_usable(config, model)
+    _set_targets(config, model)
+    _set_task(config, model)
+    _register_quantized(config, model)
+    base_dtypes = {id(p): p.dtype for p in model.parameters()}
+    on_meta = any(p.is_meta for p in model.parameters())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type")  # ours, registered
+        try:
+            adapted = get_peft_model(
+                model,
+                config,
+                adapter_name=NAME,
+                autocast_adapter_dtype=False,
+                revision=getattr(getattr(model, "config", None), "_commit_hash", None),
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"adapter: {_kind(config)} does not fit the model: {error}") from error
+    _require_layers(adapted, on_meta=on_meta)
+    if on_meta:  # peft moves most of what it makes there
+        adapted.to("meta")
+    if dtype is not None:
+        _cast_trained(adapted, getattr(torch, dtype), base_dtypes)
+    return adapted
+
+
+def _require_usable(config: Any, model: nn.Module) -> None:
+    from peft import PeftModel
+
+    if any(isinstance(module, PeftModel) for module in model.modules()):
+        raise ValueError("adapter: the model has adapters already; add them once")
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"adapter: {_kind(config)} puts virtual tokens before the input, so that logits and "
+            f"labels no longer have one length; use one that changes layers, such as LoraConfig"
+        )
+    if hasattr(config, "tinit"):
+        raise ValueError(
+            f"adapter: {_kind(config)} moves ranks between layers by a call in every step, which "
+            f"the trainer does not make; use LoraConfig with a rank_pattern"
+        )
+    start = getattr(config, "init_lora_weights", True)
+    if start not in _STARTS or getattr(config, "kasa_config", None) is not None:
+        what = f"init_lora_weights={start}" if start not in _STARTS else "kasa_config"
+        raise ValueError(
+            f"adapter: {what} computes the adapters from the base's values, and changes these, "
+            f"while the layers are made; here the base is read later, by slices, and stays the "
+            f"published one. Use init_lora_weights=true, gaussian or orthogonal"
+        )
+
+
+def _set_targets(config: Any, model: nn.Module) -> None:
+    """Replaces `all-linear` and None by names; the model must have all that is named."""
+    whole = getattr(config, "modules_to_save", None) or []
+    targets.require_matches(model, "modules_to_save", whole, among=_paths(model))
+    if not hasattr(config, "target_modules"):
+        return
+    wanted = config.target_modules
+    if isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
+        config.target_modules = targets.all_linear(model, except_for=whole)
+    elif wanted is None:
+        if getattr(config, "target_parameters", None):
+            return
+        if not _known_to_peft(config, model):
+            config.target_modules = targets.blocks_linear(model)
+    else:
+        targets.require_matches(model, "target_modules", wanted)
+
+
+def _known_to_peft(config: Any, model: nn.Module) -> bool:
+    """Whether it is peft's business, which has names for this architecture that the model has."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    if not hasattr(tuner, "target_module_mapping"):  # IA3 looks up two lists that go together
+        return True
+    architecture = getattr(getattr(model, "config", None), "model_type", "")
+    names = tuner.target_module_mapping.get(architecture)
+    if isinstance(names, str) or not names:
+        return bool(names)
+    return all(any(targets.matches(name, path) for path in _paths(model)) for name in names)
+
+
+def _set_task(config: Any, model: nn.Module) -> None:
+    """The task decides which class of peft's wraps the model, and which class opens the export."""
+    own = getattr(model, "config", None)
+    if own is None or not hasattr(model, "prepare_inputs_for_generation"):
+        return
+    task = "SEQ_2_SEQ_LM" if getattr(own, "is_encoder_decoder", False) else "CAUSAL_LM"
+    if config.task_type is None:
+        config.task_type = task
+    elif "LM" in config.task_type and config.task_type != task:
+        raise ValueError(
+            f"adapter: task_type={config.task_type}, but {type(model).__name__} is a model for "
+            f"{task}; leave task_type out"
+        )
+
+
+def _register_quantized(config: Any, model: nn.Module) -> None:
+    """Tells peft how to wrap the quantised layers that the model has."""
+    kinds = {type(module) for module in model.modules() if targets.is_quantized(module)}
+    if kinds and hasattr(config, "_register_custom_module"):
+        from ditty_di.adapters.quantized import QuantizedLoraLinear
+
+        config._register_custom_module(dict.fromkeys(kinds, QuantizedLoraLinear))
+
+
+def _require_layers(adapted: nn.Module, *, on_meta: bool) -> None:
+    """Looks whether the layers that peft made can work here."""
+    from peft.tuners.ia3 import IA3Layer
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = [(path, m) for path, m in adapted.named_modules() if isinstance(m, BaseTunerLayer)]
+    layer: Any
+    for path, layer in found:
+        # Any other kind computes with what it takes for the weight, and is wrong without a word.
+        if not isinstance(layer, LoraLayer | IA3Layer) and targets.is_quantized(
+            layer.get_base_layer()
+        ):
+            raise ValueError(
+                f"adapter: {path} is quantised, and {type(layer).__name__} works on a plain weight "
+                f"only; use LoraConfig (also with use_dora), or quantize=none"
+            )
+        constants = [n for n, _ in layer.named_buffers() if not n.startswith("base_layer.")]
+        if on_meta and constants and not isinstance(layer, TrainableTokensLayer):
+            raise ValueError(
+                f"adapter: {type(layer).__name__} keeps constants ({path}.{constants[0]}) that are "
+                f"made with the layer and would be lost on the meta device; use another kind, such "
+                f"as LoraConfig"
+            )
+
+
+def _cast_trained(
+    adapted: nn.Module, dtype: torch.dtype, base_dtypes: dict[int, torch.dtype]
+) -> None:
+    """Gives all that is trained one dtype; parameters that were tied stay so."""
+    done: dict[int, nn.Parameter] = {}
+    for path, module in adapted.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None or not parameter.requires_grad or parameter.dtype == dtype:
+                continue
+            if id(parameter) in base_dtypes and not hasattr(module, "qweight"):
+                raise ValueError(
+                    f"adapter: {path}.{name} of the base is trained and {parameter.dtype}, unlike "
+                    f"the adapters ({dtype}); use bias=none, or model.dtype={_name(dtype)}"
+                )
+            if id(parameter) not in done:
+                done[id(parameter)] = nn.Parameter(parameter.detach().to(dtype))
+            module._parameters[name] = done[id(parameter)]
+    for module in adapted.modules():
+        for copies, original in _COPIES.items():
+            kept = module._modules.get(copies)
+            if isinstance(kept, nn.ModuleDict) and NAME in kept:
+                _cast_around(kept[NAME], getattr(module, original))
+
+
+def _cast_around(trained: nn.Module, original: nn.Module) -> None:
+    """A trained copy of a module takes and returns what the original would.
+
+    peft's own layers cast by themselves. The dtypes are looked up late: FSDP may change them.
+    """
+    if _dtype(trained) == _dtype(original):
+        return
+
+    def inwards(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(_cast(x, _dtype(module)) for x in inputs)
+
+    def outwards(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        return _cast(output, _dtype(original))
+
+    trained.register_forward_pre_hook(inwards)
+    trained.register_forward_hook(outwards)
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.to(dtype) if floating and dtype is not None else value
+
+
+def _kind(config: Any) -> str:
+    return type(config).__name__
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _paths(model: nn.Module) -> list[str]:
+    return [path for path, _ in model.named_modules() if path]
