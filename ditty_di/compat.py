@@ -102,6 +102,56 @@ def _pipeline_stage() -> None:
         vars(torch.distributed.pipelining)["PipelineStage"] = PipelineStage
 
 
+def _integers_keep_their_dtype() -> None:
+    """Ends with torch 2.13: before it, FSDP2's mixed precision gathers integers as `param_dtype`,
+    and their shards would need gradients, which integers cannot.
+
+    Quantised weights are integers. Where torch does it itself, this changes nothing.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    def parameter(data: torch.Tensor, requires_grad: bool = True) -> torch.nn.Parameter:
+        floats = data.is_floating_point() or data.is_complex()
+        return torch.nn.Parameter(data, requires_grad=requires_grad and floats)
+
+    init_shard: Any = inspect.unwrap(FSDPParam._init_sharded_param)
+    if "requires_grad_" in init_shard.__code__.co_names:  # asked for afterwards
+        vars(_fsdp_param)["nn"] = SimpleNamespace(Module=torch.nn.Module, Parameter=parameter)
+
+    init = FSDPParam.init_dtype_attrs
+
+    def init_dtype_attrs(self: FSDPParam, mp_policy: Any) -> None:
+        init(self, mp_policy)
+        if not self.orig_dtype.is_floating_point:
+            self.param_dtype = None
+
+    vars_of: Any = FSDPParam
+    vars_of.init_dtype_attrs = init_dtype_attrs
+
+
+def _low_bit_views_keep_their_dtype() -> None:
+    """No version ends it yet: a view of torchao's (0.18) low-bit optimizer state forgets its dtype.
+
+    Sharded state of bfloat16 parameters then says float32 to some and bfloat16 to others.
+    """
+    from torchao.optim.subclass_4bit import OptimState4bit
+    from torchao.optim.subclass_8bit import OptimState8bit
+    from torchao.optim.subclass_fp8 import OptimStateFp8
+
+    view = torch.ops.aten.view.default
+    for state in (OptimState4bit, OptimState8bit, OptimStateFp8):
+        own = state._ATEN_OP_TABLE[state][view]
+
+        def with_dtype(func: Any, types: Any, args: Any, kwargs: Any, own: Any = own) -> Any:
+            out = own(func, types, args, kwargs)
+            # Changes what it looks like, and copies nothing.
+            to = args[0].dtype
+            return out if out.dtype == to else torch.ops.aten._to_copy.default(out, dtype=to)
+
+        state._ATEN_OP_TABLE[state][view] = with_dtype
+
+
 def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
     """No version ends it: gloo lacks the pre-multiplied sum that FSDP2 asks for by default."""
     for module in model.modules():
@@ -113,5 +163,7 @@ _cpu_device()
 _set_timeout()
 _data_parallel_mesh_dims()
 _pipeline_stage()
+_integers_keep_their_dtype()
+_low_bit_views_keep_their_dtype()
 if PIPELINE_TAKES_MICROBATCHES:
     SPMD_BACKENDS = ("partial_dtensor", "full_dtensor", "spmd_types")

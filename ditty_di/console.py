@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -87,9 +88,14 @@ def _last_drawn(line: str) -> str:
 
 
 def quiet_imports() -> None:
-    """Keeps torchao 0.18 from logging, at every import, which GPU kernels it did not load."""
-    for name in ("torchao", "torch.utils._pytree"):
+    """Keeps libraries from telling, at every start, what a user can do nothing about.
+
+    torchao 0.18 and bitsandbytes 0.50: which kernels they did not load. peft 0.21: that it asks
+    transformers 5 for something by its old name.
+    """
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
 
 
 def place_streams(log: Path, show: bool) -> None:
