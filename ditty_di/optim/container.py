@@ -72,8 +72,10 @@ def build_optimizer(
 
     Raises:
         TypeError: an optimizer that is already built; a factory that returns none.
-        ValueError: see `trainable_parameters`; an optimizer with parameters that are not the
-            model's (stale ones, from before sharding), or without some that are.
+        ValueError: see `trainable_parameters`; parameters of the model that are plain tensors
+            beside sharded ones, so that nobody sums their gradients over the ranks; an optimizer
+            with parameters that are not the model's (stale ones, from before sharding), or
+            without some that are.
     """
     if not callable(factory):
         raise TypeError(
@@ -82,6 +84,8 @@ def build_optimizer(
             f"the parameters that it holds"
         )
     named = trainable_parameters(model_parts, extra_named)
+    own = {id(parameter) for part in model_parts for parameter in part.parameters()}
+    _require_all_sharded_or_none([(name, p) for name, p in named if id(p) in own])
     optimizer = factory(named)
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(
@@ -111,6 +115,20 @@ def build_optimizer(
         # Checkpoints find an optimizer's state by these names, also where a factory dropped them.
         group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
     return optimizer
+
+
+def _require_all_sharded_or_none(named: list[tuple[str, nn.Parameter]]) -> None:
+    from torch.distributed.tensor import DTensor
+
+    sharded = [name for name, parameter in named if isinstance(parameter, DTensor)]
+    if sharded and len(sharded) < len(named):
+        plain = [name for name, parameter in named if not isinstance(parameter, DTensor)]
+        raise ValueError(
+            f"optimizer: {len(plain)} trainable parameters are plain tensors ({plain[:3]}), while "
+            f"{sharded[0]!r} and others are sharded: gradients of plain ones are summed over no "
+            f"ranks, and cannot be clipped together; parallelise the whole model (fully_shard the "
+            f"outermost module last), or freeze them"
+        )
 
 
 class Optimizers:

@@ -6,7 +6,7 @@ The mesh comes from the runtime: all ranks in `dp_shard` is FSDP2, all in `dp_re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,15 +41,19 @@ def shard(
         recompute_every: wrap every n-th block only.
         compile: arguments of `nn.Module.compile` for each block; None stays eager.
         param_dtype, reduce_dtype: names of torch dtypes for computing and for reducing gradients;
-            None keeps the parameters' own.
+            None keeps the parameters' own. What the optimizer updates keeps its dtype (float32:
+            master weights), and so do buffers, such as rotary frequencies.
         reshard_after_forward: free a block's gathered parameters between forward and backward.
+            What is in no block (embeddings, the last norm, the output head) always stays gathered,
+            for backward and the loss need it at once.
         cpu_offload: parameters, gradients and optimizer state live in host memory.
 
     On one rank without a dtype or offload there is nothing to shard, and FSDP's hooks would cost
     milliseconds a step on a small model: the blocks are recomputed and compiled only.
 
     Raises:
-        ValueError: `blocks` is no container of blocks.
+        ValueError: `blocks` is no container of blocks; trainable parameters of several dtypes in
+            one block, whose gradients FSDP2 could not reduce together.
     """
     container = _blocks(model, blocks)
     if recompute is not None:
@@ -78,17 +82,36 @@ def shard(
             param_dtype=getattr(torch, param_dtype) if param_dtype else None,
             reduce_dtype=getattr(torch, reduce_dtype) if reduce_dtype else None,
         ),
-        "reshard_after_forward": reshard_after_forward,
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
+    names = {id(module): name for name, module in model.named_modules()}
     for block in container.children():
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+        _require_one_dtype(block, names[id(block)], apart=())
+        fully_shard(block, **options, reshard_after_forward=reshard_after_forward)
+    _require_one_dtype(model, "", apart=container.children())
+    # None is True for inner modules, but leaves the outermost one gathered after its forward.
+    fully_shard(model, **options, reshard_after_forward=None if reshard_after_forward else False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is a sum over the global count already: gradients are added, not averaged.
             module.set_gradient_divide_factor(1.0)
     return model
+
+
+def _require_one_dtype(unit: nn.Module, name: str, *, apart: Iterable[nn.Module]) -> None:
+    """FSDP2 itself would say so in the first forward pass, without names."""
+    others = {id(p) for module in apart for p in module.parameters()}
+    examples: dict[torch.dtype, str] = {}
+    for own, parameter in unit.named_parameters():
+        if parameter.requires_grad and id(parameter) not in others:
+            examples.setdefault(parameter.dtype, f"{name}.{own}".lstrip("."))
+    if len(examples) > 1:
+        found = " and ".join(f"{own} ({dtype})" for dtype, own in examples.items())
+        raise ValueError(
+            f"parallelize: {found} are both trainable and in one unit, but FSDP2 reduces a unit's "
+            f"gradients in one dtype; build the model in the dtype of what is trained "
+            f"(model.dtype=float32), or freeze one of them"
+        )
 
 
 def _blocks(model: nn.Module, path: str | None) -> nn.Module:

@@ -83,6 +83,8 @@ def train(model: nn.Module, optimizer: Optimizer, steps: range) -> list[float]:
 
 
 def check_trains_and_resumes(name: str) -> None:
+    if name.startswith("bnb_"):
+        pytest.importorskip("bitsandbytes")
     factory: Callable[..., Optimizer] = node(OPTIMIZERS[name])
     whole = Model(0)
     losses = train(whole, build_optimizer(factory, [whole]), range(8))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from ditty_di.names import canonical_fqn
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.parallelize.recompute import full, selective
 from ditty_di.runtime import Runtime
+from tests.checkpoint.ranks import run as run_ranks
 from tests.distributed.cases import make_trainer
+from tests.precision import cases
 
 
 @pytest.fixture
@@ -91,6 +96,68 @@ def test_the_repeated_blocks_are_found_and_can_be_named(runtime):
             shard(model, parallel_dims=runtime.parallel_dims, blocks=path)
 
 
+def test_trainable_parameters_of_two_dtypes_in_a_unit_are_named(runtime):
+    def build(dtype, frozen=False):
+        block = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=dtype))
+        block[1].requires_grad_(not frozen)
+        return nn.Sequential(nn.ModuleList([block]), nn.Linear(2, 2))
+
+    def sharded(model):
+        return shard(model, parallel_dims=runtime.parallel_dims, param_dtype="bfloat16")
+
+    found = r"0\.0\.0\.weight \(torch\.float32\) and 0\.0\.1\.weight \(torch\.bfloat16\)"
+    with pytest.raises(ValueError, match=found):
+        sharded(build(torch.bfloat16))
+    for frozen in (torch.bfloat16, torch.float16):
+        sharded(build(frozen, frozen=True))
+
+
+def test_only_the_outermost_unit_stays_gathered_until_backward(runtime):
+    """Its output head is used by the loss, after its forward pass."""
+    model = nn.Sequential(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), nn.Linear(4, 4))
+
+    def gathered(reshard):
+        one = copy.deepcopy(model)
+        one.forward = lambda x: one[1](one[0][1](one[0][0](x)))
+        shard(
+            one,
+            parallel_dims=runtime.parallel_dims,
+            param_dtype="float64",
+            reshard_after_forward=reshard,
+        )
+        output = one(torch.randn(2, 4))
+        after = [not isinstance(m.weight, DTensor) for m in (*one[0], one[1])]
+        output.sum().backward()
+        assert all(isinstance(p, DTensor) and p.grad is not None for p in one.parameters())
+        return after
+
+    assert gathered(True) == [False, False, True]
+    assert gathered(False) == [True, True, True]
+
+
+def test_a_model_that_is_sharded_in_part_is_refused(runtime):
+    def only_the_blocks(model, *, parallel_dims):
+        for block in model.model.layers:
+            fully_shard(block, mesh=parallel_dims.get_mesh("fsdp"))
+        return model
+
+    with pytest.raises(ValueError, match=r"2 trainable parameters are plain .*'model\.embed"):
+        make_trainer(None, parallelize_fn=only_the_blocks)
+
+
 def test_on_one_rank_without_a_dtype_nothing_is_sharded(runtime):
     _, trainer = run()
     assert not hasattr(trainer.model_parts[0], "unshard")
+
+
+@pytest.mark.slow
+def test_adapters_in_bfloat16_under_fsdp_with_recomputation():
+    losses, _ = run_ranks(cases.combinations, 2, "plain", "full", "selective", timeout=300)
+    assert losses["full"] == losses["selective"] == losses["plain"]
+
+
+@pytest.mark.slow
+def test_adapters_in_bfloat16_under_fsdp_compiled_and_recomputed():
+    """A fused kernel rounds to bfloat16 less often than the operators that it replaces."""
+    (losses,) = run_ranks(cases.combinations, 1, "plain", "compiled", timeout=500)
+    assert losses["compiled"] == pytest.approx(losses["plain"], abs=0.01)

@@ -1,0 +1,24 @@
+"""Mixed precision by torch's autocast: for one device, where sharding would only make copies."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ditty_di.precision.context import forward_within
+
+
+def autocast(model: nn.Module, /, *, dtype: str = "bfloat16") -> nn.Module:
+    """Runs the model's forward pass under `torch.autocast`: products in `dtype`, norms in float32.
+
+    Parameters stay as they are, also adapters in float32 beside a base in `dtype`.
+
+    Args:
+        dtype: a name in torch.
+    """
+    to = getattr(torch, dtype)
+
+    def context(module: nn.Module) -> torch.autocast:
+        return torch.autocast(next(module.parameters()).device.type, dtype=to)
+
+    return forward_within(model, context)

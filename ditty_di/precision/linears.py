@@ -1,0 +1,71 @@
+"""Which linear layers of a model can multiply in float8."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+#: What float8 kernels want both sides of a weight to be a multiple of.
+MULTIPLE = 16
+
+
+def replaceable(model: nn.Module, *, skip: Sequence[str]) -> list[tuple[str, nn.Linear]]:
+    """(name, module) of the plain linear layers with sides divisible by 16.
+
+    Plain: `nn.Linear` itself, for a subclass (a quantised layer, another library's) computes in its
+    own way. The small layers of an adapter beside a `base_layer` (peft's LoRA) stay as they are.
+
+    Args:
+        skip: whole parts of names, such as `lm_head` or `self_attn.q_proj`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    adapters = {
+        id(module)
+        for layer in model.modules()
+        if "base_layer" in layer._modules
+        for name, child in layer.named_children()
+        if name != "base_layer"
+        for module in child.modules()
+    }
+    linears = [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and id(module) not in adapters
+    ]
+    taken = [(name, m) for name, m in linears if not _named(name, skip) and _divisible(m)]
+    left = [name for name, m in linears if (name, m) not in taken]
+    if not taken:
+        raise ValueError(
+            f"model.convert: none of the model's {len(linears)} plain linear layers can be float8: "
+            f"both sides must be multiples of {MULTIPLE}, and skip={list(skip)} leaves some out "
+            f"(layers of a quantised base are never converted); use precision=bf16"
+        )
+    log.info(
+        "float8: %d linear layers; in the model's own precision: %s",
+        len(taken),
+        ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "") or "none",
+    )
+    return taken
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The model with `module` in the place `name`; `module` itself when that is the root."""
+    if not name:
+        return module
+    path, _, last = name.rpartition(".")
+    model.get_submodule(path)._modules[last] = module
+    return model
+
+
+def _named(name: str, parts: Iterable[str]) -> bool:
+    return any(f".{part}." in f".{name}." for part in parts)
+
+
+def _divisible(linear: nn.Linear) -> bool:
+    return linear.in_features % MULTIPLE == 0 and linear.out_features % MULTIPLE == 0
