@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def pretrained_tokenizer(
+def from_pretrained(
     path: str,
     *,
     revision: str | None = None,
@@ -27,11 +27,15 @@ def pretrained_tokenizer(
         model_max_length: in tokens, in place of the tokenizer's.
 
     Raises:
+        FileNotFoundError, PermissionError, ConnectionError: see `ModelFiles`.
         ValueError: no tokenizer there, or one without an end-of-sequence token, which a model
             needs to learn where to stop.
     """
     from transformers import AutoTokenizer
 
+    from ditty_di.models.files import ModelFiles
+
+    ModelFiles(path, revision).find("tokenizer_config.json")  # says better what is wrong
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError, KeyError) as error:

@@ -3,7 +3,7 @@
 import pytest
 
 from ditty_di.data import train_bpe
-from ditty_di.data.pretrained_tokenizer import pretrained_tokenizer
+from ditty_di.models.tokenizer import from_pretrained
 
 
 @pytest.fixture
@@ -14,8 +14,8 @@ def folder(tmp_path):
 
 
 def test_new_special_tokens_are_one_id_each_and_known_ones_stay(folder):
-    plain = pretrained_tokenizer(str(folder))
-    grown = pretrained_tokenizer(str(folder), special_tokens=["<|user|>", plain.pad_token])
+    plain = from_pretrained(str(folder))
+    grown = from_pretrained(str(folder), special_tokens=["<|user|>", plain.pad_token])
     assert len(grown) == len(plain) + 1
     assert grown("<|user|>some")["input_ids"] == [len(plain), *plain("some")["input_ids"]]
     assert grown.decode([len(plain)], skip_special_tokens=True) == ""
@@ -26,7 +26,7 @@ def test_a_chat_template_comes_as_text_or_file(folder, tmp_path):
     template = "{% for m in messages %}{{ m['content'] }};{% endfor %}"
     (tmp_path / "template.jinja").write_text(template)
     for given in (template, str(tmp_path / "template.jinja")):
-        tokenizer = pretrained_tokenizer(str(folder), chat_template=given, model_max_length=7)
+        tokenizer = from_pretrained(str(folder), chat_template=given, model_max_length=7)
         messages = [{"role": "user", "content": "some"}]
         assert tokenizer.apply_chat_template(messages, tokenize=False) == "some;"
         assert tokenizer.model_max_length == 7
@@ -35,9 +35,9 @@ def test_a_chat_template_comes_as_text_or_file(folder, tmp_path):
 def test_what_cannot_be_used_is_named(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="tokenizer: there is none in .*empty"):
-        pretrained_tokenizer(str(tmp_path / "empty"))
-    tokenizer = pretrained_tokenizer(str(folder))
+        from_pretrained(str(tmp_path / "empty"))
+    tokenizer = from_pretrained(str(folder))
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "endless")
     with pytest.raises(ValueError, match="no end-of-sequence token"):
-        pretrained_tokenizer(str(tmp_path / "endless"))
+        from_pretrained(str(tmp_path / "endless"))
