@@ -1,0 +1,67 @@
+"""The Python that the README shows of ditty's classes, run from top to bottom in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEADING = "## The classes of ditty"
+
+
+def section() -> str:
+    text = (ROOT / "README.md").read_text()
+    return re.split(r"^## ", text.partition(HEADING)[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+@pytest.mark.slow
+def test_every_snippet_runs(tmp_path):
+    snippets = re.findall(r"```python\n(.*?)```", section(), re.DOTALL)
+    assert len(snippets) == 10
+    texts = [{"text": f"def f{i}(x):\n    return x + {i}" if i % 4 else "short"} for i in range(40)]
+    (tmp_path / "my_texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    (tmp_path / "program.py").write_text("\n".join(snippets) + "\nprint(type(model).__name__)")
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    refused, *_, last = done.stdout.splitlines()
+    assert last == "MyModel"
+    assert "mask" in done.stdout and "normalize" in done.stdout, refused
+    for folder, weights in {"output": "model", "tuned": "adapter_model"}.items():
+        assert (tmp_path / folder / "export" / f"{weights}.safetensors").exists()
+        assert (tmp_path / folder / "metrics.jsonl").exists()
+        assert list((tmp_path / folder / "checkpoints").glob("step-*"))
+
+
+def test_transformer_engine_says_in_one_sentence_that_it_is_missing():
+    from torch import nn
+
+    from ditty_di.front import ModelFactory
+    from ditty_di.precision import transformer_engine
+
+    factory = ModelFactory.from_instance(nn.Linear(16, 16), transform=transformer_engine.convert)
+    try:
+        import transformer_engine.pytorch
+    except (ImportError, OSError, RuntimeError):
+        with pytest.raises(ImportError, match="pip install 'ditty_di"):
+            factory.build()
