@@ -5,6 +5,7 @@ Nothing here replaces what was injected: a part that does not fit raises.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,15 +17,22 @@ from ditty_di.models.weights import is_meta, materialize, unset
 from ditty_di.parallelize.pipeline import Parts, WindowLoss
 
 if TYPE_CHECKING:
+    from ditty_di.callbacks import Callbacks
+    from ditty_di.processors import Processors
     from ditty_di.protocols import (
+        Checkpointer,
+        CheckpointerFactory,
         DataLoader,
         DataLoaderFactory,
         Loss,
         ParallelizeFn,
         PipelineFn,
+        Stateful,
         WeightsFn,
     )
     from ditty_di.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 
 def place_model(
@@ -132,6 +140,79 @@ def accumulation_steps(
             f"({runtime.dp_world_size}); change one of them"
         )
     return global_batch_size // rows
+
+
+def place_checkpointer(
+    checkpointer: CheckpointerFactory,
+    *,
+    model_parts: list[nn.Module],
+    weights: WeightsFn | None,
+    loss_fn: Loss,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+    dataloader: DataLoader,
+    grad_scaler: torch.amp.GradScaler,
+    callbacks: Callbacks,
+    train_state: Stateful,
+) -> Checkpointer:
+    """Completes the checkpointer with all that a resumed run needs.
+
+    Raises:
+        ValueError: the loader cannot say where in the data it is.
+    """
+    from ditty_di.checkpoint import states
+
+    require_state(dataloader)
+    holds: dict[str, Any] = {
+        **states.model_states(model_parts, weights),
+        "optimizer": states.OptimizerState(optimizer),
+        "lr_scheduler": states.SchedulerState(lr_scheduler),
+        "data": dataloader,
+        "train_state": train_state,
+    }
+    if isinstance(loss_fn, nn.Module) and loss_fn.state_dict():
+        holds["loss"] = states.ModelState([loss_fn])
+    if grad_scaler.is_enabled():
+        holds["grad_scaler"] = grad_scaler
+    holds |= callbacks.states()
+    return checkpointer(states=holds, rank_states={"rng": states.RNGState()})
+
+
+def place_processors(
+    processors: Processors,
+    *,
+    runtime: Runtime,
+    check_tensors: str | None,
+    around: dict[str, Any],
+) -> Processors:
+    """Verifies the contracts from the loader to the loss; what is a module goes to the device.
+
+    Args:
+        around: loader, model and loss, as `Processors.validate` takes them.
+
+    Raises:
+        ContractError: the contracts do not fit.
+        ValueError: an unknown `check_tensors`; processors where sequences are split over ranks.
+    """
+    modes = (None, "first", "every")
+    if check_tensors not in modes:
+        raise ValueError(f"trainer.check_tensors={check_tensors}: write first, every or null")
+    report = processors.validate(**around)
+    if check_tensors is not None:
+        processors.check_tensors(every=check_tensors == "every", **around)
+    if not processors:
+        return processors
+    if runtime.parallel_dims.cp_enabled:
+        raise ValueError(
+            "preprocessors, postprocessors: with runtime.cp > 1 each rank has a part of every "
+            "sequence, and what processors make of a whole batch cannot be split; use cp=1"
+        )
+    for processor in (*processors.preprocessors, *processors.postprocessors):
+        if isinstance(processor, nn.Module):
+            processor.to(runtime.device)
+    if runtime.rank == 0:
+        log.info("the pipeline:\n%s", report)
+    return processors
 
 
 def require_state(dataloader: DataLoader) -> None:

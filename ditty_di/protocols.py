@@ -130,9 +130,7 @@ class MissingWeightsFn(Protocol):
     `names` are fully qualified in `model`, whose other parameters have their values by then.
     """
 
-    def __call__(
-        self, model: nn.Module, names: list[str], /, *, device: torch.device
-    ) -> None: ...
+    def __call__(self, model: nn.Module, names: list[str], /, *, device: torch.device) -> None: ...
 
 
 class Validator(Protocol):
@@ -157,7 +155,11 @@ class Validator(Protocol):
 
 
 class ValidatorFactory(Protocol):
-    """`forward(inputs)` runs the model as the training step does, on the runtime's device."""
+    """`forward(inputs)` runs the model as the training step does, on the runtime's device.
+
+    `prepare(batch)` is what preprocessors make of the loader's batch, or None; `loss_fn` takes the
+    model's output through the postprocessors.
+    """
 
     def __call__(
         self,
@@ -166,6 +168,7 @@ class ValidatorFactory(Protocol):
         forward: Callable[[dict[str, Tensor]], Any],
         loss_fn: Loss,
         runtime: Runtime,
+        prepare: Callable[[Batch], Batch | None],
     ) -> Validator: ...
 
 

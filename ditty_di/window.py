@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,41 +19,69 @@ class Windows:
 
     One reduction a window says how much its batches weigh over all ranks, whether every rank has
     a full window, and whether any rank was asked to stop (`stopping`, true on all ranks alike).
-    It runs on the CPU, before any backward pass.
+    It runs on the CPU, before any backward pass. With `prepare` (preprocessors, which may reject a
+    micro-batch by returning None) there are two: first the ranks agree on what is left. `taken` is
+    how many micro-batches the last window was taken from, `rejected` how many were in all.
     """
 
-    def __init__(self, size: int, *, loss_fn: Loss, runtime: Runtime) -> None:
-        self.size, self.loss_fn, self.runtime = size, loss_fn, runtime
+    def __init__(
+        self,
+        size: int,
+        *,
+        loss_fn: Loss,
+        runtime: Runtime,
+        prepare: Callable[[Batch], Batch | None] | None = None,
+    ) -> None:
+        self.size, self.loss_fn, self.runtime, self.prepare = size, loss_fn, runtime, prepare
         self.stopping = False
-        self._shape = torch.Size()
+        self.taken = self.rejected = 0
+        # A rank without a single batch takes part in the first reduction too.
+        parts = getattr(loss_fn, "counts", None)  # of a composite
+        self._shape = torch.Size() if parts is None else torch.Size([parts])
 
     def take(self, data: Iterator[Batch]) -> tuple[list[Batch], Tensor]:
         """This rank's micro-batches, and the global counts (float32, on the CPU).
 
         Every rank gets the same number of micro-batches: near the end of the data, as many as the
-        poorest rank has.
+        poorest rank has, and none that `prepare` rejects on any rank.
 
         Raises:
             DataloaderExhaustedError: on all ranks, once any of them has no batch left.
         """
-        window: list[Batch] = []
+        taken: list[Batch | None] = []
         try:
-            while len(window) < self.size:
-                window.append(next(data))
+            while len(taken) < self.size:
+                batch = next(data)
+                taken.append(self.prepare(batch) if self.prepare else batch)
         except (DataloaderExhaustedError, StopIteration):  # the second from a spent generator
             pass
-        stop, short, *total = self.runtime.sum(
-            [self.runtime.stop_requested(), len(window) < self.size, *self._weigh(window)]
+        self.taken = len(taken)
+        absent = [float(batch is None) for batch in taken] + [0.0] * (self.size - len(taken))
+        window = [batch for batch in taken if batch is not None]
+        stop, short, *more = self.runtime.sum(
+            [
+                self.runtime.stop_requested(),
+                len(taken) < self.size,
+                *(absent if self.prepare else self._weigh(window)),
+            ]
         )
         self.stopping = stop > 0
+        common = self.size
         if short:
-            ranks_with = self.runtime.sum([len(window) == n for n in range(self.size + 1)])
+            ranks_with = self.runtime.sum([len(taken) == n for n in range(self.size + 1)])
             common = [ranks > 0 for ranks in ranks_with].index(True)
             if common == 0:
                 raise DataloaderExhaustedError
-            window = window[:common]
-            total = self.runtime.sum(self._weigh(window))
-        return window, torch.tensor(total, dtype=torch.float32).reshape(self._shape)
+        if short or self.prepare:
+            rejected = more if self.prepare else absent
+            window = [b for b, no in zip(taken[:common], rejected, strict=False) if b and not no]
+            self.rejected += common - len(window)
+            more = self.runtime.sum(self._weigh(window))
+        return window, torch.tensor(more, dtype=torch.float32).reshape(self._shape)
+
+    def get_metrics(self) -> dict[str, float]:
+        """`rejected_batches`: micro-batches of a rank until now, where something may reject one."""
+        return {"rejected_batches": float(self.rejected)} if self.prepare else {}
 
     def _weigh(self, window: list[Batch]) -> list[float]:
         if not window:

@@ -21,6 +21,7 @@ NEEDS = {
         *("data.train_records=null", "data.validation_records=null"),
         *FINE_TUNING,
     ],
+    "data=digits": ["model=dit_digits", "validator=loss_only", "export=none"],
     "model=hf_seq2seq": ["model.path=folder"],
     "tokenizer=of_model": ["model=hf_causal_lm"],
     "validator=finetune": EXAMPLES,
@@ -33,7 +34,7 @@ NEEDS = {
     "weights=pretrained": ["model=hf_causal_lm"],
 }
 #: Not in the defaults list, so they are added.
-ADDED = ("experiment", "recompute", "compile", "profiler", "neftune")
+ADDED = ("experiment", "callbacks", "recompute", "compile", "profiler", "neftune")
 CHOICES = sorted(
     f"{path.parent.name}={path.stem}"
     for path in conf_dir().glob("*/*.yaml")

@@ -53,7 +53,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-VERBS = [line.split("#")[0].strip() for line in blocks("bash")[0].splitlines()]
+FINE_TUNING, VERBS = (
+    [line.split("#")[0].strip() for line in block.splitlines()] for block in blocks("bash")
+)
+#: A fine-tuning of seconds.
+SHORT = "steps=2 validator.max_batches=1 global_batch_size=16 checkpointer.every=null"
 
 
 @pytest.mark.slow
@@ -67,6 +71,28 @@ def test_every_verb_runs(folder, line):
     ditty_di(arguments, folder)
 
 
+@pytest.fixture(scope="module")
+def tuned(folder):
+    """One fine-tuned run, and what the README asks it."""
+    (folder / "asked.jsonl").write_text('{"id": 1, "input": "def f(x):\\n    return x"}\n')
+    ditty_di(f"+experiment=qlora run=TUNED {SHORT} validator.sample.max_new_tokens=2", folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", FINE_TUNING)
+def test_every_way_of_fine_tuning_runs(tuned, line):
+    arguments = line.removeprefix("python -m ditty_di").strip()
+    if "experiment=" in arguments:
+        sample = "" if "seq2seq" in arguments else "validator.sample.max_new_tokens=2"
+        arguments = f"{arguments} {SHORT} {sample}"
+    if "folder=merged" in arguments and not (tuned / "merged").exists():
+        ditty_di("run=TUNED task=export export=merged export.path=merged", tuned)
+    ditty_di(arguments, tuned)
+    if "answers.jsonl" in arguments:
+        assert '"id": 1' in (tuned / "answers.jsonl").read_text()
+
+
 def test_the_experiments_shown_are_sound(folder):
     names = {path.stem for path in (folder / "conf" / "experiment").iterdir()}
     assert names == {"small", "mine"}
@@ -75,7 +101,7 @@ def test_the_experiments_shown_are_sound(folder):
 
 
 def test_the_python_shown_trains(folder):
-    (program,) = blocks("python")
+    program = blocks("python")[0]
     assert float(run([sys.executable, "-c", program], folder)) < 0.6
 
 

@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def base() -> str:
-    """The folder of a small pretrained Llama with its tokenizer; its README says how it was made."""
+    """The folder of a small pretrained Llama with its tokenizer; its README says how it is made."""
     return str(Path(__file__).parent / "base")

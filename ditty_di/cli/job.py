@@ -188,7 +188,7 @@ def _say_what_next(run: RunDirectory, result: dict[str, Any]) -> None:
     if not failed and trained:
         lines.append(f'  generate                {command} task=generate prompt="..."')
     if not failed and (run.path / "export").is_dir():
-        lines.append(f"  for transformers        {run}/export")
+        lines.append(f"  exported                {run}/export")
     if not failed and (run.path / "tensorboard").is_dir():
         lines.append(f"  curves                  tensorboard --logdir {run}/tensorboard")
     if lines:

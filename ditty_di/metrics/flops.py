@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -16,12 +18,13 @@ def per_token(model_parts: list[nn.Module]) -> float:
     can serve the *model* FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
     """
     weights: dict[int, nn.Parameter] = {}
-    packed = 0
+    packed = 0.0
     for part in model_parts:
         for module in part.modules():
             own = [] if isinstance(module, nn.Embedding) else [*module.parameters(recurse=False)]
             if hasattr(module, "in_features") and any(not p.is_floating_point() for p in own):
-                packed += module.in_features * module.out_features  # type: ignore[operator]
+                linear: Any = module
+                packed += linear.in_features * linear.out_features
             else:
                 weights |= {id(p): p for p in own}
     return 4.0 * packed + sum((6 if p.requires_grad else 4) * p.numel() for p in weights.values())

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ditty_di.runtime import seed_everything
+
 if TYPE_CHECKING:
     from ditty_di.protocols import Batch, DataLoader, DataLoaderFactory, Loss
     from ditty_di.runtime import Runtime
@@ -128,7 +130,11 @@ class Validator:
         return values | self.baselines if values else {}
 
     def _batches(self) -> Iterator[tuple[Batch, Batch]]:
-        """The loader's batches, and what preprocessors make of them; none that they reject."""
+        """The loader's batches, and what preprocessors make of them; none that they reject.
+
+        What they draw of random numbers is the same each time, so that losses can be compared.
+        """
+        seed_everything(self.runtime.seed)
         for batch in self._loaded():
             prepared = self.prepare(batch)
             if prepared is not None:

@@ -21,9 +21,17 @@ def check(graph: Any, root: str = "trainer", *, strict: bool = False) -> Report:
     found = report(graph, root)
     if problems := [*found.problems, *(found.unproven if strict else ())]:
         raise ConfigError(
-            Problem(p.stage.key, str(p), graph.where(p.stage.key) or "") for p in problems
+            Problem(p.stage.key, str(p), written_at(graph, p.stage.key)) for p in problems
         )
     return found
+
+
+def written_at(graph: Any, key: str) -> str:
+    """Where the stage at a key is written, references followed: its contract, else its target."""
+    names = [int(name) if name.isdecimal() else name for name in key.split(".")]
+    place, node = graph.at(tuple(names))
+    inner = [name for name in ("contract", "_target_") if isinstance(node, dict) and name in node]
+    return graph.where(".".join(map(str, (*place, *inner[:1])))) or ""
 
 
 def report(graph: Any, root: str = "trainer") -> Report:

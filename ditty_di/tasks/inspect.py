@@ -7,6 +7,7 @@ nothing and needs no torch of its own.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ from ditty_di.graph import (
 )
 
 
-def check(graph: Graph, /, *, root: str = "trainer") -> None:
+def check(graph: Graph, /, *, root: str = "trainer", strict: bool = False) -> None:
     """Imports every target and binds every signature that `root` reaches; prints what it did.
+
+    A `root` with a `loss_fn` is a pipeline: the contracts of its stages are followed, and it is
+    drawn. `strict` refuses also what no contract proves.
 
     Raises:
         ConfigError: everything that is wrong, one line each.
@@ -33,6 +37,12 @@ def check(graph: Graph, /, *, root: str = "trainer") -> None:
         print(f"  {key} fits the slot that completes it: {protocol}")
     if checked.unread:
         print(f"  imported only, for they tell no signature: {', '.join(checked.unread)}")
+    if "loss_fn" in graph.at(tuple(root.split(".")))[1]:
+        from ditty_di.processors import configured
+
+        report = configured.check(graph, root, strict=strict)
+        print(f"the pipeline of {root}, with what each stage takes -> gives:")
+        print(textwrap.indent(str(report), "  "))
 
 
 def explain(graph: Graph, /, *, key: str) -> None:

@@ -12,18 +12,19 @@ if TYPE_CHECKING:
 
 
 def train(
-    trainer: Trainer, export: Callable[[list[nn.Module]], None] | None = None
+    trainer: Trainer, export: Callable[[list[nn.Module]], dict[str, Any] | None] | None = None
 ) -> dict[str, Any]:
     """Trains to the end, or until asked to stop; then `export(model_parts)` if it got to the end.
 
-    Returns what the trainer does: `status` ("finished" or "preempted"), `step`, `objective`, ...
+    Returns what the trainer does: `status` ("finished" or "preempted"), `step`, `objective`, ...,
+    and what the export returned.
     """
     result = trainer.train()
     report = trainer.validator.report() if trainer.validator else ""
     if report and trainer.runtime.rank == 0:
         print(report)
     if export is not None and result["status"] == "finished":
-        export(trainer.model_parts)
+        result |= export(trainer.model_parts) or {}
     # Only when all went well: after an error, another rank may never come to what close waits for.
     trainer.close()
     trainer.runtime.close()

@@ -1,7 +1,8 @@
 """What the Trainer costs a step, against a loop written by hand and Hugging Face's Trainer.
 
-All three train the same tiny Llama from the same values on the same micro-batches, with the same
-loss, clipping, `torch.optim.AdamW` and schedule, on one CPU thread, and log and save nothing. They
+All train the same tiny Llama from the same values on the same micro-batches, with the same
+loss, clipping, `torch.optim.AdamW` and schedule, on one CPU thread, and log and save nothing; the
+Trainer once more with two processors that do nothing, which say what processors cost. They
 take short turns, a fresh model each; a step lasts from one request for a batch to the next, as
 the data source sees it, so that whatever a trainer does between steps counts. Reported is the
 median of the turns' median steps, in wall time and in the process's CPU time (which other programs
@@ -120,7 +121,7 @@ def by_hand(steps: int) -> tuple[Source, nn.Module]:
     return source, model
 
 
-def ditty_di(steps: int) -> tuple[Source, nn.Module]:
+def ditty_di(steps: int, **slots: Any) -> tuple[Source, nn.Module]:
     from ditty_di import Runtime, Trainer
     from ditty_di.losses import CrossEntropyLoss
     from ditty_di.metrics import Metrics
@@ -137,11 +138,29 @@ def ditty_di(steps: int) -> tuple[Source, nn.Module]:
         runtime=runtime,
         max_norm=MAX_NORM,
         metrics=Metrics(every=steps),
+        **slots,
     )
     trainer.train()
     trainer.close()
     runtime.close()  # its process group would make the others believe they are distributed
     return source, model
+
+
+def with_processors(steps: int) -> tuple[Source, nn.Module]:
+    """Two that do next to nothing, so that what is measured is the way through them."""
+    from ditty_di.processors import Context, PostProcessor, PreProcessor
+
+    class Before(PreProcessor):
+        def process(self, batch: Tensor, ctx: Context) -> tuple[Tensor, Context]:
+            ctx["rows"] = len(batch)
+            return batch, ctx
+
+    class Behind(PostProcessor):
+        def process(self, output: Any, ctx: Context) -> tuple[Any, Context]:
+            ctx["seen"] = ctx["rows"]
+            return output, ctx
+
+    return ditty_di(steps, preprocessors=[Before()], postprocessors=[Behind()])
 
 
 def hugging_face(steps: int) -> tuple[Source, nn.Module]:
@@ -181,7 +200,7 @@ def hugging_face(steps: int) -> tuple[Source, nn.Module]:
 
 
 def contenders() -> dict[str, Callable[[int], tuple[Source, nn.Module]]]:
-    found = {"by hand": by_hand, "ditty_di": ditty_di}
+    found = {"by hand": by_hand, "ditty_di": ditty_di, "processors": with_processors}
     try:
         import accelerate  # noqa: F401
     except ImportError:
@@ -207,12 +226,17 @@ def measure(steps: int, warm_up: int, rounds: int) -> dict[str, Any]:
         difference = (weights[name] - weights["by hand"]).abs().max()
         results[name] = {"largest_weight_difference": float(difference)}
         for clock in CLOCKS:
-            mine, hand = ([turn[clock] for turn in turns[who]] for who in (name, "by hand"))
+            mine, hand, plain = (
+                [turn[clock] for turn in turns[who]] for who in (name, "by hand", "ditty_di")
+            )
             typical = statistics.median(mine)
             results[name][clock] = {
                 "ms_per_step": typical,
                 "over_by_hand_ms": statistics.median(
                     a - b for a, b in zip(mine, hand, strict=True)
+                ),
+                "over_ditty_di_ms": statistics.median(
+                    a - b for a, b in zip(mine, plain, strict=True)
                 ),
                 "ratio": typical / statistics.median(hand),
                 "turns": mine,
@@ -270,6 +294,9 @@ def main() -> None:
         ]
         print(f"{name:14}{''.join(cells)}{r['largest_weight_difference']:12.1e}")
     print("\nover: ms a step over the loop by hand; weights: largest difference to its result")
+    for clock in CLOCKS:
+        extra = 1e3 * results["processors"][clock]["over_ditty_di_ms"]
+        print(f"two trivial processors: {extra:+.0f} microseconds a step ({clock})")
     if here["load_average"] > 0.5 * (here["cores"] or 1):
         print(f"the machine was busy (load {here['load_average']:.1f}): the figures are not final")
     if options.json:

@@ -200,8 +200,10 @@ def resumed_runs(folder: Path, source: str, layout: str) -> dict[str, list[float
 def cases() -> dict[str, Callable[..., Any]]:
     from tests.distributed.agreement import agreement
     from tests.distributed.pipelined import pipelined
+    from tests.distributed.processing import piped, processing, rejecting
 
-    return {case.__name__: case for case in (whole_runs, resumed_runs, agreement, pipelined)}
+    found = (whole_runs, resumed_runs, agreement, pipelined, processing, rejecting, piped)
+    return {case.__name__: case for case in found}
 
 
 def main() -> None:

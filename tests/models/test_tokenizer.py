@@ -34,7 +34,7 @@ def test_a_chat_template_comes_as_text_or_file(folder, tmp_path):
 
 def test_what_cannot_be_used_is_named(folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="tokenizer: there is none in .*empty"):
+    with pytest.raises(ValueError, match=r"tokenizer: there is none in .*empty"):
         from_pretrained(str(tmp_path / "empty"))
     tokenizer = from_pretrained(str(folder))
     tokenizer.eos_token = None
