@@ -210,8 +210,9 @@ def place_processors(
     for processor in (*processors.preprocessors, *processors.postprocessors):
         if isinstance(processor, nn.Module):
             processor.to(runtime.device)
-    if runtime.rank == 0:
-        log.info("the pipeline:\n%s", report)
+    if report.unchecked and runtime.rank == 0:
+        stages = ", ".join(map(str, report.unchecked))
+        log.info("not checked, for they have no contract: %s (task=check draws them all)", stages)
     return processors
 
 
