@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         WeightsFn,
     )
     from ditty_di.runtime import Runtime
+    from ditty_di.window import Windows
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +154,7 @@ def place_checkpointer(
     dataloader: DataLoader,
     grad_scaler: torch.amp.GradScaler,
     callbacks: Callbacks,
+    windows: Windows,
     train_state: Stateful,
 ) -> Checkpointer:
     """Completes the checkpointer with all that a resumed run needs.
@@ -174,6 +176,8 @@ def place_checkpointer(
         holds["loss"] = states.ModelState([loss_fn])
     if grad_scaler.is_enabled():
         holds["grad_scaler"] = grad_scaler
+    if windows.prepare is not None:
+        holds["windows"] = windows
     holds |= callbacks.states()
     return checkpointer(states=holds, rank_states={"rng": states.RNGState()})
 

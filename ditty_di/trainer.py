@@ -172,6 +172,7 @@ class Trainer(Stepping):
             dataloader=self.dataloader,
             grad_scaler=self.grad_scaler,
             callbacks=self.callbacks,
+            windows=self.windows,
             train_state=self,
         )
         self.validator: protocols.Validator | None = None
@@ -298,12 +299,10 @@ class Trainer(Stepping):
             "step": self.step,
             "tokens_seen": self.ntokens_seen * self.runtime.dp_world_size,
             "skipped_steps": self.skips.skipped,
-            "rejected_batches": self.windows.rejected,
             "objective": self.objective,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step, self.skips.skipped = state_dict["step"], state_dict["skipped_steps"]
-        self.windows.rejected = state_dict["rejected_batches"]
         self.ntokens_seen = state_dict["tokens_seen"] // self.runtime.dp_world_size
         self.objective = state_dict["objective"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -82,6 +82,12 @@ class Windows:
     def get_metrics(self) -> dict[str, float]:
         """`rejected_batches`: micro-batches of a rank until now, where something may reject one."""
         return {"rejected_batches": float(self.rejected)} if self.prepare else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rejected": self.rejected}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rejected = state_dict["rejected"]
 
     def _weigh(self, window: list[Batch]) -> list[float]:
         if not window:

@@ -113,11 +113,11 @@ def test_processors_are_told_where_training_is(small):
             told.append([ctx[name] for name in names])
             return batch, ctx
 
-    trainer, _ = small(preprocessors=[Targets(), Look()], steps=2)
-    trainer.dataloader.epoch = 7
+    trainer, _ = small(data=Rows(16), preprocessors=[Targets(), Look()], steps=2)
     trainer.train()
     model = trainer.model_parts[0]
-    assert told == [[7, n, 2, torch.device("cpu"), model] for n in (1, 1, 1, 2, 2, 2)]
+    at = zip((0, 0, 0, 0, 1, 1), (1, 1, 1, 2, 2, 2), strict=True)  # 4 of 16 rows each
+    assert told == [[epoch, step, 2, torch.device("cpu"), model] for epoch, step in at]
 
 
 def test_without_processors_a_batch_goes_the_plain_way():
@@ -169,6 +169,30 @@ def test_the_count_of_rejected_batches_is_resumed(small, tmp_path):
     again, _ = small(data=Rows(bad=[1, 13]), checkpointer=keep, steps=4)
     assert again.train()["rejected_batches"] == 2
     again.close()
+
+
+def test_a_run_without_processors_goes_on_with_some(runtime, tmp_path):
+    """As does one saved before there were any: neither has counted what was rejected."""
+
+    class RejectThird(PreProcessor):
+        def process(self, batch, ctx):
+            return None if ctx["step"] == 3 else (batch, ctx)
+
+    def trained(steps, preprocessors=(), load=None):
+        keep = partial(Checkpointer, str(tmp_path), every=2, load=load or {})
+        trainer, _ = make_trainer(
+            None, checkpointer=keep, preprocessors=preprocessors, steps=steps
+        )
+        result = trainer.train()
+        trainer.close()
+        return result
+
+    assert "rejected_batches" not in trained(2)
+    assert trained(2)["step"] == 2
+    with pytest.raises(CheckpointError, match=r"load\.windows=false starts without"):
+        trained(4, [RejectThird()])
+    assert trained(4, [RejectThird()], {"windows": False})["rejected_batches"] == 1
+    assert trained(5)["step"] == 5
 
 
 # -- contracts ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ditty_di.data.cache import build_once, cache_folder
 _PYTHON_DOCS_FORMAT = 1
 # Shorter texts ("Return self.", "See base class.") teach nothing and repeat in variants.
 _PYTHON_DOCS_MIN_CHARS = 40
-TEST_FOLDERS = {"test", "tests", "idle_test"}
+_TEST_FOLDERS = {"test", "tests", "idle_test"}
 
 
 @dataclass(frozen=True)
@@ -196,15 +196,19 @@ def topics(library: Path) -> Iterator[tuple[str, str]]:
                 yield "", text.strip()
 
 
-def _docstrings(library: Path) -> Iterator[tuple[str, str]]:
+def modules(library: Path) -> Iterator[tuple[str, Path]]:
+    """Name and file of each module of the standard library, in one order everywhere."""
     for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).parts):
         parts = path.relative_to(library).with_suffix("").parts
         # Not site-packages, which lies in the same folder, and not the tests of the library.
-        if parts[0] not in sys.stdlib_module_names or TEST_FOLDERS.intersection(parts):
-            continue
+        if parts[0] in sys.stdlib_module_names and not _TEST_FOLDERS.intersection(parts):
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def _docstrings(library: Path) -> Iterator[tuple[str, str]]:
+    for module, path in modules(library):
         tree = parse(path)
         if tree is not None:
-            module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             yield from _docstrings_in(tree, module)
 
 

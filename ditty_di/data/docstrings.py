@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ditty_di.data.cache import build_once, cache_folder
-from ditty_di.data.corpus import TEST_FOLDERS, encodable, held_out_module, parse
+from ditty_di.data.corpus import encodable, held_out_module, modules, parse
 
 # Raise it when docstring_pairs() would give other pairs from the same Python.
 _FORMAT = 1
@@ -50,7 +50,7 @@ def _build(folder: Path, max_chars: int) -> None:
     splits: dict[str, list[dict[str, str]]] = {"train": [], "val": [], "test": []}
     seen: set[str] = set()
     held_out: dict[str, str] = {}
-    for module, path in _modules(library):
+    for module, path in modules(library):
         split = "train"
         if held_out_module(module):
             split = held_out.setdefault(module, ("val", "test")[len(held_out) % 2])
@@ -70,13 +70,6 @@ def _build(folder: Path, max_chars: int) -> None:
         with (folder / split / "functions.jsonl").open("w", encoding="utf-8") as stream:
             for pair in pairs:
                 stream.write(json.dumps(pair) + "\n")
-
-
-def _modules(library: Path) -> Iterator[tuple[str, Path]]:
-    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).parts):
-        parts = path.relative_to(library).with_suffix("").parts
-        if parts[0] in sys.stdlib_module_names and not TEST_FOLDERS.intersection(parts):
-            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
 def _pairs(path: Path, module: str) -> Iterator[dict[str, str]]:

@@ -147,6 +147,11 @@ class Loader:
         self._start = self._consumed = int(state_dict["consumed"])
         self._resuming = True
 
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0, that the newest micro-batch (over all ranks) ends in."""
+        return max(0, self._consumed - 1) // len(self.dataset)
+
     def last_rows(self, n: int = 1) -> list[int]:
         """Dataset row numbers of this rank's last `n` yielded micro-batches, oldest first."""
         yielded = -(-(self._consumed - self._start) // self._step)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ditty_di.data.cache import build_once, cache_folder
-from ditty_di.data.corpus import TEST_FOLDERS, Corpus, held_out_module, parse, topics
+from ditty_di.data.corpus import Corpus, held_out_module, modules, parse, topics
 
 # Raise it when python_code() would give other documents from the same Python.
 _FORMAT = 1
@@ -40,7 +40,7 @@ def _build(path: Path) -> None:
     library = Path(sysconfig.get_path("stdlib"))
     corpus = Corpus([text for _, text in topics(library)], [])
     found = False
-    for module, source in _modules(library):
+    for module, source in _sources(library):
         found = True
         (corpus.validation if held_out_module(module) else corpus.train).append(source)
     if not found:
@@ -51,17 +51,13 @@ def _build(path: Path) -> None:
     path.write_text(json.dumps(vars(corpus)), encoding="utf-8")
 
 
-def _modules(library: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).parts):
-        parts = path.relative_to(library).with_suffix("").parts
-        if parts[0] not in sys.stdlib_module_names or parts[0] in _NO_PROGRAMS:
-            continue
-        # Not the library's tests, and not the files that are broken on purpose.
-        if TEST_FOLDERS.intersection(parts) or parse(path) is None:
-            continue
+def _sources(library: Path) -> Iterator[tuple[str, str]]:
+    for module, path in modules(library):
+        if module.partition(".")[0] in _NO_PROGRAMS or parse(path) is None:
+            continue  # the second: files that are broken on purpose
         try:
             source = path.read_text(encoding="utf-8").strip()
         except UnicodeDecodeError:
             continue
         if source:
-            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), source
+            yield module, source

@@ -24,7 +24,7 @@ class Context(dict[str, Any]):
         original_batch: the loader's `(inputs, labels)`.
         target: the labels, until a processor writes another.
         forward_kwargs: keyword arguments of `model.forward`; the loader's inputs but `"input"`.
-        epoch: how often the loader has begun, from 0.
+        epoch: the loader's, from 0; 0 where the loader has no `epoch`.
         step: the optimizer step, from 1.
         total_steps: the steps of the whole training.
         device: the `torch.device` that the model is on.

@@ -164,6 +164,16 @@ def test_epochs_differ_in_order():
     assert first != list(range(30))
 
 
+def test_it_says_which_epoch_the_last_micro_batch_ends_in():
+    loader = Loader(Rows(5), 2)
+    seen = [loader.epoch for _ in zip(range(6), loader, strict=False)]
+    assert seen == [0, 0, 1, 1, 1, 2], "rows 2, 4 | 6, 8, 10 | 12"
+    resumed = Loader(Rows(5), 2)
+    resumed.load_state_dict(loader.state_dict())
+    next(iter(resumed))
+    assert resumed.epoch == 2
+
+
 def test_without_epochs_the_stream_never_ends():
     loader = Loader(Rows(3), 2)
     first = [labels.flatten().tolist() for _, labels in itertools.islice(loader, 300)]
