@@ -186,7 +186,7 @@ def place_processors(
     processors: Processors,
     *,
     runtime: Runtime,
-    check_tensors: str | None,
+    contracts: str,
     around: dict[str, Any],
 ) -> Processors:
     """Verifies the contracts from the loader to the loss; what is a module goes to the device.
@@ -196,14 +196,13 @@ def place_processors(
 
     Raises:
         ContractError: the contracts do not fit.
-        ValueError: an unknown `check_tensors`; processors where sequences are split over ranks.
+        ValueError: an unknown `contracts`; processors where sequences are split over ranks.
     """
-    modes = (None, "first", "every")
-    if check_tensors not in modes:
-        raise ValueError(f"trainer.check_tensors={check_tensors}: write first, every or null")
+    if contracts not in ("static", "runtime", "every_batch"):
+        raise ValueError(f"trainer.contracts={contracts}: write static, runtime or every_batch")
     report = processors.validate(**around)
-    if check_tensors is not None:
-        processors.check_tensors(every=check_tensors == "every", **around)
+    if contracts != "static":
+        processors.check_tensors(every=contracts == "every_batch", **around)
     if not processors:
         return processors
     if runtime.parallel_dims.cp_enabled:

@@ -134,10 +134,6 @@ class MissingWeightsFn(Protocol):
 
 
 class Validator(Protocol):
-    """`samples` are texts of the last validation by name, the same on every rank."""
-
-    samples: dict[str, str]
-
     def should_validate(self, step: int) -> bool:
         """Also asked for step 0, before the first."""
         ...

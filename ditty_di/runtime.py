@@ -7,7 +7,6 @@ import random
 import signal
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,6 @@ class Runtime:
             two may be -1: what the world size leaves.
         spmd_backend: how torchtitan describes sharding; `partial_dtensor` runs on every torch.
         deterministic: deterministic kernels only; slower.
-        stop_file: when this file appears, training stops at the next step as after SIGTERM.
         init_timeout, train_timeout: seconds that a collective may take until, and after, the first
             step.
         threads: CPU threads of this process; None leaves torch's choice.
@@ -58,7 +56,6 @@ class Runtime:
         ep: int = 1,
         spmd_backend: str = "partial_dtensor",
         deterministic: bool = False,
-        stop_file: str | None = None,
         init_timeout: float = 300.0,
         train_timeout: float = 100.0,
         threads: int | None = None,
@@ -110,8 +107,7 @@ class Runtime:
                 DebugConfig(seed=seed, deterministic=deterministic),
                 distinct_seed_mesh_dims=["pp"],
             )
-        self._stop_file = Path(stop_file) if stop_file else None
-        self._signalled = False
+        self._stop_requested = False
         self._old_handlers: dict[int, Any] = {}
 
     # -- stopping ---------------------------------------------------------------------------
@@ -125,18 +121,21 @@ class Runtime:
                 return
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._signalled and number == signal.SIGINT:
+        if self._stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C means now
-        self._signalled = True
+        self.request_stop()
 
     def release_signals(self) -> None:
         while self._old_handlers:
             signal.signal(*self._old_handlers.popitem())
 
+    def request_stop(self) -> None:
+        """Asks for a stop in good order at the next step; it is enough that one rank does."""
+        self._stop_requested = True
+
     def stop_requested(self) -> bool:
-        """Whether this rank has seen a signal, or rank 0 the stop file; ranks agree with `any`."""
-        asked = self.rank == 0 and self._stop_file is not None and self._stop_file.exists()
-        return self._signalled or asked
+        """Whether this rank was asked, by a signal or `request_stop`; ranks agree with `any`."""
+        return self._stop_requested
 
     # -- agreement between ranks: always on the CPU, so the device is never waited for ---------
 

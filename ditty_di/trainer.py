@@ -57,7 +57,9 @@ class Trainer(Stepping):
         preprocessors, postprocessors: what a batch passes before the model, and the model's output
             before the loss (`ditty_di.processors`).
         model_contract: what the model takes and gives, where its class does not say.
-        check_tensors: compare tensors with the contracts, of the `first` batch or of `every` one.
+        contracts: `static` follows them from the loader to the loss before anything is built on
+            them; `runtime` compares them with the tensors of the first batch as well, and
+            `every_batch` with those of every one.
         parallelize_loss_fn: shards the parameters of a loss; without it every rank has them whole.
         callbacks: by name, called in their order (`ditty_di.callbacks`).
         gc_every: steps between collections of Python's garbage, the same on all ranks.
@@ -87,7 +89,7 @@ class Trainer(Stepping):
         preprocessors: Sequence[PreProcessor] = (),
         postprocessors: Sequence[PostProcessor] = (),
         model_contract: str | None = None,
-        check_tensors: Literal["first", "every"] | None = None,
+        contracts: Literal["static", "runtime", "every_batch"] = "static",
         parallelize_loss_fn: protocols.ParallelizeFn | None = None,
         callbacks: Mapping[str, Callback | None] | None = None,
         global_batch_size: int | None = None,
@@ -115,7 +117,7 @@ class Trainer(Stepping):
         self.processors = assembly.place_processors(
             Processors(preprocessors, postprocessors),
             runtime=runtime,
-            check_tensors=check_tensors,
+            contracts=contracts,
             around={
                 "loader": dataloader,
                 "model": model,
@@ -290,9 +292,8 @@ class Trainer(Stepping):
             self.objective = values["loss"]
             named = {f"validation/{name}": value for name, value in values.items()}
             self.metrics_processor.log(self.step, named)
-            for name, text in self.validator.samples.items():
-                self.metrics_processor.text(self.step, name, text)
-            self.callbacks.call("validation_end", self)
+            with self.metrics_processor.pause():
+                self.callbacks.call("validation_end", self)
 
     def state_dict(self) -> dict[str, Any]:
         return {

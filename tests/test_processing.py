@@ -9,10 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ditty_di.callbacks import Callback, Callbacks, EarlyStopping
+from ditty_di.callbacks import EMA, Callback, Callbacks, EarlyStopping
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.checkpoint.read import CheckpointError, from_checkpoint, load_loss
-from ditty_di.diffusion import EMA
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.processors import ContractError, PreProcessor
 from ditty_di.runtime import Runtime
@@ -180,9 +179,7 @@ def test_a_run_without_processors_goes_on_with_some(runtime, tmp_path):
 
     def trained(steps, preprocessors=(), load=None):
         keep = partial(Checkpointer, str(tmp_path), every=2, load=load or {})
-        trainer, _ = make_trainer(
-            None, checkpointer=keep, preprocessors=preprocessors, steps=steps
-        )
+        trainer, _ = make_trainer(None, checkpointer=keep, preprocessors=preprocessors, steps=steps)
         result = trainer.train()
         trainer.close()
         return result
@@ -225,28 +222,30 @@ def test_real_tensors_are_compared_with_contracts_on_demand(small):
     message = r"wrong.*scale.*expected rank 0, dtype f32.*found.*f64"
 
     def run(mode, good):
-        return small(check_tensors=mode, preprocessors=[Targets(), Wrong(good)], steps=1)[0].train()
+        return small(contracts=mode, preprocessors=[Targets(), Wrong(good)], steps=1)[0].train()
 
     with pytest.raises(ContractError, match=message):
-        run("first", 0)
+        run("runtime", 0)
     with pytest.raises(ContractError, match=message):
-        run("every", 1)
+        run("every_batch", 1)
     # What nobody looks at stays unseen: float64 in the second micro-batch, or in all.
-    assert run("first", 1)["step"] == run(None, 0)["step"] == 1
+    assert run("runtime", 1)["step"] == run("static", 0)["step"] == 1
 
 
 def test_tensors_are_compared_also_where_there_is_no_processor():
     class Narrow(CrossEntropyLoss):
         contract = "0:3:f32 | ctx.target:2:i32 -> loss:0:f32"
 
-    trainer, _ = make_trainer(None, loss_fn=Narrow(output="logits"), check_tensors="first", steps=1)
+    trainer, _ = make_trainer(None, loss_fn=Narrow(output="logits"), contracts="runtime", steps=1)
     with pytest.raises(ContractError, match=r"ctx.target: expected .* i32; found .* i64"):
         trainer.train()
 
 
 def test_an_unknown_check_is_refused(small):
-    with pytest.raises(ValueError, match=r"trainer.check_tensors=evry: write first, every or null"):
-        small(check_tensors="evry")
+    with pytest.raises(
+        ValueError, match=r"trainer.contracts=evry: write static, runtime or every_batch"
+    ):
+        small(contracts="evry")
 
 
 # -- parameters of losses -------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FEW = "trainer.callbacks.sample_text.max_new_tokens=2"
 #: Makes a training of seconds; goes behind what the README says, before its own values.
 SMALL = (
-    "steps=3 data.seq_len=96 validator.max_batches=1 validator.sample.max_new_tokens=2 "
-    "model.{layers}=1 global_batch_size=16"
+    f"steps=3 data.seq_len=96 validator.max_batches=1 {FEW} model.{{layers}}=1 global_batch_size=16"
 )
 
 
@@ -75,7 +75,7 @@ def test_every_verb_runs(folder, line):
 def tuned(folder):
     """One fine-tuned run, and what the README asks it."""
     (folder / "asked.jsonl").write_text('{"id": 1, "input": "def f(x):\\n    return x"}\n')
-    ditty_di(f"+experiment=qlora run=TUNED {SHORT} validator.sample.max_new_tokens=2", folder)
+    ditty_di(f"+experiment=qlora run=TUNED {SHORT} {FEW}", folder)
     return folder
 
 
@@ -84,7 +84,7 @@ def tuned(folder):
 def test_every_way_of_fine_tuning_runs(tuned, line):
     arguments = line.removeprefix("python -m ditty_di").strip()
     if "experiment=" in arguments:
-        sample = "" if "seq2seq" in arguments else "validator.sample.max_new_tokens=2"
+        sample = "" if "seq2seq" in arguments else FEW
         arguments = f"{arguments} {SHORT} {sample}"
     if "folder=merged" in arguments and not (tuned / "merged").exists():
         ditty_di("run=TUNED task=export export=merged export.path=merged", tuned)

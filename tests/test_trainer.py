@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ditty_di.callbacks import StopFile
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.data.loader import Loader
 from ditty_di.losses import CrossEntropyLoss
@@ -304,7 +305,7 @@ def test_sigterm_saves_at_the_next_step_and_the_same_run_resumes(runtime, tmp_pa
     stopped, _ = run([Kill()])
     assert (stopped["status"], stopped["step"]) == ("preempted", 4)
     assert signal.getsignal(signal.SIGTERM) == before
-    runtime._signalled = False
+    runtime._stop_requested = False
     resumed, weights = run([])
     assert (resumed["status"], resumed["step"]) == ("finished", 10)
     whole = small(runtime, steps=10)
@@ -314,9 +315,11 @@ def test_sigterm_saves_at_the_next_step_and_the_same_run_resumes(runtime, tmp_pa
 
 
 def test_the_stop_file_stops(tmp_path):
-    runtime = Runtime(stop_file=str(tmp_path / "stop"))
+    runtime = Runtime()
+    stop = StopFile(tmp_path / "stop")
+    assert small(runtime, steps=1, callbacks={"stop": stop}).train()["status"] == "finished"
     (tmp_path / "stop").touch()
-    result = small(runtime, steps=10).train()
+    result = small(runtime, steps=10, callbacks={"stop": stop}).train()
     runtime.close()
     assert (result["status"], result["step"]) == ("preempted", 1)
 

@@ -32,6 +32,7 @@ class PaddedCollate:
     ignore_index: int = -100
     pad_to_multiple_of: int | None = None
     fills = True
+    contract = "-> input:2:i64 | ctx.target:2:i64"
 
     def __call__(self, rows: Sequence[Row | None]) -> Batch:
         given = _given(rows)
@@ -55,6 +56,14 @@ class PaddingFreeCollate:
     ignore_index: int = -100
     varlen: bool = True
     fills = True
+
+    @classmethod
+    def contract_for(cls, *, varlen: bool = True, **others: Any) -> str:
+        return _documents_contract(varlen)
+
+    @property
+    def contract(self) -> str:
+        return _documents_contract(self.varlen)
 
     def __call__(self, rows: Sequence[Row | None]) -> Batch:
         import torch
@@ -83,6 +92,14 @@ class PackedCollate:
 
     varlen: bool = True
 
+    @classmethod
+    def contract_for(cls, *, varlen: bool = True) -> str:
+        return _documents_contract(varlen)
+
+    @property
+    def contract(self) -> str:
+        return _documents_contract(self.varlen)
+
     def __call__(self, rows: Sequence[Row]) -> Batch:
         import torch
 
@@ -105,6 +122,7 @@ class Seq2SeqCollate:
     ignore_index: int = -100
     pad_to_multiple_of: int | None = None
     fills = True
+    contract = "-> input:2:i64, attention_mask:2:i64, decoder_input_ids:2:i64 | ctx.target:2:i64"
 
     def __call__(self, rows: Sequence[Row | None]) -> Batch:
         import torch
@@ -156,6 +174,15 @@ def varlen_arguments(position_ids: Tensor) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def _documents_contract(varlen: bool) -> str:
+    more = ", ".join(
+        f"{name}_{of}:{form}"
+        for name, form in (("cu_seq_lens", "1:i32"), ("max_length", "0:i64"))
+        for of in "qk"
+    )
+    return f"-> input:2:i64, position_ids:2:i64{f', {more}' * varlen} | ctx.target:2:i64"
 
 
 def _given(rows: Sequence[Row | None]) -> list[Row]:

@@ -111,6 +111,8 @@ class TokenDataset:
     Raises `ValueError` for fewer than two tokens or a `seq_len` below 1.
     """
 
+    contract = "-> input:2:i64 | ctx.target:2:i64"  # of a micro-batch
+
     def __init__(
         self, tokens: np.ndarray, seq_len: int, pad_id: int = 0, ignore_index: int = -100
     ) -> None:

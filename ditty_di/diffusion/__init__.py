@@ -1,7 +1,6 @@
-"""Diffusion and flow matching around the trainer: schedules, preprocessors, samplers, averages."""
+"""Diffusion and flow matching around the trainer: schedules, preprocessors, samplers."""
 
 from ditty_di.diffusion.digits import Digits, Recognition
-from ditty_di.diffusion.ema import EMA
 from ditty_di.diffusion.grid import SampleGrid
 from ditty_di.diffusion.models import DiT
 from ditty_di.diffusion.predictions import Epsilon, Prediction, Sample, Velocity
@@ -12,7 +11,6 @@ from ditty_di.diffusion.schedules import NoiseSchedule, cosine, linear, scaled_l
 __all__ = [
     "DDIM",
     "DDPM",
-    "EMA",
     "ClassLabels",
     "DiT",
     "Digits",

@@ -17,7 +17,7 @@ from ditty_di.diffusion.samplers import Sampler, generate
 from ditty_di.metrics.validation import evaluating
 
 if TYPE_CHECKING:
-    from ditty_di.diffusion.ema import EMA
+    from ditty_di.callbacks import EMA
 
 
 class SampleGrid:

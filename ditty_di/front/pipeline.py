@@ -207,7 +207,19 @@ class Pipeline:
         factory, slots = self.model_factory, dict(self.trainer_kwargs)
         dataset, tokenizer = self.dataset(), self.tokenizer  # may take long: no rank waits yet
         layout: dict[str, Any] = {"seed": self.seed, **factory.fsdp_config.degrees}
-        runtime = slots.pop("runtime", None) or Runtime(**layout)
+        given = slots.pop("runtime", None)
+        runtime = given or Runtime(**layout)
+        try:
+            return self._placed(runtime, dataset, tokenizer, slots)
+        except BaseException:
+            if given is None:
+                runtime.close()
+            raise
+
+    def _placed(
+        self, runtime: Runtime, dataset: Any, tokenizer: Any, slots: dict[str, Any]
+    ) -> tuple[Trainer, Callable[[list[nn.Module]], None] | None]:
+        factory = self.model_factory
         model, weights = factory.build(
             tokenizer=tokenizer, seed=self.seed, precision=self.precision
         )

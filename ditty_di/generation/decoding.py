@@ -150,7 +150,7 @@ def plain(model: Any, prompts: Sequence[list[int]], /, *, options: Options) -> l
     """
     import torch
 
-    from ditty_di.metrics.sample import continuations
+    from ditty_di.generation.sampling import continuations
 
     if (options.repetition_penalty or 1) != 1 or (options.num_beams or 1) != 1:
         raise ValueError(

@@ -55,7 +55,7 @@ class Prompts:
         text = self.format(record)
         if self.seq2seq:
             return list(self.tokenizer(text)["input_ids"])
-        from ditty_di.metrics.sample import prompt_ids
+        from ditty_di.generation.sampling import prompt_ids
 
         return prompt_ids(self.tokenizer, text)
 

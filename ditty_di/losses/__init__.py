@@ -1,6 +1,7 @@
 """Losses that know from the batch alone how much they will weigh (`protocols.Loss`)."""
 
 from ditty_di.losses.calculator import CrossEntropyCalculator, LossCalculator, LossOutput
+from ditty_di.losses.classification import ClassificationLoss
 from ditty_di.losses.composite import CompositeLoss
 from ditty_di.losses.cross_entropy import CrossEntropyLoss
 from ditty_di.losses.deferred import deferred_head
@@ -11,6 +12,7 @@ from ditty_di.losses.linear_cross_entropy import LinearCrossEntropyLoss
 from ditty_di.losses.uncertainty import UncertaintyWeightedLoss
 
 __all__ = [
+    "ClassificationLoss",
     "CompositeLoss",
     "CrossEntropyCalculator",
     "CrossEntropyLoss",

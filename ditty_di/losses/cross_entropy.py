@@ -24,12 +24,23 @@ class CrossEntropyLoss(nn.Module):
     Shapes: logits `[batch, seq, vocab]` or `[batch, classes]`; labels `[batch, seq]` or `[batch]`.
     """
 
+    contract: str | None = None  # a subclass may have one
+
     def __init__(
         self, *, output: str | None = None, shift: bool = False, ignore_index: int = -100
     ) -> None:
         super().__init__()
         self.shift, self.ignore_index = shift, ignore_index
         self._logits = attrgetter(output) if output else _itself
+        if self.contract is None:
+            self.contract = self.contract_for(output=output)
+
+    @classmethod
+    def contract_for(cls, *, output: str | None = None, **others: Any) -> str | None:
+        """See `ditty_di.processors.contracts`; an `output` further inside has no name there."""
+        if output and "." in output:
+            return None
+        return f"{output or 0}:n+1:f | ctx.target:n:i64 -> loss:0:f"
 
     def count(self, batch: Batch, /) -> Tensor:
         """Valid labels of the batch, shape `[]`, int64."""

@@ -1,7 +1,6 @@
-"""What a run reports: speed and memory, the exact validation loss, sample text, and where to."""
+"""What a run reports: speed and memory, the exact validation loss, and where to."""
 
 from ditty_di.metrics.metrics import Metrics, Writer
-from ditty_di.metrics.sample import SampleText
 from ditty_di.metrics.validation import Validator
 from ditty_di.metrics.writers import JSONLines, ProgressBar, TensorBoard, WandB
 
@@ -9,7 +8,6 @@ __all__ = [
     "JSONLines",
     "Metrics",
     "ProgressBar",
-    "SampleText",
     "TensorBoard",
     "Validator",
     "WandB",

@@ -1,14 +1,13 @@
-"""Held-out data during training: the exact loss, and what the model writes by then."""
+"""Held-out data during training: the exact loss."""
 
 from __future__ import annotations
 
 import copy
 import random
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,23 +38,16 @@ def _as_it_is(batch: Batch) -> Batch | None:
     return batch
 
 
-class Sample(Protocol):
-    """Makes sample text; every rank calls it at the same time and `forward` may communicate."""
-
-    def __call__(self, *, forward: Forward, device: torch.device) -> dict[str, str]: ...
-
-
 class Validator:
     """Validates every `every` steps on at most `max_batches` batches a rank (None: all).
 
     Fits the trainer's `validator` slot as a partial that lacks the last four arguments.
 
     `dataloader`: an object, or a factory called with this rank's `dp_rank` and `dp_world_size`
-    before each validation; it must yield the same batches each time. `sample` (`SampleText`) runs
-    after each validation and leaves its texts in `samples`: name -> text, the same on all ranks.
-    `baselines` are reported beside the loss, for comparison (`{unigram_entropy: 7.1}`).
-    `perplexity` reports exp(loss), for losses in nats a token. `first` validates before the first
-    step as well, so that `report` can tell what training has changed.
+    before each validation; it must yield the same batches each time. `baselines` are reported
+    beside the loss, for comparison (`{unigram_entropy: 7.1}`). `perplexity` reports exp(loss), for
+    losses in nats a token. `first` validates before the first step as well, so that `report` can
+    tell what training has changed.
     """
 
     def __init__(
@@ -64,7 +56,6 @@ class Validator:
         *,
         every: int,
         max_batches: int | None = None,
-        sample: Sample | None = None,
         baselines: dict[str, float] | None = None,
         perplexity: bool = False,
         first: bool = False,
@@ -79,9 +70,8 @@ class Validator:
                 raise ValueError(f"validator: {name} must be at least 1; got {number}")
         self.dataloader = dataloader
         self.every, self.max_batches = every, max_batches
-        self.sample, self.samples = sample, dict[str, str]()
         self.baselines, self.perplexity, self.first = dict(baselines or {}), perplexity, first
-        self._done: list[tuple[int, float, dict[str, str]]] = []
+        self._done: list[tuple[int, float]] = []
         self.model_parts, self.forward, self.loss_fn = model_parts, forward, loss_fn
         self.runtime, self.prepare = runtime, prepare
         # An injected loader that remembers its position is put back to where it is now.
@@ -98,12 +88,8 @@ class Validator:
         """The first and the last validation of this process side by side; empty if they are one."""
         if len(self._done) < 2:
             return ""
-        (then, before, texts), (now, after, later) = self._done
-        lines = [f"held-out loss {before:.4f} at step {then}, {after:.4f} at step {now}"]
-        for name, text in texts.items():
-            for step, said in ((then, text), (now, later[name])):
-                lines.append(f"{name} at step {step}: {textwrap.shorten(said, 200)}")
-        return "\n".join(lines)
+        (then, before), (now, after) = self._done
+        return f"held-out loss {before:.4f} at step {then}, {after:.4f} at step {now}"
 
     def validate(self, step: int) -> dict[str, float]:
         """`loss`, the loss's own metrics and the baselines; {} when a stop was requested.
@@ -114,17 +100,14 @@ class Validator:
         Raises:
             ValueError: no batch, no label that counts, or other data than the first time.
         """
-        self.samples = {}
         with torch.no_grad(), evaluating(self.model_parts), preserved_rng(self.runtime.device):
             if self._counted is None:
                 self._counted = self._count()
             if self._counted is None:
                 return {}
             values = self._losses(*self._counted)
-            if values and self.sample is not None:
-                self.samples = self.sample(forward=self.forward, device=self.runtime.device)
         if values:
-            self._done = [*self._done[:1], (step, values["loss"], self.samples)]
+            self._done = [*self._done[:1], (step, values["loss"])]
         if values and self.perplexity:
             values["perplexity"] = float(np.exp(values["loss"]))
         return values | self.baselines if values else {}

@@ -4,6 +4,7 @@ from ditty_di.processors.base import PostProcessor, PreProcessor
 from ditty_di.processors.chain import Report, Stage, examine
 from ditty_di.processors.context import Context
 from ditty_di.processors.contracts import Contract, ContractError
+from ditty_di.processors.keep_input import KeepInput
 from ditty_di.processors.stages import contract_of, pipeline
 from ditty_di.processors.teacher import Teacher
 from ditty_di.processors.workflow import Processors
@@ -12,6 +13,7 @@ __all__ = [
     "Context",
     "Contract",
     "ContractError",
+    "KeepInput",
     "PostProcessor",
     "PreProcessor",
     "Processors",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ditty_di._graph.errors import ConfigError, Problem, keys
-from ditty_di.processors.chain import Report, examine
+from ditty_di.processors.chain import Report, Stage, examine
 from ditty_di.processors.stages import pipeline
 
 
@@ -36,12 +36,17 @@ def written_at(graph: Any, key: str) -> str:
 
 def report(graph: Any, root: str = "trainer") -> Report:
     """What `check` finds, whatever it is."""
+    return examine(stages(graph, root))
+
+
+def stages(graph: Any, root: str = "trainer") -> list[Stage]:
+    """The stages of a trainer's pipeline, from its nodes."""
     place, slots = graph.at(tuple(root.split(".")))
 
     def slot(name: str) -> Any:
         return expanded(graph, (*place, name)) if name in slots else None
 
-    stages = pipeline(
+    return pipeline(
         loader=slot("dataloader"),
         preprocessors=slot("preprocessors") or (),
         model=slot("model"),
@@ -50,7 +55,6 @@ def report(graph: Any, root: str = "trainer") -> Report:
         loss=slot("loss_fn"),
         key=root,
     )
-    return examine(stages)
 
 
 def expanded(graph: Any, place: tuple[Any, ...]) -> Any:

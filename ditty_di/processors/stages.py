@@ -6,8 +6,8 @@ found, in this order, from
 * `contract:` in the node;
 * a `contract=` that the class's `__init__` has as default, or writes as a literal into its
   `super().__init__(...)`;
-* `contract_for(**arguments)`, a class method that makes the text from the arguments;
-* the class's attribute `contract`.
+* `contract_for(**arguments)`, a class method that makes the text from the arguments, or the
+  attribute `contract`: the one that is nearer to the class among its bases.
 
 None of them: unchecked. A class whose objects consist of parts (a composite loss) has a class
 method `parts_for(**arguments)` and its objects an attribute `parts`, both lists of (name, part).
@@ -40,14 +40,15 @@ def pipeline(
 ) -> list[Stage]:
     """All stages in order, each of them an object, a node, or None for one that is not known.
 
-    A loader without a contract has that of its `dataset`. `key` is where the slots are in a
-    configuration, such as `trainer`.
+    A loader without a contract has that of its `collate_fn`, else that of its `dataset`. `key` is
+    where the slots are in a configuration, such as `trainer`.
     """
     dotted = f"{key}." if key else ""
     first = _stage(LOADER, loader, f"{dotted}dataloader", loader_contract)
-    if first.contract is None and not first.error:
-        dataset = _stage(LOADER, _argument(loader, "dataset"), first.key)
-        first = Stage(LOADER, first.name, dataset.contract, (), first.key, dataset.error)
+    for made_of in ("collate_fn", "dataset"):
+        if first.contract is None and not first.error:
+            inner = _stage(LOADER, _argument(loader, made_of), first.key)
+            first = Stage(LOADER, first.name, inner.contract, (), first.key, inner.error)
     return [
         first,
         *(_stage(PRE, p, f"{dotted}preprocessors.{n}") for n, p in enumerate(preprocessors)),
@@ -119,11 +120,12 @@ def contract_of(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> Contra
     arguments = _arguments(target, kwargs)
     if isinstance(arguments.get("contract"), str | Contract):
         return as_contract(arguments["contract"])
-    made = _call("contract_for", target, kwargs)
-    if made is not None:
-        return as_contract(made)
-    attribute = getattr(target, "contract", None)
-    return as_contract(attribute) if isinstance(attribute, str | Contract) else None
+    for base in inspect.getmro(target) if inspect.isclass(target) else ():
+        if isinstance(vars(base).get("contract"), str | Contract):
+            return as_contract(vars(base)["contract"])
+        if "contract_for" in vars(base):
+            return as_contract(_call("contract_for", target, kwargs))
+    return None
 
 
 def _call(method: str, target: Any, kwargs: Mapping[str, Any]) -> Any:

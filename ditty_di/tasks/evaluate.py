@@ -49,7 +49,7 @@ def evaluate(
     processors = place_processors(
         Processors(preprocessors, postprocessors),
         runtime=runtime,
-        check_tensors=None,
+        contracts="static",
         around={"model": model, "loss": loss_fn},
     )
     if loss_weights is not None:
@@ -86,6 +86,4 @@ def evaluate(
     if runtime.rank == 0:
         for name, value in values.items():
             print(f"{name:24} {value:.6f}")
-        for name, text in made.samples.items():
-            print(f"{name}: {text}")
     return values | {"objective": values["loss"]}

@@ -20,9 +20,10 @@ def train(
     and what the export returned.
     """
     result = trainer.train()
-    report = trainer.validator.report() if trainer.validator else ""
-    if report and trainer.runtime.rank == 0:
-        print(report)
+    if trainer.runtime.rank == 0:
+        reports = [trainer.validator.report()] if trainer.validator else []
+        for report in filter(None, reports + trainer.callbacks.reports()):
+            print(report)
     if export is not None and result["status"] == "finished":
         result |= export(trainer.model_parts) or {}
     # Only when all went well: after an error, another rank may never come to what close waits for.

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from ditty_di.callbacks import EMA
 from ditty_di.checkpoint import Checkpointer
-from ditty_di.diffusion import EMA, DiT
+from ditty_di.diffusion import DiT
 from ditty_di.models.weights import initialize, local, materialize
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime

@@ -6,7 +6,8 @@ import zlib
 import pytest
 import torch
 
-from ditty_di.diffusion import EMA, DiT, Euler, SampleGrid
+from ditty_di.callbacks import EMA
+from ditty_di.diffusion import DiT, Euler, SampleGrid
 from ditty_di.diffusion.grid import tiled, write_png
 
 

@@ -11,11 +11,11 @@ from functools import partial
 import pytest
 import torch
 
+from ditty_di.callbacks import EMA
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.data.loader import Loader
 from ditty_di.diffusion import (
     DDPM,
-    EMA,
     ClassLabels,
     Digits,
     DiT,

@@ -35,13 +35,15 @@ class Recorder:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
+        self.texts: list[tuple[int, str, str]] = []
 
     def start(self, **ignored: Any) -> None: ...
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.rows.append({"step": step, **values})
 
-    def text(self, step: int, name: str, text: str) -> None: ...
+    def text(self, step: int, name: str, text: str) -> None:
+        self.texts.append((step, name, text))
 
     def close(self) -> None: ...
 

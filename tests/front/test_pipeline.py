@@ -383,6 +383,7 @@ def test_a_push_that_cannot_work_is_known_before_training(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="push_to_hub is for models of transformers"):
         pipeline(**options, output_hub_repo="user/name").run()
     assert not (tmp_path / "run").exists()
+    assert not torch.distributed.is_initialized(), "what a failed pipeline opened, it closes"
 
 
 def test_a_model_of_transformers_is_exported_as_one(tmp_path):

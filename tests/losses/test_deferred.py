@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ditty_di.generation.sampling import logits_of
 from ditty_di.losses import CrossEntropyLoss, LinearCrossEntropyLoss, deferred_head
-from ditty_di.metrics.sample import logits_of
 from tests.losses.families import FAMILIES, batch, build
 
 

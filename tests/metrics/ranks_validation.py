@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ditty_di.callbacks import SampleText
 from ditty_di.losses import CrossEntropyLoss
-from ditty_di.metrics import SampleText, Validator
+from ditty_di.metrics import Validator
+from ditty_di.metrics.validation import evaluating
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime
 
@@ -68,7 +70,6 @@ def main(layout):
         validator = Validator(
             loader,
             every=1,
-            sample=SampleText(Tokenizer(), ["bcd", "e"], max_new_tokens=8, temperature=1.0),
             model_parts=[model],
             forward=lambda inputs: model(inputs["input"]),
             loss_fn=CrossEntropyLoss(),
@@ -83,12 +84,15 @@ def main(layout):
         expected = float(sum(sums)) / sum(sum(valid) for valid in of_rank)
         found = validator.validate(1)["loss"]
         assert abs(found - expected) < 1e-6, (found, expected)
-        texts = list(validator.samples.values())
+        sample = SampleText(Tokenizer(), ["bcd", "e"], max_new_tokens=8, temperature=1.0)
+        with evaluating([model]):
+            texts = [*sample(forward=lambda x: model(x["input"]), device=runtime.device).values()]
         assert texts == runtime.broadcast(texts) and texts[0].startswith("bcd")
         assert all(isinstance(p, DTensor) for p in model.parameters()), "left unsharded"
 
     # A stop that only one rank has seen ends validation on both.
-    runtime._signalled = runtime.rank == 1
+    if runtime.rank == 1:
+        runtime.request_stop()
     assert validator.validate(2) == {}
     runtime.close()
     print("exact", flush=True)

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ditty_di.data import PackedCollate, PaddingFreeCollate
 from ditty_di.losses import (
     CompositeLoss,
     CrossEntropyCalculator,
@@ -14,6 +15,7 @@ from ditty_di.losses import (
     MSELoss,
 )
 from ditty_di.processors import PreProcessor, Teacher, contract_of, examine, pipeline
+from ditty_di.processors.base import as_contract
 
 HERE = __name__
 
@@ -69,6 +71,10 @@ class Net(nn.Module):
         raise AssertionError("nothing is built")
 
 
+class OfItsOwn(CrossEntropyLoss):
+    contract = "0:3:f32 -> loss:0:f"
+
+
 def found(target, **kwargs):
     contract = contract_of(target, kwargs)
     return None if contract is None else str(contract)
@@ -85,7 +91,9 @@ def test_a_contract_is_found_without_building():
     assert found(Made, _args_=["w"]) == "-> | ctx.w:1:f"
     assert found(Net) == "x:2:f -> logits:2:f"
     assert found(nn.Linear, in_features=2) is None
-    assert found(CrossEntropyLoss) is None
+    assert found(CrossEntropyLoss, output="logits").startswith("logits:n+1:f | ctx.target:n")
+    assert found(CrossEntropyLoss, output="a.b") is None
+    assert found(OfItsOwn, output="logits") == "0:3:f32 -> loss:0:f"
     assert found(torch.zeros) is None
 
 
@@ -98,10 +106,14 @@ def test_what_is_found_is_what_the_object_has():
         (MSELoss, {"output_index": 2, "mask_key": "m"}),
         (MSELoss, {"contract": "eps:4:f | ctx.noise:4:f -> loss:0:f"}),
         (Fixed, {}),
+        (CrossEntropyLoss, {"output": "logits"}),
+        (OfItsOwn, {}),
+        (PackedCollate, {"varlen": False}),
+        (PaddingFreeCollate, {}),
         (Silent, {}),
         (CrossEntropyCalculator, {"output_index": "logits", "target_key": "labels"}),
     ):
-        assert contract_of(target, kwargs) == target(**kwargs).contract
+        assert contract_of(target, kwargs) == as_contract(target(**kwargs).contract)
 
 
 def test_nodes_and_objects_make_the_same_pipeline():

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
 from ditty_di.graph import ConfigError, Graph, provenance
+from ditty_di.processors.chain import LOSS, Stage, examine
+from ditty_di.processors.configured import stages
+from ditty_di.processors.contracts import Entry
 from ditty_di.tasks.inspect import check
 
 HEAD = """\
@@ -43,11 +49,13 @@ def test_the_pipeline_is_drawn_with_a_contract_at_each_arrow(checked):
 
 
 def test_stages_without_a_contract_are_shown_and_refused_only_when_strict(checked):
-    lines = "loss: {output_index: logits}\n"
-    out = checked("pretrain", lines, "loss=mse")
-    assert "(no contract: unchecked)" in out and "? logits:n:f: may come from model" in out
-    with pytest.raises(ConfigError, match=r"mse.yaml:\d+: .*may come from .*which has no contract"):
-        checked("pretrain", lines, "loss=mse", strict=True)
+    lines = "trainer: {model_contract: null}\n"
+    out = checked("pretrain", lines)
+    assert "(no contract: unchecked)" in out and "? logits:n+1:f: may come from model" in out
+    with pytest.raises(
+        ConfigError, match=r"causal_lm.yaml:\d+: .*may come from .*which has no contract"
+    ):
+        checked("pretrain", lines, strict=True)
 
 
 NOISE = "'0:{} -> x_t:n:f | ctx.target:n:f, ctx.forward_kwargs.timestep:1'"
@@ -83,3 +91,64 @@ def test_what_breaks_a_pipeline_is_found_with_file_and_line(checked, experiment,
     with pytest.raises(ConfigError, match=message) as caught:
         checked(experiment, lines.replace("{noise}", noise))
     assert place in str(caught.value)
+
+
+# -- the experiments that ship ---------------------------------------------------------------------
+
+EXPERIMENTS = sorted(path.stem for path in conf_dir().glob("experiment/*.yaml"))
+#: Changes that no other stage minds, by what is changed.
+HARMLESS = {
+    ("ctx.target", "removed"): "the trainer gives the loader's labels, whatever they are",
+    ("ctx.mask", "dtype"): "what is 0 is masked, in any dtype",
+    ("x_t", "removed"): "then the images reach the model as they are",
+    ("ctx.forward_kwargs.timestep", "dtype"): "the model takes steps and times",
+    ("input", "removed"): "of several inputs, the next one becomes the first",
+    ("logits", "rank"): "logits that are made when they are asked for",
+}
+
+
+def mutants(stage: Stage) -> Iterator[tuple[tuple[str, str], Stage]]:
+    """The stage with one entry of what it gives removed, of another rank, or of another dtype."""
+    assert stage.contract is not None
+    for side, prefix in (("outputs", ""), ("writes", "ctx.")):
+        entries = getattr(stage.contract, side)
+        for n, entry in enumerate(entries):
+            rank = entry.rank + 1 if isinstance(entry.rank, int) else f"{entry.rank[:1]}+1"
+            changes: dict[str, tuple[Entry, ...]] = {"removed": ()}
+            if rank != "*+1":
+                changes["rank"] = (replace(entry, rank=rank),)
+            if entry.dtype is not None:
+                other = "f32" if entry.dtype.startswith("i") else "i32"
+                changes["dtype"] = (replace(entry, dtype=other),)
+            for kind, changed in changes.items():
+                given = {side: (*entries[:n], *changed, *entries[n + 1 :])}
+                contract = replace(stage.contract, **given)
+                yield (prefix + entry.name, kind), replace(stage, contract=contract)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_change_to_what_a_stage_gives_is_found(experiment):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        graph = Graph(compose("config", [f"+experiment={experiment}", "run=here"]))
+    chain = stages(graph)
+    report = examine(chain)
+    assert not (report.problems or report.unproven or report.unchecked)
+    for n, stage in enumerate(chain):
+        if stage.kind != LOSS:
+            for change, mutant in mutants(stage):
+                found = examine([*chain[:n], mutant, *chain[n + 1 :]]).problems
+                assert found or change in HARMLESS, (str(stage), change)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "contract, message",
+    [
+        ("0:2:i64 -> unheard_of:2:f16", r"nothing before gives|there is no position|needs rank"),
+        ("0:7:f -> logits:3:f", r"0:7:f: needs rank 7, but .* gives"),
+        ("0:*:b -> logits:3:f", r"0:\*:b: needs dtype b, but .* gives"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_found(checked, experiment, contract, message):
+    with pytest.raises(ConfigError, match=message):
+        checked(experiment, f"trainer: {{model_contract: '{contract}'}}\n")

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ditty_di.callbacks import Callback
-from ditty_di.diffusion import EMA
+from ditty_di.callbacks import EMA, Callback
 from tests.checkpoint.ranks import run
 from tests.diffusion.ranks import averaged, resumed
 

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
 
-from ditty_di.metrics import SampleText
-from ditty_di.metrics.sample import choose, continuations, prompt_ids
+from ditty_di.generation.sampling import choose, continuations, prompt_ids
 
 DEVICE = torch.device("cpu")
 
@@ -107,13 +105,3 @@ def test_prompts_lose_their_eos_but_are_never_empty():
     letters.bos_token_id = letters.eos_token_id = None
     with pytest.raises(ValueError, match="an empty prompt needs a tokenizer with a BOS or EOS"):
         prompt_ids(letters, "")
-
-
-def test_sample_text_continues_each_prompt():
-    table = nn.Embedding.from_pretrained(torch.roll(torch.eye(27), 1, dims=1))
-    sample = SampleText(Letters(), ["ab", "x", "y"], max_new_tokens=3, temperature=0)
-    texts = sample(forward=lambda inputs: table(inputs["input"]), device=DEVICE)
-    assert texts == {"sample/0": "abcde", "sample/1": "xyz", "sample/2": "yz"}
-    short = SampleText(Letters(), ["ab"], max_new_tokens=3, temperature=0, echo=False)
-    texts = short(forward=lambda inputs: table(inputs["input"]), device=DEVICE)
-    assert texts == {"sample/0": "ab -> cde"}

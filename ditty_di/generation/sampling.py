@@ -19,56 +19,6 @@ def logits_of(output: Any) -> Tensor:
     return getattr(output, "logits", output)
 
 
-class SampleText:
-    """Continues `prompts`; fits the validator's `sample` slot.
-
-    Every rank runs the same `max_new_tokens` forward passes with the same seed, so that sharded
-    models stay in step; text ends at the first EOS. The model sees at most the last
-    `tokenizer.model_max_length` tokens. `logits_of` takes logits `[batch, seq, vocab]` out of what
-    the model returns. Texts repeat the whole prompt, or with `echo=False` its first line alone.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int = 40,
-        temperature: float = 0.8,
-        top_k: int | None = None,
-        seed: int = 0,
-        echo: bool = True,
-        logits_of: Callable[[Any], Tensor] = logits_of,
-    ) -> None:
-        self.tokenizer, self.prompts = tokenizer, list(prompts)
-        self.max_new_tokens, self.temperature, self.top_k = max_new_tokens, temperature, top_k
-        self.seed, self.echo, self.logits_of = seed, echo, logits_of
-
-    def __call__(
-        self, *, forward: Callable[[dict[str, Tensor]], Any], device: torch.device
-    ) -> dict[str, str]:
-        """`{"sample/0": prompt and continuation, ...}`, the same on every rank."""
-        rows = continuations(
-            forward,
-            [prompt_ids(self.tokenizer, prompt) for prompt in self.prompts],
-            device=device,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            seed=self.seed,
-            max_length=self.tokenizer.model_max_length,
-            eos_token_id=self.tokenizer.eos_token_id,
-            logits_of=self.logits_of,
-        )
-        shown = [
-            p if self.echo else f"{p.lstrip().partition(chr(10))[0]} -> " for p in self.prompts
-        ]
-        return {
-            f"sample/{i}": f"{prompt}{self.tokenizer.decode(row, skip_special_tokens=True)}"
-            for i, (prompt, row) in enumerate(zip(shown, rows, strict=True))
-        }
-
-
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a prompt that is to be continued: no EOS behind it, and never none at all.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from ditty_di.callbacks import Callback
+from ditty_di.callbacks.base import Callback
 from ditty_di.models.weights import local
 from ditty_di.names import canonical_fqn
 

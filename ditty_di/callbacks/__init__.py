@@ -1,0 +1,9 @@
+"""What acts while the trainer trains: at the end of a step, of a validation, of the training."""
+
+from ditty_di.callbacks.base import Callback, Callbacks
+from ditty_di.callbacks.early_stopping import EarlyStopping
+from ditty_di.callbacks.ema import EMA
+from ditty_di.callbacks.sample_text import SampleText
+from ditty_di.callbacks.stop_file import StopFile
+
+__all__ = ["EMA", "Callback", "Callbacks", "EarlyStopping", "SampleText", "StopFile"]
