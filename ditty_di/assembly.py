@@ -15,6 +15,7 @@ from torch import nn
 from ditty_di.compat import sum_gradients_on_gloo
 from ditty_di.models.weights import is_meta, materialize, unset
 from ditty_di.parallelize.pipeline import Parts, WindowLoss
+from ditty_di.processors.workflow import SPLIT_SEQUENCES
 
 if TYPE_CHECKING:
     from ditty_di.callbacks import Callbacks
@@ -206,10 +207,7 @@ def place_processors(
     if not processors:
         return processors
     if runtime.parallel_dims.cp_enabled:
-        raise ValueError(
-            "preprocessors, postprocessors: with runtime.cp > 1 each rank has a part of every "
-            "sequence, and what processors make of a whole batch cannot be split; use cp=1"
-        )
+        raise ValueError(f"preprocessors, postprocessors: {SPLIT_SEQUENCES}")
     for processor in (*processors.preprocessors, *processors.postprocessors):
         if isinstance(processor, nn.Module):
             processor.to(runtime.device)

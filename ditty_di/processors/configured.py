@@ -5,23 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 from ditty_di._graph.errors import ConfigError, Problem, keys
-from ditty_di.processors.chain import Report, Stage, examine
-from ditty_di.processors.stages import pipeline
+from ditty_di.processors.chain import POST, PRE, Report, Stage, examine
+from ditty_di.processors.stages import argument, pipeline
+from ditty_di.processors.workflow import SPLIT_SEQUENCES
 
 
 def check(graph: Any, root: str = "trainer", *, strict: bool = False) -> Report:
     """Follows the contracts of a trainer's pipeline through its nodes; builds nothing.
 
-    Reads the slots dataloader, preprocessors, model, model_contract, postprocessors and loss_fn of
-    `root`; one that is not there is empty.
+    Reads the slots dataloader, preprocessors, model, model_contract, postprocessors, loss_fn and
+    runtime of `root`; one that is not there is empty.
 
     Raises:
-        ConfigError: everything that does not fit; `strict`, also what no contract proves.
+        ConfigError: everything that does not fit, processors that the runtime's layout does not
+            allow among it; `strict`, also what no contract proves.
     """
-    found = report(graph, root)
-    if problems := [*found.problems, *(found.unproven if strict else ())]:
+    chain = stages(graph, root)
+    found = examine(chain)
+    wrong = [(p.stage, str(p)) for p in (*found.problems, *(found.unproven if strict else ()))]
+    if (argument(_slot(graph, root, "runtime"), "cp") or 1) > 1:
+        wrong += [(s, f"{s}: {SPLIT_SEQUENCES}") for s in chain if s.kind in (PRE, POST)]
+    if wrong:
         raise ConfigError(
-            Problem(p.stage.key, str(p), written_at(graph, p.stage.key)) for p in problems
+            Problem(stage.key, message, written_at(graph, stage.key)) for stage, message in wrong
         )
     return found
 
@@ -41,20 +47,20 @@ def report(graph: Any, root: str = "trainer") -> Report:
 
 def stages(graph: Any, root: str = "trainer") -> list[Stage]:
     """The stages of a trainer's pipeline, from its nodes."""
-    place, slots = graph.at(tuple(root.split(".")))
-
-    def slot(name: str) -> Any:
-        return expanded(graph, (*place, name)) if name in slots else None
-
     return pipeline(
-        loader=slot("dataloader"),
-        preprocessors=slot("preprocessors") or (),
-        model=slot("model"),
-        model_contract=slot("model_contract"),
-        postprocessors=slot("postprocessors") or (),
-        loss=slot("loss_fn"),
+        loader=_slot(graph, root, "dataloader"),
+        preprocessors=_slot(graph, root, "preprocessors") or (),
+        model=_slot(graph, root, "model"),
+        model_contract=_slot(graph, root, "model_contract"),
+        postprocessors=_slot(graph, root, "postprocessors") or (),
+        loss=_slot(graph, root, "loss_fn"),
         key=root,
     )
+
+
+def _slot(graph: Any, root: str, name: str) -> Any:
+    place, slots = graph.at(tuple(root.split(".")))
+    return expanded(graph, (*place, name)) if name in slots else None
 
 
 def expanded(graph: Any, place: tuple[Any, ...]) -> Any:

@@ -47,7 +47,7 @@ def pipeline(
     first = _stage(LOADER, loader, f"{dotted}dataloader", loader_contract)
     for made_of in ("collate_fn", "dataset"):
         if first.contract is None and not first.error:
-            inner = _stage(LOADER, _argument(loader, made_of), first.key)
+            inner = _stage(LOADER, argument(loader, made_of), first.key)
             first = Stage(LOADER, first.name, inner.contract, (), first.key, inner.error)
     return [
         first,
@@ -177,7 +177,7 @@ def _node(node: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return (owner if inspect.isclass(owner) else target), kept
 
 
-def _argument(value: Any, name: str) -> Any:
+def argument(value: Any, name: str) -> Any:
     """What a node, a partial or an object has under a name."""
     if is_node(value):
         return _arguments(*_node(value)).get(name)

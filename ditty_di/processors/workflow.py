@@ -22,6 +22,10 @@ NO_PAIR = """\
 {name}.process returned {found}; it must return (batch, ctx), and a preprocessor may return None \
 to reject the batch"""
 
+SPLIT_SEQUENCES = """\
+with runtime.cp > 1 each rank has a part of every sequence, and what processors make of a whole \
+batch cannot be split; use cp=1"""
+
 
 class Processors:
     """Pre- and postprocessors in their order.

@@ -93,6 +93,12 @@ def test_what_breaks_a_pipeline_is_found_with_file_and_line(checked, experiment,
     assert place in str(caught.value)
 
 
+def test_processors_that_a_layout_does_not_allow_are_found(checked):
+    with pytest.raises(ConfigError, match=r"two_heads.yaml:\d+: .*keep_input: with runtime.cp > 1"):
+        checked("two_heads", "runtime: {cp: 2}\n")
+    assert "ok:" in checked("classification", "runtime: {cp: 2}\n")
+
+
 # -- the experiments that ship ---------------------------------------------------------------------
 
 EXPERIMENTS = sorted(path.stem for path in conf_dir().glob("experiment/*.yaml"))
