@@ -49,11 +49,11 @@ def folder(tmp_path_factory):
     (folder / "my_texts" / "a.txt").write_text("one two three four five six seven\n" * 99)
     (folder / "my_texts" / "b.txt").write_text("seven six five four three two one\n" * 99)
     small = SMALL.format(layers="config.num_hidden_layers")
-    ditty_di(f"+experiment=pretrain run=RUN {small}", folder)
+    assert "run=RUN task=generate" in ditty_di(f"+experiment=pretrain run=RUN {small}", folder)
     return folder
 
 
-FINE_TUNING, VERBS = (
+FINE_TUNING, ANY_MODEL, VERBS = (
     [line.split("#")[0].strip() for line in block.splitlines()] for block in blocks("bash")
 )
 #: A fine-tuning of seconds.
@@ -91,6 +91,20 @@ def test_every_way_of_fine_tuning_runs(tuned, line):
     ditty_di(arguments, tuned)
     if "answers.jsonl" in arguments:
         assert '"id": 1' in (tuned / "answers.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ANY_MODEL)
+def test_every_other_model_runs(folder, line):
+    pytest.importorskip("sklearn")
+    arguments = line.removeprefix("python -m ditty_di").strip()
+    if "task=check" in arguments:
+        (pipeline,) = (text for text in blocks("text") if text.startswith("the pipeline of"))
+        assert pipeline in ditty_di(arguments, folder)
+        return
+    few = "export.samples=10" if "diffusion" in arguments or "flow" in arguments else ""
+    said = ditty_di(f"{arguments} steps=2 run={len(arguments)} {few}", folder)
+    assert "finished, step 2" in said
 
 
 def test_the_experiments_shown_are_sound(folder):

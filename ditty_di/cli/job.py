@@ -69,7 +69,7 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
         run.stop.unlink(missing_ok=True)
         run.release()
     if of_its_own:
-        _say_what_next(run, result)
+        _say_what_next(run, result, text="tokenizer" in graph.nodes("task"))
     return code
 
 
@@ -174,7 +174,7 @@ def _write(run: RunDirectory, config: DictConfig, graph: Graph, command: Command
 # -- what is said at the end ------------------------------------------------------------------
 
 
-def _say_what_next(run: RunDirectory, result: dict[str, Any]) -> None:
+def _say_what_next(run: RunDirectory, result: dict[str, Any], *, text: bool) -> None:
     """Where things are, and what can be typed next: only what there is."""
     command = f"python -m ditty_di run={shlex.quote(str(run))}"
     failed = result["status"] not in GOOD_STATUSES
@@ -185,7 +185,7 @@ def _say_what_next(run: RunDirectory, result: dict[str, Any]) -> None:
         lines.append(f"{', '.join([result['status'], *known])}: {run}")
     if result["status"] != "finished" and (trained or not failed):
         lines.append(f"  go on                   {command}")
-    if not failed and trained:
+    if not failed and trained and text:
         lines.append(f'  generate                {command} task=generate prompt="..."')
     if not failed and (run.path / "export").is_dir():
         lines.append(f"  exported                {run}/export")

@@ -2,6 +2,7 @@
 
 from ditty_di.diffusion.digits import Digits, Recognition
 from ditty_di.diffusion.grid import SampleGrid
+from ditty_di.diffusion.min_snr import MinSNR
 from ditty_di.diffusion.models import DiT
 from ditty_di.diffusion.predictions import Epsilon, Prediction, Sample, Velocity
 from ditty_di.diffusion.processors import DDPM, ClassLabels, FlowMatching, logit_normal, uniform
@@ -17,6 +18,7 @@ __all__ = [
     "Epsilon",
     "Euler",
     "FlowMatching",
+    "MinSNR",
     "NoiseSchedule",
     "Prediction",
     "Recognition",

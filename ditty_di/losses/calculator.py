@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ditty_di.losses.cross_entropy import CrossEntropyLoss
-from ditty_di.processors.base import as_contract, snake_case
-from ditty_di.processors.context import Context
+from ditty_di.processors.base import as_contract, contract_of_class, snake_case
+from ditty_di.processors.context import Context, MissingKey
 from ditty_di.processors.contracts import Contract
 
 if TYPE_CHECKING:
     from ditty_di.protocols import Batch, Loss
+
+BEFORE_THE_MODEL = """\
+what a batch weighs is counted before the model runs, so it has to be a preprocessor and no \
+postprocessor"""
 
 
 @dataclass
@@ -66,11 +70,8 @@ class LossCalculator(nn.Module):
         self.output_index = output_index
         self.target_key, self.mask_key = target_key, mask_key
         self.name = name or snake_case(type(self).__name__)
-        if contract is None:
-            contract = self.contract_for(
-                output_index=output_index, target_key=target_key, mask_key=mask_key
-            )
-        self.contract = as_contract(contract if contract is not None else type(self).contract)
+        keys = {"output_index": output_index, "target_key": target_key, "mask_key": mask_key}
+        self.contract = as_contract(contract) or contract_of_class(type(self), keys)
 
     @classmethod
     def contract_for(
@@ -122,12 +123,19 @@ class LossCalculator(nn.Module):
 
     # ----------------------------------------------------------------------- for the trainer
     def count(self, batch: Batch, /) -> Tensor:
-        """`weight` of a batch or of `(inputs, ctx)`, on the CPU; shape `[]`."""
+        """`weight` of a batch or of `(inputs, ctx)`, on the CPU; shape `[]`.
+
+        Raises:
+            MissingKey: `weight` needs what only a postprocessor writes.
+        """
         inputs, labels = batch
         ctx = as_context(labels)
         if "original_batch" not in ctx:
             ctx = Context({**ctx, "original_batch": (inputs, labels)})
-        return self.weight(ctx).detach().cpu()
+        try:
+            return self.weight(ctx).detach().cpu()
+        except MissingKey as error:
+            raise MissingKey(f"{self.name}: {error}; {BEFORE_THE_MODEL}") from None
 
     def forward(
         self, output: Any, labels: Any, global_count: Tensor, /

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditty_di.processors.base import contract_of_class
+
 if TYPE_CHECKING:
     from ditty_di.protocols import Batch
 
@@ -24,7 +26,7 @@ class CrossEntropyLoss(nn.Module):
     Shapes: logits `[batch, seq, vocab]` or `[batch, classes]`; labels `[batch, seq]` or `[batch]`.
     """
 
-    contract: str | None = None  # a subclass may have one
+    contract: Any = None
 
     def __init__(
         self, *, output: str | None = None, shift: bool = False, ignore_index: int = -100
@@ -32,8 +34,7 @@ class CrossEntropyLoss(nn.Module):
         super().__init__()
         self.shift, self.ignore_index = shift, ignore_index
         self._logits = attrgetter(output) if output else _itself
-        if self.contract is None:
-            self.contract = self.contract_for(output=output)
+        self.contract = contract_of_class(type(self), {"output": output})
 
     @classmethod
     def contract_for(cls, *, output: str | None = None, **others: Any) -> str | None:

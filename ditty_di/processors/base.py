@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ditty_di.processors.contracts import Contract
@@ -31,12 +32,28 @@ def as_contract(contract: Any) -> Contract | None:
     return Contract.parse(contract)
 
 
+def contract_of_class(cls: type, arguments: Mapping[str, Any]) -> Contract | None:
+    """The contract of `cls(**arguments)`: what its `contract_for(**arguments)` makes, or the text
+    of its attribute `contract`; of both, the one that is nearer to the class among its bases.
+
+    Raises:
+        ContractError: the text cannot be read.
+    """
+    for base in inspect.getmro(cls):
+        if isinstance(vars(base).get("contract"), str | Contract):
+            return as_contract(vars(base)["contract"])
+        if "contract_for" in vars(base):
+            return as_contract(cls.contract_for(**arguments))  # type: ignore[attr-defined]
+    return None
+
+
 class Processor(ABC):
     """Both kinds of processor.
 
     Args:
         contract: what it takes and gives (`ditty_di.processors.contracts`); a class may have the
-            text as its attribute `contract` instead. None leaves the stage unchecked.
+            text as its attribute `contract`, or a class method `contract_for`, instead. None
+            leaves the stage unchecked.
         name: what messages and pictures call it; None is the class's name in snake case.
     """
 
@@ -47,8 +64,9 @@ class Processor(ABC):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # Here and not in `__init__`, so that a class which does not call it (a dataclass) has them.
         self = super().__new__(cls)
-        values = {"name": snake_case(cls.__name__), "contract": as_contract(cls.contract)}
-        for key, value in {**values, "_given": _arguments(cls, args, kwargs)}.items():
+        given = _arguments(cls, args, kwargs)
+        values = {"name": snake_case(cls.__name__), "contract": contract_of_class(cls, given)}
+        for key, value in {**values, "_given": given}.items():
             object.__setattr__(self, key, value)  # a module would want to be initialised first
         return self
 

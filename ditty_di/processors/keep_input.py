@@ -21,7 +21,7 @@ class KeepInput(PreProcessor):
     """
 
     def __init__(self, *, key: str = "image", flat: bool = False) -> None:
-        super().__init__(contract=self.contract_for(key=key, flat=flat))
+        super().__init__()
         self.key, self.flat = key, flat
 
     @classmethod

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ditty_di._graph.targets import SPECIAL, TargetError, locate
-from ditty_di.processors.base import as_contract, snake_case
+from ditty_di.processors.base import as_contract, contract_of_class, snake_case
 from ditty_di.processors.chain import LOADER, LOSS, MODEL, POST, PRE, Stage
 from ditty_di.processors.contracts import Contract
 
@@ -120,12 +120,7 @@ def contract_of(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> Contra
     arguments = _arguments(target, kwargs)
     if isinstance(arguments.get("contract"), str | Contract):
         return as_contract(arguments["contract"])
-    for base in inspect.getmro(target) if inspect.isclass(target) else ():
-        if isinstance(vars(base).get("contract"), str | Contract):
-            return as_contract(vars(base)["contract"])
-        if "contract_for" in vars(base):
-            return as_contract(_call("contract_for", target, kwargs))
-    return None
+    return contract_of_class(target, arguments) if inspect.isclass(target) else None
 
 
 def _call(method: str, target: Any, kwargs: Mapping[str, Any]) -> Any:

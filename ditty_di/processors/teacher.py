@@ -45,7 +45,7 @@ class Teacher(PreProcessor):
         contract: str | Contract | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(contract=contract or self.contract_for(key=key), name=name)
+        super().__init__(contract=contract, name=name)
         on_meta = any(tensor.is_meta for tensor in model.parameters())
         if on_meta and weights is None:
             raise ValueError(

@@ -50,7 +50,8 @@ def test_an_example_trains(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_trains(name, tmp_path):
-    run(tmp_path, "-m", "ditty_di", f"+experiment={name}", "run=RUN", "hydra.verbose=false")
+    said = run(tmp_path, "-m", "ditty_di", f"+experiment={name}", "run=RUN", "hydra.verbose=false")
+    assert "go on" not in said and "task=generate" not in said, "it has no text"
     lines = [json.loads(x) for x in (tmp_path / "RUN" / "metrics.jsonl").read_text().splitlines()]
     (last,) = [line for line in lines if "validation/loss" in line and line["step"] == 200]
     part = "classification_loss/" if name == "two_heads" else ""
