@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from _here import environment
 
 HERE = Path(__file__).parent
 #: name -> (experiment, rows a step, tokens a row, further overrides)
@@ -78,17 +77,6 @@ def run(name: str, *, steps: int, warmup: int, tiny: bool, folder: Path) -> dict
     return medians | {"loss": measured[-1]["loss"], "steps": len(measured)}
 
 
-def machine() -> dict[str, Any]:
-    packages = ("torch", "torchtitan", "transformers", "peft", "torchao")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "gpu": gpu,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -112,7 +100,7 @@ def main() -> None:
             )
             print(f"{name:28} {json.dumps(results[name])}", flush=True)
             if options.json:
-                report = {"machine": machine(), "tiny": options.tiny, "cases": results}
+                report = {"environment": environment(), "tiny": options.tiny, "cases": results}
                 options.json.write_text(json.dumps(report, indent=2) + "\n")
     if any("failed" in result for result in results.values()):
         sys.exit(1)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from _here import environment
 from torch import Tensor, nn
 
 from ditty_di.losses import CrossEntropyLoss, LigerLinearCrossEntropyLoss, LinearCrossEntropyLoss
@@ -187,11 +187,8 @@ def main() -> None:
             )
     if args.json:
         setup = {k: v for k, v in vars(args).items() if k not in ("json", "case")}
-        setup |= {"torch": torch.__version__, "python": platform.python_version()}
-        setup["hardware"] = (
-            torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-        )
-        args.json.write_text(json.dumps({"setup": setup, "results": rows}, indent=1) + "\n")
+        report = {"environment": environment(), "settings": setup, "results": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from overhead import environment
+from _here import environment
 from torch import Tensor, nn
 
 MIB = 2**20

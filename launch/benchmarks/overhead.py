@@ -19,7 +19,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.nn.functional as F
 import transformers
+from _here import environment
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -242,30 +242,6 @@ def measure(steps: int, warm_up: int, rounds: int) -> dict[str, Any]:
                 "turns": mine,
             }
     return results
-
-
-def environment() -> dict[str, Any]:
-    processor = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as lines:
-            names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
-        processor = names[0] if names else processor
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("transformers", "accelerate", "torchtitan"):
-        try:
-            from importlib.metadata import version
-
-            versions[name] = version(name)
-        except ImportError:
-            continue
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "system": platform.platform(),
-        "versions": versions,
-    }
 
 
 def main() -> None:

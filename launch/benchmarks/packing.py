@@ -21,12 +21,10 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from typing import Any
 
 # One thread for everything, before any library reads it.
@@ -34,7 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-import transformers
+from _here import environment
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -186,26 +184,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "turns": mine,
             }
     return results
-
-
-def environment() -> dict[str, Any]:
-    processor = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as lines:
-            named = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-            processor = next(islice(named, 1), processor)
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "system": platform.platform(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
 
 
 def main() -> None:

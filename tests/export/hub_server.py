@@ -138,7 +138,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, text)
         if isinstance(value, dict) and "error" in value:
             self.send_header("X-Error-Message", value["error"])
-            self.close_connection = True  # the request's body may not have been read
+            # The request's body may not have been read. Said, for a client would use it again.
+            self.send_header("Connection", "close")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":

@@ -383,7 +383,14 @@ def test_a_push_that_cannot_work_is_known_before_training(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="push_to_hub is for models of transformers"):
         pipeline(**options, output_hub_repo="user/name").run()
     assert not (tmp_path / "run").exists()
-    assert not torch.distributed.is_initialized(), "what a failed pipeline opened, it closes"
+
+
+def test_a_pipeline_that_cannot_be_made_closes_what_it_opened(tmp_path):
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    with pytest.raises(ValueError, match="push_to_hub is for models of transformers"):
+        pipeline(output_dir=tmp_path, push_to_hub=True, output_hub_repo="user/name").run()
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_model_of_transformers_is_exported_as_one(tmp_path):
