@@ -65,12 +65,24 @@ class Context(dict[str, Any]):
         return value
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Context:
-        """A context whose tensors, also those in mappings, tuples and lists, are on `device`.
+        """A context whose tensors, also those in dicts, tuples and lists, are on `device`: this one
+        if they are all there.
 
         What is no tensor is the same object, and a tensor that occurs twice is moved once.
         """
         import torch
 
+        device = torch.device(device)
+
+        def is_there(value: Any) -> bool:
+            if isinstance(value, torch.Tensor):
+                return value.device == device
+            if isinstance(value, tuple | list):
+                return all(map(is_there, value))
+            return type(value) is not dict or all(map(is_there, value.values()))
+
+        if all(map(is_there, self.values())):
+            return self
         moved: dict[int, Any] = {}
 
         def move(value: Any) -> Any:
@@ -88,6 +100,6 @@ class Context(dict[str, Any]):
 
         context = Context({key: move(value) for key, value in self.items()})
         if "device" in self:
-            context["device"] = torch.device(device)
+            context["device"] = device
         context.checks = self.checks
         return context

@@ -1,14 +1,17 @@
 """What the Trainer costs a step, against a loop written by hand and Hugging Face's Trainer.
 
 All train the same tiny Llama from the same values on the same micro-batches, with the same
-loss, clipping, `torch.optim.AdamW` and schedule, on one CPU thread, and log and save nothing; the
-Trainer once more with two processors that do nothing, which say what processors cost. They
+loss, clipping, `torch.optim.AdamW` and schedule, on one CPU thread, and log and save nothing. They
 take short turns, a fresh model each; a step lasts from one request for a batch to the next, as
 the data source sees it, so that whatever a trainer does between steps counts. Reported is the
 median of the turns' median steps, in wall time and in the process's CPU time (which other programs
 on the machine disturb less), and the median difference to the hand-written loop's turn of the same
 round. At the end the trained weights are compared: a trainer that did less, or something else,
 would show there.
+
+What processors cost is less than the turns of such a model differ by: so the Trainer, without any
+and with two that do nothing, trains a table of logits as well, whose steps take less than a
+millisecond.
 
     launch/bench overhead --json overhead.json
 """
@@ -24,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 # One thread for everything, before any library reads it.
@@ -39,6 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCAB, BATCH, SEQ = 256, 4, 32
 LR, MAX_NORM = 1e-3, 1.0
 CLOCKS = ("wall", "cpu")
+PASSING = (("with", "over_ms"), ("without", "ms_per_step"))
 
 
 def make_model() -> LlamaForCausalLM:
@@ -55,6 +60,18 @@ def make_model() -> LlamaForCausalLM:
         use_cache=False,
     )
     return LlamaForCausalLM(config)
+
+
+class Table(nn.Module):
+    """A model of next to no work: a row of logits for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(VOCAB, VOCAB)
+        nn.init.zeros_(self.rows.weight)
+
+    def forward(self, ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.rows(ids))
 
 
 def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -105,6 +122,10 @@ class Flat(Source):
             yield {"input_ids": ids, "labels": labels}
 
 
+#: Trains for a number of steps.
+Train = Callable[[int], tuple[Source, nn.Module]]
+
+
 def by_hand(steps: int) -> tuple[Source, nn.Module]:
     model, source = make_model().train(), Source(steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
@@ -121,12 +142,14 @@ def by_hand(steps: int) -> tuple[Source, nn.Module]:
     return source, model
 
 
-def ditty_di(steps: int, **slots: Any) -> tuple[Source, nn.Module]:
+def ditty_di(
+    steps: int, make: Callable[[], nn.Module] = make_model, **slots: Any
+) -> tuple[Source, nn.Module]:
     from ditty_di import Runtime, Trainer
     from ditty_di.losses import CrossEntropyLoss
     from ditty_di.metrics import Metrics
 
-    model, source = make_model(), Named(steps)
+    model, source = make(), Named(steps)
     runtime = Runtime()
     trainer = Trainer(
         model=model,
@@ -146,7 +169,7 @@ def ditty_di(steps: int, **slots: Any) -> tuple[Source, nn.Module]:
     return source, model
 
 
-def with_processors(steps: int) -> tuple[Source, nn.Module]:
+def processors() -> dict[str, Any]:
     """Two that do next to nothing, so that what is measured is the way through them."""
     from ditty_di.processors import Context, PostProcessor, PreProcessor
 
@@ -160,7 +183,7 @@ def with_processors(steps: int) -> tuple[Source, nn.Module]:
             ctx["seen"] = ctx["rows"]
             return output, ctx
 
-    return ditty_di(steps, preprocessors=[Before()], postprocessors=[Behind()])
+    return {"preprocessors": [Before()], "postprocessors": [Behind()]}
 
 
 def hugging_face(steps: int) -> tuple[Source, nn.Module]:
@@ -199,8 +222,8 @@ def hugging_face(steps: int) -> tuple[Source, nn.Module]:
     return source, model
 
 
-def contenders() -> dict[str, Callable[[int], tuple[Source, nn.Module]]]:
-    found = {"by hand": by_hand, "ditty_di": ditty_di, "processors": with_processors}
+def contenders() -> dict[str, Train]:
+    found: dict[str, Train] = {"by hand": by_hand, "ditty_di": ditty_di}
     try:
         import accelerate  # noqa: F401
     except ImportError:
@@ -210,10 +233,13 @@ def contenders() -> dict[str, Callable[[int], tuple[Source, nn.Module]]]:
     return found
 
 
-def measure(steps: int, warm_up: int, rounds: int) -> dict[str, Any]:
+def measure(
+    contenders: dict[str, Train], *, steps: int, warm_up: int, rounds: int
+) -> dict[str, Any]:
+    """Each one's steps, and what they take over those of the first."""
     turns: dict[str, list[dict[str, float]]] = {}
     weights: dict[str, Tensor] = {}
-    others = list(contenders().items())
+    others, first = list(contenders.items()), next(iter(contenders))
     for number in range(rounds):
         # Whoever comes first is another one in each round.
         for name, train in others[number % len(others) :] + others[: number % len(others)]:
@@ -223,22 +249,15 @@ def measure(steps: int, warm_up: int, rounds: int) -> dict[str, Any]:
             weights[name] = nn.utils.parameters_to_vector(model.parameters()).detach()
     results: dict[str, Any] = {}
     for name, _ in others:
-        difference = (weights[name] - weights["by hand"]).abs().max()
+        difference = (weights[name] - weights[first]).abs().max()
         results[name] = {"largest_weight_difference": float(difference)}
         for clock in CLOCKS:
-            mine, hand, plain = (
-                [turn[clock] for turn in turns[who]] for who in (name, "by hand", "ditty_di")
-            )
+            mine, base = ([turn[clock] for turn in turns[who]] for who in (name, first))
             typical = statistics.median(mine)
             results[name][clock] = {
                 "ms_per_step": typical,
-                "over_by_hand_ms": statistics.median(
-                    a - b for a, b in zip(mine, hand, strict=True)
-                ),
-                "over_ditty_di_ms": statistics.median(
-                    a - b for a, b in zip(mine, plain, strict=True)
-                ),
-                "ratio": typical / statistics.median(hand),
+                "over_ms": statistics.median(a - b for a, b in zip(mine, base, strict=True)),
+                "ratio": typical / statistics.median(base),
                 "turns": mine,
             }
     return results
@@ -257,28 +276,42 @@ def main() -> None:
 
     settings = {"steps": options.steps, "warm_up": options.warm_up, "rounds": options.rounds}
     here = environment()
-    results = measure(options.steps, options.warm_up, options.rounds)
+    results = measure(contenders(), **settings)
+    more = {**settings, "steps": 20 * options.steps}
+    passing = measure(
+        {
+            "without": partial(ditty_di, make=Table),
+            "with": partial(ditty_di, make=Table, **processors()),
+        },
+        **more,
+    )
     print(f"\n{here['processor']}, one thread; {here['versions']}")
     print(f"tiny Llama (d 64, 4 layers), {BATCH} x {SEQ} tokens a step; {settings}\n")
     heads = [f"{clock} {what}" for clock in CLOCKS for what in ("ms/step", "over", "ratio")]
     print(" " * 14 + "".join(f"{head:>14}" for head in heads) + f"{'weights':>12}")
     for name, r in results.items():
         cells = [
-            f"{r[clock]['ms_per_step']:14.3f}{r[clock]['over_by_hand_ms']:+14.3f}"
-            f"{r[clock]['ratio']:14.3f}"
+            f"{r[clock]['ms_per_step']:14.3f}{r[clock]['over_ms']:+14.3f}{r[clock]['ratio']:14.3f}"
             for clock in CLOCKS
         ]
         print(f"{name:14}{''.join(cells)}{r['largest_weight_difference']:12.1e}")
     print("\nover: ms a step over the loop by hand; weights: largest difference to its result")
     for clock in CLOCKS:
-        extra = 1e3 * results["processors"][clock]["over_ditty_di_ms"]
-        print(f"two trivial processors: {extra:+.0f} microseconds a step ({clock})")
+        over, plain = (1e3 * passing[who][clock][what] for who, what in PASSING)
+        print(f"two trivial processors: {over:+.0f} us a step of {plain:.0f} ({clock})")
     if here["load_average"] > 0.5 * (here["cores"] or 1):
         print(f"the machine was busy (load {here['load_average']:.1f}): the figures are not final")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(
-                {"environment": here, "settings": settings, "results": results}, file, indent=2
+                {
+                    "environment": here,
+                    "settings": settings,
+                    "results": results,
+                    "processors": {"settings": more, "results": passing},
+                },
+                file,
+                indent=2,
             )
             file.write("\n")
 
