@@ -162,6 +162,40 @@ def initialize(
                 for module in reversed(modules):
                     torch.manual_seed(_seed(seed, canonical_fqn(names[id(module)])))
                     init_module(module)
+            for name, child in [] if whole_tree else unit.named_children():
+                torch.manual_seed(_seed(seed, canonical_fqn(f"{path}>{name}")))
+                _reach(unit, child, init_module)
+
+
+def _reach(parent: nn.Module, child: nn.Module, init_module: Callable[[nn.Module], None]) -> None:
+    """What a module's own initialisation writes into a child, as T5's does into its embedding.
+
+    The child's own parameters are whole for it, one child after another, and nothing else has
+    values: so what it gets is the same whether it is sharded or not.
+    """
+    wholes = {
+        id(p): torch.full(p.shape, _unset_value(p.dtype), dtype=p.dtype, device=local(p).device)
+        for p in child.parameters(recurse=False)
+    }
+    if not wholes:
+        return
+    tables: list[dict[str, Any]] = [
+        table for module in parent.modules() for table in (module._parameters, module._buffers)
+    ]
+    kept = [(table, name, x) for table in tables for name, x in table.items() if x is not None]
+    for table, name, tensor in kept:
+        scratch = wholes.get(id(tensor))
+        scratch = torch.empty_like(local(tensor), device="meta") if scratch is None else scratch
+        table[name] = nn.Parameter(scratch, requires_grad=False)
+    try:
+        init_module(parent)
+    finally:
+        for table, name, tensor in kept:
+            table[name] = tensor
+    for parameter in child.parameters(recurse=False):
+        whole = wholes[id(parameter)]
+        if not _is_unset(whole):
+            local(parameter).copy_(whole[slices(parameter)])
 
 
 # -- tensors and their shards ------------------------------------------------------------------
