@@ -225,6 +225,27 @@ class Metrics(Protocol):
     def close(self) -> None: ...
 
 
+class Training(Protocol):
+    """What a callback may use of the trainer that calls it."""
+
+    step: int
+    objective: float | None
+    """The last validation loss, or without a validator the last training loss."""
+    device: torch.device
+    runtime: Runtime
+    model_parts: list[nn.Module]
+    validator: Validator | None
+    metrics_processor: Metrics
+
+    def forward(self, inputs: dict[str, Tensor]) -> Any:
+        """The model's output for one micro-batch of inputs, moved to the device."""
+        ...
+
+    def stop(self, reason: str) -> None:
+        """Ends the training after this step, as if it had been the last; called on all ranks."""
+        ...
+
+
 class ProfilerFactory(Protocol):
     """A context manager whose value has `step()`; `torchtitan.tools.profiler.Profiler` is one."""
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ditty_di.protocols import Stateful
-    from ditty_di.trainer import Trainer
+    from ditty_di.protocols import Stateful, Training
 
 MOMENTS = ("train_start", "step_end", "validation_end", "checkpoint_saved", "train_end")
 
@@ -16,23 +15,23 @@ class Callback:
     """Does nothing; subclasses override what they need.
 
     The trainer calls its callbacks in the order in which they were given, on all ranks at the same
-    points, so they may communicate. One that also has `state_dict` and `load_state_dict` is saved
-    and resumed with the run.
+    points, so they may communicate; what it has for them is `ditty_di.protocols.Training`. One
+    that also has `state_dict` and `load_state_dict` is saved and resumed with the run.
     """
 
-    def train_start(self, trainer: Trainer) -> None:
+    def train_start(self, trainer: Training) -> None:
         """Once, when the model has its values and before a checkpoint is loaded."""
 
-    def step_end(self, trainer: Trainer) -> None:
+    def step_end(self, trainer: Training) -> None:
         """After each step, before validation and saving; `trainer.step` is its number."""
 
-    def validation_end(self, trainer: Trainer) -> None:
+    def validation_end(self, trainer: Training) -> None:
         """After each validation; `trainer.objective` is its loss."""
 
-    def checkpoint_saved(self, trainer: Trainer) -> None:
+    def checkpoint_saved(self, trainer: Training) -> None:
         """After a checkpoint was started (asynchronous saves go on in the background)."""
 
-    def train_end(self, trainer: Trainer) -> None:
+    def train_end(self, trainer: Training) -> None:
         """Once, after the last step, also of a run that was asked to stop."""
 
     def report(self) -> str:
@@ -57,7 +56,7 @@ class Callbacks:
                     f"from ditty_di.callbacks.Callback, whose methods do nothing"
                 )
 
-    def call(self, moment: str, trainer: Trainer) -> None:
+    def call(self, moment: str, trainer: Training) -> None:
         for callback in self.named.values():
             getattr(callback, moment)(trainer)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ditty_di.callbacks.base import Callback
 
 if TYPE_CHECKING:
-    from ditty_di.trainer import Trainer
+    from ditty_di.protocols import Training
 
 
 class EarlyStopping(Callback):
@@ -32,14 +32,14 @@ class EarlyStopping(Callback):
             )
         self.patience, self.min_delta = patience, min_delta
         self.best, self.best_step, self.since = math.inf, 0, 0
-        self._trainer: Trainer | None = None
+        self._trainer: Training | None = None
 
-    def train_start(self, trainer: Trainer) -> None:
+    def train_start(self, trainer: Training) -> None:
         if trainer.validator is None:
             raise ValueError("EarlyStopping: it needs a validator to tell whether training helps")
         self._trainer = trainer
 
-    def validation_end(self, trainer: Trainer) -> None:
+    def validation_end(self, trainer: Training) -> None:
         self._trainer = trainer
         loss = math.nan if trainer.objective is None else trainer.objective
         if loss < self.best - self.min_delta:

@@ -15,7 +15,7 @@ from ditty_di.models.weights import local
 from ditty_di.names import canonical_fqn
 
 if TYPE_CHECKING:
-    from ditty_di.trainer import Trainer
+    from ditty_di.protocols import Training
 
 
 class EMA(Callback):
@@ -42,10 +42,10 @@ class EMA(Callback):
         self._averages: dict[str, Tensor] = {}
         self._modules: list[torch.nn.Module] = []
 
-    def train_start(self, trainer: Trainer) -> None:
+    def train_start(self, trainer: Training) -> None:
         self.start(trainer.model_parts)
 
-    def step_end(self, trainer: Trainer) -> None:
+    def step_end(self, trainer: Training) -> None:
         self.update()
 
     def start(self, model_parts: list[torch.nn.Module]) -> None:

@@ -16,7 +16,7 @@ from ditty_di.metrics.validation import evaluating, preserved_rng
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ditty_di.trainer import Trainer
+    from ditty_di.protocols import Training
 
 
 class SampleText(Callback):
@@ -70,7 +70,7 @@ class SampleText(Callback):
             for i, (prompt, row) in enumerate(zip(shown, rows, strict=True))
         }
 
-    def validation_end(self, trainer: Trainer) -> None:
+    def validation_end(self, trainer: Training) -> None:
         """Training flags, sharding and random numbers are left as they are found."""
         with torch.no_grad(), evaluating(trainer.model_parts), preserved_rng(trainer.device):
             texts = self(forward=trainer.forward, device=trainer.device)

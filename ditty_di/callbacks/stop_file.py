@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ditty_di.callbacks.base import Callback
 
 if TYPE_CHECKING:
-    from ditty_di.trainer import Trainer
+    from ditty_di.protocols import Training
 
 
 class StopFile(Callback):
@@ -22,7 +22,7 @@ class StopFile(Callback):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
-    def _look(self, trainer: Trainer) -> None:
+    def _look(self, trainer: Training) -> None:
         if trainer.runtime.rank == 0 and self.path.exists():
             trainer.runtime.request_stop()
 

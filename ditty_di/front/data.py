@@ -30,6 +30,7 @@ class CausalCollate:
     pad_id: int | None = None
     ignore_index: int = -100
     columns = ("input_ids", "labels", "attention_mask")
+    contract = "-> input:2:i64 | ctx.target:2:i64"
     fills = True
 
     def __call__(self, rows: list[Mapping[str, Any] | None]) -> Batch:

@@ -93,11 +93,6 @@ class Report:
         if found:
             raise ContractError("\n".join(map(str, found)))
 
-    def __str__(self) -> str:
-        from ditty_di.processors.picture import drawn
-
-        return drawn(self)
-
 
 def examine(stages: Iterable[Stage]) -> Report:
     """Follows names through the stages, from the loader to the loss.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ditty_di.processors.base import PreProcessor
+from ditty_di.processors.outputs import predicted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,8 +64,6 @@ class Teacher(PreProcessor):
 
     def process(self, batch: Any, ctx: Context) -> tuple[Any, Context]:
         import torch
-
-        from ditty_di.losses.calculator import predicted
 
         if not self._placed:
             self._place(ctx)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ditty_di.processors.chain import Report, Stage, examine
 from ditty_di.processors.context import Context
 from ditty_di.processors.contracts import Contract
+from ditty_di.processors.picture import drawn
 from ditty_di.processors.stages import pipeline
 from ditty_di.processors.tensors import BatchChecks, TensorChecks
 
@@ -154,7 +155,7 @@ class Processors:
 
     def picture(self, **around: Any) -> str:
         """The pipeline as text, problems marked; `around` as in `stages`."""
-        return str(examine(self.stages(**around)))
+        return drawn(examine(self.stages(**around)))
 
     def check_tensors(self, *, every: bool = False, **around: Any) -> None:
         """Compares tensors with contracts from now on: of one batch, or of `every` one.

@@ -39,10 +39,11 @@ def check(graph: Graph, /, *, root: str = "trainer", strict: bool = False) -> No
         print(f"  imported only, for they tell no signature: {', '.join(checked.unread)}")
     if "loss_fn" in graph.at(tuple(root.split(".")))[1]:
         from ditty_di.processors import configured
+        from ditty_di.processors.picture import drawn
 
         report = configured.check(graph, root, strict=strict)
         print(f"the pipeline of {root}, with what each stage takes -> gives:")
-        print(textwrap.indent(str(report), "  "))
+        print(textwrap.indent(drawn(report), "  "))
 
 
 def explain(graph: Graph, /, *, key: str) -> None:

@@ -6,6 +6,7 @@ from hydra import compose, initialize_config_dir
 from ditty_di.cli.searchpath import conf_dir
 from ditty_di.graph import Graph
 from ditty_di.processors.configured import report
+from ditty_di.processors.picture import drawn
 
 
 def examined(*overrides):
@@ -18,7 +19,7 @@ def examined(*overrides):
 @pytest.mark.parametrize("experiment", ["diffusion", "flow_matching"])
 def test_every_stage_is_checked_and_fits(experiment):
     found = examined(f"+experiment={experiment}")
-    assert not (found.problems or found.unproven or found.unchecked), str(found)
+    assert not (found.problems or found.unproven or found.unchecked), drawn(found)
 
 
 MUTATIONS = {
