@@ -102,7 +102,11 @@ def test_every_other_model_runs(folder, line):
         (pipeline,) = (text for text in blocks("text") if text.startswith("the pipeline of"))
         assert pipeline in ditty_di(arguments, folder)
         return
-    few = "export.samples=10" if "diffusion" in arguments or "flow" in arguments else ""
+    few = {
+        "diffusion": "export.samples=10",
+        "flow_matching": "export.samples=10",
+        "distillation": f"{FEW} validator.max_batches=1",
+    }.get(arguments.removeprefix("+experiment="), "")
     said = ditty_di(f"{arguments} steps=2 run={len(arguments)} {few}", folder)
     assert "finished, step 2" in said
 
