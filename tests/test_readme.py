@@ -107,7 +107,7 @@ def test_every_other_model_runs(folder, line):
         "flow_matching": "export.samples=10",
         "distillation": f"{FEW} validator.max_batches=1",
     }.get(arguments.removeprefix("+experiment="), "")
-    said = ditty_di(f"{arguments} steps=2 run={len(arguments)} {few}", folder)
+    said = ditty_di(f"{arguments} steps=2 run=other-{ANY_MODEL.index(line)} {few}", folder)
     assert "finished, step 2" in said
 
 
