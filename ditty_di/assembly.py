@@ -155,6 +155,7 @@ def place_checkpointer(
     dataloader: DataLoader,
     grad_scaler: torch.amp.GradScaler,
     callbacks: Callbacks,
+    processors: Processors,
     windows: Windows,
     train_state: Stateful,
 ) -> Checkpointer:
@@ -177,9 +178,7 @@ def place_checkpointer(
         holds["loss"] = states.ModelState([loss_fn])
     if grad_scaler.is_enabled():
         holds["grad_scaler"] = grad_scaler
-    if windows.prepare is not None:
-        holds["windows"] = windows
-    holds |= callbacks.states()
+    holds |= {"windows": windows, **callbacks.states(), **processors.states()}
     return checkpointer(states=holds, rank_states={"rng": states.RNGState()})
 
 
@@ -197,7 +196,8 @@ def place_processors(
 
     Raises:
         ContractError: the contracts do not fit.
-        ValueError: an unknown `contracts`; processors where sequences are split over ranks.
+        ValueError: an unknown `contracts`; processors where sequences are split over ranks, or
+            with parameters that want to be trained.
     """
     if contracts not in ("static", "runtime", "every_batch"):
         raise ValueError(f"trainer.contracts={contracts}: write static, runtime or every_batch")
@@ -210,6 +210,11 @@ def place_processors(
         raise ValueError(f"preprocessors, postprocessors: {SPLIT_SEQUENCES}")
     for processor in (*processors.preprocessors, *processors.postprocessors):
         if isinstance(processor, nn.Module):
+            if any(p.requires_grad for p in processor.parameters()):
+                raise ValueError(
+                    f"{processor.name}: nothing would train its parameters; let the model or the "
+                    f"loss have them, or freeze them by requires_grad_(False)"
+                )
             processor.to(runtime.device)
     if report.unchecked and runtime.rank == 0:
         stages = ", ".join(map(str, report.unchecked))

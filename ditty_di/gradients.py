@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 def place_loss(
     loss_fn: Loss, runtime: Runtime, parallelize_fn: ParallelizeFn | None = None
 ) -> Loss:
-    """Moves a loss that is a module to the device, equal on all ranks, and sharded on request."""
+    """Moves a loss that is a module to the device, equal on all ranks, and sharded on request.
+
+    Raises:
+        TypeError: something that is no `ditty_di.protocols.Loss`.
+    """
+    if isinstance(loss_fn, type) or not callable(getattr(loss_fn, "count", None)):
+        raise TypeError(
+            f"loss_fn: {loss_fn!r:.80} is no object with count(batch), which tells what a batch "
+            f"weighs; take one of ditty_di.losses, or inherit from its LossCalculator"
+        )
     if not isinstance(loss_fn, nn.Module):
         return loss_fn
     loss_fn.to(runtime.device)
@@ -121,8 +130,7 @@ class Shares:
 
     def __init__(self, runtime: Runtime) -> None:
         dims, self.device = runtime.parallel_dims, runtime.device
-        self._pp_mesh = dims.get_optional_mesh("pp")
-        meshes = (dims.get_optional_mesh("loss"), self._pp_mesh)
+        meshes = (dims.get_optional_mesh("loss"), dims.get_optional_mesh("pp"))
         self._meshes = [mesh for mesh in meshes if mesh is not None]
         self._metrics: dict[str, Tensor | float] = {}
 
@@ -130,7 +138,7 @@ class Shares:
         self._metrics = {}
 
     def add(self, *metrics: dict[str, Tensor]) -> None:
-        """Micro-batches' metrics; on all ranks a window has the same names."""
+        """Micro-batches' metrics; a name that others do not have counts as 0 there."""
         for name, value in (item for one in metrics for item in one.items()):
             self._metrics[name] = self._metrics.get(name, 0.0) + value.detach()
 
@@ -141,9 +149,11 @@ class Shares:
     def metrics(self) -> dict[str, float]:
         """What was added since `clear`, summed over the ranks; collective."""
         names = list(self._metrics)
-        if self._pp_mesh is not None:  # only the last stage has a loss
-            gathered: list[Any] = [None] * self._pp_mesh.size()
-            dist.all_gather_object(gathered, names, group=self._pp_mesh.get_group())
+        if (ranks := dist.get_world_size()) > 1:
+            # Only a pipeline's last stage has a loss, and a loss may report what only some batches
+            # have: summed position by position, numbers would get each other's names.
+            gathered: list[Any] = [None] * ranks
+            dist.all_gather_object(gathered, names)
             names = sorted(set().union(*gathered))
         if not names:
             return {}

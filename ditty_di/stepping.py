@@ -78,7 +78,8 @@ class Stepping(torchtitan.trainer.Trainer):
         values = self._learn(window, counts) if window else {}
         self.lr_schedulers.step()
         if self.metrics_processor.should_log(self.step):
-            values |= self.shares.metrics() | self.windows.get_metrics() | learning_rates
+            # A loss may call a metric of its own as one of these: theirs count.
+            values = self.shares.metrics() | self.windows.get_metrics() | learning_rates | values
             (values["tokens_seen"],) = self.runtime.sum([self.ntokens_seen])
             self.metrics_processor.log(self.step, values)
 

@@ -24,6 +24,7 @@ from ditty_di.callbacks import Callback, Callbacks
 from ditty_di.gradients import LossParameters, Shares, place_loss
 from ditty_di.inherited import InheritedConfig, Section
 from ditty_di.metrics.metrics import Metrics
+from ditty_di.metrics.validation import evaluating
 from ditty_di.optim.container import Optimizers, Schedulers
 from ditty_di.parallelize.pipeline import AlikeOnStages
 from ditty_di.processors import PostProcessor, PreProcessor, Processors
@@ -65,7 +66,7 @@ class Trainer(Stepping):
         gc_every: steps between collections of Python's garbage, the same on all ranks.
 
     Raises:
-        ValueError: a part that does not fit the others; the message names the slot.
+        ValueError, TypeError: a part that does not fit the others; the message names the slot.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class Trainer(Stepping):
     ) -> None:
         if steps < 1:
             raise ValueError(f"trainer.steps={steps}: at least one step is needed")
+        if not max_norm > 0:
+            raise ValueError(f"trainer.max_norm={max_norm} must be above 0; inf clips nothing")
         if grad_scaler and runtime and runtime.parallel_dims.pp_enabled:
             raise ValueError("grad_scaler: a pipeline does not scale its loss; use precision=bf16")
         self.runtime = runtime = runtime or Runtime()
@@ -174,6 +177,7 @@ class Trainer(Stepping):
             dataloader=self.dataloader,
             grad_scaler=self.grad_scaler,
             callbacks=self.callbacks,
+            processors=self.processors,
             windows=self.windows,
             train_state=self,
         )
@@ -186,6 +190,8 @@ class Trainer(Stepping):
                 runtime=runtime,
                 prepare=self.prepare,
             )
+        placed = (loss_fn, *self.processors.preprocessors, *self.processors.postprocessors)
+        self.around = [part for part in placed if isinstance(part, nn.Module)]
         self.train_context = dist_utils.get_spmd_context(parallel_dims=self.parallel_dims)
         self.gc_every = gc_every
 
@@ -284,7 +290,7 @@ class Trainer(Stepping):
         if self.validator is None:
             self.objective = self.last_loss
         elif not self.windows.stopping and (last or self.validator.should_validate(self.step)):
-            with self.metrics_processor.pause():
+            with self.metrics_processor.pause(), evaluating(self.around):
                 values = self.validator.validate(self.step)
             if not values:
                 self.windows.stopping = True

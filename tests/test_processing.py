@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from ditty_di.callbacks import EMA, Callback, Callbacks, EarlyStopping
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.checkpoint.read import CheckpointError, from_checkpoint, load_loss
-from ditty_di.losses import CrossEntropyLoss
+from ditty_di.losses import (
+    CrossEntropyLoss,
+)
 from ditty_di.processors import ContractError, PreProcessor
 from ditty_di.runtime import Runtime
 from ditty_di.tasks.evaluate import evaluate
@@ -170,25 +172,20 @@ def test_the_count_of_rejected_batches_is_resumed(small, tmp_path):
     again.close()
 
 
-def test_a_run_without_processors_goes_on_with_some(runtime, tmp_path):
-    """As does one saved before there were any: neither has counted what was rejected."""
-
+def test_a_run_without_processors_goes_on_with_some_and_the_other_way_round(runtime, tmp_path):
     class RejectThird(PreProcessor):
         def process(self, batch, ctx):
             return None if ctx["step"] == 3 else (batch, ctx)
 
-    def trained(steps, preprocessors=(), load=None):
-        keep = partial(Checkpointer, str(tmp_path), every=2, load=load or {})
+    def trained(steps, *preprocessors):
+        keep = partial(Checkpointer, str(tmp_path), every=2)
         trainer, _ = make_trainer(None, checkpointer=keep, preprocessors=preprocessors, steps=steps)
         result = trainer.train()
         trainer.close()
         return result
 
     assert "rejected_batches" not in trained(2)
-    assert trained(2)["step"] == 2
-    with pytest.raises(CheckpointError, match=r"load\.windows=false starts without"):
-        trained(4, [RejectThird()])
-    assert trained(4, [RejectThird()], {"windows": False})["rejected_batches"] == 1
+    assert trained(4, RejectThird())["rejected_batches"] == 1
     assert trained(5)["step"] == 5
 
 
@@ -370,6 +367,16 @@ def stopping(small, folder, patience, **slots):
     result = trainer.train()
     trainer.close()
     return result["status"], result["step"], bool(result["stopped"])
+
+
+def test_averages_may_take_the_place_of_the_weights_at_the_end(small):
+    ema = EMA(0.9, apply_at_end=True)
+    trainer, _ = small(callbacks={"ema": ema}, steps=3)
+    trainer.train()
+    trainer.close()
+    averages = ema.state_dict()
+    for name, p in trainer.model_parts[0].named_parameters():
+        assert torch.equal(p, averages[f"averages.{name}"]), name
 
 
 def test_early_stopping_counts_on_where_it_was_and_goes_on_with_more_patience(small, tmp_path):

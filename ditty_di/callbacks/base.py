@@ -43,13 +43,19 @@ class Callbacks:
     """A trainer's callbacks by name, in their order; None stands for none.
 
     Raises:
-        TypeError: one that lacks a moment's method.
+        TypeError: no mapping; one that lacks a moment's method.
     """
 
     def __init__(self, named: Mapping[str, Callback | None]) -> None:
+        if not isinstance(named, Mapping):
+            raise TypeError(
+                f"callbacks: give them names, as in {{'ema': EMA()}}; got {named!r:.80}"
+            )
         self.named = {name: callback for name, callback in named.items() if callback is not None}
         for name, callback in self.named.items():
             methods = (*MOMENTS, "report")
+            if isinstance(callback, type):
+                raise TypeError(f"callbacks.{name}: {callback.__name__} is a class; call it")
             if lacking := [m for m in methods if not callable(getattr(callback, m, None))]:
                 raise TypeError(
                     f"callbacks.{name}: {callback!r} has no {', '.join(lacking)}; let it inherit "

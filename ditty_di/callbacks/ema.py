@@ -28,15 +28,20 @@ class EMA(Callback):
         decay: d; averages over about 1 / (1 - d) steps.
         warmup: d is min(decay, (1 + n) / (10 + n)) after n steps, so that the random weights of
             the beginning are soon forgotten (TensorFlow's ExponentialMovingAverage).
+        apply_at_end: when training has ended and is saved, the model gets the averages for good:
+            what is exported, or returned, are these. Validation is of the weights; `swap` lends
+            the averages at any time.
 
     Raises:
         ValueError: `decay` is not in [0, 1).
     """
 
-    def __init__(self, decay: float = 0.999, *, warmup: bool = True) -> None:
+    def __init__(
+        self, decay: float = 0.999, *, warmup: bool = True, apply_at_end: bool = False
+    ) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"EMA: decay={decay} must be at least 0 and below 1, such as 0.999")
-        self.decay, self.warmup = decay, warmup
+        self.decay, self.warmup, self.apply_at_end = decay, warmup, apply_at_end
         self.updates = 0
         self._weights: dict[str, Tensor] = {}
         self._averages: dict[str, Tensor] = {}
@@ -47,6 +52,11 @@ class EMA(Callback):
 
     def step_end(self, trainer: Training) -> None:
         self.update()
+
+    def train_end(self, trainer: Training) -> None:
+        if self.apply_at_end:
+            self._reshard()
+            self._put({name: local(a) for name, a in self._started().items()})
 
     def start(self, model_parts: list[torch.nn.Module]) -> None:
         """Begins with the weights as they are."""
@@ -81,19 +91,20 @@ class EMA(Callback):
             RuntimeError: nothing has been averaged yet.
         """
         averages = self._started()
-        for module in self._modules:
-            # What is gathered would be neither swapped nor kept.
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        self._reshard()
         own = {name: local(p).clone() for name, p in self._weights.items()}
         self._put({name: local(a) for name, a in averages.items()})
         try:
             yield
         finally:
-            for module in self._modules:
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            self._reshard()
             self._put(own)
+
+    def _reshard(self) -> None:
+        """What is gathered would be neither swapped nor kept."""
+        for module in self._modules:
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @torch.no_grad()
     def _put(self, values: dict[str, Tensor]) -> None:

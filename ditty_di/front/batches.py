@@ -18,6 +18,10 @@ collate_fn: it returned {found}, which the trainer cannot take apart; return one
   {{"input": ..., "labels": ...}}   every other entry is an argument of the model's forward
   a tensor                    without labels: a processor writes ctx["target"]"""
 
+NO_LABELS = """\
+collate_fn: its labels are a {found} and no tensor; give what there is beside the labels as \
+entries of the inputs, {{"input": ..., "other": ...}}, from where a preprocessor can take it"""
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -31,6 +35,14 @@ class Pairs:
     """
 
     collate_fn: Callable[[list[Any]], Any]
+
+    @property
+    def contract(self) -> Any:
+        return getattr(self.collate_fn, "contract", None)
+
+    @property
+    def fills(self) -> bool:
+        return bool(getattr(self.collate_fn, "fills", False))
 
     def __call__(self, rows: list[Any]) -> Batch:
         import torch
@@ -48,6 +60,8 @@ class Pairs:
             if isinstance(batch, Mapping):
                 found = f"a mapping with {', '.join(map(str, batch))} and no tensor 'input'"
             raise TypeError(NO_BATCH.format(found=found))
+        if labels is not None and not hasattr(labels, "shape"):
+            raise TypeError(NO_LABELS.format(found=type(labels).__name__))
         if labels is None:
             labels = torch.empty(len(inputs["input"]), 0, dtype=torch.int64)
         return inputs, labels

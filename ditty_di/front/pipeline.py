@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ class Pipeline:
             `optim_backend` is `torchao` or `bnb` (bitsandbytes), both also under FSDP2.
         lr_scheduler: called with the optimizer and `total_steps=`; None keeps the rate, which does
             not depend on the number of ranks.
-        max_grad_norm: gradients are clipped to this global norm.
+        max_grad_norm: gradients are clipped to this global norm; None clips nothing.
         log_every: steps between reports.
         metrics_logger: one of the writers in `ditty_di.metrics`, or several; beside a progress bar.
         push_to_hub: the export, as `output_hub_repo`, `private_repo` unless False. The token is
@@ -120,7 +121,7 @@ class Pipeline:
         lr: float = 1e-4,
         weight_decay: float = 0.01,
         lr_scheduler: Callable[..., Any] | None = None,
-        max_grad_norm: float = 1.0,
+        max_grad_norm: float | None = 1.0,
         log_every: int = 10,
         metrics_logger: Writer | Sequence[Writer] = (),
         push_to_hub: bool = False,
@@ -256,7 +257,7 @@ class Pipeline:
                 "dataloader": loader,
                 "steps": steps,
                 "global_batch_size": global_batch_size,
-                "max_norm": self.max_grad_norm,
+                "max_norm": math.inf if self.max_grad_norm is None else self.max_grad_norm,
                 "grad_scaler": torch.amp.GradScaler(
                     runtime.device.type, enabled=dtype == "float16"
                 ),

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ditty_di.losses.cross_entropy import CrossEntropyLoss
-from ditty_di.processors.base import as_contract, contract_of_class, snake_case
+from ditty_di.processors.base import (
+    as_contract,
+    contract_of_class,
+    given_arguments,
+    snake_case,
+)
 from ditty_di.processors.context import Context, MissingKey
 from ditty_di.processors.contracts import Contract
 from ditty_di.processors.outputs import predicted
@@ -24,7 +29,10 @@ postprocessor"""
 
 @dataclass
 class LossOutput:
-    """A loss, shape `[]`, and numbers to report: both means over what the batch weighs."""
+    """A loss, shape `[]`, and numbers to report: both means over what the batch weighs.
+
+    `loss` and `grad_norm` are what the trainer reports; a metric of that name is not seen.
+    """
 
     loss: Tensor
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +63,11 @@ class LossCalculator(nn.Module):
     #: The text in a class; in an object, the `Contract` or None.
     contract: Any = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        object.__setattr__(self, "_given", given_arguments(cls, args, kwargs))
+        return self
+
     def __init__(
         self,
         *,
@@ -71,7 +84,8 @@ class LossCalculator(nn.Module):
         self.target_key, self.mask_key = target_key, mask_key
         self.name = name or snake_case(type(self).__name__)
         keys = {"output_index": output_index, "target_key": target_key, "mask_key": mask_key}
-        self.contract = as_contract(contract) or contract_of_class(type(self), keys)
+        given = {**vars(self)["_given"], **keys}
+        self.contract = as_contract(contract) or contract_of_class(type(self), given)
 
     @classmethod
     def contract_for(
@@ -91,15 +105,14 @@ class LossCalculator(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no compute(model_output, ctx)")
 
     def weight(self, ctx: Context) -> Tensor:
-        """How much the batch counts, shape `[]`; here its rows.
+        """How much the batch counts, shape `[]`; here its rows, as the loader gave them.
 
-        Called before the model runs, so a target that a postprocessor writes is not there yet; its
-        rows are then taken to be those of the model's input.
+        Called before the model runs and again with the loss: what it reads must not be changed
+        behind the model.
         """
-        target = ctx.get(self.target_key)
-        if target is None or not getattr(target, "shape", ()):
-            target = ctx["original_batch"][0]["input"]
-        return torch.tensor(len(target), dtype=torch.int64)
+        inputs, _ = ctx.get("original_batch", ({}, None))
+        rows = inputs["input"] if "input" in inputs else ctx.at(self.target_key)
+        return torch.tensor(len(rows), dtype=torch.int64)
 
     def get_prediction(self, model_output: Any, ctx: Context | None = None) -> Any:
         """What `output_index` means; a postprocessor's output counts as the model's."""
@@ -143,6 +156,14 @@ class LossCalculator(nn.Module):
         """This batch's share of the mean over `global_count`, and of each metric; shapes `[]`."""
         ctx = as_context(labels)
         computed = self.compute(output, ctx)
+        if not isinstance(computed, LossOutput) or computed.loss.dim():
+            found = type(computed).__name__
+            if isinstance(computed, LossOutput):
+                found = f"a loss of shape {list(computed.loss.shape)}"
+            raise TypeError(
+                f"{self.name}.compute returned {found}; it must return LossOutput(loss, metrics), "
+                f"the loss a mean of shape []"
+            )
         share = self.share(ctx, global_count)
         return computed.loss * share, {
             name: torch.as_tensor(value, device=share.device).detach() * share

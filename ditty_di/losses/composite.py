@@ -121,10 +121,8 @@ _PART = "part_"
 
 def part_metrics(called: str, loss: Tensor, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A part's metrics under its name."""
-    return {
-        f"{called}/loss": loss.detach(),
-        **{f"{called}/{key}": value.detach() for key, value in own.items()},
-    }
+    named = {f"{called}/{key}": value.detach() for key, value in own.items()}
+    return {**named, f"{called}/loss": loss.detach()}
 
 
 def _named(losses: Any) -> Iterator[tuple[str, Any, float]]:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditty_di.losses.calculator import LossCalculator, LossOutput
-from ditty_di.processors.base import contract_of_class
 from ditty_di.processors.context import Context
 from ditty_di.processors.contracts import Contract
 
@@ -52,15 +51,6 @@ class DistillationLoss(LossCalculator):
         name: str | None = None,
         contract: str | Contract | None = None,
     ) -> None:
-        if contract is None:
-            given = {
-                "output_index": output_index,
-                "target_key": target_key,
-                "mask_key": mask_key,
-                "teacher_key": teacher_key,
-                "labels": labels,
-            }
-            contract = contract_of_class(type(self), given)
         super().__init__(
             output_index=output_index,
             target_key=target_key,

@@ -64,7 +64,7 @@ class Processor(ABC):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # Here and not in `__init__`, so that a class which does not call it (a dataclass) has them.
         self = super().__new__(cls)
-        given = _arguments(cls, args, kwargs)
+        given = given_arguments(cls, args, kwargs)
         values = {"name": snake_case(cls.__name__), "contract": contract_of_class(cls, given)}
         for key, value in {**values, "_given": given}.items():
             object.__setattr__(self, key, value)  # a module would want to be initialised first
@@ -106,7 +106,8 @@ class PostProcessor(Processor):
         """The output for the next stage, and the context."""
 
 
-def _arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def given_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What `cls(*args, **kwargs)` is given, by name."""
     try:
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)  # type: ignore[misc]
     except (TypeError, ValueError):  # calling `__init__` will say what is wrong with them

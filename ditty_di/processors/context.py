@@ -36,6 +36,8 @@ class Context(dict[str, Any]):
 
     #: What is known of this batch while contracts are checked against its tensors.
     checks: Any = None
+    #: The model's inputs, and what the loss counted of the batch, before the model runs.
+    counted: Any = None
 
     def __missing__(self, key: str) -> Any:
         known = ", ".join(map(str, self)) or "nothing"
@@ -101,5 +103,5 @@ class Context(dict[str, Any]):
         context = Context({key: move(value) for key, value in self.items()})
         if "device" in self:
             context["device"] = device
-        context.checks = self.checks
+        context.checks, context.counted = self.checks, self.counted
         return context

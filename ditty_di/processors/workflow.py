@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ditty_di.processors.chain import Report, Stage, examine
+from ditty_di.processors.chain import POST, PRE, Report, Stage, examine
 from ditty_di.processors.context import Context
 from ditty_di.processors.contracts import Contract
 from ditty_di.processors.picture import drawn
@@ -17,12 +17,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ditty_di.processors.base import PostProcessor, PreProcessor
-    from ditty_di.protocols import Batch, Loss
+    from ditty_di.protocols import Batch, Loss, Stateful
 
 NO_PAIR = """\
 {name}.process returned {found}; it must return (batch, ctx), and a preprocessor may return None \
 to reject the batch"""
 
+NO_KWARGS = """\
+the preprocessors left forward_kwargs={found} in the context; it must be a mapping of the model's \
+other arguments, without "input", which is the batch. Return the context that process was given"""
+WEIGHT_CHANGED = """\
+a postprocessor has changed what the batch weighs in the loss, from {before} to {now}: that is \
+counted before the model runs, over the whole window, so let a preprocessor write the target, its \
+labels to ignore and its mask"""
 SPLIT_SEQUENCES = """\
 with runtime.cp > 1 each rank has a part of every sequence, and what processors make of a whole \
 batch cannot be split; use cp=1"""
@@ -40,7 +47,8 @@ class Processors:
         preprocessors: Sequence[PreProcessor] = (),
         postprocessors: Sequence[PostProcessor] = (),
     ) -> None:
-        self.preprocessors, self.postprocessors = tuple(preprocessors), tuple(postprocessors)
+        self.preprocessors = _several("preprocessors", preprocessors)
+        self.postprocessors = _several("postprocessors", postprocessors)
         self._active = bool(self.preprocessors or self.postprocessors)
         self._checks: TensorChecks | None = None
 
@@ -89,10 +97,13 @@ class Processors:
         if result is None:
             return None
         value, ctx = result
+        kwargs = ctx.get("forward_kwargs")
+        if not isinstance(kwargs, Mapping) or "input" in kwargs:
+            raise TypeError(NO_KWARGS.format(found=f"{kwargs!r:.80}"))
         if checks is not None and on is not None:
             on.takes(checks.model, value, ctx)
             ctx.checks, checks.done = on, True
-        return {"input": value, **ctx["forward_kwargs"]}, ctx
+        return {"input": value, **kwargs}, ctx
 
     def finish(self, output: Any, ctx: Any) -> Any:
         """The model's output as the loss gets it; postprocessors may have written into `ctx`.
@@ -119,6 +130,21 @@ class Processors:
             on.takes(checks.loss, output, ctx)
             ctx.checks = None
         return output
+
+    def states(self) -> dict[str, Stateful]:
+        """What a checkpoint holds of those that have a state, as `preprocessor_<name>` or
+        `postprocessor_<name>` (of equal names the second has `_2`); on all ranks it is the same."""
+        found: dict[str, Any] = {}
+        for kind, several in ((PRE, self.preprocessors), (POST, self.postprocessors)):
+            for processor in several:
+                if not (hasattr(processor, "state_dict") and hasattr(processor, "load_state_dict")):
+                    continue
+                key, n = f"{kind}_{processor.name}", 1
+                while (name := key if n == 1 else f"{key}_{n}") in found:
+                    n += 1
+                if processor.state_dict():
+                    found[name] = processor
+        return found
 
     def before(self, loss_fn: Loss) -> Loss:
         """The loss as the trainer calls it: it takes what the postprocessors leave."""
@@ -166,6 +192,20 @@ class Processors:
         self._active = True
 
 
+def _several(slot: str, processors: Any) -> tuple[Any, ...]:
+    """Raises TypeError for what is no sequence of processors."""
+    if hasattr(processors, "process") or not isinstance(processors, Iterable):
+        raise TypeError(f"{slot}: it must be a list of processors; got {processors!r:.80}")
+    found = tuple(processors)
+    for n, processor in enumerate(found):
+        if isinstance(processor, type) or not hasattr(processor, "process"):
+            raise TypeError(
+                f"{slot}.{n}: {processor!r:.80} is no processor; give an object of a class that "
+                f"inherits from ditty_di.processors.PreProcessor or PostProcessor"
+            )
+    return found
+
+
 class _Finished:
     """A loss behind postprocessors.
 
@@ -173,17 +213,28 @@ class _Finished:
     """
 
     def __init__(self, processors: Processors, loss_fn: Loss) -> None:
-        self._finish, self._loss_fn = processors.finish, loss_fn
+        self._processors, self._loss_fn = processors, loss_fn
         self._takes_context = getattr(loss_fn, "takes_context", False)
 
     def count(self, batch: Batch, /) -> Tensor:
         inputs, ctx = batch
-        return self._loss_fn.count((inputs, self._labels(ctx)))
+        assert isinstance(ctx, Context)
+        count = self._loss_fn.count((inputs, self._labels(ctx)))
+        ctx.counted = inputs, count
+        return count
 
     def __call__(
         self, output: Any, ctx: Any, global_count: Tensor, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        output = self._finish(output, ctx)
+        before = _versions(ctx) if self._processors.postprocessors else {}
+        output = self._processors.finish(output, ctx)
+        # What is new could not be counted. A second count waits for the device, so it is for those
+        # alone who have changed something.
+        if ctx.counted is not None and not before.items() <= _versions(ctx).items():
+            inputs, count = ctx.counted
+            now = self._loss_fn.count((inputs, self._labels(ctx)))
+            if not count.equal(now):
+                raise ValueError(WEIGHT_CHANGED.format(before=count.tolist(), now=now.tolist()))
         return self._loss_fn(output, self._labels(ctx), global_count)
 
     def _labels(self, ctx: Any) -> Any:
@@ -219,6 +270,14 @@ def _run(
         if on is not None:
             on.gives(stages[n], value, ctx)
     return value, ctx
+
+
+def _versions(ctx: Context) -> dict[str, tuple[int, Any]]:
+    """Which objects a context holds, and how often tensors among them were changed in place."""
+    return {
+        key: (id(value), value._version if hasattr(type(value), "_version") else 0)
+        for key, value in ctx.items()
+    }
 
 
 def _moved(value: Any, device: torch.device) -> Any:

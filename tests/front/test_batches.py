@@ -10,7 +10,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler, default_collate
 
 from ditty_di.data import Loader
+from ditty_di.front import ModelFactory, Pipeline
 from ditty_di.front.batches import Pairs, dataloader
+from ditty_di.processors import ContractError
 
 ROWS = [(torch.full((3,), float(i)), torch.tensor(i)) for i in range(10)]
 
@@ -117,3 +119,32 @@ def test_what_is_a_loader_stays_itself():
     for own in (factory, loader, DataLoader(ROWS)):
         with pytest.raises(TypeError, match="collates by itself"):
             made(own, collate_fn=default_collate)
+
+
+def test_labels_are_one_tensor():
+    y = torch.ones(4)
+    with pytest.raises(TypeError, match=r"its labels are a tuple and no tensor; .*as"):
+        Pairs(lambda rows: (torch.ones(4, 3), (y, y)))([])
+
+
+class Collate:
+    contract = "-> input:3:f | ctx.target:2:f"
+
+    def __call__(self, rows):
+        return torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])
+
+
+def test_the_contract_of_a_collation_counts():
+    rows = [(torch.ones(4), torch.ones(3)) for _ in range(8)]
+    factory = ModelFactory.from_instance(torch.nn.Linear(4, 3))
+    with pytest.raises(
+        ContractError, match=r"loader .*gives input: expected rank 3.* found rank 2"
+    ):
+        Pipeline(
+            factory,
+            rows,
+            collate_fn=Collate(),
+            max_steps=1,
+            max_grad_norm=None,
+            trainer_kwargs={"contracts": "runtime"},
+        ).run()
