@@ -216,7 +216,7 @@ def place_processors(
                     f"loss have them, or freeze them by requires_grad_(False)"
                 )
             processor.to(runtime.device)
-    if report.unchecked and runtime.rank == 0:
+    if report.unchecked and "loader" in around and runtime.rank == 0:
         stages = ", ".join(map(str, report.unchecked))
         log.info("not checked, for they have no contract: %s (task=check draws them all)", stages)
     return processors

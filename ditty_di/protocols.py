@@ -225,6 +225,14 @@ class Metrics(Protocol):
     def close(self) -> None: ...
 
 
+#: What a callback has (`ditty_di.callbacks.Callback`): the moments at which it is called, in their
+#: order, and what it has to tell at the end.
+CALLBACK_METHODS = (
+    *("train_start", "step_end", "validation_end", "checkpoint_saved", "train_end"),
+    "report",
+)
+
+
 class Training(Protocol):
     """What a callback may use of the trainer that calls it."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ditty_di.protocols import CALLBACK_METHODS
+
 if TYPE_CHECKING:
     from ditty_di.protocols import Stateful, Training
-
-MOMENTS = ("train_start", "step_end", "validation_end", "checkpoint_saved", "train_end")
 
 
 class Callback:
@@ -53,10 +53,9 @@ class Callbacks:
             )
         self.named = {name: callback for name, callback in named.items() if callback is not None}
         for name, callback in self.named.items():
-            methods = (*MOMENTS, "report")
             if isinstance(callback, type):
                 raise TypeError(f"callbacks.{name}: {callback.__name__} is a class; call it")
-            if lacking := [m for m in methods if not callable(getattr(callback, m, None))]:
+            if lacking := [m for m in CALLBACK_METHODS if not callable(getattr(callback, m, None))]:
                 raise TypeError(
                     f"callbacks.{name}: {callback!r} has no {', '.join(lacking)}; let it inherit "
                     f"from ditty_di.callbacks.Callback, whose methods do nothing"

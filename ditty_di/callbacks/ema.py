@@ -126,7 +126,8 @@ class EMA(Callback):
     def _started(self) -> dict[str, Tensor]:
         if not self._averages:
             raise RuntimeError(
-                "EMA: there are no averages before train_start(trainer); let the trainer have "
-                "it in its callbacks, or call start(model_parts)"
+                "EMA: there are no averages: they are made while a trainer that has it among its "
+                "callbacks trains, and task=export does not read them from a checkpoint "
+                "(export.ema=null takes the weights)"
             )
         return self._averages

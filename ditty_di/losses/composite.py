@@ -35,6 +35,7 @@ class CompositeLoss(nn.Module):
 
     takes_context = True
     contract: Any = None
+    parts_argument = "losses"
 
     def __init__(
         self,

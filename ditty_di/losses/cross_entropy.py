@@ -53,7 +53,13 @@ class CrossEntropyLoss(nn.Module):
         self, output: Any, labels: Tensor, global_count: Tensor, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed cross-entropy over `global_count`, shape `[]`, in float32."""
-        logits = self._logits(output)
+        try:
+            logits = self._logits(output)
+        except AttributeError as error:
+            raise LookupError(
+                f"loss: the model returned {type(output).__name__}, and {error}; write in `output` "
+                f"what it calls its logits, or null where it returns them"
+            ) from None
         if self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
         loss = F.cross_entropy(

@@ -18,7 +18,9 @@ class ElementwiseLoss(LossCalculator):
 
     Prediction and target have one shape. A mask has as many dimensions, each of the same size or
     1: with `[batch, seq, 1]` on `[batch, seq, 5]` each position counts five elements. It is 0 where
-    nothing counts (the target may be NaN there), and may hold weights.
+    nothing counts (the target may be NaN there), and may hold weights. Without a mask everything
+    counts, also rows with which a loader fills up the last batch: `ditty_di.processors.KeepInput`
+    and `ditty_di.diffusion.ClassLabels` write a mask that leaves them out.
     """
 
     metric = "loss"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ditty_di._graph.errors import ConfigError, Problem, keys
+from ditty_di._graph.targets import locate
 from ditty_di.processors.chain import POST, PRE, Report, Stage, examine
-from ditty_di.processors.stages import argument, pipeline
+from ditty_di.processors.stages import argument, is_node, pipeline
 from ditty_di.processors.workflow import SPLIT_SEQUENCES
+from ditty_di.protocols import CALLBACK_METHODS
 
 
 def check(graph: Any, root: str = "trainer", *, strict: bool = False) -> Report:
@@ -25,17 +27,39 @@ def check(graph: Any, root: str = "trainer", *, strict: bool = False) -> Report:
     wrong = [(p.stage, str(p)) for p in (*found.problems, *(found.unproven if strict else ()))]
     if (argument(_slot(graph, root, "runtime"), "cp") or 1) > 1:
         wrong += [(s, f"{s}: {SPLIT_SEQUENCES}") for s in chain if s.kind in (PRE, POST)]
-    if wrong:
-        raise ConfigError(
-            Problem(stage.key, message, written_at(graph, stage.key)) for stage, message in wrong
-        )
+    problems = [Problem(s.key, message, written_at(graph, s.key)) for s, message in wrong]
+    for name in ("preprocessors", "postprocessors"):
+        for n, value in enumerate(_slot(graph, root, name) or ()):
+            problems += _unfit(graph, f"{root}.{name}.{n}", value, ("process",))
+    for name, value in (_slot(graph, root, "callbacks") or {}).items():
+        if value is not None:
+            problems += _unfit(graph, f"{root}.callbacks.{name}", value, CALLBACK_METHODS)
+    if (argument(_slot(graph, root, "runtime"), "pp") or 1) > 1 and not _slot(
+        graph, root, "pipeline_fn"
+    ):
+        message = "runtime.pp > 1 needs a function that splits the model"
+        problems.append(Problem(f"{root}.pipeline_fn", message, graph.where(root) or ""))
+    if problems:
+        raise ConfigError(problems)
     return found
+
+
+def _unfit(graph: Any, key: str, value: Any, methods: tuple[str, ...]) -> list[Problem]:
+    """What is wrong with a value that has to become an object with these methods."""
+    target = locate(str(value["_target_"])) if is_node(value) else None
+    lacking = [m for m in methods if isinstance(target, type) and not hasattr(target, m)]
+    if target is not None and not lacking and not value.get("_partial_"):
+        return []
+    found = f"has no {', '.join(lacking)}" if lacking else "is no object of such a class"
+    message = f"{value!r:.60}: {found}; write a node, as {{_target_: my_module.MyClass}}"
+    return [Problem(key, message, written_at(graph, key))]
 
 
 def written_at(graph: Any, key: str) -> str:
     """Where the stage at a key is written, references followed: its contract, else its target."""
-    names = [int(name) if name.isdecimal() else name for name in key.split(".")]
-    place, node = graph.at(tuple(names))
+    place: tuple[Any, ...] = ()
+    for name in key.split("."):  # one by one, for each may be a reference
+        place, node = graph.at((*place, int(name) if name.isdecimal() else name))
     inner = [name for name in ("contract", "_target_") if isinstance(node, dict) and name in node]
     return graph.where(".".join(map(str, (*place, *inner[:1])))) or ""
 

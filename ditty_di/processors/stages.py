@@ -10,7 +10,8 @@ found, in this order, from
   attribute `contract`: the one that is nearer to the class among its bases.
 
 None of them: unchecked. A class whose objects consist of parts (a composite loss) has a class
-method `parts_for(**arguments)` and its objects an attribute `parts`, both lists of (name, part).
+method `parts_for(**arguments)` and its objects an attribute `parts`, both lists of (name, part);
+`parts_argument` is the argument that they are given in.
 """
 
 from __future__ import annotations
@@ -52,7 +53,12 @@ def pipeline(
     return [
         first,
         *(_stage(PRE, p, f"{dotted}preprocessors.{n}") for n, p in enumerate(preprocessors)),
-        _stage(MODEL, model, f"{dotted}model", model_contract),
+        _stage(
+            MODEL,
+            model,
+            f"{dotted}model_contract" if model_contract else f"{dotted}model",
+            model_contract,
+        ),
         *(_stage(POST, p, f"{dotted}postprocessors.{n}") for n, p in enumerate(postprocessors)),
         _stage(LOSS, loss, f"{dotted}loss_fn"),
     ]
@@ -70,7 +76,9 @@ def _stage(kind: str, value: Any, key: str, contract: Any = None, name: str = ""
         if kind == LOSS:
             at_node = is_node(value)
             inside = _call("parts_for", *_node(value)) if at_node else _attribute(value, "parts")
-        parts = tuple(_stage(kind, part, key, None, part_name) for part_name, part in inside or ())
+            within = getattr(_node(value)[0] if at_node else value, "parts_argument", None)
+            inner = f"{key}.{within}" if within else key
+            parts = tuple(_stage(kind, p, inner, None, called) for called, p in inside or ())
         found = as_contract(contract) or found
     except (ValueError, TypeError, TargetError) as failure:
         error = str(failure)
@@ -118,7 +126,7 @@ def contract_of(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> Contra
         ContractError: there is one, and it cannot be read.
     """
     arguments = _arguments(target, kwargs)
-    if isinstance(arguments.get("contract"), str | Contract):
+    if arguments.get("contract") is not None:
         return as_contract(arguments["contract"])
     return contract_of_class(target, arguments) if inspect.isclass(target) else None
 

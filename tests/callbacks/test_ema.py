@@ -100,7 +100,7 @@ def test_wrong_use_is_named():
     with pytest.raises(ValueError, match="decay=1"):
         EMA(1)
     for use in (EMA().state_dict, EMA().update, EMA().swap().__enter__):
-        with pytest.raises(RuntimeError, match="before train_start"):
+        with pytest.raises(RuntimeError, match="there are no averages"):
             use()
 
 

@@ -39,7 +39,7 @@ def test_problems_name_key_and_line():
     graph.where = lambda key: f"somewhere.yaml:7 ({key})"
     with pytest.raises(ConfigError) as caught:
         check(graph)
-    assert "yaml:7 (trainer.loss_fn._target_): trainer.loss_fn: loss mse" in str(caught.value)
+    assert "yaml:7 (parts): trainer.loss_fn.losses: loss mse" in str(caught.value)
     assert "did you mean 'noise'?" in str(caught.value)
 
 

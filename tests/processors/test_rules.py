@@ -21,7 +21,7 @@ from ditty_di.losses import (
 )
 from ditty_di.metrics import Metrics, Validator
 from ditty_di.optim import constant
-from ditty_di.processors import PostProcessor, PreProcessor
+from ditty_di.processors import Context, KeepInput, PostProcessor, PreProcessor
 from ditty_di.runtime import Runtime
 from ditty_di.trainer import Trainer
 from tests.distributed.cases import Recorder
@@ -198,3 +198,14 @@ def test_what_a_loss_must_compute_is_said(runtime, returned):
 
     with pytest.raises(TypeError, match=r"odd.compute returned .*it must return LossOutput"):
         points(loss=Odd())
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_rows_that_only_fill_up_the_last_batch_are_masked(flat):
+    images = torch.randn(3, 1, 2, 2)
+    keep = KeepInput(flat=flat, mask="kept")
+    for target in (torch.tensor([5, -100, 0]), torch.tensor([[5, -100], [-100, -100], [-100, 1]])):
+        _, ctx = keep.process(images, Context(target=target))
+        assert ctx["image"].shape == ((3, 4) if flat else images.shape)
+        assert ctx["kept"].dim() == ctx["image"].dim()
+        assert ctx["kept"].flatten().tolist() == [True, False, True]

@@ -175,7 +175,10 @@ def test_a_text_that_cannot_be_read_is_one_problem_among_others():
         key="trainer",
     )
     report = examine(stages)
-    assert [p.stage.key for p in report.problems] == ["trainer.preprocessors.0", "trainer.model"]
+    assert [p.stage.key for p in report.problems] == [
+        "trainer.preprocessors.0",
+        "trainer.model_contract",
+    ]
     assert "^" in str(report.problems[0])
     assert [p.entry for p in report.unproven] == ["z:1"]
 

@@ -158,3 +158,40 @@ def test_every_change_to_what_a_stage_gives_is_found(experiment):
 def test_a_model_that_does_not_fit_is_found(checked, experiment, contract, message):
     with pytest.raises(ConfigError, match=message):
         checked(experiment, f"trainer: {{model_contract: '{contract}'}}\n")
+
+
+class NoProcess:
+    pass
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("trainer: {preprocessors: [mine.Scale]}", r"preprocessors.0: 'mine.Scale': is no object"),
+        ("trainer: {postprocessors: [null]}", r"postprocessors.0: None: is no object"),
+        (
+            f"trainer: {{preprocessors: [{{_target_: {__name__}.NoProcess}}]}}",
+            r"preprocessors.0: .*has no process; write a node",
+        ),
+        ("trainer: {callbacks: {mine: ema}}", r"callbacks.mine: 'ema': is no object of such"),
+        (
+            f"trainer: {{callbacks: {{mine: {{_target_: {__name__}.NoProcess}}}}}}",
+            r"callbacks.mine: .*has no train_start, step_end",
+        ),
+        ("runtime: {pp: 2}", r"trainer.pipeline_fn: runtime.pp > 1 needs a function"),
+        (
+            "trainer: {preprocessors: [{_target_: ditty_di.diffusion.DDPM, contract: 5, "
+            "schedule: 1, prediction: 2}]}",
+            r"a contract is text such as .*; got 5",
+        ),
+    ],
+)
+def test_what_is_no_part_of_a_pipeline_is_found(checked, lines, message):
+    with pytest.raises(ConfigError, match=message):
+        checked("classification", f"{lines}\n")
+
+
+def test_a_part_of_a_composite_is_found_where_its_list_is_written(checked):
+    lines = "loss:\n  losses:\n    - - {_target_: ditty_di.losses.MSELoss, target_key: imgae}\n"
+    with pytest.raises(ConfigError, match=r"own.yaml:4: .*mse_loss: ctx.imgae:n:f: nothing before"):
+        checked("two_heads", f"{lines}      - 1.0\n")
