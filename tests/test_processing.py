@@ -369,6 +369,21 @@ def stopping(small, folder, patience, **slots):
     return result["status"], result["step"], bool(result["stopped"])
 
 
+def test_averages_are_read_out_of_a_checkpoint(small, tmp_path):
+    ema = EMA(0.9)
+    keep = partial(Checkpointer, str(tmp_path), every=None)
+    trainer, _ = small(callbacks={"mean": ema}, checkpointer=keep, steps=3)
+    trainer.train()
+    trainer.close()
+    model = TwoHeads().to("meta").to_empty(device="cpu")
+    from_checkpoint(model, device=torch.device("cpu"), path=tmp_path, averages="mean")
+    averages = ema.state_dict()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, averages[f"averages.{name}"]), name
+    with pytest.raises(CheckpointError, match=r"no averages of a callback 'ema'; .* it has mean"):
+        from_checkpoint(model, device=torch.device("cpu"), path=tmp_path, averages="ema")
+
+
 def test_averages_may_take_the_place_of_the_weights_at_the_end(small):
     ema = EMA(0.9, apply_at_end=True)
     trainer, _ = small(callbacks={"ema": ema}, steps=3)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ditty_di.protocols import WeightsFn
 
-__all__ = ["from_checkpoint", "latest", "load_loss", "load_model", "read_base"]
+__all__ = ["from_checkpoint", "latest", "load_averages", "load_loss", "load_model", "read_base"]
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ def from_checkpoint(
     path: str | Path,
     initialize: WeightsFn | None = None,
     check_base: bool = True,
+    averages: str | None = None,
 ) -> None:
     """Fills a model from a checkpoint: for the `weights` slot.
 
@@ -123,9 +124,11 @@ def from_checkpoint(
         initialize: called first, for what no checkpoint has (buffers that are not saved, such as
             rotary frequencies), and for the base of a checkpoint that holds adapters only.
         check_base: refuse adapters of another base than `initialize` reads.
+        averages: the name of a callback that averaged weights (`ditty_di.callbacks.EMA`), whose
+            averages are taken instead of the weights.
 
     Raises:
-        CheckpointError: see `load_model`; another base, or none that says what it is.
+        CheckpointError: see `load_model`; another base, or none that says what it is; no averages.
     """
     there = read_base(path)
     if there is not None and check_base:
@@ -133,6 +136,46 @@ def from_checkpoint(
     if initialize is not None:
         initialize(model, device=device)
     load_model(path, model)
+    if averages is not None:
+        load_averages(path, model, callback=averages)
+
+
+def load_averages(path: str | Path, model: nn.Module, *, callback: str = "ema") -> None:
+    """Reads the averages that a callback made of the model's weights, in their place.
+
+    Args:
+        path: see `load_model`.
+        model: its parameters have memory; frozen ones, which have no averages, stay as they are.
+        callback: its name in the trainer's `callbacks`.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or no averages of such a callback in it.
+    """
+    import torch
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    from ditty_di.checkpoint.entries import saved_entries
+    from ditty_di.models.weights import local
+    from ditty_di.names import canonical_fqn
+
+    checkpoint = _find(Path(path).expanduser())
+    read_manifest(checkpoint)
+    entries = saved_entries(checkpoint)
+    saved = entries.get(f"callback_{callback}", {})
+    weights = {f"averages.{canonical_fqn(name)}": p for name, p in model.named_parameters()}
+    read: dict[str, Any] = {
+        key: torch.empty_like(p, dtype=torch.float32) for key, p in weights.items() if key in saved
+    }
+    if not read:
+        callbacks = [name.removeprefix("callback_") for name in entries if "callback_" in name]
+        raise CheckpointError(
+            f"{checkpoint} has no averages of a callback {callback!r}; of callbacks it has "
+            f"{', '.join(callbacks) or 'nothing'}"
+        )
+    _read(FileSystemReader(checkpoint), {f"callback_{callback}": read})
+    with torch.no_grad():
+        for key, average in read.items():
+            local(weights[key]).copy_(local(average))
 
 
 def read_base(path: str | Path) -> dict[str, Any] | None:

@@ -59,7 +59,10 @@ class ModelFactory:
 
     @classmethod
     def from_instance(cls, model: nn.Module, **changes: Any) -> ModelFactory:
-        """A model that there is; it is changed in place. `changes` as for the class."""
+        """A model that there is; it is changed in place, for good: also by a pipeline's 16 bits.
+
+        `changes` as for the class.
+        """
         return cls(lambda **_: (model, None), **changes)
 
     @classmethod
