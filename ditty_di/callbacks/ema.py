@@ -126,7 +126,8 @@ class EMA(Callback):
     def _started(self) -> dict[str, Tensor]:
         if not self._averages:
             raise RuntimeError(
-                "EMA: there are no averages: they are made while a trainer trains that has it in its "
-                "callbacks. Those of a checkpoint: task=export averages=ema export.ema=null"
+                "EMA: there are no averages; they are made while a trainer trains that has it "
+                "among its callbacks. Those of a checkpoint: task=export averages=ema "
+                "export.ema=null"
             )
         return self._averages
