@@ -331,6 +331,7 @@ def test_the_stop_file_stops(tmp_path):
     "slots, message",
     [
         ({"steps": 0}, "trainer.steps=0"),
+        ({"max_norm": 0}, "trainer.max_norm=0 must be above 0"),
         ({"global_batch_size": 12}, r"global_batch_size=12 is no multiple of 8"),
         ({"global_batch_size": 0}, r"global_batch_size=0"),
         ({"model": tiny_llama(), "weights": None}, "weights: the model is on the meta device"),
