@@ -190,8 +190,7 @@ class Trainer(Stepping):
                 runtime=runtime,
                 prepare=self.prepare,
             )
-        placed = (loss_fn, *self.processors.preprocessors, *self.processors.postprocessors)
-        self.around = [part for part in placed if isinstance(part, nn.Module)]
+        self.around = (loss_fn, *self.processors.preprocessors, *self.processors.postprocessors)
         self.train_context = dist_utils.get_spmd_context(parallel_dims=self.parallel_dims)
         self.gc_every = gc_every
 
@@ -222,6 +221,8 @@ class Trainer(Stepping):
             if self.stopped or exhausted:
                 log.warning("ended after step %d: %s", self.step, self.stopped or "no more data")
             self._save(force=True)
+            if self.checkpointer:
+                self.checkpointer.maybe_wait_for_staging()  # a callback may change the weights
             self.callbacks.call("train_end", self)
         except BaseException:
             self.metrics_processor.close()  # what was measured until then is worth the most now

@@ -12,3 +12,13 @@ def own_process_group():
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def runtime():
+    """One rank, seed 0; tests that want another make their own."""
+    from ditty_di.runtime import Runtime
+
+    runtime = Runtime(seed=0)
+    yield runtime
+    runtime.close()

@@ -16,7 +16,6 @@ from ditty_di.losses import (
     CrossEntropyLoss,
 )
 from ditty_di.processors import ContractError, PreProcessor
-from ditty_di.runtime import Runtime
 from ditty_di.tasks.evaluate import evaluate
 from tests.distributed.cases import make_trainer
 from tests.distributed.processing import (
@@ -31,13 +30,6 @@ from tests.distributed.processing import (
     make,
     uncertain,
 )
-
-
-@pytest.fixture
-def runtime():
-    runtime = Runtime(seed=0)
-    yield runtime
-    runtime.close()
 
 
 @pytest.fixture

@@ -42,8 +42,27 @@ class PaddedCollate:
         return {"input": inputs}, labels
 
 
+class _Documents:
+    """The contract of batches that tell documents apart by their positions."""
+
+    varlen: bool
+
+    @classmethod
+    def contract_for(cls, *, varlen: bool = True, **others: Any) -> str:
+        more = ", ".join(
+            f"{name}_{of}:{form}"
+            for name, form in (("cu_seq_lens", "1:i32"), ("max_length", "0:i64"))
+            for of in "qk"
+        )
+        return f"-> input:2:i64, position_ids:2:i64{f', {more}' * varlen} | ctx.target:2:i64"
+
+    @property
+    def contract(self) -> str:
+        return self.contract_for(varlen=self.varlen)
+
+
 @dataclass(frozen=True)
-class PaddingFreeCollate:
+class PaddingFreeCollate(_Documents):
     """Rows one after another without any padding: everything is `[1, total]`.
 
     `position_ids` begin at 0 in each row, by which transformers' attention keeps them apart as long
@@ -56,14 +75,6 @@ class PaddingFreeCollate:
     ignore_index: int = -100
     varlen: bool = True
     fills = True
-
-    @classmethod
-    def contract_for(cls, *, varlen: bool = True, **others: Any) -> str:
-        return _documents_contract(varlen)
-
-    @property
-    def contract(self) -> str:
-        return _documents_contract(self.varlen)
 
     def __call__(self, rows: Sequence[Row | None]) -> Batch:
         import torch
@@ -83,7 +94,7 @@ class PaddingFreeCollate:
 
 
 @dataclass(frozen=True)
-class PackedCollate:
+class PackedCollate(_Documents):
     """Rows of `Packed`, which are equally long: everything is `[rows, seq_len]`.
 
     `varlen` as in `PaddingFreeCollate`, over all rows of the micro-batch: without it, transformers'
@@ -91,14 +102,6 @@ class PackedCollate:
     """
 
     varlen: bool = True
-
-    @classmethod
-    def contract_for(cls, *, varlen: bool = True) -> str:
-        return _documents_contract(varlen)
-
-    @property
-    def contract(self) -> str:
-        return _documents_contract(self.varlen)
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         import torch
@@ -174,15 +177,6 @@ def varlen_arguments(position_ids: Tensor) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
-
-
-def _documents_contract(varlen: bool) -> str:
-    more = ", ".join(
-        f"{name}_{of}:{form}"
-        for name, form in (("cu_seq_lens", "1:i32"), ("max_length", "0:i64"))
-        for of in "qk"
-    )
-    return f"-> input:2:i64, position_ids:2:i64{f', {more}' * varlen} | ctx.target:2:i64"
 
 
 def _given(rows: Sequence[Row | None]) -> list[Row]:

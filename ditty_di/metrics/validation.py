@@ -202,11 +202,15 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def evaluating(model_parts: list[nn.Module]) -> Iterator[None]:
-    """Evaluation mode; afterwards every module's own training flag and sharding are back."""
-    flags = [(m, m.training) for part in model_parts for m in part.modules()]
+def evaluating(parts: Iterable[Any]) -> Iterator[None]:
+    """Evaluation mode; afterwards every module's own training flag and sharding are back.
+
+    What is no module is passed over.
+    """
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    flags = [(m, m.training) for part in modules for m in part.modules()]
     try:
-        for part in model_parts:
+        for part in modules:
             part.eval()
         yield
     finally:

@@ -25,7 +25,8 @@ def check(graph: Any, root: str = "trainer", *, strict: bool = False) -> Report:
     chain = stages(graph, root)
     found = examine(chain)
     wrong = [(p.stage, str(p)) for p in (*found.problems, *(found.unproven if strict else ()))]
-    if (argument(_slot(graph, root, "runtime"), "cp") or 1) > 1:
+    runtime = _slot(graph, root, "runtime")
+    if (argument(runtime, "cp") or 1) > 1:
         wrong += [(s, f"{s}: {SPLIT_SEQUENCES}") for s in chain if s.kind in (PRE, POST)]
     problems = [Problem(s.key, message, written_at(graph, s.key)) for s, message in wrong]
     for name in ("preprocessors", "postprocessors"):
@@ -34,9 +35,7 @@ def check(graph: Any, root: str = "trainer", *, strict: bool = False) -> Report:
     for name, value in (_slot(graph, root, "callbacks") or {}).items():
         if value is not None:
             problems += _unfit(graph, f"{root}.callbacks.{name}", value, CALLBACK_METHODS)
-    if (argument(_slot(graph, root, "runtime"), "pp") or 1) > 1 and not _slot(
-        graph, root, "pipeline_fn"
-    ):
+    if (argument(runtime, "pp") or 1) > 1 and not _slot(graph, root, "pipeline_fn"):
         message = "runtime.pp > 1 needs a function that splits the model"
         problems.append(Problem(f"{root}.pipeline_fn", message, graph.where(root) or ""))
     if problems:

@@ -226,11 +226,13 @@ class _Finished:
     def __call__(
         self, output: Any, ctx: Any, global_count: Tensor, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        before = _versions(ctx) if self._processors.postprocessors else {}
+        had = [*ctx.items()] if self._processors.postprocessors else []
+        before = [(key, value, _version(value)) for key, value in had]
         output = self._processors.finish(output, ctx)
+        changed = any(ctx.get(k) is not v or _version(v) != version for k, v, version in before)
         # What is new could not be counted. A second count waits for the device, so it is for those
         # alone who have changed something.
-        if ctx.counted is not None and not before.items() <= _versions(ctx).items():
+        if changed and ctx.counted is not None:
             inputs, count = ctx.counted
             now = self._loss_fn.count((inputs, self._labels(ctx)))
             if not count.equal(now):
@@ -272,12 +274,9 @@ def _run(
     return value, ctx
 
 
-def _versions(ctx: Context) -> dict[str, tuple[int, Any]]:
-    """Which objects a context holds, and how often tensors among them were changed in place."""
-    return {
-        key: (id(value), value._version if hasattr(type(value), "_version") else 0)
-        for key, value in ctx.items()
-    }
+def _version(value: Any) -> int:
+    """How often a tensor was changed in place."""
+    return value._version if hasattr(type(value), "_version") else 0  # type: ignore[no-any-return]
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -22,16 +22,8 @@ from ditty_di.losses import (
 from ditty_di.metrics import Metrics, Validator
 from ditty_di.optim import constant
 from ditty_di.processors import Context, KeepInput, PostProcessor, PreProcessor
-from ditty_di.runtime import Runtime
 from ditty_di.trainer import Trainer
 from tests.distributed.cases import Recorder
-
-
-@pytest.fixture
-def runtime():
-    runtime = Runtime(seed=0)
-    yield runtime
-    runtime.close()
 
 
 class Rewrite(PostProcessor):
