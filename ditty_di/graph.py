@@ -21,10 +21,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ditty_di._graph import early
 from ditty_di._graph.checking import Checked, Checker, Node
 from ditty_di._graph.differences import ABSENT, Difference, difference, flatten
+from ditty_di._graph.early import View
 from ditty_di._graph.errors import BuildError, ConfigError, Place, Problem, dotted, is_node, keys
 from ditty_di._graph.provenance import Provenance, Setting, provenance
+from ditty_di._graph.signatures import Signature
 from ditty_di._graph.targets import SPECIAL, TargetError, did_you_mean, is_refused_object, locate
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "Problem",
     "Provenance",
     "Setting",
+    "View",
     "difference",
     "flatten",
     "provenance",
@@ -154,12 +158,67 @@ class Graph:
 
     # ------------------------------------------------------------------------------ checking
     def check(self, root: str) -> Checked:
-        """Imports every target that `root` reaches and binds every signature; builds nothing.
+        """Import every target that `root` reaches, bind every signature, and call each target's
+        `validate` with the arguments that are known; builds nothing.
 
         Raises:
             ConfigError: everything that is wrong, at once.
         """
         return self._walked(root, imports=True)
+
+    def rehearse(self, root: str) -> list[str]:
+        """Call the `rehearse(build)` of every node that `root` reaches, which builds what it needs
+        of its own arguments; return their warnings, each with the key of its node.
+
+        Raises:
+            ConfigError: everything that would fail, at once.
+        """
+        problems: dict[Problem, None] = {}
+        warnings: list[str] = []
+        for key, node in self.nodes(root).items():
+            place = self._find(key)
+            try:
+                rehearsal = early.rehearsal(locate(node.target))
+                if rehearsal is not None:
+                    build = functools.partial(self._argument, place)
+                    warnings += [f"{key}: {line}" for line in rehearsal(build) or ()]
+            except ConfigError as error:
+                problems.update(dict.fromkeys(error.problems))
+            except Exception as error:
+                told = self.complaint(place, node.target, error)
+                problems.update(dict.fromkeys(told.problems))
+        if problems:
+            raise ConfigError(problems)
+        return list(dict.fromkeys(warnings))
+
+    def _argument(self, place: Place, name: str) -> Any:
+        """What a node is given as `name`, or the default of its signature."""
+        node = self.at(place)[1]
+        if name in node:
+            return self._build((*place, name))
+        signature = Signature(locate(self.head(place, node)[0]))
+        if "_args_" in node:
+            given = keys(self.at((*place, "_args_"))[1])
+            found = [n for n in given if signature.positional_name(n) == name]
+            if found:
+                return self._build((*place, "_args_", found[0]))
+        return signature.default(name)
+
+    def complaint(self, place: Place, target: str, error: Exception) -> ConfigError:
+        """What a `validate` or `rehearse` of the node at `place` said, each at the key it is about:
+        the argument that the message names, or what that refers to."""
+        problems: list[Problem] = []
+        for name, text in early.complaints(error):
+            written = place
+            for part in name.split(".") if name else ():
+                try:
+                    written = self._walk(written, [part], written, "")
+                except ConfigError:  # not given: it is said at what should have it
+                    break
+            at = self.origin(written)
+            via = f" (given to {dotted(written)})" if at != written else ""
+            problems += self.error(at, f"{target}: {text}{via}").problems
+        return ConfigError(problems)
 
     def nodes(self, root: str) -> dict[str, Node]:
         """Every node that `root` reaches, by key, in the order met. Imports nothing.
@@ -267,6 +326,17 @@ class Graph:
         return any(self._holds_nodes((*meant, key), (*trail, meant)) for key in keys(value))
 
     # ---------------------------------------------------------------------------- references
+    def origin(self, place: Place) -> Place:
+        """Where the value at `place` is to be corrected: the plain key that it refers to, or
+        `place` itself, also when it refers to an argument of another node, for it may be right
+        there."""
+        try:
+            meant = self.at(place)[0]
+        except ConfigError:
+            return place
+        inside = (meant[:n] for n in range(1, len(meant) + 1))
+        return place if any(is_node(self._written(above)) for above in inside) else meant
+
     def at(self, place: Place) -> tuple[Place, Any]:
         """The place that is meant by what is written at `place`, references followed, and the
         mapping, list or scalar there. Raises ConfigError."""

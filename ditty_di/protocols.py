@@ -4,13 +4,32 @@ A *factory* slot receives a partial (YAML: `_partial_: true`; Python: `functools
 function) that the trainer completes with exactly the arguments written here: positional where the
 protocol says positional (`/`), by keyword where it says keyword (`*`). `Graph.check` reads these
 signatures too, so a typo inside a partial is found before anything is built.
+
+Any target may find its own mistakes early, before anything is built, by two static methods (of a
+class) or attributes (of a function: see `early_checks`):
+
+`validate(*, steps=None, config=None)`: keyword-only parameters named like those of the constructor,
+each with a default that means "not known" (or not given). `Graph.check`, and so `task=check` and
+each start, calls it with the arguments that are known without building: scalars, lists and dicts
+with references resolved, plain defaults of the signature, and `ditty_di.graph.View`s of nodes
+(`.target` the callable, `.arguments` its known arguments). It raises ValueError; a message that
+begins with `name=` or `name: ` is reported at the file and line that set that argument
+(`config.r=0` at a value in it), several such lines each at its own. The constructor calls the same
+function, so that plain Python gets the same message. A class that has a method `validate` already
+names it `validate_arguments`.
+
+`rehearse(build) -> list[str]`: called by `task=check` once all static checks have passed.
+`build("name")` gives the argument `name` of that node, built through the graph (shared objects
+once, defaults of the signature included). It does a cheap, early part of what the constructor or
+the training would do, raises ValueError for what would fail (messages as above) and returns
+warnings. It must not build what touches an accelerator or the process group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +44,24 @@ if TYPE_CHECKING:
     #: `inputs["input"]` is the model's first positional argument (`[batch, seq]` token ids for a
     #: language model); every other entry goes to `forward` under its own name.
     Batch = tuple[dict[str, Tensor], Tensor]
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def early_checks(
+    *,
+    validate: Callable[..., None] | None = None,
+    rehearse: Callable[[Callable[[str], Any]], list[str]] | None = None,
+) -> Callable[[_F], _F]:
+    """Give a function that is used as a target its `validate` and `rehearse`."""
+
+    def attach(function: _F) -> _F:
+        given = {"validate": validate, "rehearse": rehearse}
+        vars(function).update({name: check for name, check in given.items() if check is not None})
+        return function
+
+    return attach
 
 
 class Stateful(Protocol):

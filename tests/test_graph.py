@@ -31,6 +31,7 @@ from ditty_di.graph import (
     flatten,
     provenance,
 )
+from ditty_di.protocols import early_checks
 
 if TYPE_CHECKING:
     from nowhere import Unimportable
@@ -1087,3 +1088,130 @@ print([name for name in ("torch", "hydra", "transformers", "numpy") if name in s
         check=True,
     )
     assert out.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------- a target's own early checks
+class Rows:
+    """Finds its own mistakes: `validate` without building, `rehearse` with a part of it."""
+
+    def __init__(
+        self, path: str = "rows", size: int = 4, *, kinds: Any = (), limit: int = 9
+    ) -> None:
+        self.validate(size=size, limit=limit)
+        self.path, self.size, self.kinds = path, size, kinds
+        made.append("rows")
+
+    @staticmethod
+    def validate(*, size: int = 1, limit: int = 9, kinds: Any = ()) -> None:
+        wrong = []
+        if size < 1 or size > limit:
+            wrong.append(f"size={size}: write 1 to {limit}")
+        for n, kind in enumerate(kinds):
+            if kind.target is Point and kind.arguments.get("x", 0) < 0:
+                wrong.append(f"kinds.{n}.x={kind.arguments['x']}: must not be negative")
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
+    @staticmethod
+    def rehearse(build: Callable[[str], Any]) -> list[str]:
+        path, kinds = build("path"), build("kinds")
+        if not path.endswith("s"):
+            raise ValueError(f"path={path}: there are no such rows")
+        return [f"{len(kinds)} kinds, the first of scale {kinds[0].scale}"] if kinds else []
+
+
+class HasMethods:
+    """Its `validate` is an ordinary method and its `rehearse` is no check: neither is called."""
+
+    def __init__(self, x: int = -1) -> None: ...
+
+    def validate(self, x: int = 0) -> None:
+        raise AssertionError("was called")
+
+    rehearse = None
+
+
+@early_checks(validate=lambda *, n=None: None if n is None or n > 0 else _refuse(f"n={n}: too few"))
+def counted(model: Any, n: int = 1) -> Any:
+    raise AssertionError("was built")
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def early(text: str) -> Graph:
+    return Graph(OmegaConf.create(text), Provenance().add_file("a.yaml", textwrap.dedent(text)))
+
+
+def test_targets_find_their_own_mistakes_where_they_were_written() -> None:
+    graph = early(
+        f"""\
+        size: 20
+        top: {{_target_: {HERE}.Thing, rows: "${{rows}}", part: "${{part}}", fine: "${{fine}}"}}
+        rows:
+          _target_: {HERE}.Rows
+          size: ${{size}}
+          kinds:
+            - _target_: {HERE}.Point
+              _args_: [3]
+            - ${{point}}
+        point: {{_target_: {HERE}.Point, x: -2, yy: 1}}
+        part:
+          _target_: {HERE}.counted
+          _partial_: true
+          n: 0
+        fine: {{_target_: {HERE}.HasMethods}}
+        """
+    )
+    with pytest.raises(ConfigError) as found:
+        graph.check("top")
+    assert [str(p).replace(HERE, "here") for p in found.value.problems] == [
+        "a.yaml:10: point.yy: here.Point: 'yy' is no parameter of it; did you mean 'y'?",
+        "a.yaml:1: size: here.Rows: size=20: write 1 to 9 (given to rows.size)",
+        "a.yaml:10: point.x: here.Rows: kinds.1.x=-2: must not be negative",
+        "a.yaml:14: part.n: here.counted: n=0: too few",
+    ]
+
+
+def test_defaults_and_positional_arguments_are_known_to_validate() -> None:
+    seen: dict[str, Any] = {}
+
+    class Sees:
+        def __init__(self, a: int, b: Any = (1, 2), c: Any = Thing, *, d: int = 3) -> None: ...
+
+        @staticmethod
+        def validate(*, a: Any = "-", b: Any = "-", c: Any = "-", d: Any = "-") -> None:
+            seen.update(a=a, b=b, c=c, d=d)
+
+    globals()["Sees"] = Sees
+    Graph({"x": {"_target_": f"{HERE}.Sees", "_args_": [7]}}).check("x")
+    assert seen == {"a": 7, "b": (1, 2), "c": "-", "d": 3}
+    with pytest.raises(ConfigError, match="needs itself"):  # and no endless look at the arguments
+        Graph({"x": {"_target_": f"{HERE}.Sees", "a": 1, "b": ["${x}"]}}).check("x")
+
+
+def test_a_validate_that_fails_by_itself_is_reported_as_a_problem() -> None:
+    cfg = {"x": {"_target_": f"{HERE}.Rows", "size": {"a": 1}}, "y": "${x}"}
+    with pytest.raises(ConfigError, match=r"x: .*Rows: TypeError"):
+        Graph(cfg).check("y")
+
+
+def test_a_rehearsal_builds_through_the_graph_and_warns() -> None:
+    cfg = {
+        "rows": {"_target_": f"{HERE}.Rows", "kinds": ["${point}"]},
+        "point": {"_target_": f"{HERE}.Point", "x": 1, "scale": 2.0},
+        "top": {"_target_": f"{HERE}.Thing", "rows": "${rows}"},
+    }
+    graph = Graph(cfg)
+    made.clear()
+    assert graph.rehearse("top") == ["rows: 1 kinds, the first of scale 2.0"]
+    assert made == []  # neither the node itself nor who is given it
+    assert graph.build("rows").kinds[0] is graph.build("point")
+
+    cfg["rows"]["path"] = "row"
+    with pytest.raises(ConfigError, match=r"^rows\.path: .*Rows: path=row: there are no such rows"):
+        Graph(cfg).rehearse("top")
+    cfg["rows"]["path"] = {"_target_": f"{HERE}.Explodes"}
+    with pytest.raises(ConfigError, match=r"rows\.path: .*Explodes raised AssertionError"):
+        Graph(cfg).rehearse("top")

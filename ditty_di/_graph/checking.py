@@ -7,9 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ditty_di._graph import early
 from ditty_di._graph.errors import ConfigError, Place, Problem, dotted, is_node, keys
 from ditty_di._graph.signatures import Signature, Slot
 from ditty_di._graph.targets import SPECIAL, TargetError, locate
+
+#: An argument whose value cannot be told without building something, or is wrong already.
+UNKNOWN = object()
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Checker:
         self._read: dict[Place, Signature | None] = {}
         self._trail: list[Place] = []
         self._plain: dict[Place, list[tuple[Place, str]]] = {}
+        self._views: dict[Place, Any] = {}
+        self._misread: set[Place] = set()
 
     def _add(self, error: ConfigError) -> None:
         self.problems.update(dict.fromkeys(error.problems))
@@ -86,6 +92,8 @@ class Checker:
             self._trail.append(place)
             self._arguments(place, node, signature)
             self._trail.pop()
+            if signature is not None:
+                self._validate(place, signature)
 
     def _head(self, place: Place, node: dict[Any, Any]) -> Signature | None:
         key = dotted(place)
@@ -142,5 +150,68 @@ class Checker:
                 known.arguments.extend((dotted((*called, *inner)), key) for inner, key in below)
                 misread = signature.misread(argument, value) if signature else ""
                 if misread:
+                    self._misread.add(at)
                     message = f"{known.target}: {argument!r} {misread}"
                     self._add(self._graph.error(at, message))
+
+    # ------------------------------------------------------------------------ a target's own checks
+    def _validate(self, place: Place, signature: Signature) -> None:
+        """Call the `validate` of a node's target with the arguments that are known."""
+        check = early.validator(signature.target)
+        view = self._view(place) if check else None
+        if check is None or not isinstance(view, early.View):
+            return
+        wanted = early.takes(check)
+        try:
+            check(**{name: value for name, value in view.arguments.items() if name in wanted})
+        except Exception as error:
+            target = self.checked.nodes[dotted(place)].target
+            self._add(self._graph.complaint(place, target, error))
+
+    def _view(self, place: Place) -> Any:
+        """The node at a place with its known arguments; UNKNOWN when it cannot be looked at."""
+        if place not in self._views:
+            self._views[place] = UNKNOWN  # for a node that needs itself
+            signature = self._read.get(place)
+            known = self.checked.nodes.get(dotted(place))
+            if signature is not None and known is not None:
+                given = self._known_arguments(place, signature)
+                arguments = {**signature.plain_defaults(), **given}
+                self._views[place] = early.View(
+                    known.key,
+                    signature.target,
+                    known.partial,
+                    {name: value for name, value in arguments.items() if value is not UNKNOWN},
+                )
+        return self._views[place]
+
+    def _known_arguments(self, place: Place, signature: Signature) -> dict[str, Any]:
+        node = self._graph.at(place)[1]
+        given = {n: self._known((*place, n)) for n in node if n not in SPECIAL}
+        if "_args_" in node:
+            values = self._known((*place, "_args_"))
+            for n, value in enumerate(values if isinstance(values, list) else ()):
+                name = signature.positional_name(n)
+                if name is not None:
+                    given[name] = value
+        return given
+
+    def _known(self, place: Place) -> Any:
+        if place in self._misread:
+            return UNKNOWN
+        try:
+            meant, value = self._graph.at(place)
+        except ConfigError:
+            return UNKNOWN
+        if is_node(value):
+            return self._view(meant)
+        if not isinstance(value, dict | list):
+            return value
+        if meant in self._trail:
+            return UNKNOWN
+        self._trail.append(meant)
+        inside = {key: self._known((*meant, key)) for key in keys(value)}
+        self._trail.pop()
+        if any(v is UNKNOWN for v in inside.values()):
+            return UNKNOWN
+        return inside if isinstance(value, dict) else list(inside.values())

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ditty_di import protocols
+from ditty_di._graph import early
 from ditty_di._graph.targets import SPECIAL, did_you_mean
 
 
@@ -106,6 +107,25 @@ class Signature:
                 nobody = f", and its slot calls {slot}" if slot else ""
                 found.append(Misfit(None, f"needs {', '.join(missing)}{nobody}"))
         return found
+
+    @property
+    def target(self) -> Callable[..., Any]:
+        return self._fn
+
+    def positional_name(self, index: int) -> str | None:
+        """The name of the parameter that takes the positional argument at `index`."""
+        return self._positional[index].name if index < len(self._positional) else None
+
+    def default(self, name: str) -> Any:
+        """The default of a parameter; raises ValueError when it has none."""
+        parameter = next((p for p in self._parameters if p.name == name), None)
+        if parameter is None or parameter.default is parameter.empty:
+            raise ValueError(f"{name}: is not given, and has no default")
+        return parameter.default
+
+    def plain_defaults(self) -> dict[str, Any]:
+        """Parameter name -> default, for defaults that are plain values."""
+        return {p.name: p.default for p in self._parameters if early.plain_default(p)}
 
     def _unknown(self, name: str) -> Misfit | None:
         if name in self._named:

@@ -22,11 +22,14 @@ from ditty_di.graph import (
 )
 
 
-def check(graph: Graph, /, *, root: str = "trainer", strict: bool = False) -> None:
-    """Imports every target and binds every signature that `root` reaches; prints what it did.
+def check(
+    graph: Graph, /, *, root: str = "trainer", strict: bool = False, rehearse: bool = True
+) -> None:
+    """Import every target and bind every signature that `root` reaches; print what was done.
 
     A `root` with a `loss_fn` is a pipeline: the contracts of its stages are followed, and it is
-    drawn. `strict` refuses also what no contract proves.
+    drawn. `strict` refuses also what no contract proves. `rehearse` then has each node try what it
+    can try cheaply (`ditty_di.protocols`), such as reading the first records, and prints warnings.
 
     Raises:
         ConfigError: everything that is wrong, one line each.
@@ -44,6 +47,8 @@ def check(graph: Graph, /, *, root: str = "trainer", strict: bool = False) -> No
         report = configured.check(graph, root, strict=strict)
         print(f"the pipeline of {root}, with what each stage takes -> gives:")
         print(textwrap.indent(drawn(report), "  "))
+    for warning in graph.rehearse(root) if rehearse else ():
+        print(f"warning: {warning}")
 
 
 def explain(graph: Graph, /, *, key: str) -> None:
