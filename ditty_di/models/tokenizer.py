@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,3 +55,61 @@ def from_pretrained(
     if model_max_length is not None:
         tokenizer.model_max_length = model_max_length
     return tokenizer
+
+
+def end_of_turn_ids(tokenizer: Any) -> list[int]:
+    """Return the ids of the tokens that end an assistant turn as the chat template renders it.
+
+    That is the first special token behind the content of the last turn (`<|im_end|>`, `<|eot_id|>`,
+    `</s>`). A template that closes no turn ends it where the next one begins: there it is the first
+    special token of a user's and of a tool's turn (`<|user|>`, `<|observation|>`). Added tokens
+    that are not marked as special are taken where no special one follows.
+
+    Empty without a chat template, and for one that ends turns with plain text. `eos_token_id` is
+    in the list only where the template renders it.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    closing = _first_marker(tokenizer, _behind_answer(tokenizer))
+    opening = [_first_marker(tokenizer, _behind_answer(tokenizer, role)) for role in _NEXT_ROLES]
+    found = [closing] if closing is not None else opening
+    return sorted({token for token in found if token is not None})
+
+
+# Turns that may follow an answer.
+_NEXT_ROLES = ("user", "tool")
+# Words that no template holds by itself, to find the contents in the rendered text.
+_QUESTION, _ANSWER, _NEXT = "qvestion1", "ansver2", "nekst3"
+
+
+def _behind_answer(tokenizer: Any, next_role: str | None = None) -> str:
+    """Return what the template writes behind an answer, up to the next turn's content.
+
+    Empty where the template refuses the conversation or does not write contents as they are.
+    """
+    for content in (str, lambda text: [{"type": "text", "text": text}]):
+        turns = [("user", _QUESTION), ("assistant", _ANSWER)]
+        turns += [(next_role, _NEXT)] if next_role else []
+        messages = [{"role": role, "content": content(text)} for role, text in turns]
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception:  # a template is code: it may raise anything for what it does not take
+            continue
+        _, answered, rest = text.rpartition(_ANSWER)
+        rest, followed, _ = rest.partition(_NEXT) if next_role else (rest, _NEXT, "")
+        if answered and followed:
+            return rest
+    return ""
+
+
+def _first_marker(tokenizer: Any, text: str) -> int | None:
+    """Return the first special token of the text, else the first added one that is no blank."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    words = {i for i, token in added.items() if token.content.strip(" \t\r\n▁")}
+    for markers in (special, words):
+        for token in ids:
+            if token in markers:
+                return int(token)
+    return None

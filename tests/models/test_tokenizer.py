@@ -3,7 +3,7 @@
 import pytest
 
 from ditty_di.data import train_bpe
-from ditty_di.models.tokenizer import from_pretrained
+from ditty_di.models.tokenizer import end_of_turn_ids, from_pretrained
 
 
 @pytest.fixture
@@ -41,3 +41,53 @@ def test_what_cannot_be_used_is_named(folder, tmp_path):
     tokenizer.save_pretrained(tmp_path / "endless")
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         from_pretrained(str(tmp_path / "endless"))
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+OPEN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+PARTS = "{% for m in messages %}{{ m.content[0].text + '<|im_end|>' }}{% endfor %}"
+TWO_ENDS = (
+    "{% for m in messages %}{{ m.content }}"
+    "{% if loop.last %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
+)
+STRICT = (
+    "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}"
+    "{{ raise_exception('only user and assistant') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content | trim }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "ends"),
+    [
+        (CHATML, ["<|im_start|>", "<|im_end|>"], ["<|im_end|>"]),
+        (PARTS, ["<|im_end|>"], ["<|im_end|>"]),
+        (TWO_ENDS, ["<|return|>", "<|end|>"], ["<|return|>"]),
+        # Where the next role's marker ends a turn, a user or a tool may be next.
+        (OPEN, ["<|user|>", "<|tool|>", "<|assistant|>"], ["<|user|>", "<|tool|>"]),
+        (STRICT, ["<|user|>", "<|tool|>", "<|assistant|>"], ["<|user|>"]),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", [], []),
+        (
+            "{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}",
+            ["<|im_end|>"],
+            [],
+        ),
+        ("{{ 1 // 0 }}", [], []),
+        (None, ["<|im_end|>"], []),
+    ],
+)
+def test_the_end_of_an_assistant_turn_is_found_by_rendering(folder, template, tokens, ends):
+    tokenizer = from_pretrained(str(folder), special_tokens=tokens, chat_template=template)
+    assert [tokenizer.decode([i]) for i in end_of_turn_ids(tokenizer)] == ends
+
+
+def test_an_added_token_ends_a_turn_though_it_is_not_special(folder):
+    tokenizer = from_pretrained(str(folder), chat_template=CHATML)
+    tokenizer.add_tokens(["\n", "<|im_end|>"])
+    assert tokenizer.decode(end_of_turn_ids(tokenizer)) == "<|im_end|>"
+    plain = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    tokenizer.chat_template = plain
+    assert end_of_turn_ids(tokenizer) == [], "a line break between turns is no end of one"
