@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
@@ -27,8 +27,9 @@ from ditty_di._graph.differences import ABSENT, Difference, difference, flatten
 from ditty_di._graph.early import View
 from ditty_di._graph.errors import BuildError, ConfigError, Place, Problem, dotted, is_node, keys
 from ditty_di._graph.provenance import Provenance, Setting, provenance
+from ditty_di._graph.refused import identities, is_refused_object, refusal, unsafe_argument
 from ditty_di._graph.signatures import Signature
-from ditty_di._graph.targets import SPECIAL, TargetError, did_you_mean, is_refused_object, locate
+from ditty_di._graph.targets import SPECIAL, TargetError, did_you_mean, locate
 
 __all__ = [
     "ABSENT",
@@ -61,12 +62,20 @@ class Graph:
     Args:
         cfg: an OmegaConf `DictConfig`, or a plain mapping.
         where: `file:line` (or the override) that set a dotted key; see `provenance`.
+        allow_targets: targets that are refused otherwise (`ditty_di._graph.refused`), by name.
     """
 
-    def __init__(self, cfg: Any, where: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self,
+        cfg: Any,
+        where: Callable[[str], str] | None = None,
+        *,
+        allow_targets: Collection[str] = (),
+    ) -> None:
         self._config: Any = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(cfg)
         self._raw: Any = OmegaConf.to_container(self._config, resolve=False)
         self.where: Any = where if where is not None else Provenance()
+        self.allow_targets = frozenset(allow_targets)
         self._resolved: dict[Place, Any] = {}  # strings that OmegaConf resolved
         self._made: dict[Place, Any] = {}  # containers that a resolver made
         self._following: list[Place] = []
@@ -83,7 +92,9 @@ class Graph:
             where = Provenance.of_file(path)
             if (sources := _sources(path)).exists():
                 where.add_saved(json.loads(sources.read_text(encoding="utf-8")))
-            return cls(cfg, where)
+            # Whoever wrote the resolved configuration has checked what it allows.
+            allowed = OmegaConf.select(cfg, "allow_targets") or ()
+            return cls(cfg, where, allow_targets=allowed)
         except Exception as error:
             what = " ".join(str(error).split())
             raise ConfigError(f"cannot read {os.fspath(path)}: {what}") from error
@@ -131,7 +142,7 @@ class Graph:
         with self._inside(place):
             target, partial = self.head(place, node)
             try:
-                fn = locate(target)
+                fn = self.locate(target)
             except TargetError as error:
                 raise self.error((*place, "_target_"), str(error)) from error
             args: list[Any] = []
@@ -141,6 +152,9 @@ class Graph:
                     args = self._build((*place, name))
                 elif name not in SPECIAL:
                     kwargs[name] = self._build((*place, name))
+            unsafe = unsafe_argument(fn, args, kwargs)
+            if unsafe and not self.allows(target, fn):
+                raise self.error(place, refusal(target, unsafe))
             try:
                 made = functools.partial(fn, *args, **kwargs) if partial else fn(*args, **kwargs)
             except Exception as error:
@@ -150,7 +164,7 @@ class Graph:
                     message = f"{message}\n  (built for {trail})"
                 at = self.where(dotted((*place, "_target_")))
                 raise BuildError(Problem(dotted(place), message, at)) from error
-            if not partial and is_refused_object(made):
+            if not partial and is_refused_object(made, self.allow_targets):
                 message = f"{target} gave {type(made).__name__} {made!r:.80}, which is refused"
                 raise self.error(place, f"{message}: it reaches into the interpreter")
         self._objects[place] = made
@@ -178,7 +192,7 @@ class Graph:
         for key, node in self.nodes(root).items():
             place = self._find(key)
             try:
-                rehearsal = early.rehearsal(locate(node.target))
+                rehearsal = early.rehearsal(self.locate(node.target))
                 if rehearsal is not None:
                     build = functools.partial(self._argument, place)
                     warnings += [f"{key}: {line}" for line in rehearsal(build) or ()]
@@ -191,12 +205,20 @@ class Graph:
             raise ConfigError(problems)
         return list(dict.fromkeys(warnings))
 
+    def locate(self, target: str) -> Callable[..., Any]:
+        """Return the callable that a `_target_` of this graph names; raise TargetError."""
+        return locate(target, self.allow_targets)
+
+    def allows(self, target: str, fn: Callable[..., Any]) -> bool:
+        """Return whether `allow_targets` names a target or the place where it is defined."""
+        return not {target, *identities(fn)}.isdisjoint(self.allow_targets)
+
     def _argument(self, place: Place, name: str) -> Any:
         """What a node is given as `name`, or the default of its signature."""
         node = self.at(place)[1]
         if name in node:
             return self._build((*place, name))
-        signature = Signature(locate(self.head(place, node)[0]))
+        signature = Signature(self.locate(self.head(place, node)[0]))
         if "_args_" in node:
             given = keys(self.at((*place, "_args_"))[1])
             found = [n for n in given if signature.positional_name(n) == name]

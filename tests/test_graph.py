@@ -6,6 +6,7 @@ import enum
 import functools
 import math
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ditty_di._graph.targets import is_refused
+from ditty_di._graph.refused import is_refused
+from ditty_di._graph.targets import TargetError
 from ditty_di.graph import (
     ABSENT,
     BuildError,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     )
 
 HERE = __name__
+ROOT = Path(__file__).parents[1]
 made: list[str] = []
 
 
@@ -467,6 +470,27 @@ def test_special_keys_that_say_what_happens_anyway() -> None:
         "pty.spawn", "shutil.rmtree", "runpy.run_path", "ctypes.CDLL", "operator.attrgetter",
         "builtins.str.format", "functools.partial.__call__", "json.loads.__globals__.get",
         "HERE.alias", "HERE.in_partial",
+        # load pickles or code
+        "torch.hub.load", "torch.package.PackageImporter", "joblib.load", "dill.loads",
+        "pandas.read_pickle", "torch.jit.load", "datasets.utils.py_utils.dumps",
+        # start processes
+        "torch.distributed.run.main", "torch.multiprocessing.spawn", "multiprocessing.Pool",
+        "torch.utils.collect_env.run", "setuptools._distutils.spawn.spawn", "webbrowser.open",
+        "torch.utils.cpp_extension.load_inline", "torch.distributed.launcher.api.elastic_launch",
+        "ditty_di.launchers.process.Child", "ditty_di.worker.main", "threading.Thread",
+        # evaluate text
+        "torch.fx.graph_module._exec_with_source", "torch._inductor.codecache.PyCodeCache.load",
+        "sympy.sympify", "sympy.parsing.sympy_parser.parse_expr", "sympy.lambdify",
+        "jinja2.Template", "jinja2.Template.render", "pandas.eval", "pandas.DataFrame.eval",
+        # write files
+        "builtins.open", "io.open", "pathlib.Path.write_text", "pathlib.PosixPath.write_bytes",
+        "pathlib.Path.open", "pathlib.Path.unlink", "pathlib.Path.rename", "shutil.copyfile",
+        "sqlite3.connect", "numpy.save", "numpy.savez_compressed", "numpy.memmap", "torch.save",
+        "safetensors.torch.save_file", "tempfile.NamedTemporaryFile", "zipfile.ZipFile",
+        "logging.FileHandler", "omegaconf.OmegaConf.save", "gzip.open",
+        "urllib.request.urlretrieve",
+        "transformers.PreTrainedModel.push_to_hub", "transformers.LlamaConfig.save_pretrained",
+        "huggingface_hub.delete_repo", "datasets.Dataset.to_json",
     ],
 )  # fmt: skip
 def test_refused_targets(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,6 +547,95 @@ def test_refuses_whatever_hydra_refuses() -> None:
         f"{p}x" if p.endswith(".") else p for p in policy.UNCONTROLLED_EXECUTION_TARGET_PREFIXES
     }
     assert sorted(name for name in names if not is_refused(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "named"),
+    [
+        ("torch.load", {"f": "x", "weights_only": False}, "weights_only=False"),
+        ("torch.load", {"f": "x", "weights_only": 0}, "weights_only=0"),
+        ("torch.load", {"f": "x", "weights_only": "${no}"}, "weights_only=False"),
+        ("numpy.load", {"file": "x", "allow_pickle": True}, "allow_pickle=True"),
+        ("numpy.load", {"_args_": ["x", None, True]}, "allow_pickle=True"),
+        (
+            "transformers.AutoTokenizer.from_pretrained",
+            {"_args_": ["x"], "trust_remote_code": True},
+            "trust_remote_code=True",
+        ),
+    ],
+)
+def test_arguments_that_load_pickles_or_code_are_refused(target, arguments, named) -> None:
+    for partial in (True, False):
+        cfg = {"no": False, "root": {"_target_": target, "_partial_": partial, **arguments}}
+        assert named in problems(cfg)[0]
+        assert "allow_targets=[" in problems(cfg)[0]
+        with pytest.raises(ConfigError, match=named):
+            Graph(cfg).build("root")
+        allowed = Graph(cfg, allow_targets=[target])
+        allowed.check("root")
+        if partial:
+            assert callable(allowed.build("root"))
+
+
+def test_functions_that_load_safely_are_not_refused() -> None:
+    for target in ("torch.load", "numpy.load"):
+        cfg = {"root": {"_target_": target, "_partial_": True, "_args_": ["x"]}}
+        assert callable(build(cfg)) and problems(cfg) == []
+
+
+def test_a_refused_target_is_allowed_by_its_name_alone() -> None:
+    cfg = {"root": {"_target_": "shutil.copyfile", "_partial_": True}}
+    assert callable(Graph(cfg, allow_targets=["shutil.copyfile"]).build("root"))
+    for other in ("shutil", "copyfile", "shutil.rmtree"):
+        with pytest.raises(ConfigError, match="refused"):
+            Graph(cfg, allow_targets=[other]).build("root")
+    hidden = {"root": {"_target_": "json.loads.__globals__.get", "_partial_": True}}
+    with pytest.raises(ConfigError, match="refused"):
+        Graph(hidden, allow_targets=["json.loads.__globals__.get"]).build("root")
+
+
+def test_a_resolved_configuration_keeps_what_was_allowed(tmp_path: Path) -> None:
+    cfg = {
+        "allow_targets": ["shutil.copyfile"],
+        "root": {"_target_": "shutil.copyfile", "_partial_": True},
+    }
+    Graph(cfg).save(tmp_path / "resolved.yaml")
+    assert callable(Graph.load(tmp_path / "resolved.yaml").build("root"))
+
+
+def test_functions_of_ones_own_may_do_what_they_want() -> None:
+    """The remedy that the message names works: a function of the user's that evaluates text."""
+    assert build({"root": node("evaluates", text="1 + 1")}) == 2
+
+
+def evaluates(text: str) -> Any:
+    return eval(text)
+
+
+def test_shipped_targets_and_common_libraries_are_not_refused() -> None:
+    text = "\n".join(file.read_text() for file in (ROOT / "conf").rglob("*.yaml"))
+    shipped = set(re.findall(r"_target_: *([\w.]+)", text))
+    optional = ("liger_kernel", "bitsandbytes", "transformer_engine")
+    common = """
+        torch.nn.Linear torch.optim.Adam torch.compile torch.utils.data.DataLoader torch.Generator
+        torch.utils.data.TensorDataset torch.utils.data.random_split
+        torch.optim.swa_utils.AveragedModel datasets.load_dataset datasets.Dataset.from_list
+        datasets.Dataset.filter datasets.Dataset.map datasets.load_from_disk
+        transformers.AutoConfig.from_pretrained pathlib.Path
+        transformers.AutoModelForCausalLM.from_pretrained transformers.DataCollatorWithPadding
+        peft.LoraConfig peft.get_peft_model tokenizers.Tokenizer.from_file json.loads re.compile
+        numpy.array numpy.random.default_rng safetensors.torch.load_file pandas.read_csv
+        sklearn.datasets.load_digits torch.utils.tensorboard.SummaryWriter builtins.range
+        collections.OrderedDict itertools.chain random.Random datetime.timedelta logging.getLogger
+    """
+    refused = []
+    for target in sorted({*shipped, *common.split()}):
+        if not target.startswith(optional):
+            try:
+                Graph({}).locate(target)
+            except TargetError as error:
+                refused.append(str(error))
+    assert refused == []
 
 
 def test_harmless_neighbours_are_not_refused() -> None:

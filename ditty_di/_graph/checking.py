@@ -9,8 +9,9 @@ from typing import Any
 
 from ditty_di._graph import early
 from ditty_di._graph.errors import ConfigError, Place, Problem, dotted, is_node, keys
+from ditty_di._graph.refused import refusal, unsafe_argument
 from ditty_di._graph.signatures import Signature, Slot
-from ditty_di._graph.targets import SPECIAL, TargetError, locate
+from ditty_di._graph.targets import SPECIAL, TargetError
 
 #: An argument whose value cannot be told without building something, or is wrong already.
 UNKNOWN = object()
@@ -93,6 +94,7 @@ class Checker:
             self._arguments(place, node, signature)
             self._trail.pop()
             if signature is not None:
+                self._refuse_unsafe(place, signature)
                 self._validate(place, signature)
 
     def _head(self, place: Place, node: dict[Any, Any]) -> Signature | None:
@@ -101,7 +103,7 @@ class Checker:
         try:
             target, partial = self._graph.head(place, node)
             self.checked.nodes[key] = Node(key, target, partial)
-            return Signature(locate(target)) if self._imports else None
+            return Signature(self._graph.locate(target)) if self._imports else None
         except ConfigError as error:
             self._add(error)
         except TargetError as error:
@@ -153,6 +155,15 @@ class Checker:
                     self._misread.add(at)
                     message = f"{known.target}: {argument!r} {misread}"
                     self._add(self._graph.error(at, message))
+
+    def _refuse_unsafe(self, place: Place, signature: Signature) -> None:
+        """Refuse arguments that make a target load pickles or run code, such as `weights_only`."""
+        target, known = self.checked.nodes[dotted(place)].target, self._view(place)
+        if not isinstance(known, early.View) or self._graph.allows(target, signature.target):
+            return
+        found = unsafe_argument(signature.target, (), dict(known.arguments))
+        if found:
+            self._add(self._graph.error(place, refusal(target, found)))
 
     # ------------------------------------------------------------------------ a target's own checks
     def _validate(self, place: Place, signature: Signature) -> None:

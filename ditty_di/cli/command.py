@@ -15,8 +15,9 @@ from ditty_di.rundir import RunDirectory
 #: What `python -m ditty_di` does when no experiment and no run is named.
 DEFAULT_EXPERIMENT = "pretrain"
 
-# Said for one start of a run, and not to be said again when the run goes on.
-_ONCE = ("run", "resume", "load")
+# Said for one start of a run, and not to be said again when the run goes on. A stored
+# `allow_targets` does not count either: a run folder may come from somebody else.
+_ONCE = ("run", "resume", "load", "allow_targets")
 
 
 @dataclass
@@ -96,7 +97,8 @@ def _take_run(command: Command) -> None:
     run = command.run = RunDirectory(given)
     if run.is_run():
         stored = run.read_command()
-        command.overrides = merge(stored["overrides"], without(command.overrides, "run"))
+        told = without(stored["overrides"], *_ONCE)
+        command.overrides = merge(told, without(command.overrides, "run"))
         command.config_dirs += [d for d in stored["config_dirs"] if Path(d).is_dir()]
         if command.config_name == "config":
             command.config_name = stored["config_name"]

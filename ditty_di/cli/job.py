@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ditty_di.cli import environment, searchpath
 from ditty_di.cli.command import Command, patched
-from ditty_di.cli.overrides import without
+from ditty_di.cli.overrides import value_of, without
 from ditty_di.graph import ConfigError, Graph, difference, provenance
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 
@@ -43,7 +43,9 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
             _refuse_changes(stored, config)
         else:
             config = _on_top_of(stored, config, command)
-    graph = Graph(config, provenance(command.config_name, command.overrides))
+    where = provenance(command.config_name, command.overrides)
+    config.allow_targets = _allowed_targets(config, command, where)
+    graph = Graph(config, where, allow_targets=config.allow_targets)
     if OmegaConf.select(config, "task._partial_"):
         graph.check("task")
         graph.build("task")(graph)
@@ -58,7 +60,7 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     try:
         if of_its_own:
             config.run = str(run.path)
-        graph = Graph(config, graph.where)
+        graph = Graph(config, graph.where, allow_targets=config.allow_targets)
         _write(run, config, graph, command)
         code = (launcher or graph.build("launcher"))(str(run.path))
         result = run.read_result()
@@ -82,6 +84,25 @@ def _check(graph: Graph, *roots: str) -> None:
             problems.update(dict.fromkeys(error.problems))
     if problems:
         raise ConfigError(problems)
+
+
+def _allowed_targets(config: DictConfig, command: Command, where: Any) -> list[str]:
+    """Return `allow_targets` as typed now; a file may come from somebody else, so it cannot allow.
+
+    Raises ConfigError when a file sets it, or when it is no list of names.
+    """
+    allowed = OmegaConf.select(config, "allow_targets")
+    if not allowed:
+        return []
+    if value_of(command.overrides, "allow_targets") is None:
+        names = ",".join(map(str, allowed)) if OmegaConf.is_list(allowed) else str(allowed)
+        raise ConfigError(
+            f"{where('allow_targets')}: allow_targets counts only when it is typed, so that a file "
+            f"from elsewhere cannot allow itself anything; type 'allow_targets=[{names}]'"
+        )
+    if not OmegaConf.is_list(allowed) or not all(isinstance(name, str) for name in allowed):
+        raise ConfigError(f"allow_targets={allowed}: write a list such as [torch.load]")
+    return list(allowed)
 
 
 # -- an earlier run ---------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ditty_di._graph.errors import ConfigError, Problem, keys
-from ditty_di._graph.targets import locate
 from ditty_di.processors.chain import POST, PRE, Report, Stage, examine
 from ditty_di.processors.stages import argument, is_node, pipeline
 from ditty_di.processors.workflow import SPLIT_SEQUENCES
@@ -45,7 +44,7 @@ def check(graph: Any, root: str = "trainer", *, strict: bool = False) -> Report:
 
 def _unfit(graph: Any, key: str, value: Any, methods: tuple[str, ...]) -> list[Problem]:
     """What is wrong with a value that has to become an object with these methods."""
-    target = locate(str(value["_target_"])) if is_node(value) else None
+    target = graph.locate(str(value["_target_"])) if is_node(value) else None
     lacking = [m for m in methods if isinstance(target, type) and not hasattr(target, m)]
     if target is not None and not lacking and not value.get("_partial_"):
         return []

@@ -175,7 +175,8 @@ def is_node(value: Any) -> bool:
 def _node(node: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The target of a node, and its arguments with `_args_`."""
     kept = {name: value for name, value in node.items() if name == "_args_" or name not in SPECIAL}
-    target = locate(str(node["_target_"]))
+    name = str(node["_target_"])
+    target = locate(name, allowed=(name,))  # the graph was checked before
     owner = getattr(target, "__self__", target)
     return (owner if inspect.isclass(owner) else target), kept
 
