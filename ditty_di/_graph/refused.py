@@ -10,14 +10,13 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-import os
 import re
-import site
 import sys
-import sysconfig
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
+
+from ditty_di.origins import is_users_own
 
 # Each name stands for itself and everything below it.
 _NAMES = """
@@ -180,7 +179,7 @@ def is_refused_callable(obj: Any) -> bool:
     names = identities(obj)
     if any(map(is_refused, names)):
         return True
-    if _is_users_own(obj):
+    if is_users_own(_unwrapped(obj)):
         return False
     return any(map(_writes, names)) or _is_risky(obj)
 
@@ -249,22 +248,6 @@ def _writes(name: str) -> bool:
     last = name.rpartition(".")[2]
     in_path = ".Path." in name or ".PosixPath." in name or ".WindowsPath." in name
     return bool(_VERBS.fullmatch(last)) or (in_path and last in _PATH_METHODS)
-
-
-@functools.cache
-def _installed() -> tuple[str, ...]:
-    """Folders of installed packages and of the standard library."""
-    paths = sysconfig.get_paths()
-    found = {paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"]}
-    found |= {*site.getsitepackages(), site.getusersitepackages()}
-    return tuple(os.path.realpath(path) + os.sep for path in sorted(found))
-
-
-def _is_users_own(obj: Any) -> bool:
-    """Whether an object was defined in a file outside of the installed packages."""
-    module = sys.modules.get(_attribute(_unwrapped(obj), "__module__") or "")
-    file = getattr(module, "__file__", None)
-    return file is not None and not os.path.realpath(file).startswith(_installed())
 
 
 def _functions(obj: Any) -> Iterator[types.FunctionType]:

@@ -151,9 +151,10 @@ class Checkpointer:
 
     def _commit(self, step: int, aside: Path) -> None:
         import torch
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-        metadata = FileSystemReader(aside).read_metadata()
+        from ditty_di.checkpoint.restricted import Reader
+
+        metadata = Reader(aside).read_metadata()
         files = {path.name: path.stat().st_size for path in aside.iterdir()}
         written = {info.relative_path for info in metadata.storage_data.values()}
         if unseen := sorted(written - files.keys()):
@@ -197,10 +198,10 @@ class Checkpointer:
         Raises:
             CheckpointError: it does not fit the live states, or cannot be read.
         """
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
         from ditty_di.checkpoint.load import LoadPlan
+        from ditty_di.checkpoint.restricted import Planner, Reader
 
         self._wait()
         doing, start = f"looking for checkpoints in {self.folder}", time.monotonic()
@@ -217,7 +218,8 @@ class Checkpointer:
         with _one_error(doing, "; move it away to go on from the one before"):
             load(
                 plan.targets,
-                storage_reader=FileSystemReader(checkpoint),
+                storage_reader=Reader(checkpoint),
+                planner=Planner(),
                 process_group=self._group,
             )
         self._together(doing, plan.restore)

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ditty_di.checkpoint.restricted import Reader, loads
+
 KeyPath = tuple[Any, ...]
 Entries = dict[str, Tensor | bytes]
 
@@ -64,7 +66,9 @@ def to_save(state_dict: Mapping[Any, Any]) -> Entries:
 
 def pack(path: KeyPath, value: Any) -> bytes:
     try:
-        return pickle.dumps((path, tree_map_only(Tensor, _plain_copy, value)))
+        packed = pickle.dumps((path, tree_map_only(Tensor, _plain_copy, value)))
+        loads(packed)  # what could not be read again must not be saved
+        return packed
     except Exception as error:
         raise TypeError(
             f"{key_of(path)} cannot be saved: {error}; keep functions, locks and the like out of "
@@ -73,7 +77,7 @@ def pack(path: KeyPath, value: Any) -> bytes:
 
 
 def unpack(packed: bytes) -> tuple[KeyPath, Any]:
-    return pickle.loads(packed)
+    return loads(packed)
 
 
 def insert(state_dict: dict[Any, Any], path: KeyPath, value: Any) -> None:
@@ -92,11 +96,10 @@ def staged(entries: Mapping[str, Tensor | bytes]) -> Entries:
 def saved_entries(checkpoint: Path) -> dict[str, dict[str, Tensor | None]]:
     """What a checkpoint holds, by state and key: a tensor without memory (on meta) for its shape
     and dtype, or None for a pickled entry."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     saved: dict[str, dict[str, Tensor | None]] = {}
-    for name, entry in FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items():
+    for name, entry in Reader(checkpoint).read_metadata().state_dict_metadata.items():
         state, _, key = name.partition(".")
         saved.setdefault(state, {})[key] = (
             torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")

@@ -14,8 +14,8 @@ from ditty_di.checkpoint.folder import MANIFEST, CheckpointError, latest, read_m
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+    from ditty_di.checkpoint.restricted import Reader
     from ditty_di.protocols import WeightsFn
 
 __all__ = ["from_checkpoint", "latest", "load_averages", "load_loss", "load_model", "read_base"]
@@ -42,14 +42,14 @@ def load_model(path: str | Path, model: nn.Module) -> int:
             another shape, or adapters that the model does not have.
     """
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     from ditty_di.checkpoint.entries import saved_entries, shown, unpack
+    from ditty_di.checkpoint.restricted import Reader
     from ditty_di.checkpoint.states import ModelState
 
     checkpoint = _find(Path(path).expanduser())
     manifest = read_manifest(checkpoint)
-    reader = FileSystemReader(checkpoint)
+    reader = Reader(checkpoint)
     try:
         entries = saved_entries(checkpoint)
         saved = entries.get("model", {})
@@ -88,9 +88,9 @@ def load_loss(loss_fn: Any, /, path: str | Path) -> None:
         CheckpointError: no whole checkpoint, or one of a training with another loss.
     """
     from torch import nn
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     from ditty_di.checkpoint.entries import saved_entries
+    from ditty_di.checkpoint.restricted import Reader
     from ditty_di.checkpoint.states import ModelState
 
     if not (isinstance(loss_fn, nn.Module) and loss_fn.state_dict()):
@@ -103,7 +103,7 @@ def load_loss(loss_fn: Any, /, path: str | Path) -> None:
     except ValueError as error:
         raise CheckpointError(f"{checkpoint} does not fit the loss: {error}") from error
     read = state.state_dict()
-    _read(FileSystemReader(checkpoint), {"loss": read})
+    _read(Reader(checkpoint), {"loss": read})
     state.load_state_dict(read)
 
 
@@ -152,9 +152,9 @@ def load_averages(path: str | Path, model: nn.Module, *, callback: str = "ema") 
         CheckpointError: no whole checkpoint, or no averages of such a callback in it.
     """
     import torch
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     from ditty_di.checkpoint.entries import saved_entries
+    from ditty_di.checkpoint.restricted import Reader
     from ditty_di.models.weights import local
     from ditty_di.names import canonical_fqn
 
@@ -172,7 +172,7 @@ def load_averages(path: str | Path, model: nn.Module, *, callback: str = "ema") 
             f"{checkpoint} has no averages of a callback {callback!r}; of callbacks it has "
             f"{', '.join(callbacks) or 'nothing'}"
         )
-    _read(FileSystemReader(checkpoint), {f"callback_{callback}": read})
+    _read(Reader(checkpoint), {f"callback_{callback}": read})
     with torch.no_grad():
         for key, average in read.items():
             local(weights[key]).copy_(local(average))
@@ -184,13 +184,12 @@ def read_base(path: str | Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: no whole checkpoint.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
     from ditty_di.checkpoint.entries import saved_entries
+    from ditty_di.checkpoint.restricted import Reader
 
     checkpoint = _find(Path(path).expanduser())
     read_manifest(checkpoint)
-    return _read_identity(FileSystemReader(checkpoint), saved_entries(checkpoint))
+    return _read_identity(Reader(checkpoint), saved_entries(checkpoint))
 
 
 def _require_base(
@@ -212,7 +211,7 @@ def _require_base(
 
 
 def _read_identity(
-    reader: FileSystemReader, entries: Mapping[str, Mapping[str, Any]]
+    reader: Reader, entries: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
     from ditty_di.checkpoint.entries import unpack
 
@@ -223,13 +222,15 @@ def _read_identity(
     return unpack(read["identity"])[1]
 
 
-def _read(reader: FileSystemReader, targets: dict[str, Any]) -> None:
+def _read(reader: Reader, targets: dict[str, Any]) -> None:
     """Fills `targets` in place, without a process group."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    from ditty_di.checkpoint.restricted import Planner
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(targets, storage_reader=reader, no_dist=True)
+        load(targets, storage_reader=reader, planner=Planner(), no_dist=True)
 
 
 def _find(path: Path) -> Path:

@@ -35,6 +35,9 @@ Options
   --config-dir FOLDER  a folder of your own configuration files; so is ./conf, which comes first
   --hydra-help         Hydra's own options
   debug=true           whole tracebacks
+  allow_targets=[...]  targets that are refused otherwise, such as torch.load
+
+A configuration is code, and so is a run folder: use only those you trust as you trust a program.
 
 Completion in the shell: eval "$(ditty_di -sc install=bash)"   (or zsh, fish)
 """
