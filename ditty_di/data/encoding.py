@@ -4,38 +4,63 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ditty_di.data.audit import Note, refusal
 from ditty_di.data.cache import fingerprint
-from ditty_di.data.rendering import ASSISTANT_TURNS, ChatRenderer, Format, Turns
+from ditty_di.data.conversations import Conversation, Turns, holds, is_turns
+from ditty_di.data.rendering import ASSISTANT_TURNS, ChatRenderer, Format
+from ditty_di.data.token_spans import Markers, TokenSpans
 from ditty_di.data.tokens import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise it when the same records and options would give other ids.
-_FORMAT = 1
+_FORMAT = 2
 #: Which tokens of an input that is too long stay, named by the side where it is cut.
 TRUNCATIONS = {
     "left": lambda ids, count: ids[len(ids) - count :],
     "right": lambda ids, count: ids[:count],
 }
 
+AUDITS = ("warn", "refuse")
+_TOKENIZED = ("input_ids", "labels", "attention_mask")
+_SEGMENTS = "segments"
+_NOT_LEARNT = -100
+_DEFAULT_FORMATS = ("__input__", "__output__")
+_PROMPT_COMPLETION = ("prompt", "completion")
+# Characters on each side that decide whether a token spans the border of input and output.
+_BORDER = 32
+#: Fields of layouts that a choice of conf/data or an option reads, and which one.
+_ADVICE = (
+    ("conversations", "data.encoder.messages_key=conversations (data=slim_orca: ShareGPT's keys)"),
+    ("instruction", "data=alpaca, or data.input_format with __instruction__ in it"),
+    ("text", "data=text trains on documents"),
+)
+
 NO_EOS = """\
 the tokenizer {name!r} has no EOS token to end outputs with: set its `eos_token` (in YAML: \
 `eos_token: <token>` in the tokenizer node)"""
 
 
+class _Broken(ValueError):
+    """The tokenizer cannot do what is needed, whatever the record."""
+
+
 class Encoded(NamedTuple):
     """One example: its ids, which of them are output, and whether it was cut to fit.
 
-    The first `inputs` ids are the input; -1 for a conversation, which has several.
+    The first `inputs` ids are the input; -1 for a conversation, which has several. `notes` say what
+    may not be meant as it is.
     """
 
     ids: list[int]
     output: list[bool]
     inputs: int
     cut: bool
+    notes: frozenset[Note] = frozenset()
 
 
 class Encoder:
@@ -43,20 +68,35 @@ class Encoder:
 
     A record with `messages_key` is a conversation: the tokenizer's chat template renders it
     (`ChatRenderer`), and what the assistant says is output, its end-of-turn tokens included. Turns
-    have `role_key` and `content_key`; `roles` maps names of roles to the template's, and
-    `assistant_turns` is `all`, `each` or `last`.
+    have `role_key` and `content_key` (text, or a list of parts of text); `roles` maps names of
+    roles to the template's, and `assistant_turns` is `all`, `each` or `last`. A turn with `weight`
+    0, `train` or `loss` false is not learnt. Beside the turns `tools` (a list of schemas, or JSON
+    text), `system` (for the turn before the first, if the template takes one) and
+    `chat_template_kwargs` are read. `prompt` and `completion`, both lists of turns, are a
+    conversation of which the completion is learnt.
+
+    A record with `input_ids` and `labels` is taken as it is: labels are the ids themselves, -100
+    where they are not learnt; positions whose `attention_mask` is 0 are left out. So are
+    `segments`, a list of objects with a `text` and a `label`, true where it is learnt.
 
     Any other record has an input and an output, formatted by `input_format` and `output_format`
-    (`Format`: placeholders `__input__`, `__output__` or `__any_field__`) and tokenized apart. The
-    input begins with what the tokenizer puts before a text by itself (BOS, if it does), the output
-    ends with EOS; there are no other special tokens. A field that holds a list of integers is taken
-    as token ids. `end_input` adds what the tokenizer puts after a text, as encoders expect it (T5).
+    (`Format`: placeholders `__input__`, `__output__` or `__any_field__`) and tokenized apart; the
+    default formats take `prompt` and `completion` where there is neither. The input begins with
+    what the tokenizer puts before a text by itself (BOS, if it does) unless the format spells it,
+    the output ends with EOS; there are no other special tokens. A field that holds a list of
+    integers is taken as token ids. `end_input` adds what the tokenizer puts after a text, as
+    encoders expect it (T5).
 
     Longer inputs lose their first tokens (`truncate_input="right"`: their last), so that the
     question and the end of the format stay; longer outputs and examples lose their last ones, and
     with them EOS: only a whole output teaches where to stop. All limits are in tokens, special ones
     included; `max_tokens` is that of a row, so it may be the model's maximum length, and the only
     one for conversations.
+
+    `audit`: what becomes of an example that is probably not what its author meant, such as one
+    whose fields nothing reads (but `ignored_fields`), whose tools the template does not render, or
+    whose answers have no end to learn. `warn` keeps it with `Encoded.notes`, `refuse` makes it an
+    error. `ditty_di.data.audit.KINDS` lists what is looked for, and what is only ever told.
 
     Raises `ValueError` for an option out of range; for a tokenizer that cannot do what the first
     record of a kind needs (EOS, a chat template).
@@ -80,7 +120,17 @@ class Encoder:
         max_tokens: int | None = None,
         truncate_input: str = "left",
         end_input: bool = False,
+        audit: str = "warn",
+        ignored_fields: Sequence[str] = (),
     ) -> None:
+        self.validate(
+            assistant_turns=assistant_turns,
+            truncate_input=truncate_input,
+            audit=audit,
+            max_input_tokens=max_input_tokens,
+            max_output_tokens=max_output_tokens,
+            max_tokens=max_tokens,
+        )
         options: dict[str, Any] = {
             "formats": [input_format, output_format],
             "keys": [input_key, output_key, messages_key, role_key, content_key],
@@ -89,10 +139,41 @@ class Encoder:
             "limits": [max_input_tokens, max_output_tokens, max_tokens],
             "truncate_input": truncate_input,
             "end_input": end_input,
+            "audit": [audit, sorted(ignored_fields)],
         }
+        aliases = {"input": input_key, "output": output_key}
+        self.tokenizer = tokenizer
+        self._keys = (input_key, output_key)
+        self._formats = (Format(input_format, aliases), Format(output_format, aliases))
+        self._defaults = (input_format, output_format) == _DEFAULT_FORMATS
+        self._prompt_completion = (Format("__prompt__", {}), Format("__completion__", {}))
+        self._turns = Turns(messages_key, role_key, content_key, roles)
+        self._assistant_turns = assistant_turns
+        self._refuses, self._ignored = audit == "refuse", set(ignored_fields)
+        self._max_input, self._max_output = max_input_tokens, max_output_tokens
+        # Rows lack the last token, which is only a label.
+        self._max_ids = None if max_tokens is None else max_tokens + 1
+        self._truncate = TRUNCATIONS[truncate_input]
+        self._before, after = special_tokens_around(tokenizer)
+        self._after = after if end_input else []
+        self._tokens = TokenSpans(tokenizer)
+        self._options = json.dumps({**options, "format": _FORMAT}, sort_keys=True)
+
+    @staticmethod
+    def validate(
+        *,
+        assistant_turns: str = "all",
+        truncate_input: str = "left",
+        audit: str = "warn",
+        max_input_tokens: int | None = None,
+        max_output_tokens: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        """Raise `ValueError` for an option out of range."""
         for name, value, known in (
             ("assistant_turns", assistant_turns, ASSISTANT_TURNS),
             ("truncate_input", truncate_input, TRUNCATIONS),
+            ("audit", audit, AUDITS),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
@@ -103,20 +184,6 @@ class Encoder:
         ):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name}={limit} must be at least 1")
-        aliases = {"input": input_key, "output": output_key}
-        self.tokenizer = tokenizer
-        self._keys = (input_key, output_key)
-        self._formats = (Format(input_format, aliases), Format(output_format, aliases))
-        self._turns = Turns(messages_key, role_key, content_key, roles)
-        self._assistant_turns = assistant_turns
-        self._max_input, self._max_output = max_input_tokens, max_output_tokens
-        # Rows lack the last token, which is only a label.
-        self._max_ids = None if max_tokens is None else max_tokens + 1
-        self._truncate = TRUNCATIONS[truncate_input]
-        self._before, after = special_tokens_around(tokenizer)
-        self._after = after if end_input else []
-        self._renderer: ChatRenderer | None = None
-        self._options = json.dumps({**options, "format": _FORMAT}, sort_keys=True)
 
     def fingerprint(self) -> str:
         """Changes with whatever would give other ids."""
@@ -127,27 +194,61 @@ class Encoder:
         found: list[list[Encoded | ValueError]] = [[] for _ in records]
         pairs: dict[int, tuple[str | list[int], str | list[int]]] = {}
         for i, record in enumerate(records):
-            if isinstance(record, ValueError):
-                found[i] = [record]
-            elif self._turns.key in record:
-                found[i] = self._conversation(record)
-            else:
-                try:
+            try:
+                if isinstance(record, ValueError):
+                    raise record
+                if self._turns.keys_of(record):
+                    found[i] = self._conversation(record)
+                elif self._is_tokenized(record):
+                    found[i] = [self._tokenized(record)]
+                elif _SEGMENTS in record and self._keys[0] not in record:
+                    found[i] = [self._segmented(record)]
+                else:
                     pairs[i] = (self._part(record, 0), self._part(record, 1))
-                except ValueError as error:
-                    found[i] = [error]
-        texts = [part for pair in pairs.values() for part in pair if isinstance(part, str)]
-        tokenized = iter(self._tokenize(texts))
-        for i, pair in pairs.items():
-            inputs, outputs = (next(tokenized) if isinstance(p, str) else p for p in pair)
-            found[i] = [self._joined(inputs, outputs)]
-        return found
+            except _Broken:
+                raise
+            except ValueError as error:
+                found[i] = [error]
+        for i, example in zip(pairs, self._joined(list(pairs.values())), strict=True):
+            notes = {Note("unread", key) for key in self.unread(records[i])}
+            found[i] = [example._replace(notes=example.notes | notes)]
+        return [[self._audited(example) for example in examples] for examples in found]
+
+    def unread(self, record: Mapping[str, Any]) -> set[str]:
+        """Return the record's fields that hold something and that nothing reads.
+
+        Those of `ignored_fields` are left out. Keys within turns are not looked at.
+
+        Raises `ValueError` for a field that a format cannot read.
+        """
+        if keys := self._turns.keys_of(record):
+            read = {*keys, "tools", "system", "chat_template_kwargs"}
+        elif self._is_tokenized(record):
+            read = set(_TOKENIZED)
+        elif _SEGMENTS in record and self._keys[0] not in record:
+            read = {_SEGMENTS}
+        else:
+            read = set()
+            for key, form in zip(self._keys, self._formats_for(record), strict=True):
+                is_ids = isinstance(record.get(key), list)
+                read |= {key} if is_ids else form.keys_read(record)
+        return {k for k, v in record.items() if holds(v)} - read - self._ignored
+
+    def _audited(self, example: Encoded | ValueError) -> Encoded | ValueError:
+        if self._refuses and isinstance(example, Encoded) and (told := refusal(example.notes)):
+            return ValueError(told)
+        return example
 
     def prompt(self, record: Mapping[str, Any]) -> list[int]:
         """The ids of a record's input, as it stands before the output in training.
 
+        Of a conversation (`messages_key`, or `prompt` as a list of turns) that is everything but
+        the assistant's last turns, with the generation prompt.
+
         Raises `ValueError` for a record that has none.
         """
+        if self._turns.key in record or is_turns(record.get("prompt")):
+            return self._asked(record)
         part = self._part(record, 0)
         ids = self._tokenize([part])[0] if isinstance(part, str) else part
         return self._input(ids)[0]
@@ -160,17 +261,33 @@ class Encoder:
             ids = ids[len(self._before) :]
         return str(self.tokenizer.decode(ids))
 
+    def _formats_for(self, record: Mapping[str, Any]) -> tuple[Format, Format]:
+        neither = self._defaults and not any(key in record for key in self._keys)
+        if neither and all(key in record for key in _PROMPT_COMPLETION):
+            return self._prompt_completion
+        return self._formats
+
     def _part(self, record: Mapping[str, Any], which: int) -> str | list[int]:
         key = self._keys[which]
         ids = record.get(key)
         if isinstance(ids, list):
-            size = len(self.tokenizer)
-            if all(isinstance(i, int) and 0 <= i < size for i in ids):
-                return ids
-            raise ValueError(f'"{key}" holds a list, but not of token ids below {size}')
+            return self._checked_ids(ids, key)
         if which and key in record and ids is None:
             raise ValueError(f'"{key}" is null: there is no output to learn')
-        return self._formats[which](record)
+        try:
+            return self._formats_for(record)[which](record)
+        except ValueError as error:
+            known = {*self._keys, *_PROMPT_COMPLETION}
+            for field, advice in _ADVICE:
+                if field in record and field not in known:
+                    raise ValueError(f'{error}; for "{field}": {advice}') from None
+            raise
+
+    def _checked_ids(self, ids: Any, key: str) -> list[int]:
+        size = len(self.tokenizer)
+        if isinstance(ids, list) and all(_is_int(i) and 0 <= i < size for i in ids):
+            return ids
+        raise ValueError(f'"{key}" holds a list, but not of token ids below {size}')
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -181,41 +298,146 @@ class Encoder:
         return [list(ids) for ids in found["input_ids"]]
 
     def _input(self, ids: list[int]) -> tuple[list[int], bool]:
+        # A format may spell what the tokenizer puts around a text by itself.
+        if self._before and ids[: len(self._before)] == self._before:
+            ids = ids[len(self._before) :]
+        if self._after and ids[-len(self._after) :] == self._after:
+            ids = ids[: -len(self._after)]
         if self._max_input is None:
             return [*self._before, *ids, *self._after], False
         room = max(0, self._max_input - len(self._before) - len(self._after))
         kept = ids if len(ids) <= room else self._truncate(ids, room)
         return [*self._before, *kept, *self._after], len(kept) < len(ids)
 
-    def _joined(self, inputs: list[int], outputs: list[int]) -> Encoded:
+    def _joined(self, pairs: list[tuple[str | list[int], str | list[int]]]) -> list[Encoded]:
+        if not pairs:
+            return []
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ValueError(NO_EOS.format(name=self.tokenizer.name_or_path))
-        inputs, cut = self._input(inputs)
-        outputs = outputs if outputs[-1:] == [eos] else [*outputs, eos]
-        kept = outputs[: self._max_output]
-        is_output = [False] * len(inputs) + [True] * len(kept)
-        cut = cut or len(kept) < len(outputs)
-        return self._limited(Encoded(inputs + kept, is_output, len(inputs), cut))
+        tokenized = iter(self._tokenize([p for pair in pairs for p in pair if isinstance(p, str)]))
+        found = []
+        for pair in pairs:
+            inputs, outputs = (next(tokenized) if isinstance(p, str) else p for p in pair)
+            inputs, cut = self._input(inputs)
+            outputs = outputs if outputs[-1:] == [eos] else [*outputs, eos]
+            kept = outputs[: self._max_output]
+            is_output = [False] * len(inputs) + [True] * len(kept)
+            cut = cut or len(kept) < len(outputs)
+            notes = frozenset({Note("border")} if self._border_in_token(*pair) else ())
+            found.append(self._limited(Encoded(inputs + kept, is_output, len(inputs), cut, notes)))
+        return found
+
+    def _border_in_token(self, inputs: str | list[int], outputs: str | list[int]) -> bool:
+        if not isinstance(inputs, str) or not isinstance(outputs, str) or self._after:
+            return False
+        before = inputs[-_BORDER:]
+        return self._tokens.crosses(before + outputs[:_BORDER], len(before))
 
     def _limited(self, whole: Encoded) -> Encoded:
         if self._max_ids is None or len(whole.ids) <= self._max_ids:
             return whole
         ids, is_output = whole.ids[: self._max_ids], whole.output[: self._max_ids]
-        return Encoded(ids, is_output, min(whole.inputs, len(ids)), True)
+        inputs = min(whole.inputs, len(ids))
+        return whole._replace(ids=ids, output=is_output, inputs=inputs, cut=True)
+
+    # --- records that are tokens, or segments, already -------------------------------------------
+
+    def _is_tokenized(self, record: Mapping[str, Any]) -> bool:
+        return all(k in record and k not in self._keys for k in _TOKENIZED[:2])
+
+    def _tokenized(self, record: Mapping[str, Any]) -> Encoded:
+        ids = self._checked_ids(record["input_ids"], "input_ids")
+        labels, mask = record["labels"], record.get("attention_mask")
+        for name, values in (("labels", labels), ("attention_mask", mask)):
+            if values is None and name == "attention_mask":
+                continue
+            if not isinstance(values, list) or len(values) != len(ids):
+                raise ValueError(f'"{name}" is not a list as long as "input_ids" ({len(ids)})')
+        for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
+            if label not in (token, _NOT_LEARNT):
+                raise ValueError(
+                    f'"labels" holds {label!r} at {i}, where "input_ids" holds {token}: labels are '
+                    f"the ids themselves, not shifted, or {_NOT_LEARNT} where they are not learnt"
+                )
+        seen = [i for i in range(len(ids)) if mask is None or mask[i]]
+        output = [labels[i] != _NOT_LEARNT for i in seen]
+        return self._as_it_is(record, [ids[i] for i in seen], output)
+
+    def _segmented(self, record: Mapping[str, Any]) -> Encoded:
+        segments = record[_SEGMENTS]
+        if not isinstance(segments, list) or not all(
+            isinstance(s, dict)
+            and isinstance(s.get("text"), str)
+            and isinstance(s.get("label"), bool)
+            for s in segments
+        ):
+            raise ValueError(f'"{_SEGMENTS}" must be a list of objects with a text and a label')
+        parts = self._tokenize([s["text"] for s in segments])
+        output = [s["label"] for s, ids in zip(segments, parts, strict=True) for _ in ids]
+        return self._as_it_is(record, [i for ids in parts for i in ids], output)
+
+    def _as_it_is(self, record: Mapping[str, Any], ids: list[int], output: list[bool]) -> Encoded:
+        inputs = output.index(True) if True in output else len(output)
+        inputs = inputs if all(output[inputs:]) else -1
+        notes = {Note("unread", key) for key in self.unread(record)}
+        learnt = [i for i, it in zip(ids, output, strict=True) if it]
+        if learnt and not self._markers.ends(learnt):
+            notes.add(Note("no_end_text"))
+        return self._limited(Encoded(ids, output, inputs, False, frozenset(notes)))
+
+    # --- conversations ---------------------------------------------------------------------------
+
+    @cached_property
+    def _markers(self) -> Markers:
+        return Markers(self.tokenizer)
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        try:
+            return ChatRenderer(self.tokenizer, self._assistant_turns)
+        except ValueError as error:
+            raise _Broken(str(error)) from None
 
     def _conversation(self, record: Mapping[str, Any]) -> list[Encoded | ValueError]:
-        from jinja2 import TemplateError
+        renderer = self._renderer
+        chat, unread = self._read(record, self._turns.of(record))
+        notes = frozenset(
+            {
+                *chat.notes,
+                *(Note("unread_beside_turns", key) for key in unread),
+                *renderer.template.unread(chat, self._ignored),
+            }
+        )
+        found: list[Encoded | ValueError] = []
+        for ids, mask, own in renderer(chat):
+            found.append(self._limited(Encoded(ids, mask, -1, False, notes | own)))
+            notes = frozenset()
+        return found
 
-        if self._renderer is None:
-            self._renderer = ChatRenderer(self.tokenizer, self._assistant_turns)
-        try:
-            examples = self._renderer(self._turns.of(record), record.get("tools"))
-            return [self._limited(Encoded(ids, mask, -1, False)) for ids, mask in examples]
-        except ValueError as error:
-            return [error]
-        except TemplateError as error:  # templates refuse, say, roles that do not alternate
-            return [ValueError(f"the chat template refuses it: {error}")]
+    def _read(self, record: Mapping[str, Any], chat: Conversation) -> tuple[Conversation, set[str]]:
+        """Return the conversation as the template takes it, and fields that were not read."""
+        unread = self.unread(record)
+        system = record.get("system")
+        if holds(system) and "system" not in self._ignored:
+            with_system = None
+            if isinstance(system, str):
+                with_system = self._renderer.template.with_system(chat, system)
+            if with_system is not None:
+                chat = with_system
+            elif chat.messages[0] != {"role": "system", "content": system}:
+                unread.add("system")
+        return self._renderer.template.fitted(chat), unread
+
+    def _asked(self, record: Mapping[str, Any]) -> list[int]:
+        chat = self._turns.of(record, answered=False)
+        messages = list(chat.messages)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise ValueError("no turn is there that the assistant could answer")
+        chat, _ = self._read(record, chat.with_messages(messages))
+        return self._tokens.ids(self._renderer.template.render(chat, prompt=True))
 
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -226,3 +448,7 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
         if full[start : start + len(plain)] == plain:
             return full[:start], full[start + len(plain) :]
     return [], []
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

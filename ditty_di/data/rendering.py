@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from ditty_di.data.audit import Note
+from ditty_di.data.chat_template import ChatTemplate
+from ditty_di.data.conversations import Conversation, text_of
+from ditty_di.data.token_spans import Markers, TokenSpans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PLACEHOLDER = re.compile(r"__([A-Za-z0-9]+(?:_[A-Za-z0-9]+)*)__")
-_GENERATION = re.compile(r"\{%-?\s*generation\b")
 
-NO_TEMPLATE = """\
-the tokenizer {name!r} has no chat template, so `messages` cannot be rendered. Use the tokenizer \
-of a chat model, or set its `chat_template` (in YAML: `chat_template: ...` in its node)."""
 NOT_A_PREFIX = """\
 the chat template renders earlier turns differently once later ones follow (turn {turn}), so this \
 conversation cannot be one example that shows each answer as the model would give it. \
-assistant_turns=each makes an example of every answer, assistant_turns=last of the last one"""
+data.encoder.assistant_turns=each makes an example of every answer, =last of the last one"""
+OTHER_PROMPT = """\
+the chat template renders the turns before turn {turn} differently once that answer follows, so it \
+does not begin where the model is prompted: the prompt ends in {prompt!r}, the conversation has \
+{text!r} there"""
 
 
 def field_text(record: Mapping[str, Any], key: str) -> str:
@@ -65,13 +70,21 @@ class Format:
 
     def __call__(self, record: Mapping[str, Any]) -> str:
         """Raises `ValueError` for a field that the record does not have."""
-        for text, keys in zip(self.formats, self._keys, strict=True):
-            if all(field_text(record, key) for key in keys):
-                return self._filled(text, record)
-        for key in self._keys[-1]:
+        chosen = self._chosen(record)
+        for key in self._keys[chosen]:
             if key not in record:
                 raise ValueError(f'no key "{key}" among {sorted(record)}')
-        return self._filled(self.formats[-1], record)
+        return self._filled(self.formats[chosen], record)
+
+    def keys_read(self, record: Mapping[str, Any]) -> set[str]:
+        """Return the record's keys that the text is made of."""
+        return set(self._keys[self._chosen(record)])
+
+    def _chosen(self, record: Mapping[str, Any]) -> int:
+        for number, keys in enumerate(self._keys):
+            if all(field_text(record, key) for key in keys):
+                return number
+        return len(self._keys) - 1
 
     def _filled(self, text: str, record: Mapping[str, Any]) -> str:
         done: set[str] = set()
@@ -86,44 +99,6 @@ class Format:
         return _PLACEHOLDER.sub(replace, text)
 
 
-@dataclass(frozen=True)
-class Turns:
-    """How conversations are written in the records.
-
-    `roles` maps their names of roles to the template's: {human: user, gpt: assistant}.
-    """
-
-    key: str = "messages"
-    role_key: str = "role"
-    content_key: str = "content"
-    roles: Mapping[str, str] | None = None
-
-    def of(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Messages with `role` and `content`, other keys as they are.
-
-        Raises `ValueError` for what is no conversation.
-        """
-        turns = record[self.key]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError(f'"{self.key}" must be a list of objects with role and content')
-        messages = []
-        for i, turn in enumerate(turns):
-            if self.role_key not in turn:
-                raise ValueError(f'turn {i} of "{self.key}" has no "{self.role_key}"')
-            role = str(turn[self.role_key])
-            rest = {k: v for k, v in turn.items() if k not in (self.role_key, self.content_key)}
-            content = turn.get(self.content_key)
-            named = (self.roles or {}).get(role, role)
-            messages.append({**rest, "role": named, "content": "" if content is None else content})
-        if all(message["role"] != "assistant" for message in messages):
-            found = sorted({message["role"] for message in messages})
-            raise ValueError(
-                f'"{self.key}" has no turn of the assistant to learn from, only of {found}; '
-                "`roles` maps other names to it"
-            )
-        return messages
-
-
 #: Which examples a conversation makes: pairs (number of messages, which of them are learnt).
 ASSISTANT_TURNS = {
     "all": lambda answers: [(answers[-1] + 1, answers)],
@@ -135,9 +110,15 @@ ASSISTANT_TURNS = {
 class ChatRenderer:
     """Token ids of conversations, and which of them the assistant says.
 
-    With `{% generation %}` in the template its own mask decides. Otherwise an answer is what the
-    template adds to its prompt (the messages before it, with the generation prompt), end-of-turn
-    tokens included: exactly the text that the model has to write in use.
+    `{% generation %}` in the template decides, where rendering gives any mark. Otherwise an answer
+    is what the template adds to its prompt (the messages before it, with the generation prompt), up
+    to and with the special token that ends the turn: what the model has to write in use.
+
+    - Where the generation prompt is not how the template renders an answer that is there (it opens
+      `<think>`), the answer begins where the two part.
+    - Where turns are not closed and the next one's marker is a special token, that is learnt as the
+      end; behind the last answer it is put, as a turn of the user (behind tool calls: of the tool)
+      would begin.
 
     `assistant_turns`: `all` answers of a conversation in one example, `each` in an example of its
     own, or the `last` alone.
@@ -146,74 +127,197 @@ class ChatRenderer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_turns: str) -> None:
-        if not tokenizer.chat_template:
-            raise ValueError(NO_TEMPLATE.format(name=tokenizer.name_or_path))
-        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer)
+        self.tokens = TokenSpans(tokenizer)
         self._choose = ASSISTANT_TURNS[assistant_turns]
-        template = tokenizer.get_chat_template()
-        # The template's mask marks all answers; for some of them the differences are taken.
-        self._has_mask = bool(_GENERATION.search(template)) and assistant_turns == "all"
+        self._markers = Markers(tokenizer)
 
-    def __call__(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None = None
-    ) -> Iterator[tuple[list[int], list[bool]]]:
-        """Pairs (ids, trained), one an example.
+    def __call__(self, chat: Conversation) -> Iterator[tuple[list[int], list[bool], set[Note]]]:
+        """Yield (ids, learnt, notes), one an example. `chat` is as `ChatTemplate.fitted` gives it.
+
+        A conversation whose answers are all left out (`weight: 0`) gives one example without a
+        token to learn.
 
         Raises `ValueError` for a conversation that the template does not render stepwise.
         """
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        for count, chosen in self._choose(answers):
-            if self._has_mask:
-                yield self._by_template(messages[:count], tools)
+        chosen = self._choose(chat.answers) if chat.answers else [(len(chat.messages), [])]
+        for count, answers in chosen:
+            part = chat.with_messages(chat.messages[:count])
+            whole = self.template.render(part)
+            if spans := self.template.marked(part):
+                yield self._by_marks(part, whole, spans, answers)
             else:
-                yield self._by_differences(messages[:count], chosen, tools)
+                yield self._by_differences(part, whole, answers)
 
-    def _by_template(self, messages: Any, tools: Any) -> tuple[list[int], list[bool]]:
-        found: Any = self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+    # --- the template's marks --------------------------------------------------------------------
+
+    def _by_marks(
+        self, chat: Conversation, whole: str, spans: list[tuple[int, int]], answers: list[int]
+    ) -> tuple[list[int], list[bool], set[Note]]:
+        everyone = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
+        if answers != everyone:
+            spans = [span for i in answers for span in self._marks_of(chat, spans, i)]
+        if self.tokens.tokenizer.is_fast:
+            ids, where = self.tokens.spans(whole)
+            learnt = [
+                any(start < end_ and end > start_ for start_, end_ in spans) for start, end in where
+            ]
+        else:
+            cuts = [cut for span in spans for cut in span]
+            ids, parts, _ = self.tokens.split(whole, cuts)
+            learnt = [part % 2 == 1 for part in parts]
+        ends = [i for i, it in enumerate(learnt) if it and not any(learnt[i + 1 : i + 2])]
+        ended = sum(self._markers.ends(ids[: i + 1]) for i in ends)
+        return ids, learnt, {Note("no_end")} if ended < len(answers) else set()
+
+    def _marks_of(
+        self, chat: Conversation, spans: list[tuple[int, int]], turn: int
+    ) -> list[tuple[int, int]]:
+        """Return the spans of one turn: those that come with it when turns are added one by one."""
+        before, behind = (
+            len(self.template.marked(chat.with_messages(chat.messages[:count]))) if count else 0
+            for count in (turn, turn + 1)
         )
-        return found["input_ids"], [bool(trained) for trained in found["assistant_masks"]]
+        return spans[before:behind]
+
+    # --- what the template adds to its prompts ---------------------------------------------------
 
     def _by_differences(
-        self, messages: list[Any], answers: list[int], tools: Any
-    ) -> tuple[list[int], list[bool]]:
-        def render(count: int, prompt: bool = False) -> str:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages[:count], tools=tools, tokenize=False, add_generation_prompt=prompt
-                )
-            )
-
-        whole, ends = render(len(messages)), []
+        self, chat: Conversation, whole: str, answers: list[int]
+    ) -> tuple[list[int], list[bool], set[Note]]:
+        notes: set[Note] = set()
+        cuts: list[int] = []
         for turn in answers:
-            for text in (render(turn, prompt=True), render(turn + 1)):
-                if not whole.startswith(text):
-                    raise ValueError(NOT_A_PREFIX.format(turn=turn))
-                ends.append(len(text))
-        return self._tokens(whole, ends)
+            start, prompt = self._start(chat, whole, turn)
+            if start is None or (end := self._end(chat, whole, turn, start)) is None:
+                raise ValueError(self._why_not(chat, whole, turn))
+            if prompt:
+                notes.add(Note("other_prompt", prompt))
+            cuts += [start, end]
+        ids, parts, crossed = self.tokens.split(whole, cuts)
+        if crossed:
+            notes.add(Note("border"))
+        learnt = [part % 2 == 1 for part in parts]
+        for number in range(len(answers)):
+            own = [i for i, part in enumerate(parts) if part == 2 * number + 1]
+            notes |= self._ended(chat, whole, ids, learnt, own)
+        return ids, learnt, notes
 
-    def _tokens(self, text: str, ends: list[int]) -> tuple[list[int], list[bool]]:
-        """Tokens of the text, trained in every second of the parts that end at `ends`."""
-        if self.tokenizer.is_fast:
-            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            spans = [(start, end) for start, end in found["offset_mapping"] if start < end]
-            if not any(start < cut < end for start, end in spans for cut in ends):
-                trained, part = [], 0
-                for start, _ in found["offset_mapping"]:
-                    while part < len(ends) and start >= ends[part]:
-                        part += 1
-                    trained.append(part % 2 == 1)
-                return found["input_ids"], trained
-        # A token across the border of prompt and answer is not what the model sees in use, where
-        # the prompt is tokenized alone: so are the parts.
-        ids: list[int] = []
-        mask: list[bool] = []
-        for part, (start, end) in enumerate(zip([0, *ends], [*ends, len(text)], strict=True)):
-            some = self.tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
-            ids += some
-            mask += [part % 2 == 1] * len(some)
-        return ids, mask
+    def _start(self, chat: Conversation, whole: str, turn: int) -> tuple[int | None, str]:
+        """Return where the answer begins, None if nowhere; a generation prompt that differs."""
+        if not turn:
+            return self._first_start(chat, whole), ""
+        asked = chat.with_messages(chat.messages[:turn])
+        prompt = self.template.render(asked, prompt=True)
+        if whole.startswith(prompt):
+            return len(prompt), ""
+        before = self.template.render(asked)
+        stable = self._common(whole, before)
+        if stable < len(before) and not whole.endswith(before[stable:]):
+            return None, ""
+        start = self._common(whole, prompt)
+        return (start, prompt[stable:]) if start >= stable else (None, "")
+
+    def _first_start(self, chat: Conversation, whole: str) -> int:
+        """Return where the content of an answer begins that nothing is before."""
+        first = chat.messages[0]
+        word = "a" if not text_of(first["content"]).startswith("a") else "b"
+        content = word if isinstance(first["content"], str) else [{"type": "text", "text": word}]
+        other = chat.with_messages([first | {"content": content}, *chat.messages[1:]])
+        return self._common(whole, self.template.render(other))
+
+    def _end(self, chat: Conversation, whole: str, turn: int, start: int) -> int | None:
+        """Return where the answer ends, None if later turns change it."""
+        closing = self._closing
+        if turn + 1 == len(chat.messages):
+            end = len(whole) - len(closing)
+            if not closing or not whole.endswith(closing) or end <= start:
+                return len(whole)
+            closed = self._markers.ends(self.tokens.ids(whole[start:end]))
+            return end if closed else len(whole)
+        answered = self.template.render(chat.with_messages(chat.messages[: turn + 1]))
+        if whole.startswith(answered):
+            return len(answered)
+        end = self._common(whole, answered)
+        return end if answered[end:] == closing and end > start else None
+
+    @cached_property
+    def _closing(self) -> str:
+        """What the template writes behind any conversation without a generation prompt (Phi-3)."""
+        asked = Conversation([{"role": "user", "content": "a"}], [])
+        try:
+            asked = self.template.fitted(asked)
+            before, prompt = self.template.render(asked), self.template.render(asked, prompt=True)
+        except ValueError:
+            return ""
+        return before[self._common(before, prompt) :]
+
+    def _why_not(self, chat: Conversation, whole: str, turn: int) -> str:
+        alone = chat.with_messages(chat.messages[: turn + 1])
+        later = len(alone.messages) < len(chat.messages)
+        if later and self._start(alone, self.template.render(alone), turn)[0] is not None:
+            return NOT_A_PREFIX.format(turn=turn)
+        asked = chat.with_messages(chat.messages[:turn])
+        prompt = self.template.render(asked, prompt=True)
+        at = self._common(whole, prompt)
+        return OTHER_PROMPT.format(turn=turn, prompt=prompt[at : at + 60], text=whole[at : at + 60])
+
+    def _common(self, text: str, other: str) -> int:
+        """Return the length of the common prefix, which ends between two tokens of `text`."""
+        pairs = enumerate(zip(text, other, strict=False))
+        common = next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
+        if common in (len(text), len(other)):
+            return common
+        common = self._markers.aligned(text, self._markers.aligned(other, common))
+        if self.tokens.tokenizer.is_fast:
+            for start, end in self.tokens.spans(text)[1]:
+                if start < common < end:
+                    return start
+        return common
+
+    def _ended(
+        self, chat: Conversation, whole: str, ids: list[int], learnt: list[bool], own: list[int]
+    ) -> set[Note]:
+        """Leave out what stands behind the end of a turn, and learn the end where it is the next
+        turn's marker. `own` are the answer's tokens."""
+        if not own:
+            return {Note("empty")}
+        markers, last = self._markers, own[-1]
+        filled = [i for i in own if not markers.is_blank(ids[i])]
+        notes = set() if any(ids[i] not in markers.special for i in filled) else {Note("empty")}
+        end = filled[-1] if filled else own[0]
+        if ids[end] not in markers.special:
+            following = ids[last + 1 :]
+            if last + 1 == len(ids):
+                following = self._next_turn(chat, whole)
+                ahead = next((n for n, i in enumerate(following) if i in markers.special), None)
+                following = following[: ahead + 1] if ahead is not None else []
+                blank = all(map(markers.is_blank, following[:-1]))
+            else:
+                blank = True
+                following = following[:1]
+            if blank and following and following[-1] in markers.special:
+                if last + 1 == len(ids):
+                    ids += following
+                    learnt += [True] * len(following)
+                else:
+                    learnt[last + 1] = True
+                return notes | {Note("next_marker", markers.text(following[-1]))}
+            if ids[end] not in markers.added:
+                return notes | {Note("no_end")}
+        for i in range(end + 1, last + 1):
+            learnt[i] = False
+        return notes
+
+    def _next_turn(self, chat: Conversation, whole: str) -> list[int]:
+        """Return the ids of how a turn behind the last one begins; none if that changes it."""
+        called = "tool_calls" in chat.messages[-1]
+        for role in ("tool", "user") if called else ("user",):
+            more = [*chat.messages, {"role": role, "content": chat.messages[-1]["content"] or "a"}]
+            try:
+                text = self.template.render(chat.with_messages(more))
+            except ValueError:
+                continue
+            if text.startswith(whole):
+                return self.tokens.ids(text[len(whole) :])
+        return []

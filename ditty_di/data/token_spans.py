@@ -1,0 +1,130 @@
+"""Which part of a text each token belongs to, and which tokens are control tokens."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TokenSpans:
+    """Tokenize texts without special tokens of the tokenizer's own, with the span of each token.
+
+    Spans are `(first character, behind the last)` of the text, surrounding whitespace included:
+    post-processors with `trim_offsets` (GPT-2, RoBERTa, Llama 3) would leave it out, so that a
+    space at the border of two parts belonged to no token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._exact: Any = None
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return ids and spans `[tokens]`. Only for a fast tokenizer."""
+        if self._exact is None:
+            self._exact = _without_trimming(self.tokenizer)
+        found = self._exact(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return list(found["input_ids"]), list(found["offset_mapping"])
+
+    def crosses(self, text: str, cut: int) -> bool:
+        """Return whether a token of the text begins before `cut` and ends behind it."""
+        if not self.tokenizer.is_fast:
+            return False
+        return any(start < cut < end for start, end in self.spans(text)[1])
+
+    def split(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int], bool]:
+        """Return ids and the number of the part of each `[tokens]`; whether a token crossed a cut.
+
+        Part 0 ends at `cuts[0]`. Where a token would cross a cut the parts are tokenized apart: in
+        use a prompt is tokenized without its answer, and training has to show the same ids.
+        """
+        whole = self._by_spans if self.tokenizer.is_fast else self._by_prefixes
+        found = whole(text, cuts)
+        if found is not None:
+            return *found, False
+        ids: list[int] = []
+        parts: list[int] = []
+        for part, (start, end) in enumerate(zip([0, *cuts], [*cuts, len(text)], strict=True)):
+            some = self.ids(text[start:end])
+            ids += some
+            parts += [part] * len(some)
+        return ids, parts, True
+
+    def _by_spans(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]] | None:
+        ids, spans = self.spans(text)
+        if any(start < cut < end for start, end in spans for cut in cuts):
+            return None
+        parts, part = [], 0
+        for start, _ in spans:
+            while part < len(cuts) and start >= cuts[part]:
+                part += 1
+            parts.append(part)
+        return ids, parts
+
+    def _by_prefixes(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]] | None:
+        ids, parts = self.ids(text), list[int]()
+        for part, cut in enumerate(cuts):
+            prefix = self.ids(text[:cut])
+            if ids[: len(prefix)] != prefix or len(prefix) < len(parts):
+                return None
+            parts += [part] * (len(prefix) - len(parts))
+        return ids, parts + [len(cuts)] * (len(ids) - len(parts))
+
+
+class Markers:
+    """A tokenizer's control tokens: special ones (EOS included), and all added ones."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        added = tokenizer.added_tokens_decoder
+        self.special = {i for i, token in added.items() if token.special}
+        self.special |= set(tokenizer.all_special_ids)
+        self.special -= {tokenizer.unk_token_id}
+        self.added = {*self.special, *(i for i, token in added.items() if token.content.strip())}
+        self._tokenizer = tokenizer
+        self._blank: dict[int, bool] = {}
+        words = sorted({self.text(i) for i in self.added} - {""}, key=len, reverse=True)
+        self._longest = max(map(len, words), default=0)
+        self._words = re.compile("|".join(map(re.escape, words)) or "(?!)")
+
+    def text(self, token: int) -> str:
+        """Return how the token is written."""
+        return str(self._tokenizer.convert_ids_to_tokens(token))
+
+    def is_blank(self, token: int) -> bool:
+        """Return whether the token is only whitespace."""
+        if token not in self._blank:
+            blank = token not in self.added and not str(self._tokenizer.decode([token])).strip()
+            self._blank[token] = blank
+        return self._blank[token]
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Return whether the last token that is not whitespace is a control token."""
+        last = next((i for i in reversed(ids) if not self.is_blank(i)), None)
+        return last in self.added
+
+    def aligned(self, text: str, position: int) -> int:
+        """Return the position, or the begin of the control token that it lies within."""
+        begin, end = max(0, position - self._longest), position + self._longest
+        for match in self._words.finditer(text, begin, end):
+            if match.start() < position < match.end():
+                return match.start()
+        return position
+
+
+def _without_trimming(tokenizer: Any) -> Any:
+    """Return the tokenizer, or a copy without post-processor if that one trims the spans."""
+    spans = tokenizer(" a", add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if spans and spans[0][0] == 0 and spans[0][1] > 0:
+        return tokenizer
+    exact = copy.deepcopy(tokenizer)
+    exact.backend_tokenizer.post_processor = None
+    return exact
