@@ -76,12 +76,15 @@ class Findings:
         self._records: Counter[str] = Counter()
         self._subjects: dict[str, Counter[str]] = {}
         self._first: dict[str, str] = {}
+        self._where = ""
 
-    def add(self, where: str, notes: Iterable[Note]) -> None:
+    def add(self, where: str | None, notes: Iterable[Note]) -> None:
+        """Count an example of the record at `where`; None: of the same one as before."""
+        self._where = where or self._where
         notes = set(notes)
         for kind in {note.kind for note in notes}:
             self._records[kind] += 1
-            self._first.setdefault(kind, where)
+            self._first.setdefault(kind, self._where)
         for kind, subject in sorted(notes):
             self._subjects.setdefault(kind, Counter())[subject] += 1
 

@@ -24,6 +24,13 @@ def holds(value: Any) -> bool:
     return value is not None and (value != "" if isinstance(value, str) else value not in ([], {}))
 
 
+def without_nulls(value: Any) -> Any:
+    """Return the value without keys that are None in the objects within it."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class Conversation:
     """What a chat template renders.

@@ -33,12 +33,6 @@ _DEFAULT_FORMATS = ("__input__", "__output__")
 _PROMPT_COMPLETION = ("prompt", "completion")
 # Characters on each side that decide whether a token spans the border of input and output.
 _BORDER = 32
-#: Fields of layouts that a choice of conf/data or an option reads, and which one.
-_ADVICE = (
-    ("conversations", "data.encoder.messages_key=conversations (data=slim_orca: ShareGPT's keys)"),
-    ("instruction", "data=alpaca, or data.input_format with __instruction__ in it"),
-    ("text", "data=text trains on documents"),
-)
 
 NO_EOS = """\
 the tokenizer {name!r} has no EOS token to end outputs with: set its `eos_token` (in YAML: \
@@ -274,14 +268,7 @@ class Encoder:
             return self._checked_ids(ids, key)
         if which and key in record and ids is None:
             raise ValueError(f'"{key}" is null: there is no output to learn')
-        try:
-            return self._formats_for(record)[which](record)
-        except ValueError as error:
-            known = {*self._keys, *_PROMPT_COMPLETION}
-            for field, advice in _ADVICE:
-                if field in record and field not in known:
-                    raise ValueError(f'{error}; for "{field}": {advice}') from None
-            raise
+        return self._formats_for(record)[which](record)
 
     def _checked_ids(self, ids: Any, key: str) -> list[int]:
         size = len(self.tokenizer)

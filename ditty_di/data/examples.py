@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ditty_di.data.audit import Findings
 from ditty_di.data.cache import build_once, cache_folder, fingerprint
 from ditty_di.data.encoding import Encoded, Encoder
 from ditty_di.data.sources import Records
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Raise it when the same ids would be stored in another way.
-_EXAMPLES_FORMAT = 1
+_EXAMPLES_FORMAT = 2
 _PROMPTS = 32
 _RECORDS_AT_ONCE = 1000
 _BAD_SHOWN = 10
@@ -52,7 +53,8 @@ class Examples:
     `loss_mask`: `output_only` learns outputs and the assistant's answers, `no_mask` every token.
 
     The first process to come tokenizes, others wait for its file: no collective is involved.
-    Examples without a token to learn are dropped; a log line counts them and what was cut.
+    Examples without a token to learn are dropped; a log line counts them and what was cut. What the
+    encoder noted about examples (`Encoder`, `audit`) is a warning for each kind.
 
     Raises `ValueError` for bad records, all together, the first ten with file, line and reason; and
     when no example is left.
@@ -79,6 +81,8 @@ class Examples:
         )
         self._open()
         log.info("%s", self._about["summary"])
+        for warning in self._about["warnings"]:
+            log.warning("%s", warning)
 
     def _open(self) -> None:
         def load(name: str) -> np.ndarray:
@@ -190,6 +194,7 @@ def _build(
     total = found = without = cut = bad = 0
     shown: list[str] = []
     texts: list[str] = []
+    findings = Findings()
     for where, example in _encoded(records, encoder):
         total += where is not None
         if isinstance(example, ValueError):
@@ -203,6 +208,7 @@ def _build(
             without += 1
             continue
         cut += example.cut
+        findings.add(where, example.notes)
         if len(texts) < _PROMPTS:
             texts.append(encoder.prompt_text(example))
         tokens.append(np.array(example.ids, dtype))
@@ -224,7 +230,7 @@ def _build(
         f"{len(inputs)} examples of {total} records: {sum(sizes)} tokens, the longest "
         f"{max(sizes)}; {cut} cut to fit, {without} dropped without a token to learn"
     )
-    about = {"summary": summary, "prompts": texts}
+    about = {"summary": summary, "prompts": texts, "warnings": findings.lines()}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ditty_di.data.cache import fingerprint
+from ditty_di.data.conversations import without_nulls
 
 #: What a split may be called, by its own name first.
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -241,7 +242,11 @@ def _dataset(name: str, dataset: Any) -> Records:
             for key, convert in to_name.items():
                 hidden = row[key] is None or row[key] < 0
                 row[key] = None if hidden else convert(row[key])
-            yield f"{name}, row {number}", row
+            # Arrow gives every object within a column the keys of all others, as None.
+            yield (
+                f"{name}, row {number}",
+                {key: without_nulls(value) for key, value in row.items()},
+            )
 
     return Records(read, lambda: fingerprint(dataset._fingerprint, repr(dataset.features)))
 
