@@ -61,8 +61,8 @@ KINDS = {
         refused=False,
     ),
     "border": Kind(
-        "a token would span the border of prompt and answer if they were tokenized together; they "
-        "are tokenized apart, as in use",
+        "together prompt and answer would have another token at their border, such as one that "
+        "spans it; they are tokenized apart, as in use",
         refused=False,
     ),
 }

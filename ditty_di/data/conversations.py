@@ -21,7 +21,7 @@ _NOT_FOR_TEMPLATES = {"messages", "conversations", "self", "kwargs"}
 
 def holds(value: Any) -> bool:
     """Return whether a field holds something: not None and not empty."""
-    return value is not None and (value != "" if isinstance(value, str) else value not in ([], {}))
+    return value is not None and not (isinstance(value, str | list | dict | tuple) and not value)
 
 
 def without_nulls(value: Any) -> Any:
@@ -87,7 +87,7 @@ class Turns:
         answers: list[int] = []
         notes: list[Note] = []
         for key in keys:
-            turns = record.get(key)
+            turns = _parsed(record.get(key))
             if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
                 raise ValueError(
                     f'"{key}" must be a list of objects with {self.role_key} and {self.content_key}'
@@ -102,9 +102,9 @@ class Turns:
                     answers.append(len(messages))
                 messages.append(message)
         last = keys[-1] if keys else self.key
-        first_own = len(record[keys[0]]) if len(keys) > 1 else 0
-        if answered and all(m["role"] != "assistant" for m in messages[first_own:]):
-            found = sorted({message["role"] for message in messages[first_own:]})
+        own = messages[len(record[keys[0]]) if len(keys) > 1 else 0 :]
+        if answered and all(message["role"] != "assistant" for message in own):
+            found = sorted({message["role"] for message in own})
             raise ValueError(
                 f'"{last}" has no turn of the assistant to learn from, only of {found}; '
                 "`roles` maps other names to it"
@@ -131,6 +131,14 @@ class Turns:
             raise ValueError(f'{where} has no "{self.content_key}": there is nothing to learn')
         message["content"] = _content(content, role, f'"{self.content_key}" of {where}')
         return message, learnt
+
+
+def _parsed(turns: Any) -> Any:
+    """Return what a column of JSON text holds, anything else as it is."""
+    try:
+        return json.loads(turns) if isinstance(turns, str) else turns
+    except ValueError:
+        return turns
 
 
 def is_turns(value: Any) -> bool:
@@ -257,7 +265,15 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
         return []
     if not isinstance(found, list) or not all(isinstance(call, dict) for call in found):
         raise ValueError(f'"tool_calls" of {where} must be a list of objects')
-    return [{k: v for k, v in call.items() if v is not None} for call in found]
+    calls = [{k: v for k, v in call.items() if v is not None} for call in found]
+    for call in calls:
+        arguments = _function(call).get("arguments")
+        if isinstance(arguments, str) and not isinstance(_as_object(arguments), dict):
+            raise ValueError(
+                f'"arguments" of a tool call of {where} is text that is not a JSON object: '
+                f"{arguments[:60]!r}"
+            )
+    return calls
 
 
 def call_forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -300,13 +316,13 @@ def _with(call: dict[str, Any], form: Any) -> dict[str, Any]:
 
 
 def _as_object(arguments: Any) -> Any:
-    if isinstance(arguments, str):
-        try:
-            found = json.loads(arguments)
-        except ValueError:
-            return arguments
-        return found if isinstance(found, dict) else arguments
-    return arguments
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        found = json.loads(arguments) if arguments.strip() else {}
+    except ValueError:
+        return arguments
+    return found if isinstance(found, dict) else arguments
 
 
 def _as_text(arguments: Any) -> Any:

@@ -319,7 +319,7 @@ class Encoder:
         if not isinstance(inputs, str) or not isinstance(outputs, str) or self._after:
             return False
         before = inputs[-_BORDER:]
-        return self._tokens.crosses(before + outputs[:_BORDER], len(before))
+        return self._tokens.differs(before + outputs[:_BORDER], len(before))
 
     def _limited(self, whole: Encoded) -> Encoded:
         if self._max_ids is None or len(whole.ids) <= self._max_ids:

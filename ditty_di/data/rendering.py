@@ -194,8 +194,8 @@ class ChatRenderer:
             if prompt:
                 notes.add(Note("other_prompt", prompt))
             cuts += [start, end]
-        ids, parts, crossed = self.tokens.split(whole, cuts)
-        if crossed:
+        ids, parts, apart = self.tokens.split(whole, cuts)
+        if apart:
             notes.add(Note("border"))
         learnt = [part % 2 == 1 for part in parts]
         for number in range(len(answers)):
@@ -205,10 +205,11 @@ class ChatRenderer:
 
     def _start(self, chat: Conversation, whole: str, turn: int) -> tuple[int | None, str]:
         """Return where the answer begins, None if nowhere; a generation prompt that differs."""
-        if not turn:
-            return self._first_start(chat, whole), ""
         asked = chat.with_messages(chat.messages[:turn])
-        prompt = self.template.render(asked, prompt=True)
+        try:
+            prompt = self.template.render(asked, prompt=True)
+        except ValueError:  # nothing is before it, or nothing that the template takes alone
+            return self._content_start(chat, whole, turn), ""
         if whole.startswith(prompt):
             return len(prompt), ""
         before = self.template.render(asked)
@@ -216,15 +217,20 @@ class ChatRenderer:
         if stable < len(before) and not whole.endswith(before[stable:]):
             return None, ""
         start = self._common(whole, prompt)
-        return (start, prompt[stable:]) if start >= stable else (None, "")
+        if start < stable:
+            return None, ""
+        opening = prompt[self._common(prompt, before) :]
+        if opening and (found := re.compile(r"\s*" + re.escape(opening)).match(whole, start)):
+            start = found.end()  # only whitespace before it differs
+        return start, opening
 
-    def _first_start(self, chat: Conversation, whole: str) -> int:
-        """Return where the content of an answer begins that nothing is before."""
-        first = chat.messages[0]
-        word = "a" if not text_of(first["content"]).startswith("a") else "b"
-        content = word if isinstance(first["content"], str) else [{"type": "text", "text": word}]
-        other = chat.with_messages([first | {"content": content}, *chat.messages[1:]])
-        return self._common(whole, self.template.render(other))
+    def _content_start(self, chat: Conversation, whole: str, turn: int) -> int:
+        """Return where the content of an answer begins: where the text would change with it."""
+        message = chat.messages[turn]
+        word = "a" if not text_of(message["content"]).startswith("a") else "b"
+        content = word if isinstance(message["content"], str) else [{"type": "text", "text": word}]
+        other = [*chat.messages[:turn], message | {"content": content}, *chat.messages[turn + 1 :]]
+        return self._common(whole, self.template.render(chat.with_messages(other)))
 
     def _end(self, chat: Conversation, whole: str, turn: int, start: int) -> int | None:
         """Return where the answer ends, None if later turns change it."""

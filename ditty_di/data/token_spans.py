@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TOKENS_BEFORE, _TOKENS_COMPARED = 12, 4
+
 
 class TokenSpans:
     """Tokenize texts without special tokens of the tokenizer's own, with the span of each token.
@@ -35,17 +37,32 @@ class TokenSpans:
         )
         return list(found["input_ids"]), list(found["offset_mapping"])
 
-    def crosses(self, text: str, cut: int) -> bool:
-        """Return whether a token of the text begins before `cut` and ends behind it."""
+    def differs(self, text: str, cut: int) -> bool:
+        """Return whether the tokens at `cut` depend on both sides of it.
+
+        That is so if one begins before it and ends behind it, or if the text before it alone has
+        other tokens (line breaks that the next character would part).
+        """
         if not self.tokenizer.is_fast:
-            return False
-        return any(start < cut < end for start, end in self.spans(text)[1])
+            return self._by_prefixes(text, [cut]) is None
+        return self._differs(text, cut, *self.spans(text))
+
+    def _differs(self, text: str, cut: int, ids: list[int], spans: list[tuple[int, int]]) -> bool:
+        behind = next((i for i, (start, _) in enumerate(spans) if start >= cut), len(spans))
+        if behind and spans[behind - 1][1] > cut:
+            return True
+        # Merges do not reach far: some tokens before the cut are enough to see the last ones alike.
+        first = max(0, behind - _TOKENS_BEFORE)
+        alone = self.ids(text[spans[first][0] if first else 0 : cut])
+        seen = _TOKENS_COMPARED if first else behind
+        return alone[-seen:] != ids[behind - seen : behind] if seen else bool(alone)
 
     def split(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int], bool]:
-        """Return ids and the number of the part of each `[tokens]`; whether a token crossed a cut.
+        """Return ids, the part that each is in `[tokens]`, and whether parts were tokenized apart.
 
-        Part 0 ends at `cuts[0]`. Where a token would cross a cut the parts are tokenized apart: in
-        use a prompt is tokenized without its answer, and training has to show the same ids.
+        Part 0 ends at `cuts[0]`. Where tokens would depend on both sides of a cut (`differs`) the
+        parts are tokenized apart: in use a prompt is tokenized without its answer, and training has
+        to show the same ids.
         """
         whole = self._by_spans if self.tokenizer.is_fast else self._by_prefixes
         found = whole(text, cuts)
@@ -61,7 +78,7 @@ class TokenSpans:
 
     def _by_spans(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]] | None:
         ids, spans = self.spans(text)
-        if any(start < cut < end for start, end in spans for cut in cuts):
+        if any(self._differs(text, cut, ids, spans) for cut in cuts):
             return None
         parts, part = [], 0
         for start, _ in spans:
@@ -122,8 +139,10 @@ class Markers:
 
 def _without_trimming(tokenizer: Any) -> Any:
     """Return the tokenizer, or a copy without post-processor if that one trims the spans."""
-    spans = tokenizer(" a", add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    if spans and spans[0][0] == 0 and spans[0][1] > 0:
+    text = "a b\n c"
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    borders = [0, *(border for span in spans for border in span), len(text)]
+    if borders[::2] == borders[1::2]:  # each span begins where the one before ends
         return tokenizer
     exact = copy.deepcopy(tokenizer)
     exact.backend_tokenizer.post_processor = None
