@@ -162,3 +162,40 @@ def test_labels_alone_and_prompts(tmp_path):
     assert prompts(dataset, 2) == ["a b:", "a:"]
     assert prompts(Packed(dataset, 16), 9) == prompts(Seq2SeqExamples(dataset), 9)
     assert len(prompts(dataset, 9)) == 3
+
+
+def test_findings_are_told_once_a_kind_with_the_first_record_and_from_the_cache_too(
+    tmp_path, caplog
+):
+    path = tmp_path / "train.jsonl"
+    lines = [RECORDS[0], *[{**RECORDS[0], "images": ["x"], "id": i} for i in range(3)]]
+    path.write_text("\n".join(map(json.dumps, lines)))
+
+    def told(**options):
+        caplog.clear()
+        Examples(
+            records(path, validation_fraction=0),
+            Encoder(word_tokenizer(), output_format=" __output__", **options),
+            cache_dir=tmp_path / "cache",
+        )
+        return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+    (line,) = told()
+    assert line.startswith('nothing reads "id", "images": name them in data.input_format')
+    assert line.endswith(f"(3 examples, the first: {path}:2)")
+    assert told() == [line], "from the cache"
+    assert not told(ignored_fields=["id", "images"])
+    with pytest.raises(ValueError, match="3 of 4 records cannot be used") as error:
+        told(audit="refuse")
+    assert f'{path}:2: nothing reads "id", "images"' in str(error.value)
+
+
+def test_what_a_template_raises_is_told_by_file_and_line(tmp_path):
+    path = tmp_path / "train.jsonl"
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    bad = {"messages": [{"role": "user", "content": "a", "n": 1}, *good["messages"][1:]]}
+    path.write_text("\n".join(map(json.dumps, [good, bad])))
+    raising = "{% if messages[0].n %}{{ 'a' + messages[0].n }}{% endif %}" + CHAT
+    encoder = Encoder(word_tokenizer(chat_template=raising))
+    with pytest.raises(ValueError, match=rf"(?s)1 of 2.*{path.name}:2: the chat .*TypeError"):
+        Examples(records(path, validation_fraction=0), encoder, cache_dir=tmp_path / "cache")

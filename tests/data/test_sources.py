@@ -145,3 +145,19 @@ def test_examples_in_memory_and_to_debug_with():
     random = inputs(synthetic(50, static=False, vocab_size=100, seed=1))
     assert len(set(map(tuple, random))) > 10 and max(map(max, random)) < 100
     assert random == inputs(synthetic(50, static=False, vocab_size=100, seed=1))
+
+
+def test_nulls_that_arrow_puts_into_objects_are_left_out(tmp_path):
+    """Within a column every object has the keys of all others; a null column is the author's."""
+    import datasets
+
+    calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": None}}]
+    rows = [
+        {"input": None, "messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls
+    ]
+    datasets.Dataset.from_list([*rows, {"input": "a", "messages": []}]).save_to_disk(tmp_path / "a")
+    found = [record for _, record in records(tmp_path / "a", validation_fraction=0)]
+    assert found[0] == rows[0], "without y"
+    assert found[1]["messages"][0]["tool_calls"] == [{"name": "g", "arguments": {}}]
+    write(tmp_path / "a.jsonl", rows[1])
+    assert [r for _, r in records(tmp_path / "a.jsonl", validation_fraction=0)] == [rows[1]]
