@@ -113,6 +113,28 @@ def test_public_datasets_are_conf_files(folder):
     assert texts_of(folder, "sst2", sst2) == ["a\n<unk>: positive<eos>"]
 
 
+def test_options_of_conversations_are_keys_that_exist(folder):
+    turns = [{"from": f, "value": v} for f, v in [("a", "a"), ("b", "b"), ("a", "c"), ("b", "d")]]
+    overrides = (
+        "data.encoder.messages_key=turns",
+        "data.encoder.role_key=from",
+        "data.encoder.content_key=value",
+        "data.encoder.roles={a: user, b: assistant}",
+        "data.encoder.assistant_turns=each",
+        "data.encoder.audit=refuse",
+    )
+    record = {"turns": turns, "id": 0}
+    texts = texts_of(folder, "jsonl", [record], *overrides, "data.encoder.ignored_fields=[id]")
+    assert len(texts) == 2 and texts[0] == "<user>a<end><bot>b<end>"
+    with pytest.raises(Exception, match='nothing reads "id"'):
+        texts_of(folder, "jsonl", [record], *overrides)
+
+
+def test_public_datasets_have_no_findings(folder, caplog):
+    test_public_datasets_are_conf_files(folder)
+    assert not [r.getMessage() for r in caplog.records if "nothing reads" in r.getMessage()]
+
+
 def test_debug_examples(folder):
     program = graph(folder, "data=debug", "data.num_examples=5", "data.token_id=7")
     examples = program.build("data.examples")
