@@ -13,6 +13,7 @@ from ditty_di.data.conversations import (
     Conversation,
     call_arguments,
     call_forms,
+    call_names,
     holds,
     text_of,
 )
@@ -97,13 +98,15 @@ class ChatTemplate:
             )
         except Exception as error:
             raise _refusal(error) from error
-        return [(start, end) for start, end in found[1][0]]
+        text, spans = found[0][0], found[1][0]
+        return [(start, end) for start, end in spans] if text == self.render(chat) else []
 
     def fitted(self, chat: Conversation) -> Conversation:
         """Return the conversation in the form that the template takes.
 
         Contents become text or parts, arguments of tool calls objects or JSON text: the first form
-        that the template renders without an error and without Python's own notation of objects.
+        that the template renders without an error, with the calls' names, and without Python's
+        notation of objects.
         """
         chat = chat.with_messages([self._fitted_content(m) for m in chat.messages])
         usable: Conversation | None = None
@@ -117,7 +120,7 @@ class ChatTemplate:
             except ValueError as error:
                 refused = refused or error
                 continue
-            if not any(_shows_python(text, message) for message in messages):
+            if all(_shows_calls(text, message) for message in messages):
                 return form
             usable = usable or form
         if usable is None:
@@ -235,9 +238,12 @@ def _tags(source: str) -> Iterator[str]:
             opened = False
 
 
-def _shows_python(text: str, message: dict[str, Any]) -> bool:
-    arguments = [a for a in call_arguments(message) if isinstance(a, dict) and a]
-    return any(str(a) in text for a in arguments)
+def _shows_calls(text: str, message: dict[str, Any]) -> bool:
+    """Return whether a rendering has the names of all calls, and no arguments as Python's dicts."""
+    names, arguments = call_names(message), call_arguments(message)
+    return all(str(name) in text for name in names) and not any(
+        str(given) in text for given in arguments if given and isinstance(given, dict)
+    )
 
 
 def _refusal(error: Exception) -> ValueError:

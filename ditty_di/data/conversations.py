@@ -302,6 +302,12 @@ def call_arguments(message: Mapping[str, Any]) -> list[Any]:
     return [_function(call).get("arguments") for call in message.get("tool_calls", ())]
 
 
+def call_names(message: Mapping[str, Any]) -> list[Any]:
+    """Return the name of each call of a message that has one."""
+    found = [_function(call).get("name") for call in message.get("tool_calls", ())]
+    return [name for name in found if name is not None]
+
+
 def _function(call: dict[str, Any]) -> dict[str, Any]:
     function = call.get("function")
     return function if isinstance(function, dict) else call

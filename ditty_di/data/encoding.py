@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ditty_di.data.audit import Note, refusal
 from ditty_di.data.cache import fingerprint
 from ditty_di.data.conversations import Conversation, Turns, holds, is_turns
+from ditty_di.data.given_tokens import SEGMENTS_KEY, TOKENIZED_KEYS, labelled, segmented
 from ditty_di.data.rendering import ASSISTANT_TURNS, ChatRenderer, Format
 from ditty_di.data.token_spans import Markers, TokenSpans
 from ditty_di.data.tokens import tokenizer_fingerprint
@@ -26,9 +27,6 @@ TRUNCATIONS = {
 }
 
 AUDITS = ("warn", "refuse")
-_TOKENIZED = ("input_ids", "labels", "attention_mask")
-_SEGMENTS = "segments"
-_NOT_LEARNT = -100
 _DEFAULT_FORMATS = ("__input__", "__output__")
 _PROMPT_COMPLETION = ("prompt", "completion")
 # Characters on each side that decide whether a token spans the border of input and output.
@@ -124,6 +122,8 @@ class Encoder:
             max_input_tokens=max_input_tokens,
             max_output_tokens=max_output_tokens,
             max_tokens=max_tokens,
+            input_format=input_format,
+            output_format=output_format,
         )
         options: dict[str, Any] = {
             "formats": [input_format, output_format],
@@ -133,7 +133,7 @@ class Encoder:
             "limits": [max_input_tokens, max_output_tokens, max_tokens],
             "truncate_input": truncate_input,
             "end_input": end_input,
-            "audit": [audit, sorted(ignored_fields)],
+            "audit": [audit, list(ignored_fields)],
         }
         aliases = {"input": input_key, "output": output_key}
         self.tokenizer = tokenizer
@@ -143,7 +143,8 @@ class Encoder:
         self._prompt_completion = (Format("__prompt__", {}), Format("__completion__", {}))
         self._turns = Turns(messages_key, role_key, content_key, roles)
         self._assistant_turns = assistant_turns
-        self._refuses, self._ignored = audit == "refuse", set(ignored_fields)
+        self._refuses = audit == "refuse"
+        self._ignored = {ignored_fields} if isinstance(ignored_fields, str) else set(ignored_fields)
         self._max_input, self._max_output = max_input_tokens, max_output_tokens
         # Rows lack the last token, which is only a label.
         self._max_ids = None if max_tokens is None else max_tokens + 1
@@ -162,8 +163,15 @@ class Encoder:
         max_input_tokens: int | None = None,
         max_output_tokens: int | None = None,
         max_tokens: int | None = None,
+        input_format: str | Sequence[str] | None = None,
+        output_format: str | Sequence[str] | None = None,
     ) -> None:
-        """Raise `ValueError` for an option out of range."""
+        """Raise `ValueError` for an option out of range, and for a format without a field."""
+        for name, text in (("input_format", input_format), ("output_format", output_format)):
+            try:
+                Format(text or "__any__", {})
+            except ValueError as error:
+                raise ValueError(f"{name}={text!r}: {error}") from None
         for name, value, known in (
             ("assistant_turns", assistant_turns, ASSISTANT_TURNS),
             ("truncate_input", truncate_input, TRUNCATIONS),
@@ -195,7 +203,7 @@ class Encoder:
                     found[i] = self._conversation(record)
                 elif self._is_tokenized(record):
                     found[i] = [self._tokenized(record)]
-                elif _SEGMENTS in record and self._keys[0] not in record:
+                elif self._is_segmented(record):
                     found[i] = [self._segmented(record)]
                 else:
                     pairs[i] = (self._part(record, 0), self._part(record, 1))
@@ -218,9 +226,9 @@ class Encoder:
         if keys := self._turns.keys_of(record):
             read = {*keys, "tools", "system", "chat_template_kwargs"}
         elif self._is_tokenized(record):
-            read = set(_TOKENIZED)
-        elif _SEGMENTS in record and self._keys[0] not in record:
-            read = {_SEGMENTS}
+            read = set(TOKENIZED_KEYS)
+        elif self._is_segmented(record):
+            read = {SEGMENTS_KEY}
         else:
             read = set()
             for key, form in zip(self._keys, self._formats_for(record), strict=True):
@@ -243,7 +251,10 @@ class Encoder:
         """
         if self._turns.key in record or is_turns(record.get("prompt")):
             return self._asked(record)
-        part = self._part(record, 0)
+        if self._defaults and self._keys[0] not in record and "prompt" in record:
+            part: str | list[int] = self._prompt_completion[0](record)
+        else:
+            part = self._part(record, 0)
         ids = self._tokenize([part])[0] if isinstance(part, str) else part
         return self._input(ids)[0]
 
@@ -331,38 +342,17 @@ class Encoder:
     # --- records that are tokens, or segments, already -------------------------------------------
 
     def _is_tokenized(self, record: Mapping[str, Any]) -> bool:
-        return all(k in record and k not in self._keys for k in _TOKENIZED[:2])
+        return all(k in record and k not in self._keys for k in TOKENIZED_KEYS[:2])
+
+    def _is_segmented(self, record: Mapping[str, Any]) -> bool:
+        return SEGMENTS_KEY in record and self._keys[0] not in record
 
     def _tokenized(self, record: Mapping[str, Any]) -> Encoded:
         ids = self._checked_ids(record["input_ids"], "input_ids")
-        labels, mask = record["labels"], record.get("attention_mask")
-        for name, values in (("labels", labels), ("attention_mask", mask)):
-            if values is None and name == "attention_mask":
-                continue
-            if not isinstance(values, list) or len(values) != len(ids):
-                raise ValueError(f'"{name}" is not a list as long as "input_ids" ({len(ids)})')
-        for i, (token, label) in enumerate(zip(ids, labels, strict=True)):
-            if label not in (token, _NOT_LEARNT):
-                raise ValueError(
-                    f'"labels" holds {label!r} at {i}, where "input_ids" holds {token}: labels are '
-                    f"the ids themselves, not shifted, or {_NOT_LEARNT} where they are not learnt"
-                )
-        seen = [i for i in range(len(ids)) if mask is None or mask[i]]
-        output = [labels[i] != _NOT_LEARNT for i in seen]
-        return self._as_it_is(record, [ids[i] for i in seen], output)
+        return self._as_it_is(record, *labelled(ids, record))
 
     def _segmented(self, record: Mapping[str, Any]) -> Encoded:
-        segments = record[_SEGMENTS]
-        if not isinstance(segments, list) or not all(
-            isinstance(s, dict)
-            and isinstance(s.get("text"), str)
-            and isinstance(s.get("label"), bool)
-            for s in segments
-        ):
-            raise ValueError(f'"{_SEGMENTS}" must be a list of objects with a text and a label')
-        parts = self._tokenize([s["text"] for s in segments])
-        output = [s["label"] for s, ids in zip(segments, parts, strict=True) for _ in ids]
-        return self._as_it_is(record, [i for ids in parts for i in ids], output)
+        return self._as_it_is(record, *segmented(record, self._tokenize))
 
     def _as_it_is(self, record: Mapping[str, Any], ids: list[int], output: list[bool]) -> Encoded:
         inputs = output.index(True) if True in output else len(output)
