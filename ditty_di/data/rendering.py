@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ditty_di.data.audit import Note
 from ditty_di.data.chat_template import ChatTemplate
-from ditty_di.data.conversations import Conversation, text_of
+from ditty_di.data.conversations import Conversation, Turns, text_of
 from ditty_di.data.token_spans import Markers, TokenSpans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ASSISTANT_TURNS", "ChatRenderer", "Format", "Turns"]
 
 _PLACEHOLDER = re.compile(r"__([A-Za-z0-9]+(?:_[A-Za-z0-9]+)*)__")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,28 +65,29 @@ class TokenSpans:
         parts are tokenized apart: in use a prompt is tokenized without its answer, and training has
         to show the same ids.
         """
-        whole = self._by_spans if self.tokenizer.is_fast else self._by_prefixes
-        found = whole(text, cuts)
-        if found is not None:
-            return *found, False
+        if not self.tokenizer.is_fast:
+            whole = self._by_prefixes(text, cuts)
+            return (*whole, False) if whole is not None else self._apart(text, cuts, cuts)
+        ids, spans = self.spans(text)
+        apart = [cut for cut in cuts if self._differs(text, cut, ids, spans)]
+        if apart:
+            return self._apart(text, cuts, apart)
+        return ids, [bisect_right(cuts, start) for start, _ in spans], False
+
+    def _apart(
+        self, text: str, cuts: Sequence[int], apart: Sequence[int]
+    ) -> tuple[list[int], list[int], bool]:
         ids: list[int] = []
         parts: list[int] = []
-        for part, (start, end) in enumerate(zip([0, *cuts], [*cuts, len(text)], strict=True)):
-            some = self.ids(text[start:end])
+        for start, end in zip([0, *apart], [*apart, len(text)], strict=True):
+            if self.tokenizer.is_fast:
+                some, spans = self.spans(text[start:end])
+            else:
+                some = self.ids(text[start:end])
+                spans = [(0, 0)] * len(some)
             ids += some
-            parts += [part] * len(some)
+            parts += [bisect_right(cuts, start + first) for first, _ in spans]
         return ids, parts, True
-
-    def _by_spans(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]] | None:
-        ids, spans = self.spans(text)
-        if any(self._differs(text, cut, ids, spans) for cut in cuts):
-            return None
-        parts, part = [], 0
-        for start, _ in spans:
-            while part < len(cuts) and start >= cuts[part]:
-                part += 1
-            parts.append(part)
-        return ids, parts
 
     def _by_prefixes(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]] | None:
         ids, parts = self.ids(text), list[int]()
