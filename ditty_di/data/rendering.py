@@ -23,6 +23,8 @@ NOT_A_PREFIX = """\
 the chat template renders earlier turns differently once later ones follow (turn {turn}), so this \
 conversation cannot be one example that shows each answer as the model would give it. \
 data.encoder.assistant_turns=each makes an example of every answer, =last of the last one"""
+UNMARKED = """\
+the chat template's {{% generation %}} marks nothing in turn {turn}, so it cannot be learnt alone"""
 OTHER_PROMPT = """\
 the chat template renders the turns before turn {turn} differently once that answer follows, so it \
 does not begin where the model is prompted: the prompt ends in {prompt!r}, the conversation has \
@@ -180,6 +182,8 @@ class ChatRenderer:
             len(self.template.marked(chat.with_messages(chat.messages[:count]))) if count else 0
             for count in (turn, turn + 1)
         )
+        if before >= behind:
+            raise ValueError(UNMARKED.format(turn=turn))
         return spans[before:behind]
 
     # --- what the template adds to its prompts ---------------------------------------------------

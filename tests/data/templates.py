@@ -1,5 +1,7 @@
 """Chat templates in small, each with what is special about a published one."""
 
+from itertools import groupby
+
 from transformers import AutoTokenizer
 
 import ditty_di.assets
@@ -111,11 +113,12 @@ def chat_tokenizer(template, special=_SPECIAL):
 
 def shown(example, tokenizer):
     """The text of an example, with what is learnt in ⟦brackets⟧."""
-    text, inside = "", False
-    for token, learnt in zip(example.ids, example.output, strict=True):
-        text += "⟦" * (learnt and not inside) + "⟧" * (inside and not learnt)
-        text, inside = text + tokenizer.decode([token]), learnt
-    return text + "⟧" * inside
+    text = ""
+    runs = groupby(zip(example.ids, example.output, strict=True), key=lambda pair: pair[1])
+    for learnt, pairs in runs:
+        part = tokenizer.decode([token for token, _ in pairs])
+        text += f"⟦{part}⟧" if learnt else part
+    return text
 
 
 def user(text, **more):

@@ -2,7 +2,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import ByteLevel
 
@@ -232,6 +232,34 @@ def test_borders_do_not_depend_on_what_offsets_leave_out(trim_offsets):
     tokenizer.chat_template = marked
     (text,), _ = learnt(None, {"messages": [user("a"), bot(" b <|end|>")]}, tokenizer=tokenizer)
     assert text == "a⟦ b <|end|>⟧"
+
+
+TOKENIZERS = {
+    (template, trim): chat_tokenizer(template)
+    for template in (t.CHATML, t.MISTRAL, t.NEMOTRON)
+    for trim in (True, False)
+}
+
+
+@pytest.mark.parametrize(("template", "trim_offsets"), TOKENIZERS)
+@settings(max_examples=30, deadline=None)
+@given(texts=st.lists(st.text(" \n\ta0.é😀", min_size=1, max_size=8), min_size=4, max_size=4))
+def test_what_is_before_an_answer_are_the_ids_of_its_prompt(template, trim_offsets, texts):
+    """And what is learnt is the answer's text with its end, whatever whitespace is around."""
+    tokenizer = TOKENIZERS[template, trim_offsets]
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trim_offsets)
+    turns = [make(text) for make, text in zip((user, bot) * 2, texts, strict=True)]
+    ((whole,),) = Encoder(tokenizer)([{"messages": turns}])
+    parts = [part.split("⟧")[0] for part in shown(whole, tokenizer).split("⟦")[1:]]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert shown(whole, tokenizer).replace("⟦", "").replace("⟧", "") == rendered
+    assert all(text in part for text, part in zip(texts[1::2], parts, strict=True))
+    assert all(part.endswith(("<|im_end|>", "<|endoftext|>")) for part in parts)
+    ((first,),) = Encoder(tokenizer)([{"messages": turns[:2]}])
+    start = first.output.index(True)
+    prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    if template != t.NEMOTRON:
+        assert first.ids[:start] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def test_a_slow_tokenizer_is_split_where_its_prompt_ends():
