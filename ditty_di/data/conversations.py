@@ -66,7 +66,7 @@ class Turns:
         Beside `key` that is a conversational prompt and completion: two lists of turns, of which
         the second is learnt.
         """
-        if self.key in record:
+        if record.get(self.key) is not None:
             return (self.key,)
         both = ("prompt", "completion")
         if all(is_turns(record.get(key)) for key in both):

@@ -37,10 +37,6 @@ the tokenizer {name!r} has no EOS token to end outputs with: set its `eos_token`
 `eos_token: <token>` in the tokenizer node)"""
 
 
-class _Broken(ValueError):
-    """The tokenizer cannot do what is needed, whatever the record."""
-
-
 class Encoded(NamedTuple):
     """One example: its ids, which of them are output, and whether it was cut to fit.
 
@@ -195,6 +191,8 @@ class Encoder:
         """The examples of each record; in place of a bad one's, what is wrong with it."""
         found: list[list[Encoded | ValueError]] = [[] for _ in records]
         pairs: dict[int, tuple[str | list[int], str | list[int]]] = {}
+        if any(not isinstance(r, ValueError) and self._turns.keys_of(r) for r in records):
+            _ = self._renderer  # a tokenizer without a chat template is no single record's fault
         for i, record in enumerate(records):
             try:
                 if isinstance(record, ValueError):
@@ -207,8 +205,6 @@ class Encoder:
                     found[i] = [self._segmented(record)]
                 else:
                     pairs[i] = (self._part(record, 0), self._part(record, 1))
-            except _Broken:
-                raise
             except ValueError as error:
                 found[i] = [error]
         for i, example in zip(pairs, self._joined(list(pairs.values())), strict=True):
@@ -249,7 +245,7 @@ class Encoder:
 
         Raises `ValueError` for a record that has none.
         """
-        if self._turns.key in record or is_turns(record.get("prompt")):
+        if record.get(self._turns.key) is not None or is_turns(record.get("prompt")):
             return self._asked(record)
         if self._defaults and self._keys[0] not in record and "prompt" in record:
             part: str | list[int] = self._prompt_completion[0](record)
@@ -267,8 +263,8 @@ class Encoder:
         return str(self.tokenizer.decode(ids))
 
     def _formats_for(self, record: Mapping[str, Any]) -> tuple[Format, Format]:
-        neither = self._defaults and not any(key in record for key in self._keys)
-        if neither and all(key in record for key in _PROMPT_COMPLETION):
+        neither = self._defaults and all(record.get(key) is None for key in self._keys)
+        if neither and all(record.get(key) is not None for key in _PROMPT_COMPLETION):
             return self._prompt_completion
         return self._formats
 
@@ -277,9 +273,10 @@ class Encoder:
         ids = record.get(key)
         if isinstance(ids, list):
             return self._checked_ids(ids, key)
-        if which and key in record and ids is None:
+        formats = self._formats_for(record)
+        if which and key in record and ids is None and formats is self._formats:
             raise ValueError(f'"{key}" is null: there is no output to learn')
-        return self._formats_for(record)[which](record)
+        return formats[which](record)
 
     def _checked_ids(self, ids: Any, key: str) -> list[int]:
         size = len(self.tokenizer)
@@ -342,10 +339,11 @@ class Encoder:
     # --- records that are tokens, or segments, already -------------------------------------------
 
     def _is_tokenized(self, record: Mapping[str, Any]) -> bool:
-        return all(k in record and k not in self._keys for k in TOKENIZED_KEYS[:2])
+        ids = all(record.get(key) is not None for key in TOKENIZED_KEYS[:2])
+        return ids and not set(TOKENIZED_KEYS[:2]) & set(self._keys)
 
     def _is_segmented(self, record: Mapping[str, Any]) -> bool:
-        return SEGMENTS_KEY in record and self._keys[0] not in record
+        return record.get(SEGMENTS_KEY) is not None and record.get(self._keys[0]) is None
 
     def _tokenized(self, record: Mapping[str, Any]) -> Encoded:
         ids = self._checked_ids(record["input_ids"], "input_ids")
@@ -371,10 +369,7 @@ class Encoder:
 
     @cached_property
     def _renderer(self) -> ChatRenderer:
-        try:
-            return ChatRenderer(self.tokenizer, self._assistant_turns)
-        except ValueError as error:
-            raise _Broken(str(error)) from None
+        return ChatRenderer(self.tokenizer, self._assistant_turns)
 
     def _conversation(self, record: Mapping[str, Any]) -> list[Encoded | ValueError]:
         renderer = self._renderer

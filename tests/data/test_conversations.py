@@ -165,6 +165,15 @@ def test_fields_that_nothing_reads_are_named(texts):
         texts(pair, audit="refuse")
 
 
+def test_columns_of_other_kinds_of_records_may_be_null(texts):
+    nothing = dict.fromkeys(["messages", "prompt", "completion", "input_ids", "labels"])
+    assert texts({**nothing, "input": "a:", "output": " b"}) == (["a:⟦ b<|endoftext|>⟧"], set())
+    others = {**nothing, "input": None, "output": None, "segments": None}
+    assert texts({**others, "prompt": "a:", "completion": " b"})[0] == ["a:⟦ b<|endoftext|>⟧"]
+    record = chat(user("a"), bot("b"))
+    assert texts({**nothing, **record, "input": None, "output": None}) == texts(record)
+
+
 def test_turns_as_json_text(texts):
     turns = [user("a"), bot("b")]
     assert texts({"messages": json.dumps(turns)}) == texts({"messages": turns})
