@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ditty_di.adapters import targets
+from ditty_di.adapters import targets, tied
 from ditty_di.adapters.state import NAME
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def add(model: nn.Module, /, *, config: PeftConfig, dtype: str | None = "float32
     on_meta = any(p.is_meta for p in model.parameters())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # ours, registered
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings")  # export unties
         try:
             adapted = get_peft_model(
                 model,
@@ -58,6 +59,8 @@ def add(model: nn.Module, /, *, config: PeftConfig, dtype: str | None = "float32
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"adapter: {_kind(config)} does not fit the model: {error}") from error
     _require_layers(adapted, on_meta=on_meta)
+    _require_copies(adapted)
+    tied.tie(adapted, adapted.peft_config[NAME])
     if on_meta:  # peft moves most of what it makes there
         adapted.to("meta")
     if dtype is not None:
@@ -146,7 +149,7 @@ def _register_quantized(config: Any, model: nn.Module) -> None:
         config._register_custom_module(dict.fromkeys(kinds, QuantizedLoraLinear))
 
 
-def _require_layers(adapted: nn.Module, *, on_meta: bool) -> None:
+def _require_layers(adapted: Any, *, on_meta: bool) -> None:
     """Looks whether the layers that peft made can work here."""
     from peft.tuners.ia3 import IA3Layer
     from peft.tuners.lora import LoraLayer
@@ -164,12 +167,39 @@ def _require_layers(adapted: nn.Module, *, on_meta: bool) -> None:
                 f"adapter: {path} is quantised, and {type(layer).__name__} works on a plain weight "
                 f"only; use LoraConfig (also with use_dora), or quantize=none"
             )
+        config: Any = adapted.peft_config[NAME]
+        is_lora = isinstance(layer, LoraLayer)
+        if is_lora and config.use_dora and hasattr(layer.base_layer, "token_adapter"):
+            raise ValueError(
+                f"adapter: use_dora does not fit {path}, of which single tokens are trained too "
+                f"(tied to the embedding); take it out of target_modules, or use_dora=false"
+            )
+        if is_lora and config.init_lora_weights == "orthogonal" and NAME in layer.lora_embedding_A:
+            raise ValueError(
+                f"adapter: init_lora_weights=orthogonal is for linear layers, and {path} is an "
+                f"embedding; use init_lora_weights=true"
+            )
         constants = [n for n, _ in layer.named_buffers() if not n.startswith("base_layer.")]
         if on_meta and constants and not isinstance(layer, TrainableTokensLayer):
             raise ValueError(
                 f"adapter: {type(layer).__name__} keeps constants ({path}.{constants[0]}) that are "
                 f"made with the layer and would be lost on the meta device; use another kind, such "
                 f"as LoraConfig"
+            )
+
+
+def _require_copies(adapted: nn.Module) -> None:
+    """peft makes a linear layer of whatever it ties to a module that is trained whole."""
+    for path, module in adapted.named_modules():
+        copies = getattr(module, "modules_to_save", None)
+        if not isinstance(copies, nn.ModuleDict) or NAME not in copies:
+            continue
+        copy, original = copies[NAME], module.original_module
+        if not isinstance(copy, type(original)):
+            raise ValueError(
+                f"adapter: ensure_weight_tying makes a {type(copy).__name__} of {path}, a "
+                f"{type(original).__name__}; leave ensure_weight_tying out, so that export=merged "
+                f"unties what is trained whole"
             )
 
 
