@@ -11,6 +11,7 @@ from torch import nn
 
 from ditty_di.adapters import targets, tied
 from ditty_di.adapters.state import NAME
+from ditty_di.precision.casting import computing_dtype
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -232,21 +233,17 @@ def _cast_around(trained: nn.Module, original: nn.Module) -> None:
 
     peft's own layers cast by themselves. The dtypes are looked up late: FSDP may change them.
     """
-    if _dtype(trained) == _dtype(original):
+    if computing_dtype(trained) == computing_dtype(original):
         return
 
     def inwards(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(_cast(x, _dtype(module)) for x in inputs)
+        return tuple(_cast(x, computing_dtype(module)) for x in inputs)
 
     def outwards(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        return _cast(output, _dtype(original))
+        return _cast(output, computing_dtype(original))
 
     trained.register_forward_pre_hook(inwards)
     trained.register_forward_hook(outwards)
-
-
-def _dtype(module: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:

@@ -121,7 +121,7 @@ def _whole(layer: Any, read: Read) -> Tensor:
     if isinstance(layer.weight, DTensor):
         raise ValueError(
             "bitsandbytes' layers cannot be sharded; use quantize=nf4 or quantize=int8, or one "
-            "process without parallelize.param_dtype"
+            "process (launcher.nproc=1)"
         )
     weight = read("weight", None)
     wanted = (layer.out_features, layer.in_features)
