@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,13 @@ from torch import nn
 
 from ditty_di.adapters import targets, tied
 from ditty_di.adapters.state import NAME
+from ditty_di.models.coverage import left_out
 from ditty_di.precision.casting import computing_dtype
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+log = logging.getLogger(__name__)
 
 #: Where peft keeps a trained copy of a module, and where the original.
 _COPIES = {"modules_to_save": "original_module", "ln_tuning_layers": "base_layer"}
@@ -103,6 +107,7 @@ def _set_targets(config: Any, model: nn.Module) -> None:
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
         config.target_modules = targets.all_linear(model, except_for=whole)
+        _say_left_out(config, model)
     elif wanted is None:
         if getattr(config, "target_parameters", None):
             return
@@ -110,6 +115,23 @@ def _set_targets(config: Any, model: nn.Module) -> None:
             config.target_modules = targets.blocks_linear(model)
     else:
         targets.require_matches(model, "target_modules", wanted)
+
+
+def _say_left_out(config: Any, model: nn.Module) -> None:
+    """Warn of parameters with several matrices, such as fused experts: they are no layers."""
+    chosen = targets.layers_of(model, config.target_modules)
+    given = getattr(config, "target_parameters", None) or []
+    taken = [p for layer in chosen for p in layer.parameters()]
+    taken += [p for n, p in model.named_parameters() if any(targets.matches(g, n) for g in given)]
+    rest, fused = left_out(model, taken)
+    if fused:
+        log.warning(
+            "adapter: target_modules=all-linear adapts %d layers; left out: %s; LoraConfig adapts "
+            "fused parameters by adapter.config.target_parameters=[%s]",
+            len(chosen),
+            rest,
+            ",".join(fused),
+        )
 
 
 def _known_to_peft(config: Any, model: nn.Module) -> bool:

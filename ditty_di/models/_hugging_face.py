@@ -80,13 +80,7 @@ def read_generation_config(files: ModelFiles, model: Any) -> None:
     """Takes over how the pretrained model generates: its stop tokens, say."""
     from ditty_di.models import generation
 
-    found = generation.read(files)
-    if found is not None:
-        # Ids that the model's config took from the tokenizer, where the files have none.
-        for name in SPECIAL_TOKENS if files.find(generation.FILE) is None else ():
-            if getattr(found, name) is None:
-                setattr(found, name, getattr(model.generation_config, name))
-        model.generation_config = found
+    generation.take_over(files, model)
 
 
 def _fit_to_tokenizer(

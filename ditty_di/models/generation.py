@@ -41,6 +41,19 @@ def read(files: ModelFiles) -> GenerationConfig | None:
             return GenerationConfig(**_readable(file, _json(file)))
 
 
+def take_over(files: ModelFiles, model: Any) -> None:
+    """Give the model the generation config of its files, as transformers reads it."""
+    found = read(files)
+    if found is None:
+        return
+    if files.find(FILE) is None:
+        # Ids that the model's config took from the tokenizer, where the file has none.
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            if getattr(found, name) is None:
+                setattr(found, name, getattr(model.generation_config, name))
+    model.generation_config = found
+
+
 def _of_model_config(file: Path) -> GenerationConfig:
     from transformers import GenerationConfig
 

@@ -28,6 +28,8 @@ def compute_in(model: nn.Module, dtype: torch.dtype, *, units: Iterable[nn.Modul
 
 
 def _cast_within(unit: nn.Module, modules: list[nn.Module], dtype: torch.dtype, keep: bool) -> None:
+    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         copies: dict[int, Tensor] = {}
         for owner in modules:
@@ -36,22 +38,29 @@ def _cast_within(unit: nn.Module, modules: list[nn.Module], dtype: torch.dtype, 
             for name, parameter in owner._parameters.items():
                 if parameter is None or not parameter.is_floating_point():
                     continue
+                owner.__dict__.pop(name, None)
                 if parameter.dtype != dtype:
                     copy = copies.get(id(parameter))
                     copies[id(parameter)] = parameter.to(dtype) if copy is None else copy
-                    # Found before the parameter by code that says `self.weight`, and by no list of
-                    # parameters, state dict or optimizer.
-                    owner.__dict__[name] = copies[id(parameter)]
+                    swapped.append((owner, name, parameter))
+        for owner, name, parameter in swapped:
+            owner._parameters[name] = copies[id(parameter)]  # type: ignore[assignment]
         return tree_map(lambda x: _cast(x, dtype), (args, kwargs))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        for owner in modules:
-            for name in owner._parameters:
-                owner.__dict__.pop(name, None)
+        for owner, name, parameter in swapped:
+            # A parametrization that lasts for a forward pass gives it back as a buffer.
+            copy = owner._buffers.pop(name, None)
+            copy = owner._parameters.get(name) if copy is None else copy
+            if keep:
+                # Found before the parameter by code that says `self.weight`, and by no list of
+                # parameters, state dict or optimizer.
+                owner.__dict__[name] = copy
+            owner._parameters[name] = parameter
+        swapped.clear()
 
     unit.register_forward_pre_hook(enter, with_kwargs=True)
-    if not keep:
-        unit.register_forward_hook(leave, always_call=True)
+    unit.register_forward_hook(leave, always_call=True)
 
 
 def computing_dtype(module: nn.Module) -> torch.dtype | None:
