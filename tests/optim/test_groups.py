@@ -28,6 +28,8 @@ from torchtitan.components.optimizer.utils import (
 
 from ditty_di.checkpoint.states import OptimizerState
 from ditty_di.optim import Combined, combined, cosine, grouped
+from tests.checkpoint.ranks import run as run_ranks
+from tests.optim import few_rows
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -432,3 +434,20 @@ def test_two_ranks(tmp_path: Path) -> None:
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+
+
+#: Of conf/optimizer, those that step on sharded matrices of any number of rows.
+ANY_ROWS = ["adamw", "adamw_grouped", "bnb_adamw_8bit", "bnb_lion_8bit", "muon", "nadam", "sgd"]
+
+
+def test_matrices_with_fewer_rows_than_ranks_are_trained_as_on_one_rank() -> None:
+    """A head of one row and a bias of one number, of which one rank has nothing."""
+    one = few_rows.train_all(ANY_ROWS)
+    two, other = run_ranks(few_rows.train_all, 2, ANY_ROWS)
+    assert two == other
+    for name in ANY_ROWS:
+        assert not isinstance(two[name], str), two[name]
+        assert one[name]["losses"][-1] < one[name]["losses"][0]
+        for key, values in one[name].items():
+            # Muon orthogonalises in bfloat16.
+            assert two[name][key] == pytest.approx(values, abs=1e-3 if name == "muon" else 1e-6)
