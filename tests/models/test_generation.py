@@ -1,10 +1,12 @@
 """Generation configs: read as stock reads them, repaired where stock would refuse to save them."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ditty_di.adapters import add, initialize
 from ditty_di.export import AdapterExport, HuggingFaceExport, MergedExport
@@ -86,17 +88,20 @@ def test_an_old_config_says_how_to_generate(tokenizer, tmp_path):
         assert (one.num_beams, one.early_stopping, one.eos_token_id) == (4, True, 5)
 
 
+def chat_tokenizer(base):
+    chat = AutoTokenizer.from_pretrained(base)
+    chat.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    chat.chat_template = CHATML
+    return chat
+
+
 @pytest.mark.parametrize("kind", ["model", "adapter", "merged"])
 def test_every_export_has_a_config_that_stock_saves(kind, tokenizer, tmp_path, capsys):
     base = cases.llama(tmp_path / "base", tokenizer)
     values = {"temperature": 0.6, "do_sample": False, "eos_token_id": 7, "bos_token_id": 4}
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(values))
-    chat = tokenizer.__class__.from_pretrained(base)
-    chat.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    chat.chat_template = CHATML
-    from peft import LoraConfig
-
-    adapter = None if kind == "model" else lambda m: add(m, config=LoraConfig(r=2))
+    chat = chat_tokenizer(base)
+    adapter = None if kind == "model" else partial(add, config=LoraConfig(r=2))
     model = causal_lm.from_pretrained(base, tokenizer=chat, adapter=adapter)
     end = chat.convert_tokens_to_ids("<|im_end|>")
     assert model.generation_config.eos_token_id == [7, end], "a run stops there too"
@@ -112,3 +117,36 @@ def test_every_export_has_a_config_that_stock_saves(kind, tokenizer, tmp_path, c
     assert opened.generation_config.eos_token_id == [7, end]
     if kind != "adapter":
         AutoModelForCausalLM.from_pretrained(path).save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter", "merged"])
+def test_a_base_tuned_on_a_conversation_stops_where_the_turn_ends(kind, tokenizer, tmp_path):
+    """Learnt by heart: the run, and the folder without this tokenizer's help, say no more."""
+    base = cases.llama(tmp_path / "base", tokenizer, initializer_range=0.05)
+    chat = chat_tokenizer(base)
+    lora = LoraConfig(r=8, target_modules="all-linear", modules_to_save=["lm_head"])
+    adapter = None if kind == "model" else partial(add, config=lora)
+    model = causal_lm.from_pretrained(base, tokenizer=chat, adapter=adapter)
+    ready(model, Pretrained(base, missing=initialize), torch.device("cpu"))
+    messages = [{"role": "user", "content": "Document 3"}, {"role": "assistant", "content": "says"}]
+    ids = chat.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
+    asked = chat.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    prompt = chat(asked, return_tensors="pt", return_token_type_ids=False)["input_ids"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-2)
+    for _ in range(300):
+        labels = ids.clone()
+        labels[:, : prompt.shape[1]] = -100
+        loss = model(ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.02:
+            break
+    assert loss < 0.05
+    exports = {"model": HuggingFaceExport, "adapter": AdapterExport, "merged": MergedExport}
+    exports[kind](chat, str(tmp_path / "out"))([model.eval()])
+    new = prompt.shape[1]
+    for one in (model, open_model(str(tmp_path / "out"))):
+        said = one.generate(input_ids=prompt, max_new_tokens=20, do_sample=False, pad_token_id=1)
+        assert chat.decode(said[0, new:]) == "says<|im_end|>"
