@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from ditty_di.optim import build_optimizer
+from ditty_di.optim.container import Optimizers
 
 CONF = Path(__file__).parents[2] / "conf" / "optimizer"
 
@@ -41,7 +41,7 @@ def train(name: str, steps: int = 4) -> dict[str, list[float]] | str:
         model.set_force_sum_reduction_for_comms(True)
     factory = instantiate(OmegaConf.load(CONF / f"{name}.yaml"), _convert_="all")
     try:
-        optimizer = build_optimizer(factory, [model])
+        optimizer = Optimizers(factory, [model])
         losses = []
         x = torch.linspace(-1, 1, 12)[:, None]
         for _ in range(steps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -434,6 +435,20 @@ def test_two_ranks(tmp_path: Path) -> None:
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+
+
+def test_optimizers_that_cannot_step_on_shards_say_so() -> None:
+    names = ["adafactor", "adamw_8bit"]
+    for found in run_ranks(few_rows.train_all, 2, names):
+        assert re.search(
+            r"ValueError: optimizer: Adafactor cannot step on sharded .*optimizer=adamw",
+            found["adafactor"],
+        )
+        assert re.search(
+            r"ValueError: optimizer: AdamW8bit cannot step on 'three\.weight' \[3, 8\], whose rows "
+            r"2 ranks do not share evenly; use optimizer=bnb_adamw_8bit",
+            found["adamw_8bit"],
+        )
 
 
 #: Of conf/optimizer, those that step on sharded matrices of any number of rows.
