@@ -152,6 +152,25 @@ def _low_bit_views_keep_their_dtype() -> None:
         state._ATEN_OP_TABLE[state][view] = with_dtype
 
 
+def _muon_keeps_placements() -> None:
+    """No version ends it yet: Muon adds a whole update to a sharded matrix in place.
+
+    DTensor takes a dimension of one for broadcast and refuses that: a head of one row.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.optim import _muon
+
+    orthogonalised = _muon._zeropower_via_newtonschulz
+
+    def as_the_gradient(grad: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        update = orthogonalised(grad, *args, **kwargs)
+        if isinstance(grad, DTensor) and isinstance(update, DTensor):
+            update = update.redistribute(placements=grad.placements)
+        return update
+
+    vars(_muon)["_zeropower_via_newtonschulz"] = as_the_gradient
+
+
 def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
     """No version ends it: gloo lacks the pre-multiplied sum that FSDP2 asks for by default."""
     for module in model.modules():
@@ -165,5 +184,6 @@ _data_parallel_mesh_dims()
 _pipeline_stage()
 _integers_keep_their_dtype()
 _low_bit_views_keep_their_dtype()
+_muon_keeps_placements()
 if PIPELINE_TAKES_MICROBATCHES:
     SPMD_BACKENDS = ("partial_dtensor", "full_dtensor", "spmd_types")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ditty_di.adapters import targets
+from ditty_di.adapters import targets, tied
 from ditty_di.adapters.state import NAME
+from ditty_di.models.coverage import left_out
+from ditty_di.precision.casting import computing_dtype
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+log = logging.getLogger(__name__)
 
 #: Where peft keeps a trained copy of a module, and where the original.
 _COPIES = {"modules_to_save": "original_module", "ln_tuning_layers": "base_layer"}
@@ -47,6 +52,7 @@ def add(model: nn.Module, /, *, config: PeftConfig, dtype: str | None = "float32
     on_meta = any(p.is_meta for p in model.parameters())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # ours, registered
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings")  # export unties
         try:
             adapted = get_peft_model(
                 model,
@@ -58,6 +64,8 @@ def add(model: nn.Module, /, *, config: PeftConfig, dtype: str | None = "float32
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"adapter: {_kind(config)} does not fit the model: {error}") from error
     _require_layers(adapted, on_meta=on_meta)
+    _require_copies(adapted)
+    tied.tie(adapted, adapted.peft_config[NAME])
     if on_meta:  # peft moves most of what it makes there
         adapted.to("meta")
     if dtype is not None:
@@ -99,6 +107,7 @@ def _set_targets(config: Any, model: nn.Module) -> None:
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
         config.target_modules = targets.all_linear(model, except_for=whole)
+        _say_left_out(config, model)
     elif wanted is None:
         if getattr(config, "target_parameters", None):
             return
@@ -106,6 +115,23 @@ def _set_targets(config: Any, model: nn.Module) -> None:
             config.target_modules = targets.blocks_linear(model)
     else:
         targets.require_matches(model, "target_modules", wanted)
+
+
+def _say_left_out(config: Any, model: nn.Module) -> None:
+    """Warn of parameters with several matrices, such as fused experts: they are no layers."""
+    chosen = targets.layers_of(model, config.target_modules)
+    given = getattr(config, "target_parameters", None) or []
+    taken = [p for layer in chosen for p in layer.parameters()]
+    taken += [p for n, p in model.named_parameters() if any(targets.matches(g, n) for g in given)]
+    rest, fused = left_out(model, taken)
+    if fused:
+        log.warning(
+            "adapter: target_modules=all-linear adapts %d layers; left out: %s; LoraConfig adapts "
+            "fused parameters by adapter.config.target_parameters=[%s]",
+            len(chosen),
+            rest,
+            ",".join(fused),
+        )
 
 
 def _known_to_peft(config: Any, model: nn.Module) -> bool:
@@ -146,7 +172,7 @@ def _register_quantized(config: Any, model: nn.Module) -> None:
         config._register_custom_module(dict.fromkeys(kinds, QuantizedLoraLinear))
 
 
-def _require_layers(adapted: nn.Module, *, on_meta: bool) -> None:
+def _require_layers(adapted: Any, *, on_meta: bool) -> None:
     """Looks whether the layers that peft made can work here."""
     from peft.tuners.ia3 import IA3Layer
     from peft.tuners.lora import LoraLayer
@@ -164,12 +190,39 @@ def _require_layers(adapted: nn.Module, *, on_meta: bool) -> None:
                 f"adapter: {path} is quantised, and {type(layer).__name__} works on a plain weight "
                 f"only; use LoraConfig (also with use_dora), or quantize=none"
             )
+        config: Any = adapted.peft_config[NAME]
+        is_lora = isinstance(layer, LoraLayer)
+        if is_lora and config.use_dora and hasattr(layer.base_layer, "token_adapter"):
+            raise ValueError(
+                f"adapter: use_dora does not fit {path}, of which single tokens are trained too "
+                f"(tied to the embedding); take it out of target_modules, or use_dora=false"
+            )
+        if is_lora and config.init_lora_weights == "orthogonal" and NAME in layer.lora_embedding_A:
+            raise ValueError(
+                f"adapter: init_lora_weights=orthogonal is for linear layers, and {path} is an "
+                f"embedding; use init_lora_weights=true"
+            )
         constants = [n for n, _ in layer.named_buffers() if not n.startswith("base_layer.")]
         if on_meta and constants and not isinstance(layer, TrainableTokensLayer):
             raise ValueError(
                 f"adapter: {type(layer).__name__} keeps constants ({path}.{constants[0]}) that are "
                 f"made with the layer and would be lost on the meta device; use another kind, such "
                 f"as LoraConfig"
+            )
+
+
+def _require_copies(adapted: nn.Module) -> None:
+    """peft makes a linear layer of whatever it ties to a module that is trained whole."""
+    for path, module in adapted.named_modules():
+        copies = getattr(module, "modules_to_save", None)
+        if not isinstance(copies, nn.ModuleDict) or NAME not in copies:
+            continue
+        copy, original = copies[NAME], module.original_module
+        if not isinstance(copy, type(original)):
+            raise ValueError(
+                f"adapter: ensure_weight_tying makes a {type(copy).__name__} of {path}, a "
+                f"{type(original).__name__}; leave ensure_weight_tying out, so that export=merged "
+                f"unties what is trained whole"
             )
 
 
@@ -202,21 +255,17 @@ def _cast_around(trained: nn.Module, original: nn.Module) -> None:
 
     peft's own layers cast by themselves. The dtypes are looked up late: FSDP may change them.
     """
-    if _dtype(trained) == _dtype(original):
+    if computing_dtype(trained) == computing_dtype(original):
         return
 
     def inwards(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(_cast(x, _dtype(module)) for x in inputs)
+        return tuple(_cast(x, computing_dtype(module)) for x in inputs)
 
     def outwards(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        return _cast(output, _dtype(original))
+        return _cast(output, computing_dtype(original))
 
     trained.register_forward_pre_hook(inwards)
     trained.register_forward_hook(outwards)
-
-
-def _dtype(module: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:

@@ -53,6 +53,12 @@ def all_linear(model: nn.Module, *, except_for: Iterable[str] = ()) -> list[str]
     return shortest(model, chosen)
 
 
+def layers_of(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """Return the linear layers that `target_modules=names` adapts."""
+    found = linear_layers(model)
+    return [m for path, m in found.items() if any(matches(name, path) for name in names)]
+
+
 def blocks_linear(model: nn.Module) -> list[str]:
     """The linear layers of the repeated blocks, or all but the head where there are no blocks."""
     chosen = [path for path in linear_layers(model) if _in_block(model, path)]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty_di.export.gather import only_part
+from ditty_di.export.gather import is_first_rank, only_part
 from ditty_di.export.publish import Publication
 
 # torch is imported when a model is exported: the command line must answer without it.
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class AdapterExport:
     """Writes `adapter_model.safetensors`, `adapter_config.json` and the tokenizer.
 
-    Stock `peft.PeftModel.from_pretrained(base, path)` opens it. Called with the trainer's model
+    Beside them `generation_config.json`, which `task=generate_folder` follows. Stock
+    `peft.PeftModel.from_pretrained(base, path)` opens the folder. Called with the trainer's model
     parts, on every rank; rank 0 writes.
 
     Args:
@@ -49,6 +50,16 @@ class AdapterExport:
             path, tokenizer=tokenizer, run=run, push_to=push_to, private=private, license=license
         )
 
+    def prepare(self, model_parts: list[nn.Module]) -> None:
+        """Try before the training what the export needs after it; see `Publication.prepare`.
+
+        Raises:
+            ValueError: see the class.
+        """
+        adapter_file(only_part(model_parts), self.base, self.revision)
+        if is_first_rank():
+            self.publication.prepare()
+
     def __call__(self, model_parts: list[nn.Module]) -> None:
         from ditty_di.adapters import adapter_state
 
@@ -63,6 +74,9 @@ class AdapterExport:
             record["seq2seq"] = True
         with self.publication.written(record) as folder:
             write_adapter(folder, config, state_dict)
+            generation_config = self.publication.generation_config(model)
+            if generation_config is not None:
+                generation_config.save_pretrained(folder)
         if self.publication.push_to and Path(base).exists():
             print(
                 f"note: the adapter's base is a folder of this machine ({base}); name it as others "

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty_di.export.folder import quiet, replaced_whole
-from ditty_di.export.gather import gathered, only_part
+from ditty_di.export.gather import gathered, is_first_rank, only_part, saved
 from ditty_di.export.publish import Publication
+from ditty_di.names import canonical_fqn
 
 # torch is imported when a model is exported: the command line must answer without it.
 if TYPE_CHECKING:
@@ -53,13 +54,26 @@ class HuggingFaceExport:
             path, tokenizer=tokenizer, run=run, push_to=push_to, private=private, license=license
         )
 
+    def prepare(self, model_parts: list[nn.Module]) -> None:
+        """Try before the training what the export needs after it.
+
+        Raises:
+            ValueError: see the class; also for a folder that cannot be written.
+        """
+        model: Any = only_part(model_parts)
+        _refuse_parts_of_a_model(model)
+        _as_expected(_bare(model), {canonical_fqn(name): t for name, t in saved(model)})
+        if is_first_rank():
+            self.publication.prepare()
+
     def __call__(self, model_parts: list[nn.Module]) -> None:
         model: Any = only_part(model_parts)
         _refuse_parts_of_a_model(model)
         state_dict = gathered(model, self.dtype)
         if state_dict is None:
             return
-        bare = _bare(model)
+        bare: Any = _bare(model)
+        bare.generation_config = self.publication.generation_config(model)
         with self.publication.written({"kind": "model"}) as folder:
             save_model(bare, folder, state_dict, self.max_shard_size)
 
@@ -72,6 +86,18 @@ class SafetensorsExport:
 
     def __init__(self, path: str, *, dtype: str | None = None) -> None:
         self.path, self.dtype = path, dtype
+
+    def prepare(self, model_parts: list[nn.Module]) -> None:
+        """Try before the training what the export needs after it.
+
+        Raises:
+            ValueError: a pipeline's stages, or a folder that cannot be written.
+        """
+        only_part(model_parts)
+        if is_first_rank():
+            Publication(
+                self.path, tokenizer=None, run=None, push_to=None, private=True, license=None
+            ).prepare()
 
     def __call__(self, model_parts: list[nn.Module]) -> None:
         state_dict = gathered(only_part(model_parts), self.dtype)
@@ -114,9 +140,6 @@ def _bare(model: Any) -> PreTrainedModel:
         config.use_cache = True  # off while training
     with torch.device("meta"):
         bare = own(config)
-    if getattr(model, "generation_config", None) is not None:
-        bare.generation_config = copy.deepcopy(model.generation_config)
-        bare.generation_config.use_cache = True
     return bare
 
 

@@ -44,7 +44,7 @@ def gathered(model: nn.Module, dtype: str | None = None) -> dict[str, Tensor] | 
 
     keep, found = is_first_rank(), {}
     with torch.no_grad():
-        for name, tensor in _saved(model):
+        for name, tensor in saved(model):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if keep:
                 found[canonical_fqn(name)] = _copied(whole, dtype)
@@ -60,7 +60,7 @@ def _copied(tensor: Tensor, dtype: str | None) -> torch.Tensor:
     return copy.copy_(tensor.detach())
 
 
-def _saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, each once, and the buffers that a state dict has."""
     yield from model.named_parameters()
     persistent = set(model.state_dict())

@@ -75,17 +75,23 @@ def on_base(
     """
     from peft import PeftModel
 
+    from ditty_di.models import generation
+    from ditty_di.models.files import ModelFiles
+
     if Path(base).expanduser().is_absolute() and not Path(base).expanduser().is_dir():
         raise FileNotFoundError(
             f"the base of the adapters in {adapter} is not where it was, {base}; say where it is: "
             f"base=FOLDER"
         )
-    model = published(base, revision, dtype=dtype)
-    embeddings: Any = model.get_input_embeddings()
+    model: Any = published(base, revision, dtype=dtype)
+    embeddings = model.get_input_embeddings()
     rows = _rows_brought(adapter, adapter_revision, model, embeddings)
     if rows > embeddings.weight.shape[0]:
         # Their values come with the adapters; drawing random ones from the old takes long.
         model.resize_token_embeddings(rows, mean_resizing=False)
+    found = ModelFiles(adapter, adapter_revision)
+    if found.find(generation.FILE) is not None:
+        model.generation_config = generation.read(found)
     return PeftModel.from_pretrained(model, _folder(adapter), revision=adapter_revision)
 
 
@@ -108,12 +114,18 @@ def published(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    from ditty_di.models import generation
+    from ditty_di.models.files import ModelFiles
+
+    generates = generation.read(ModelFiles(path, revision))
     path, revision = _folder(path), revision or "main"
     config = AutoConfig.from_pretrained(path, revision=revision)
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     wanted = getattr(torch, dtype) if dtype else "auto"
     with quiet():
-        return auto.from_pretrained(path, revision=revision, dtype=wanted)
+        return auto.from_pretrained(
+            path, revision=revision, dtype=wanted, generation_config=generates
+        )
 
 
 def _folder(path: str | Path) -> str:

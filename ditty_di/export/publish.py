@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ from ditty_di.export.folder import replaced_whole, write_record
 from ditty_di.export.hub import HubError, push_folder, require_ready
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 class Publication:
@@ -48,6 +50,47 @@ class Publication:
                 require_ready(push_to)
             except HubError as error:
                 raise HubError(f"export.push_to={push_to}: {error}") from error
+
+    def prepare(self) -> None:
+        """Try now what would fail after the training: the folder and the tokenizer's files.
+
+        Raises:
+            ValueError: the folder cannot be written, or the tokenizer cannot be saved.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"export.path={self.path} is a file; write export.path=FOLDER")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".export-") as folder:
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(folder)
+        except OSError as error:
+            raise ValueError(
+                f"export.path={self.path} cannot be written: {error}; write export.path=FOLDER"
+            ) from error
+
+    def generation_config(self, model: Any) -> GenerationConfig | None:
+        """Return how the exported model generates; None for one that does not generate.
+
+        The model's own config, with the tokens that end a turn of the chat template among its end
+        tokens, and without values that transformers refuses to save, which are printed.
+        """
+        from ditty_di.models import generation
+
+        own = getattr(model, "generation_config", None)
+        if own is None:
+            return None
+        config = copy.deepcopy(own)
+        config.use_cache = True  # off while training
+        if self.tokenizer is not None:
+            generation.end_with_turns(config, self.tokenizer)
+        config, reset = generation.savable(config)
+        if reset:
+            print(
+                f"{generation.FILE}: left out {generation.shown(reset)}, which contradicts the "
+                f"rest (transformers ignores it, and refuses to save it)"
+            )
+        return config
 
     @contextmanager
     def written(self, record: dict[str, Any]) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ditty_di.models.files import ModelFiles
+from ditty_di.models.generation import end_with_turns
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +45,8 @@ def build(
             config, dtype=_dtype(dtype), attn_implementation=attn_implementation
         )
     prepare(model)
+    if tokenizer is not None and getattr(model, "generation_config", None) is not None:
+        end_with_turns(model.generation_config, tokenizer)
     for transform in transforms:
         if transform is not None:
             model = transform(model)
@@ -75,11 +78,9 @@ def read_config(files: ModelFiles, changes: Mapping[str, Any]) -> PretrainedConf
 
 def read_generation_config(files: ModelFiles, model: Any) -> None:
     """Takes over how the pretrained model generates: its stop tokens, say."""
-    from transformers import GenerationConfig
+    from ditty_di.models import generation
 
-    file = files.find("generation_config.json")
-    if file is not None:
-        model.generation_config = GenerationConfig.from_pretrained(file.parent)
+    generation.take_over(files, model)
 
 
 def _fit_to_tokenizer(

@@ -111,10 +111,33 @@ def build_optimizer(
             f"optimizer: it leaves out {len(missing)} trainable parameters: {missing[:3]}; pass "
             f"all on, and freeze (requires_grad=False) what shall not be trained"
         )
+    _require_even_shards(optimizer, names)
     for group in optimizer.param_groups:
         # Checkpoints find an optimizer's state by these names, also where a factory dropped them.
         group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
     return optimizer
+
+
+def _require_even_shards(optimizer: Any, names: dict[int, str]) -> None:
+    """torchao's optimizers compile a step for shards of one size, and fail in it on other ranks."""
+    from torch.distributed.tensor import DTensor, Shard
+    from torchao.optim.adam import _AdamBase
+
+    for one in (optimizer, *getattr(optimizer, "optimizers", ())):
+        held = [p for group in one.param_groups for p in group["params"]]
+        for parameter in held if isinstance(one, _AdamBase) else ():
+            if not isinstance(parameter, DTensor):
+                continue
+            for size, placement in zip(
+                parameter.device_mesh.shape, parameter.placements, strict=True
+            ):
+                if isinstance(placement, Shard) and parameter.shape[placement.dim] % size:
+                    raise ValueError(
+                        f"optimizer: {type(one).__name__} cannot step on "
+                        f"{names[id(parameter)]!r} {list(parameter.shape)}, whose rows {size} "
+                        f"ranks do not share evenly; use optimizer=bnb_adamw_8bit or adamw (a "
+                        f"vocabulary grows by model.pad_vocab_to_multiple_of={size})"
+                    )
 
 
 def _require_all_sharded_or_none(named: list[tuple[str, nn.Parameter]]) -> None:
@@ -143,7 +166,15 @@ class Optimizers:
         self.optimizer = build_optimizer(factory, model_parts, extra_named)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        self.optimizer.step(closure)  # type: ignore[arg-type]
+        try:
+            self.optimizer.step(closure)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if "require placement changes" not in str(error):
+                raise
+            raise ValueError(
+                f"optimizer: {type(self.optimizer).__name__} cannot step on sharded parameters "
+                f"({str(error).splitlines()[0]}); use another, such as optimizer=adamw, or one rank"
+            ) from error
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none=set_to_none)

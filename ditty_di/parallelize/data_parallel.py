@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import ditty_di.compat  # noqa: F401  (before torchtitan is imported by anyone)
+from ditty_di.precision.casting import compute_in
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -48,14 +49,16 @@ def shard(
             for backward and the loss need it at once.
         cpu_offload: parameters, gradients and optimizer state live in host memory.
 
-    On one rank without a dtype or offload there is nothing to shard, and FSDP's hooks would cost
-    milliseconds a step on a small model: the blocks are recomputed and compiled only.
+    On one rank there is nothing to shard, and FSDP would copy every parameter: the blocks are
+    recomputed and compiled only, and `param_dtype` casts what has another dtype, with the numbers
+    of FSDP (`ditty_di.precision.casting`). FSDP does it for offload and for compiled blocks.
 
     Raises:
         ValueError: `blocks` is no container of blocks; trainable parameters of several dtypes in
             one block, whose gradients FSDP2 could not reduce together.
     """
     container = _blocks(model, blocks)
+    plain_blocks = list(container.children())
     if recompute is not None:
         for i, (name, block) in enumerate(list(container.named_children())):
             if i % recompute_every == 0:
@@ -64,7 +67,17 @@ def shard(
         for block in container.children():
             block.compile(**compile)
 
-    if not (parallel_dims.dp_enabled or parallel_dims.cp_enabled or param_dtype or cpu_offload):
+    alone = not (parallel_dims.dp_enabled or parallel_dims.cp_enabled or cpu_offload)
+    if alone and param_dtype is None:
+        return model
+    names = {id(module): name for name, module in model.named_modules()}
+    for block in container.children():
+        _require_one_dtype(block, names[id(block)], apart=())
+    _require_one_dtype(model, "", apart=container.children())
+    # A recurrent layer lists its weights by itself, and compiled code would trace the casts.
+    flat = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    if alone and param_dtype and not (compile is not None or flat or parallel_dims.pp_enabled):
+        compute_in(model, getattr(torch, param_dtype), units=plain_blocks)
         return model
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
@@ -84,11 +97,8 @@ def shard(
         ),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
-    names = {id(module): name for name, module in model.named_modules()}
     for block in container.children():
-        _require_one_dtype(block, names[id(block)], apart=())
         fully_shard(block, **options, reshard_after_forward=reshard_after_forward)
-    _require_one_dtype(model, "", apart=container.children())
     # None is True for inner modules, but leaves the outermost one gathered after its forward.
     fully_shard(model, **options, reshard_after_forward=None if reshard_after_forward else False)
     for module in model.modules():

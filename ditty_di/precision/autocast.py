@@ -1,4 +1,4 @@
-"""Mixed precision by torch's autocast: for one device, where sharding would only make copies."""
+"""Mixed precision by torch's autocast, with norms and residual sums in the parameters' dtype."""
 
 from __future__ import annotations
 

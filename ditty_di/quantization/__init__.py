@@ -30,22 +30,32 @@ def nf4(
     double_quant: bool = False,
     kernels: str = "auto",
 ) -> nn.Module:
-    """Linear layers in NormalFloat4, 0.53 bytes a weight (`NF4Linear`).
+    """Linear layers in NormalFloat4 (`NF4Linear`), 0.53 bytes a weight.
 
     Args:
         skip: layers to leave, by a part of their path (`lm_head`) or its end (`mlp.gate`).
         block_size: weights that share a scale.
         double_quant: scales of 8 bits, 0.52 bytes a weight.
-        kernels: "torch", "bitsandbytes", or "auto": bitsandbytes' where it is installed and the
-            device is CUDA.
+        kernels: "torch", "bitsandbytes", or "auto": bitsandbytes' where it is installed, on CUDA,
+            and on CPUs where it gives the same values (in a sixth to a ninth of the time).
 
     Raises:
         ValueError: the model has no linear layer outside `skip`.
     """
+    import torch
+
     from ditty_di.quantization.nf4_linear import NF4Linear
 
     make = partial(NF4Linear, block_size=block_size, double_quant=double_quant, kernels=kernels)
-    return _replace(model, skip, make)
+    quantised = _replace(model, skip, make)
+    dtype = next(m.dtype for m in quantised.modules() if isinstance(m, NF4Linear))
+    if not double_quant and dtype != torch.bfloat16:
+        log.info(
+            "the scales of NF4's blocks are bfloat16: those of %s weights are rounded, by 0.15 %% "
+            "on average; with model.dtype=bfloat16 they are exact",
+            str(dtype).removeprefix("torch."),
+        )
+    return quantised
 
 
 def int8(model: nn.Module, /, *, skip: Sequence[str] = ("lm_head",)) -> nn.Module:
@@ -112,6 +122,8 @@ def _replace(model: nn.Module, skip: Sequence[str], make: Callable[..., nn.Modul
     """Replaces each linear layer by what `make` makes for its shape, quantised if it has values."""
     from torch import nn
 
+    from ditty_di.models.coverage import left_out
+
     found = [
         (path, module)
         for path, module in model.named_modules()
@@ -122,6 +134,17 @@ def _replace(model: nn.Module, skip: Sequence[str], make: Callable[..., nn.Modul
             f"quantize: {type(model).__name__} has no torch.nn.Linear to quantise outside "
             f"skip={list(skip)}"
         )
+    rest, fused = left_out(model, [linear.weight for _, linear in found])
+    log.log(
+        logging.WARNING if fused else logging.INFO,
+        "quantised %d linear layers, skipped %s%s%s",
+        len(found),
+        list(skip),
+        f"; left out: {rest}" if rest else "",
+        f"; {' and '.join(fused)} hold several matrices in one parameter, which is not quantised"
+        if fused
+        else "",
+    )
     for path, linear in found:
         weight = linear.weight
         layer = make(
@@ -135,7 +158,6 @@ def _replace(model: nn.Module, skip: Sequence[str], make: Callable[..., nn.Modul
             layer.fill_from(partial(_part, weight.detach()))  # type: ignore[operator]
         layer.train(linear.training)
         model.set_submodule(path, layer)
-    log.info("quantised %d linear layers, left %s", len(found), list(skip))
     return model
 
 

@@ -121,9 +121,10 @@ def _whole(layer: Any, read: Read) -> Tensor:
     if isinstance(layer.weight, DTensor):
         raise ValueError(
             "bitsandbytes' layers cannot be sharded; use quantize=nf4 or quantize=int8, or one "
-            "process without parallelize.param_dtype"
+            "process (launcher.nproc=1)"
         )
-    weight = read("weight", None)
+    # In the model's dtype, as transformers quantises it: what is dequantised has it then.
+    weight = read("weight", None).to(layer.dtype)
     wanted = (layer.out_features, layer.in_features)
     if tuple(weight.shape) != wanted:
         raise ValueError(f"weight: {list(weight.shape)} there, {list(wanted)} in the model")

@@ -74,12 +74,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qlora": {"adapter": lora(), "quantize": quantization.nf4},
     "int8-dora": {"adapter": lora(use_dora=True), "quantize": quantization.int8},
     "qlora-bf16": {"adapter": lora(), "quantize": quantization.nf4, "dtype": "bfloat16"},
+    "tied-head": {"adapter": lora(target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)},
 }
+#: Those on a base whose head is its embedding.
+TIED = ("tied-head",)
 #: Those whose checkpoints are gone on from.
-RESUMED = ("lora", "qlora", "int8-dora")
+RESUMED = ("lora", "qlora", "int8-dora", "tied-head")
 
 
 def slots(base: str, variant: str, **more: Any) -> dict[str, Any]:
+    base += "-tied" if variant in TIED else ""
     return {
         "model": from_pretrained(base, **VARIANTS[variant]),
         "weights": pretrained(base),

@@ -159,3 +159,55 @@ def test_the_same_values_on_two_ranks(base):
     (one,) = ranks.run(whole_values, 1, base, timeout=300)
     two = ranks.run(whole_values, 2, base, timeout=300)
     assert one == two[0] == two[1]
+
+
+def test_tied_matrices_have_one_parameter_with_the_gradients_of_both_uses(base):
+    """Against a model whose two layers have matrices of their own, with equal values."""
+    names = {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "lora_alpha": 4}
+    ours = filled(f"{base}-tied", adapter=lora(**names, ensure_weight_tying=True))
+    apart = filled(f"{base}-tied", adapter=lora(**names))
+    inner = ours.base_model.model
+    embedding = inner.model.embed_tokens
+    own = [n for n, _ in ours.named_parameters() if "lora" in n and "q_proj" not in n]
+    assert len(own) == 2 and all("embed_tokens" in n for n in own), own
+    with torch.no_grad():
+        embedding.lora_embedding_B["default"].normal_(std=0.1)
+        values = dict(ours.named_parameters())
+        for name, parameter in apart.named_parameters():
+            parameter.copy_(values.get(name, parameter))
+        head = apart.base_model.model.lm_head
+        head.lora_A["default"].weight.copy_(embedding.lora_embedding_B["default"].T)
+        head.lora_B["default"].weight.copy_(embedding.lora_embedding_A["default"].T)
+    for model in (ours, apart):
+        model(ids(), labels=ids()).loss.backward()
+    torch.testing.assert_close(ours(ids()).logits, apart(ids()).logits)
+    table = apart.base_model.model.model.embed_tokens
+    for one, other, used in (
+        ("lora_embedding_A", head.lora_B, embedding.lora_embedding_A),
+        ("lora_embedding_B", head.lora_A, embedding.lora_embedding_B),
+    ):
+        wanted = getattr(table, one)["default"].grad + other["default"].weight.grad.T
+        torch.testing.assert_close(used["default"].grad, wanted)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"target_modules": ["lm_head"], "rank_pattern": {"lm_head": 2}},
+            r"ensure_weight_tying cannot give .*lm_head .*same rank",
+        ),
+        (
+            {"target_modules": ["embed_tokens"], "init_lora_weights": "orthogonal"},
+            "orthogonal is for linear layers, and .*embed_tokens is an embedding",
+        ),
+        (
+            {"target_modules": ["lm_head"], "trainable_token_indices": [3], "use_dora": True},
+            "use_dora does not fit .*lm_head, of which single tokens are trained",
+        ),
+    ],
+)
+def test_what_tied_layers_cannot_have(base, options, message):
+    options = {"ensure_weight_tying": "rank_pattern" in options} | options
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(f"{base}-tied", adapter=lora(**options))

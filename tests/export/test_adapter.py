@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from ditty_di.adapters import add, initialize
 from ditty_di.export import AdapterExport, HuggingFaceExport, MergedExport
 from ditty_di.export.opening import open_model
-from ditty_di.models import causal_lm
+from ditty_di.models import causal_lm, seq2seq
 from ditty_di.models.pretrained import Pretrained
 from ditty_di.tasks.loading import ready
 from tests.export import cases
@@ -177,3 +177,104 @@ def test_what_has_another_export_is_told_so(llama, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"which base .*write export\.base="):
         AdapterExport(tokenizer, str(tmp_path / "export"))([model])
     assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize(
+    "config, tied",
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, False),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+        ({"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}, False),
+        ({"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "modules_to_save": ["lm_head"],
+                "ensure_weight_tying": True,
+            },
+            True,
+        ),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [7, 12]}, True),
+        ({"target_modules": ["lm_head"], "trainable_token_indices": [7, 12]}, False),
+    ],
+    ids=str,
+)
+def test_adapters_on_tied_weights(llama, tokenizer, tmp_path, config, tied):
+    """Alone and merged, as stock reads them: the trained model's logits."""
+    model = moved(causal_lm.from_pretrained(llama, adapter=lora(**config)), llama)
+    AdapterExport(tokenizer, str(tmp_path / "adapter"))([model])
+    MergedExport(tokenizer, str(tmp_path / "merged"), dtype="float32")([model])
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        near = {"rtol": 0, "atol": 3e-6 * float(wanted.abs().max())}
+        adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        torch.testing.assert_close(adapted(IDS).logits, wanted, **near)
+        torch.testing.assert_close(merged(IDS).logits, wanted, **near)
+    assert merged.config.tie_word_embeddings is tied
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert ("lm_head.weight" in stored) is not tied and "model.embed_tokens.weight" in stored
+
+
+@pytest.mark.parametrize("target", ["lm_head", "shared"])
+def test_a_tied_config_that_scales_the_output_is_kept(t5, tokenizer, tmp_path, target):
+    """T5 reads an untied config as another scale; stock keeps apart what the files have apart."""
+    model = moved(seq2seq.from_pretrained(t5, adapter=lora(target_modules=["q", target])), t5)
+    MergedExport(tokenizer, str(tmp_path / "merged"), dtype="float32")([model])
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :6]}
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")(**inputs).logits
+    torch.testing.assert_close(merged, wanted, rtol=0, atol=3e-6 * float(wanted.abs().max()))
+
+
+def lora(**config):
+    return partial(add, config=LoraConfig(**({"r": 4, "lora_alpha": 8} | config)))
+
+
+def moved(model, base):
+    """The model with the base's values and adapters that do something."""
+    ready(model, Pretrained(base, missing=initialize), torch.device("cpu"))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"path": "taken"}, r"export\.path=.*taken is a file"),
+        ({"path": "taken/export"}, r"export\.path=.*cannot be written"),
+        ({"dtype": "float3"}, r"export\.dtype='float3' is no dtype"),
+        ({"base": "nowhere/at/all"}, "there is no folder"),
+    ],
+    ids=str,
+)
+def test_what_the_export_lacks_is_found_before_the_training(
+    llama, tokenizer, tmp_path, change, message
+):
+    (tmp_path / "taken").write_text("")
+    options = {"path": "export"} | change
+    path = str(tmp_path / options.pop("path"))
+    export = MergedExport(tokenizer, path, **options)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        export.prepare([trained(llama)])
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"], "nothing is left behind"
+
+
+def test_prepared_exports_refuse_models_of_another_kind(llama, tokenizer, tmp_path):
+    path = str(tmp_path / "export")
+    whole = AutoModelForCausalLM.from_pretrained(llama)
+    for export in (AdapterExport, MergedExport):
+        with pytest.raises(ValueError, match="has no adapters"):
+            export(tokenizer, path).prepare([whole])
+        export(tokenizer, path).prepare([trained(llama)])
+    with pytest.raises(ValueError, match="adapters beside its base"):
+        HuggingFaceExport(tokenizer, path).prepare([trained(llama)])
+    HuggingFaceExport(tokenizer, path).prepare([whole])
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from torchtitan.components.optimizer.utils import (
 
 from ditty_di.checkpoint.states import OptimizerState
 from ditty_di.optim import Combined, combined, cosine, grouped
+from tests.checkpoint.ranks import run as run_ranks
+from tests.optim import few_rows
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -432,3 +435,34 @@ def test_two_ranks(tmp_path: Path) -> None:
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+
+
+def test_optimizers_that_cannot_step_on_shards_say_so() -> None:
+    names = ["adafactor", "adamw_8bit"]
+    for found in run_ranks(few_rows.train_all, 2, names):
+        assert re.search(
+            r"ValueError: optimizer: Adafactor cannot step on sharded .*optimizer=adamw",
+            found["adafactor"],
+        )
+        assert re.search(
+            r"ValueError: optimizer: AdamW8bit cannot step on 'three\.weight' \[3, 8\], whose rows "
+            r"2 ranks do not share evenly; use optimizer=bnb_adamw_8bit",
+            found["adamw_8bit"],
+        )
+
+
+#: Of conf/optimizer, those that step on sharded matrices of any number of rows.
+ANY_ROWS = ["adamw", "bnb_adamw_8bit", "muon", "sgd"]
+
+
+def test_matrices_with_fewer_rows_than_ranks_are_trained_as_on_one_rank() -> None:
+    """A head of one row and a bias of one number, of which one rank has nothing."""
+    one = few_rows.train_all(ANY_ROWS)
+    two, other = run_ranks(few_rows.train_all, 2, ANY_ROWS)
+    assert two == other
+    for name in ANY_ROWS:
+        assert not isinstance(two[name], str), two[name]
+        assert one[name]["losses"][-1] < one[name]["losses"][0]
+        for key, values in one[name].items():
+            # Muon orthogonalises in bfloat16.
+            assert two[name][key] == pytest.approx(values, abs=1e-3 if name == "muon" else 1e-6)

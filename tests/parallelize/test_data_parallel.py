@@ -7,10 +7,13 @@ from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ditty_di import adapters, quantization
+from ditty_di.losses import deferred_head
 from ditty_di.names import canonical_fqn
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.parallelize.recompute import full, selective
@@ -112,8 +115,9 @@ def test_trainable_parameters_of_two_dtypes_in_a_unit_are_named(runtime):
         sharded(build(frozen, frozen=True))
 
 
-def test_only_the_outermost_unit_stays_gathered_until_backward(runtime):
-    """Its output head is used by the loss, after its forward pass."""
+def gathered_after_forward():
+    """Which layers are whole after a forward pass, with and without resharding."""
+    runtime = Runtime()
     model = nn.Sequential(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), nn.Linear(4, 4))
 
     def gathered(reshard):
@@ -131,8 +135,14 @@ def test_only_the_outermost_unit_stays_gathered_until_backward(runtime):
         assert all(isinstance(p, DTensor) and p.grad is not None for p in one.parameters())
         return after
 
-    assert gathered(True) == [False, False, True]
-    assert gathered(False) == [True, True, True]
+    return gathered(True), gathered(False)
+
+
+def test_only_the_outermost_unit_stays_gathered_until_backward():
+    """Its output head is used by the loss, after its forward pass."""
+    for resharded, kept in run_ranks(gathered_after_forward, 2):
+        assert resharded == [False, False, True]
+        assert kept == [True, True, True]
 
 
 def test_a_model_that_is_sharded_in_part_is_refused(runtime):
@@ -145,9 +155,79 @@ def test_a_model_that_is_sharded_in_part_is_refused(runtime):
         make_trainer(None, parallelize_fn=only_the_blocks)
 
 
-def test_on_one_rank_without_a_dtype_nothing_is_sharded(runtime):
-    _, trainer = run()
-    assert not hasattr(trainer.model_parts[0], "unshard")
+def test_on_one_rank_nothing_is_sharded(runtime):
+    for options in ({}, cases.BF16):
+        _, trainer = run(**options)
+        assert not hasattr(trainer.model_parts[0], "unshard")
+
+
+def fsdp(model, *, parallel_dims, recompute=None, param_dtype="bfloat16"):
+    """Mixed precision by FSDP2 itself."""
+    for i, block in enumerate(list(model.get_submodule(BLOCKS[type(model).__name__]))):
+        if recompute is not None:
+            block = recompute(block)
+            model.get_submodule(BLOCKS[type(model).__name__]).register_module(str(i), block)
+        fully_shard(block, mesh=parallel_dims.get_mesh("fsdp"), mp_policy=policy(param_dtype))
+    fully_shard(model, mesh=parallel_dims.get_mesh("fsdp"), mp_policy=policy(param_dtype))
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+    return model
+
+
+BLOCKS = {
+    "LlamaForCausalLM": "model.layers",
+    "PeftModel": "base_model.model.model.layers",
+    "PeftModelForCausalLM": "base_model.model.model.layers",
+}
+
+
+def policy(dtype):
+    return MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+
+
+def copies(model):
+    """Adapters and modules that are trained whole, in float32 on a base of 16 bits."""
+    names = {"target_modules": ["q_proj"], "modules_to_save": ["norm", "lm_head"]}
+    return adapters.add(model, config=LoraConfig(r=4, **names))
+
+
+@pytest.mark.parametrize(
+    "model, options",
+    [
+        (cases.llama, {}),
+        (cases.llama, {"recompute": full}),
+        (cases.llama, {"head": deferred_head}),
+        (partial(cases.llama, "bfloat16", adapter=cases.lora), {}),
+        (partial(cases.llama, "bfloat16", adapter=cases.lora), {"recompute": selective}),
+        (partial(cases.llama, adapter=cases.lora), {}),
+        (partial(cases.llama, "bfloat16", adapter=copies), {}),
+        (partial(cases.llama, "bfloat16", adapter=cases.lora, quantize=quantization.nf4), {}),
+    ],
+    ids=["full", "recomputed", "deferred", "lora", "lora-selective", "lora-32", "copies", "nf4"],
+)
+def test_one_rank_casts_to_the_losses_of_fsdp_bit_for_bit(runtime, model, options):
+    def losses(parallelize, **more):
+        transforms = {name: options[name] for name in options if name == "head"}
+        rest = {name: options[name] for name in options if name != "head"}
+        trainer, recorder = make_trainer(
+            None,
+            steps=4,
+            accumulation=2,
+            model=model(**transforms),
+            parallelize_fn=partial(parallelize, **rest, **more),
+        )
+        trainer.train()
+        sharded = hasattr(trainer.model_parts[0], "unshard")
+        parameters = [p.detach() for p in trainer.model_parts[0].parameters()]
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
+        return recorder.losses(), whole, sharded
+
+    got, parameters, sharded = losses(shard, **cases.BF16)
+    expected, others, by_fsdp = losses(fsdp)
+    assert (sharded, by_fsdp) == (False, True)
+    assert got == expected and len(set(got)) == 4
+    assert all(map(torch.equal, parameters, others))
 
 
 @pytest.mark.slow

@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from ditty_di.quantization import int8, nf4
+from ditty_di.quantization import bitsandbytes_int8, bitsandbytes_nf4, int8, nf4, nf4_linear
 from ditty_di.quantization.int8_linear import Int8Linear
-from ditty_di.quantization.nf4_linear import NF4Linear, quantize
+from ditty_di.quantization.nf4_linear import (
+    NF4Linear,
+    decode,
+    decode_with_bitsandbytes,
+    quantize,
+    same_on_cpu,
+)
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -199,3 +205,63 @@ def test_a_model_with_nothing_to_quantise_is_refused():
 def test_options_that_cannot_be_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         nf4(Block(), **options)
+
+
+def test_bitsandbytes_decodes_on_a_cpu_where_it_gives_the_same_values():
+    assert same_on_cpu()
+    cpu = torch.device("cpu")
+    for block_size, columns in ((64, 256), (128, 200), (32, 96)):
+        fast, slow = (
+            filled(partial(NF4Linear, kernels=k, block_size=block_size), weight(columns=columns))
+            for k in ("auto", "torch")
+        )
+        assert (fast.decoder(cpu), slow.decoder(cpu)) == (decode_with_bitsandbytes, decode)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            fast.dtype = slow.dtype = dtype
+            assert torch.equal(fast.dequantize(), slow.dequantize())
+    # Its kernel for larger blocks would be compiled for every shape.
+    assert NF4Linear(4096, 8, block_size=4096).decoder(cpu) is decode
+
+
+def test_bitsandbytes_that_gives_other_values_is_left_alone(monkeypatch):
+    def rounded(dtype, *packed):
+        return decode_with_bitsandbytes(dtype, *packed).bfloat16().to(dtype)
+
+    monkeypatch.setattr(nf4_linear, "decode_with_bitsandbytes", rounded)
+    same_on_cpu.cache_clear()
+    try:
+        assert NF4Linear(64, 8).decoder(torch.device("cpu")) is decode
+    finally:
+        same_on_cpu.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_weight_is_quantised_in_the_model_s_dtype(dtype):
+    """As bitsandbytes quantises what transformers has read: bytes, and exact scales in bfloat16."""
+    layer = filled(NF4Linear, weight(), dtype=dtype)
+    packed, state = bnb.functional.quantize_4bit(weight().to(dtype), quant_type="nf4", blocksize=64)
+    assert torch.equal(layer.qweight.view(-1, 1), packed)
+    if dtype == torch.bfloat16:
+        assert torch.equal(layer.scale.float().view(-1), state.absmax)
+
+
+@pytest.mark.parametrize("quantize", [nf4, int8, bitsandbytes_nf4, bitsandbytes_int8])
+def test_experts_that_are_left_out_are_said(quantize, caplog):
+    with torch.device("meta"):
+        model = Block()
+        model.experts = nn.ModuleList([Experts(), Experts()])
+    with caplog.at_level("INFO"):
+        quantize(model)
+    text = " ".join(record.getMessage() for record in caplog.records)
+    assert "quantised 3 linear layers" in text
+    assert "left out: 79 % of the parameters: experts.*.up (78 %); up hold several" in text
+    assert "matrices in one parameter, which is not quantised" in text
+    assert ("scales of NF4's blocks are bfloat16" in text) is (quantize is nf4)
+
+
+class Experts(nn.Module):
+    """Several matrices in one parameter, as transformers has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(4, 64, 64))

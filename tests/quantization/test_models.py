@@ -250,3 +250,22 @@ def test_a_layer_that_does_not_fit_the_layout_is_found_at_the_start(pair):
 def test_layers_of_bitsandbytes_are_not_sharded(pair):
     _, _, errors = pair
     assert "use quantize=nf4 or quantize=int8" in errors["bnb"]
+
+
+@pytest.mark.parametrize("model_dtype", ["float32", "bfloat16"])
+def test_gradients_are_those_of_the_dequantised_weights_whatever_the_files_have(
+    tmp_path, model_dtype
+):
+    """A weight that is quantised in another dtype than the model's is unpacked into that one."""
+    pytest.importorskip("bitsandbytes")
+    save_llama(tmp_path, dtype=torch.bfloat16)
+    options = {"dtype": model_dtype}
+    model = fill(
+        causal_lm.from_pretrained(tmp_path, quantize=bitsandbytes_nf4, **options), tmp_path
+    )
+    usual = dequantised(model, fill(causal_lm.from_pretrained(tmp_path, **options), tmp_path))
+    found = []
+    for one in (model, usual):
+        one(TOKENS).logits.float().square().sum().backward()
+        found.append(one.model.embed_tokens.weight.grad)
+    assert torch.equal(*found)
