@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import json
 import os
 import platform
@@ -13,8 +14,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ditty_di.data.cache import build_once, cache_folder
+from ditty_di.data.files import as_record, kind_of, located, opened, read_values
+from ditty_di.protocols import early_checks
 
 # Raise it when python_docs() would give other documents from the same Python.
 _PYTHON_DOCS_FORMAT = 1
@@ -74,6 +78,23 @@ def python_docs(
         raise ValueError(f"the cached corpus {path} is damaged ({error}): delete it") from error
 
 
+def _validate(
+    *,
+    path: str | os.PathLike[str] | None = None,
+    validation_path: str | os.PathLike[str] | None = None,
+    validation_fraction: float = 0.05,
+) -> None:
+    """Raise `ValueError` for files that do not exist or are of another kind."""
+    _check_fraction(validation_fraction)
+    for name, given in (("path", path), ("validation_path", validation_path)):
+        if isinstance(given, str | os.PathLike):
+            try:
+                _files(Path(given).expanduser())
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{name}={str(given)!r}: {error}") from error
+
+
+@early_checks(validate=_validate)
 def text_files(
     path: str | os.PathLike[str],
     *,
@@ -86,7 +107,8 @@ def text_files(
     """A corpus from a `.txt` or `.jsonl` file, or from every such file in a folder (recursively).
 
     A `.txt` file is one document, or with `split_lines` every non-empty line is one. Every line of
-    a `.jsonl` file is an object with the document under `text_key`. With `deduplicate`, of texts
+    a `.jsonl` file is an object with the document under `text_key`; a single `.json` file may be a
+    list of them. Each may be compressed (.gz, .bz2, .xz). With `deduplicate`, of texts
     equal up to white space the first stays.
 
     Validation documents come from `validation_path` (what it shares with the training documents is
@@ -257,16 +279,18 @@ def encodable(text: str) -> bool:
 def _read(source: Path, text_key: str, split_lines: bool) -> Iterator[str]:
     readers: dict[str, Callable[[Path], Iterator[str]]] = {
         ".txt": _lines if split_lines else _whole,
-        ".jsonl": lambda path: _jsonl(path, text_key),
+        ".jsonl": lambda path: _objects(path, text_key),
     }
+    readers[".json"] = readers[".jsonl"]
     for path in _files(source):
-        reader = readers.get(path.suffix.lower())
-        if reader is None:
-            raise ValueError(f"{path}: expected a .txt or .jsonl file, or a folder of them")
         try:
-            yield from reader(path)
+            yield from readers[kind_of(path)](path)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+#: What a single file may be; in a folder a .json file may be anything.
+_KINDS = (".txt", ".jsonl", ".json")
 
 
 def _files(source: Path) -> list[Path]:
@@ -275,8 +299,10 @@ def _files(source: Path) -> list[Path]:
             f"no corpus at {source.absolute()}: expected a .txt or .jsonl file, or a folder of them"
         )
     if source.is_file():
+        if kind_of(source) not in _KINDS:
+            raise ValueError(f"{source}: expected a .txt or .jsonl file, or a folder of them")
         return [source]
-    found = (path for path in source.rglob("*") if path.suffix.lower() in {".txt", ".jsonl"})
+    found = (path for path in source.rglob("*") if kind_of(path) in {".txt", ".jsonl"})
     return sorted(path for path in found if path.is_file())
 
 
@@ -287,37 +313,33 @@ def _files_in_words(source: Path) -> str:
 
 
 def _whole(path: Path) -> Iterator[str]:
-    text = path.read_text(encoding="utf-8-sig").strip("\n")
+    with opened(path) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig").read().strip("\n")
     if text.strip():
         yield text
 
 
 def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as stream:
-        for line in stream:
+    with opened(path) as stream:
+        for line in io.TextIOWrapper(stream, encoding="utf-8-sig"):
             if line.strip():
                 yield line.strip("\n")
 
 
-def _jsonl(path: Path, text_key: str) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = _text_of(json.loads(line), text_key)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}:{number}: {error}. Every line is one JSON object whose key "
-                    f'"{text_key}" holds the document; `text_key` names another key.'
-                ) from error
-            if text.strip():
-                yield text
+def _objects(path: Path, text_key: str) -> Iterator[str]:
+    for where, value in read_values(path):
+        try:
+            text = _text_of(as_record(value), text_key)
+        except ValueError as error:
+            raise ValueError(
+                f"{located(path, where)}: {error}. Every line is one JSON object whose key "
+                f'"{text_key}" holds the document; `text_key` names another key.'
+            ) from error
+        if text.strip():
+            yield text
 
 
-def _text_of(record: object, text_key: str) -> str:
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__} instead of an object")
+def _text_of(record: dict[str, Any], text_key: str) -> str:
     if text_key not in record:
         raise ValueError(f'no key "{text_key}" among {sorted(record)}')
     text = record[text_key]

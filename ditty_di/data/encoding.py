@@ -137,7 +137,7 @@ class Encoder:
         self._formats = (Format(input_format, aliases), Format(output_format, aliases))
         self._defaults = (input_format, output_format) == _DEFAULT_FORMATS
         self._prompt_completion = (Format("__prompt__", {}), Format("__completion__", {}))
-        self._turns = Turns(messages_key, role_key, content_key, roles)
+        self.turns = Turns(messages_key, role_key, content_key, roles)
         self._assistant_turns = assistant_turns
         self._refuses = audit == "refuse"
         self._ignored = {ignored_fields} if isinstance(ignored_fields, str) else set(ignored_fields)
@@ -191,13 +191,13 @@ class Encoder:
         """The examples of each record; in place of a bad one's, what is wrong with it."""
         found: list[list[Encoded | ValueError]] = [[] for _ in records]
         pairs: dict[int, tuple[str | list[int], str | list[int]]] = {}
-        if any(not isinstance(r, ValueError) and self._turns.keys_of(r) for r in records):
+        if any(not isinstance(r, ValueError) and self.turns.keys_of(r) for r in records):
             _ = self._renderer  # a tokenizer without a chat template is no single record's fault
         for i, record in enumerate(records):
             try:
                 if isinstance(record, ValueError):
                     raise record
-                if self._turns.keys_of(record):
+                if self.turns.keys_of(record):
                     found[i] = self._conversation(record)
                 elif self._is_tokenized(record):
                     found[i] = [self._tokenized(record)]
@@ -219,7 +219,7 @@ class Encoder:
 
         Raises `ValueError` for a field that a format cannot read.
         """
-        if keys := self._turns.keys_of(record):
+        if keys := self.turns.keys_of(record):
             read = {*keys, "tools", "system", "chat_template_kwargs"}
         elif self._is_tokenized(record):
             read = set(TOKENIZED_KEYS)
@@ -245,7 +245,7 @@ class Encoder:
 
         Raises `ValueError` for a record that has none.
         """
-        if record.get(self._turns.key) is not None or is_turns(record.get("prompt")):
+        if record.get(self.turns.key) is not None or is_turns(record.get("prompt")):
             return self._asked(record)
         if self._defaults and self._keys[0] not in record and "prompt" in record:
             part: str | list[int] = self._prompt_completion[0](record)
@@ -373,7 +373,7 @@ class Encoder:
 
     def _conversation(self, record: Mapping[str, Any]) -> list[Encoded | ValueError]:
         renderer = self._renderer
-        chat, unread = self._read(record, self._turns.of(record))
+        chat, unread = self._read(record, self.turns.of(record))
         notes = frozenset(
             {
                 *chat.notes,
@@ -402,12 +402,12 @@ class Encoder:
         return self._renderer.template.fitted(chat), unread
 
     def _asked(self, record: Mapping[str, Any]) -> list[int]:
-        chat = self._turns.of(record, answered=False)
+        chat = self.turns.of(record, answered=False)
         messages = list(chat.messages)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
-            raise ValueError("no turn is there that the assistant could answer")
+            raise ValueError(f'"{self.turns.key}" has no turn that the assistant could answer')
         chat, _ = self._read(record, chat.with_messages(messages))
         return self._tokens.ids(self._renderer.template.render(chat, prompt=True))
 

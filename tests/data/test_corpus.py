@@ -130,6 +130,29 @@ def test_another_text_key(tmp_path):
     assert text_files(tmp_path, text_key="body").train == ["x"]
 
 
+def test_files_are_looked_for_before_anything_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    text_files.validate(path=str(tmp_path / "a.txt"), validation_path=tmp_path)
+    text_files.validate(path=object())
+    for options in ({"path": "gone.txt"}, {"path": str(tmp_path), "validation_path": "gone"}):
+        with pytest.raises(ValueError, match=r"path='gone.*': no corpus at"):
+            text_files.validate(**options)
+    with pytest.raises(ValueError, match=r"^path='a.csv': no corpus at"):
+        text_files.validate(path="a.csv")
+
+
+def test_texts_in_lists_and_compressed_files(tmp_path):
+    import gzip
+
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("\ufeffthree".encode()))
+    (tmp_path / "about.json").write_text('{"license": "mit"}')
+    whole = text_files(tmp_path, validation_fraction=0)
+    assert whole.train == ["one", "two", "three"]
+    (tmp_path / "c.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
+    assert text_files(tmp_path / "c.json", validation_fraction=0).train == ["one", "two"]
+
+
 def test_what_is_no_corpus_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no documents in .*: looked for .* 0 \.txt and \.jsonl"):
         text_files(tmp_path)

@@ -12,6 +12,7 @@ from ditty_di.data import (
     Examples,
     Packed,
     Seq2SeqExamples,
+    TokenDataset,
     in_memory,
     label_tokens,
     prompts,
@@ -74,7 +75,7 @@ def test_examples_without_a_token_to_learn_are_dropped_and_counted(tmp_path, cap
     assert "0 cut to fit, 1 dropped without a token to learn" in line
     assert line == again, "also when it comes from the cache"
     # A lone first token has nothing before it to predict it from.
-    with pytest.raises(ValueError, match="no example is left of 1 records: 1 of them"):
+    with pytest.raises(ValueError, match="no example is left of 1 record: 1 without a token"):
         examples(tmp_path, [{"input": "", "output": ""}])
 
 
@@ -90,6 +91,74 @@ def test_all_bad_lines_are_told_at_once(tmp_path):
     assert told[0].startswith(f"{path}:2: not JSON")
     assert told[1] == f"""{path}:3: no key "output" among ['input']"""
     assert not list((tmp_path / "tokenized").glob("[!.]*[!k]")), "nothing is cached"
+
+
+@pytest.mark.parametrize(
+    ("record", "remedy"),
+    [
+        ({"question": "a", "answer": "b"}, "__question__ data.output_format=__answer__"),
+        ({"instruction": "a", "output": "b", "input": ""}, "data=alpaca data.path=..."),
+        ({"instruction": "a", "response": "b", "context": ""}, "data=dolly data.path=..."),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "data=slim_orca data.path=..."),
+        ({"text": "a"}, "data=text data.corpus.path=..."),
+        ({"text": "a", "label": "b"}, None),
+        ({"input": "a", "colour": "b"}, None),
+    ],
+)
+def test_records_of_a_known_shape_are_told_what_to_type(tmp_path, record, remedy):
+    encoder = Encoder(word_tokenizer(), input_format="__input__ __missing__")
+    for source in (in_memory([record] * 3), in_memory([record | {"id": 1}])):
+        with pytest.raises(ValueError) as error:
+            Examples(source, encoder, cache_dir=tmp_path)
+        last = str(error.value).splitlines()[-1]
+        if remedy:
+            assert last.startswith("for records with") and remedy in last
+        elif "label" in record:
+            assert last.endswith("data=text data.corpus.path=..., for text without an output")
+        else:
+            assert "no key" in last
+
+
+def test_mixed_records_get_no_remedy(tmp_path):
+    source = in_memory([{"question": "a", "answer": "b"}, {"colour": "red"}, ValueError("x")])
+    with pytest.raises(ValueError, match="3 of 3 records") as error:
+        Examples(source, Encoder(word_tokenizer()), cache_dir=tmp_path)
+    assert "for records with" not in str(error.value)
+
+
+def rehearsed(source, tokenizer=None, loss_mask="output_only", **options):
+    encoder = Encoder(tokenizer or word_tokenizer(), **options)
+    arguments = {"records": source, "encoder": encoder, "loss_mask": loss_mask}
+    return Examples.rehearse(arguments.__getitem__)
+
+
+def test_the_first_records_are_looked_at_before_a_run(tmp_path):
+    assert rehearsed(in_memory(RECORDS), output_format=" __output__") == []
+    with pytest.raises(ValueError, match="2 of 5 records cannot be used") as error:
+        rehearsed(in_memory([*RECORDS, {"input": "a"}, {"output": "a"}]))
+    assert "example 3: no key" in str(error.value)
+    with pytest.raises(ValueError, match="100 of the first 100 records"):
+        rehearsed(in_memory([{"input": "a"}] * 200))
+    endless = in_memory([RECORDS[0]] * 100 + [{"colour": "red"}])
+    assert rehearsed(endless, output_format=" __output__") == [], "the hundred first"
+    with pytest.raises(ValueError, match="no example is left of 2 records: 2 without"):
+        rehearsed(in_memory(RECORDS[::2]), max_tokens=1)
+    (tmp_path / "train.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"no records in .*train.jsonl: write one JSON object"):
+        rehearsed(records(tmp_path / "train.jsonl"))
+    with pytest.raises(ValueError, match=r"nothing can be held out of .*one.jsonl: it has no two"):
+        (tmp_path / "one.jsonl").write_text(json.dumps(RECORDS[0]))
+        rehearsed(records(tmp_path / "one.jsonl", "validation"))
+
+
+def test_an_only_record_is_an_example_and_counted_in_the_singular(tmp_path, caplog):
+    (tmp_path / "one.jsonl").write_text(json.dumps(RECORDS[0]))
+    with caplog.at_level(logging.INFO):
+        found = Examples(
+            records(tmp_path / "one.jsonl"), Encoder(word_tokenizer()), cache_dir=tmp_path
+        )
+    assert len(found) == 1 and "1 example of 1 record: 4 tokens" not in caplog.text
+    assert "1 example of 1 record: 5 tokens" in caplog.text
 
 
 def test_tokenized_once_by_content_tokenizer_and_options(tmp_path, monkeypatch):
@@ -162,6 +231,25 @@ def test_labels_alone_and_prompts(tmp_path):
     assert prompts(dataset, 2) == ["a b:", "a:"]
     assert prompts(Packed(dataset, 16), 9) == prompts(Seq2SeqExamples(dataset), 9)
     assert len(prompts(dataset, 9)) == 3
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    mixed = [*RECORDS, {"messages": turns}]
+    assert examples(tmp_path, mixed, word_tokenizer(chat_template=CHAT)).conversations == 1
+    assert dataset.conversations == 0
+
+
+def test_any_rows_of_token_ids_have_prompts():
+    tokenizer = word_tokenizer()
+    tokens = np.array(tokenizer("a b c d e f g a b c d e f g")["input_ids"] * 3)
+    rows = TokenDataset(tokens, seq_len=20)
+    assert prompts(rows, 2, tokenizer=tokenizer) == [
+        tokenizer.decode(tokens[start : start + 16]) for start in (0, 20)
+    ]
+    answered = [({"input": torch.tensor(tokens[:6])}, torch.tensor([-100, -100, 3, 4, 5, 6]))]
+    assert prompts(answered, tokenizer=tokenizer) == [tokenizer.decode(tokens[:3])]
+    with pytest.raises(ValueError, match="rows of a TokenDataset need a `tokenizer`"):
+        prompts(rows)
+    with pytest.raises(ValueError, match=r"row 0 of the list has no token ids.*sample_text=null"):
+        prompts([(torch.zeros(3), 1.0)], tokenizer=tokenizer)
 
 
 def test_findings_are_told_once_a_kind_with_the_first_record_and_from_the_cache_too(

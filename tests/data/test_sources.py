@@ -73,6 +73,60 @@ def test_about_the_fraction_is_held_out_and_more_records_move_none(tmp_path):
     assert 30 < len(many) < 70 and set(few) < set(many)
 
 
+def test_every_kind_of_file_makes_splits(tmp_path):
+    import gzip
+
+    for folder in ("train", "val"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "train" / "a.json").write_text(json.dumps(numbered(1, 2)))
+    (tmp_path / "train" / "b.jsonl.gz").write_bytes(gzip.compress(b'{"input": "3"}'))
+    (tmp_path / "train" / "c.csv").write_text("input,output\n4,x\n")
+    (tmp_path / "train" / "._a.json").write_bytes(b"\0\0")
+    write(tmp_path / "val" / "a.jsonl", *numbered(5))
+    (tmp_path / "val" / "a.jsonl.gz").write_bytes(gzip.compress(b'{"input": "5"}'))
+    assert inputs(records(tmp_path)) == ["1", "2", "3", "4"]
+    assert inputs(records(tmp_path, "validation")) == ["5"], "once, though it is there twice"
+    (tmp_path / "test.json").write_text(json.dumps(numbered(6), indent=1))
+    assert inputs(records(tmp_path, "test")) == ["6"]
+
+
+def test_a_pattern_is_the_files_that_match_it(tmp_path):
+    for name in ("b", "a", "c"):
+        write(tmp_path / f"part-{name}.jsonl", *numbered(name))
+    (tmp_path / "part-d").mkdir()
+    pattern = str(tmp_path / "part-*")
+    assert inputs(records(pattern, validation_fraction=0)) == ["a", "b", "c"]
+    records.validate(path=pattern)
+    with pytest.raises(FileNotFoundError, match="no examples at"):
+        records(str(tmp_path / "none-*"))
+
+
+def test_files_beside_the_records_are_left_out_and_named(tmp_path, caplog):
+    write(tmp_path / "a.jsonl", *numbered(1))
+    (tmp_path / "more.csv").write_text("input\n2\n")
+    (tmp_path / "about.json").write_text('{"license": "mit"}')
+    assert inputs(records(tmp_path, validation_fraction=0)) == ["1"]
+    assert "reads its .jsonl files, not more.csv" in caplog.text
+    (tmp_path / "a.jsonl").unlink()
+    assert inputs(records(tmp_path, validation_fraction=0)) == ["2"]
+    (tmp_path / "more.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no examples in .* found about.json"):
+        records(tmp_path)
+    (tmp_path / "list.json").write_text(json.dumps(numbered(3, 4), indent=1))
+    assert inputs(records(tmp_path, validation_fraction=0)) == ["3", "4"]
+
+
+@pytest.mark.parametrize("times", [1, 10])
+def test_an_only_record_is_trained_on(tmp_path, times):
+    path = tmp_path / "one.jsonl"
+    write(path, *numbered(7) * times)
+    assert inputs(records(path)) == ["7"] * times
+    held_out = records(path, "validation")
+    assert list(held_out) == []
+    assert "it has no two different records, and one is for training" in held_out.if_empty
+    assert "validator=none" in held_out.if_empty
+
+
 def test_bad_lines_come_in_place_and_with_their_place(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"input": "a"}\n\n{"input": \n[1]\n"\xff"\n')
@@ -106,6 +160,54 @@ def test_what_does_not_exist(tmp_path):
         records(tmp_path, "dev")
     with pytest.raises(ValueError, match="validation_fraction=1"):
         records(tmp_path, validation_fraction=1)
+    with pytest.raises(ValueError, match=r"path=\[\]: an empty list"):
+        records([])
+    with pytest.raises(ValueError, match="path=None: give a folder"):
+        records(None)
+    with pytest.raises(ValueError, match="is a folder: a list holds files only"):
+        records([tmp_path])
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"looked for train/\*\.jsonl.* found notes.md"):
+        records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "/no/such.jsonl"}, r"^path='/no/such.jsonl': no examples at"),
+        ({"path": "gone.parquet"}, r"^path='gone.parquet': no examples at"),
+        ({"path": "{here}/notes.txt"}, r"^path='.*notes.txt': .* not a file of records"),
+        ({"path": "{here}"}, r"^path=.*: no examples in .* found notes.txt"),
+        ({"path": ["{here}/a.jsonl"]}, r"^path=\[.*a.jsonl"),
+        ({"path": None}, r"^path=None: give a folder"),
+        ({"path": []}, r"^path=\[\]: an empty list"),
+        ({"split": "dev"}, r"^split='dev' must be one of"),
+        ({"validation_fraction": -1}, r"^validation_fraction=-1"),
+    ],
+)
+def test_a_source_is_validated_without_reading_it(tmp_path, options, message):
+    (tmp_path / "notes.txt").write_text("Dear diary,")
+    path = options.get("path")
+    if isinstance(path, str):
+        options = options | {"path": path.format(here=tmp_path)}
+    elif path:
+        options = options | {"path": [p.format(here=tmp_path) for p in path]}
+    with pytest.raises(ValueError, match=message):
+        records.validate(**options)
+
+
+def test_what_cannot_be_known_before_it_is_built_is_left_alone(tmp_path):
+    records.validate()
+    records.validate(path="org/name", split="train")
+    records.validate(path=object())
+    write(tmp_path / "a.jsonl", *numbered(1, 2))
+    records.validate(path=str(tmp_path), split="validation")
+    nothing = {"split": "validation", "validation_fraction": 0}
+    with pytest.raises(ValueError, match=r"^validation_fraction=0: .*no valid.*validator=none"):
+        records.validate(path=str(tmp_path), **nothing)
+    with pytest.raises(ValueError, match=r"in a folder with train.jsonl and val.jsonl"):
+        records.validate(path=str(tmp_path / "a.jsonl"), **nothing)
+    records.validate(path="gone.jsonl", **nothing)  # as the training split says
 
 
 def test_a_name_of_the_hub_that_cannot_be_reached_says_so(monkeypatch):
