@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ditty_di.models.tokenizer import end_of_turn_ids
+
 # torch is imported when something is generated: the command line must answer without it.
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 class Options:
     """How to continue; `temperature` 0 is greedy. Random numbers are torch's global ones.
 
-    `repetition_penalty` and `num_beams` that are None are the model's own.
+    `repetition_penalty` and `num_beams` that are None are the model's own. `eos_token_id` is one
+    token that ends a text, or several. A prompt and its continuation have at most `max_length`
+    tokens, the tokenizer's limit, and `positions`, the model's (None: no limit).
     """
 
     max_new_tokens: int = 64
@@ -26,19 +30,36 @@ class Options:
     repetition_penalty: float | None = None
     num_beams: int | None = None
     max_length: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
+    positions: int | None = None
+
+    @property
+    def ends(self) -> set[int]:
+        """The tokens that end a text."""
+        ends = self.eos_token_id
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a prompt and its continuation together; None: any number."""
+        return min((n for n in (self.max_length, self.positions) if n is not None), default=None)
 
     def check(self) -> None:
-        """Raises ValueError for what is out of range, and says what is not."""
+        """Raise ValueError for what is out of range, naming it."""
         limit, penalty, beams = self.max_length, self.repetition_penalty, self.num_beams
-        new = self.max_new_tokens
+        new, positions = self.max_new_tokens, self.positions
         for wrong, what in (
             (new < 1, f"max_new_tokens={new} must be at least 1"),
             (
                 limit is not None and new >= limit,
                 f"max_new_tokens={new} leaves no room for a prompt: the tokenizer's "
                 f"model_max_length is {limit}",
+            ),
+            (
+                positions is not None and new >= positions,
+                f"max_new_tokens={new} leaves no room for a prompt: the model has {positions} "
+                f"positions",
             ),
             (
                 self.temperature < 0,
@@ -59,7 +80,7 @@ class Options:
             (beams is not None and beams < 1, f"num_beams={beams} must be at least 1, or null"),
         ):
             if wrong:
-                raise ValueError(f"generate: {what}")
+                raise ValueError(what)
 
 
 class Decode(Protocol):
@@ -75,6 +96,20 @@ def is_seq2seq(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def positions(model: Any) -> int | None:
+    """Return how many positions a transformers model has by its configuration; None: no limit."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def end_ids(tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: EOS, and what ends a turn in the chat template."""
+    return sorted({*end_of_turn_ids(tokenizer)} | ({tokenizer.eos_token_id} - {None}))
+
+
 def hugging_face(
     model: Any, prompts: Sequence[list[int]], /, *, options: Options
 ) -> list[list[int]]:
@@ -85,8 +120,7 @@ def hugging_face(
     import torch
 
     own = model.generation_config.eos_token_id
-    ends = {own} if isinstance(own, int) else set(own or ())
-    ends |= {options.eos_token_id} - {None}
+    ends = ({own} if isinstance(own, int) else set(own or ())) | options.ends
     pad = options.pad_token_id or 0  # whatever it is: masked by length, not by id
     config = _generation_config(model, options, ends, pad)
     seq2seq = is_seq2seq(model)
@@ -154,7 +188,7 @@ def plain(model: Any, prompts: Sequence[list[int]], /, *, options: Options) -> l
 
     if (options.repetition_penalty or 1) != 1 or (options.num_beams or 1) != 1:
         raise ValueError(
-            "generate: repetition_penalty and num_beams need a model with transformers' generate"
+            "repetition_penalty and num_beams need a model with transformers' generate"
         )
     return continuations(
         lambda inputs: model(inputs["input"]),
@@ -165,6 +199,6 @@ def plain(model: Any, prompts: Sequence[list[int]], /, *, options: Options) -> l
         top_k=options.top_k,
         top_p=options.top_p,
         seed=int(torch.randint(2**31, ())),
-        max_length=options.max_length,
-        eos_token_id=options.eos_token_id,
+        max_length=options.limit,
+        eos_token_id=options.ends,
     )

@@ -1,11 +1,14 @@
-"""Prompts: a line typed or a .jsonl file, as token ids."""
+"""Prompts: a line typed or a file of them, as token ids."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from ditty_di.data.conversations import Turns, is_turns
+from ditty_di.data.files import READERS, kind_of, looks_like_json, read_lines, read_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,14 +23,19 @@ class Encoder(Protocol):
 class Prompts:
     """Token ids of records.
 
-    A conversation (`messages`) goes through the tokenizer's chat template, up to where the model is
-    to answer: trailing turns of the assistant are left out. Anything else goes to `encoder`; where
-    there is none, it is the text under `input`, or `input_format` with the record's fields in it
+    A conversation goes through the tokenizer's chat template, up to where the model is to answer:
+    trailing turns of the assistant are left out. Its turns are under the keys of `encoder`, such as
+    `messages`, with the roles that it maps. Anything else goes to `encoder`; where there is none,
+    it is the text under `input`, or `input_format` with the record's fields in it
     (`ditty_di.data.rendering.Format`).
 
     Args:
+        chat: the text of a record that is not a conversation becomes the turn of a user in one.
         seq2seq: for an encoder: the text as the tokenizer ends it. Otherwise it is to be continued,
             so no EOS stands behind it.
+
+    Raises:
+        ValueError: `chat` with a tokenizer that has no chat template.
     """
 
     def __init__(
@@ -37,18 +45,42 @@ class Prompts:
         encoder: Encoder | None = None,
         input_format: str | Sequence[str] | None = None,
         seq2seq: bool = False,
+        chat: bool = False,
     ) -> None:
         from ditty_di.data.rendering import Format
 
-        self.tokenizer, self.encoder, self.seq2seq = tokenizer, encoder, seq2seq
-        self.continues = encoder is None and input_format is None and not seq2seq
+        if chat and not tokenizer.chat_template:
+            raise ValueError(
+                "chat=true needs a tokenizer with a chat template; this one has none: give one as "
+                "tokenizer.chat_template, or take chat=false"
+            )
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self.seq2seq, self.chat = seq2seq, chat
+        self.texts = 0  # records so far that were no conversations
+        self.turns: Turns = getattr(encoder, "turns", None) or Turns()
+        self.continues = encoder is None and input_format is None and not seq2seq and not chat
         self.format: Callable[[dict[str, Any]], str] = _input
         if input_format is not None:
             self.format = Format(input_format, {})
 
+    def record(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return a record as it is asked: with `chat`, a text as a conversation of one turn.
+
+        Raises ValueError for one without text.
+        """
+        if record.get(self.turns.key) is not None:
+            return record
+        self.texts += 1
+        # Other fields than these are the encoder's to read, where there is one.
+        if not self.chat or (self.encoder and not isinstance(record.get("input"), str)):
+            return record
+        turn = {self.turns.role_key: "user", self.turns.content_key: self.format(record)}
+        rest = {key: value for key, value in record.items() if key != "input"}
+        return rest | {self.turns.key: [turn]}
+
     def ids(self, record: dict[str, Any]) -> list[int]:
         """Raises ValueError for a record that makes no prompt."""
-        if "messages" in record:
+        if record.get(self.turns.key) is not None:
             return self._conversation(record)
         if self.encoder is not None:
             return self.encoder.prompt(record)
@@ -64,25 +96,19 @@ class Prompts:
         return answer["input"] + answer["text"] if self.continues else answer["text"].strip()
 
     def _conversation(self, record: dict[str, Any]) -> list[int]:
-        from jinja2 import TemplateError
-
+        key = self.turns.key
         if not self.tokenizer.chat_template:
-            raise ValueError('"messages" needs a tokenizer with a chat template; this one has none')
-        turns = record["messages"]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError('"messages" is no list of objects with role and content')
-        asked = list(turns)
-        while asked and asked[-1].get("role") == "assistant":
-            asked.pop()
-        if not asked:
-            raise ValueError('"messages" has no turn that the assistant could answer')
-        try:
-            found: Any = self.tokenizer.apply_chat_template(
-                asked, tools=record.get("tools"), add_generation_prompt=True, return_dict=True
-            )
-        except TemplateError as error:  # templates refuse, say, roles that do not alternate
-            raise ValueError(f"the chat template refuses it: {error}") from error
-        return list(found["input_ids"])
+            raise ValueError(f'"{key}" needs a tokenizer with a chat template; this one has none')
+        if not is_turns(record[key]):
+            raise ValueError(f'"{key}" is no list of objects with role and content')
+        encoder = self.encoder or self._plain_encoder
+        return encoder.prompt(record)
+
+    @cached_property
+    def _plain_encoder(self) -> Encoder:
+        from ditty_di.data.encoding import Encoder
+
+        return Encoder(self.tokenizer)
 
 
 def _input(record: dict[str, Any]) -> str:
@@ -92,24 +118,23 @@ def _input(record: dict[str, Any]) -> str:
 
 
 def read_prompts(path: str, prompts: Prompts) -> list[tuple[dict[str, Any], list[int]]]:
-    """Records of a .jsonl file, and their ids; empty lines are passed over.
+    """Return the records of a file as they are asked, and their ids; blank lines are passed over.
 
-    A `prompt` is taken as the `input`; a record without `id` gets its place in the file, from 0.
+    The file is one of JSON objects or a table (`ditty_di.data.files.read_values`), or, with any
+    other suffix and content, of text: each line is a prompt. A `prompt` is taken as the `input`; a
+    record without `id` gets its position in the file, from 0.
 
     Raises:
         ValueError: lines that make no prompts, each with its number and the reason.
     """
     found: list[tuple[dict[str, Any], list[int]]] = []
     problems: list[str] = []
-    with Path(path).expanduser().open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = {"id": len(found) + len(problems)} | _record(line)
-                found.append((record, prompts.ids(record)))
-            except ValueError as error:
-                problems.append(f"line {number}: {error}")
+    for where, value in _values(Path(path).expanduser()):
+        try:
+            record = prompts.record({"id": len(found) + len(problems)} | _record(value))
+            found.append((record, prompts.ids(record)))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(
@@ -120,13 +145,20 @@ def read_prompts(path: str, prompts: Prompts) -> list[tuple[dict[str, Any], list
     return found
 
 
-def _record(line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError("no object")
-    if "prompt" in record:
+def _values(file: Path) -> Iterator[tuple[str, Any]]:
+    if kind_of(file) in READERS or looks_like_json(file):
+        yield from read_values(file)
+    else:
+        for where, line in read_lines(file):
+            yield where, {"prompt": line}
+
+
+def _record(value: Any) -> dict[str, Any]:
+    if isinstance(value, ValueError):
+        raise ValueError(f"no JSON: {value}")
+    if not isinstance(value, dict):
+        raise ValueError('no object such as {"prompt": "Once upon"}')
+    record = dict(value)
+    if isinstance(record.get("prompt"), str):
         record["input"] = record.pop("prompt")
     return record

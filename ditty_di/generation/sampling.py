@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,14 +49,17 @@ def continuations(
     top_p: float | None = None,
     seed: int = 0,
     max_length: int | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Collection[int] | None = None,
     logits_of: Callable[[Any], Tensor] = logits_of,
 ) -> list[list[int]]:
-    """New tokens for each prompt, up to its first EOS (left out). `temperature` 0 is greedy.
+    """Return new tokens for each prompt, up to its first EOS (left out), of which there may be
+    several. `temperature` 0 is greedy.
 
     For causal models: rows are padded on the right, where no earlier position looks. All forward
     passes have one shape `[prompts, width]`, so that a compiled model is compiled once.
     """
+    if not prompts:
+        return []
     rows = [list(prompt) for prompt in prompts]
     longest = max(len(row) for row in rows) + max_new_tokens
     width = min(longest, max_length or longest)
@@ -70,7 +73,8 @@ def continuations(
         for row, token in zip(rows, chosen.tolist(), strict=True):
             row.append(token)
     new = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-    return [row[: row.index(eos_token_id)] if eos_token_id in row else row for row in new]
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
 
 
 def choose(

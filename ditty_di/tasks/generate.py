@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -11,8 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ditty_di.generation.decoding import Decode, Options, hugging_face, is_seq2seq, plain
+from ditty_di.generation.decoding import (
+    Decode,
+    Options,
+    end_ids,
+    hugging_face,
+    is_seq2seq,
+    plain,
+    positions,
+)
 from ditty_di.generation.prompts import Encoder, Prompts, read_prompts
+from ditty_di.protocols import early_checks
 
 # torch is imported when a task runs: the command line must answer without it.
 if TYPE_CHECKING:
@@ -21,17 +31,53 @@ if TYPE_CHECKING:
 
     from ditty_di.protocols import WeightsFn
 
+log = logging.getLogger(__name__)
 
+_NOT_KNOWN: Any = object()
+
+
+def _validate(
+    *,
+    prompt: Any = _NOT_KNOWN,
+    prompts: Any = _NOT_KNOWN,
+    batch_size: int = 1,
+    max_new_tokens: int = 1,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    num_beams: int | None = None,
+) -> None:
+    """Raise ValueError for what cannot be generated, naming the argument."""
+    if _NOT_KNOWN not in (prompt, prompts) and (prompt is None) == (prompts is None):
+        raise ValueError('prompt: give either prompt="..." or prompts=FILE.jsonl')
+    if isinstance(prompts, str) and not Path(prompts).expanduser().is_file():
+        raise ValueError(f"prompts={prompts}: there is no such file")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    Options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
+    ).check()
+
+
+@early_checks(validate=_validate)
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     weights: WeightsFn | None = None,
     *,
-    prompt: str | None = None,
+    prompt: str | float | None = None,
     prompts: str | None = None,
     output: str | None = None,
     encoder: Encoder | None = None,
     input_format: str | Sequence[str] | None = None,
+    chat: bool | None = None,
+    about: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -47,21 +93,30 @@ def generate(
 
     Args:
         model: on meta (then `weights` fills it) or with its values.
-        prompts: a .jsonl file of objects with the text under `prompt` or `input`, with `messages`,
-            or with the fields that the format needs.
+        prompt: a number is taken as its text.
+        prompts: a file of objects with the text under `prompt` or `input`, with `messages` (or
+            under the keys that `encoder` has for conversations), or with the fields that the format
+            needs; or a text file with a prompt a line. See `ditty_di.generation.prompts`.
         output: a .jsonl file for the answers, which appears when all are there; None prints them.
         encoder, input_format: how a record becomes a prompt; see `Prompts`.
+        chat: a text becomes the turn of a user in a conversation that the tokenizer's chat template
+            renders. None: with an `encoder`, if `about` tells that training saw conversations; else
+            if there is a template and no `input_format`. A log line says so.
+        about: the file that `ditty_di.tasks.train` wrote about the training, which may be missing.
         repetition_penalty, num_beams: None is what the model's own generation_config says.
         device: None takes the accelerator, if there is one.
         decode: None takes the model's own `generate` where it has one (`hugging_face`), else
             `plain`, which needs nothing but the forward pass.
 
-    An answer repeats its record and adds `text` and `tokens`, in the order of the prompts; `input`
-    and `id` (its place) are added where there are none. `tokens` counts the generated tokens that
-    `text` is made of, so without EOS. A prompt that leaves no room for `max_new_tokens` under the
-    tokenizer's `model_max_length` loses its beginning; its answer says how many tokens in `cut`.
-    The seed and the batch size decide about what is sampled; greedy answers depend on neither. Of
-    several ranks the first does the work, the others return at once.
+    An answer repeats its record and adds `text` and `tokens`, in the order of the prompts;
+    `input` and `id` (its position) are added where there are none; of a conversation `input` is
+    the text that the template made of it. `tokens` counts the generated tokens that `text` is
+    made of, so without EOS. EOS is that of the model, of the tokenizer, and what ends a turn in
+    the chat template. A prompt that leaves no room for `max_new_tokens` under the tokenizer's
+    `model_max_length`, or the positions of the model, loses its beginning; its answer says how
+    many tokens in `cut`. The seed and the batch size decide about what is sampled; greedy
+    answers depend on neither. Of several ranks the first does the work, the others return at
+    once.
 
     Raises:
         ValueError: not exactly one of `prompt` and `prompts`; lines that are no prompts (file,
@@ -69,8 +124,8 @@ def generate(
     """
     if int(os.environ.get("RANK", "0")):
         return {}
-    if (prompt is None) == (prompts is None):
-        raise ValueError('generate: give either prompt="..." or prompts=FILE.jsonl')
+    _validate(prompt=prompt, prompts=prompts, batch_size=batch_size)
+    seq2seq = is_seq2seq(model)
     options = Options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -79,16 +134,27 @@ def generate(
         repetition_penalty=repetition_penalty,
         num_beams=num_beams,
         max_length=tokenizer.model_max_length,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_ids(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
+        positions=positions(model),
     )
     options.check()
-    if batch_size < 1:
-        raise ValueError(f"generate: batch_size={batch_size} must be at least 1")
+    chosen = chat
+    if chat is None and not seq2seq and input_format is None and tokenizer.chat_template:
+        chosen = encoder is None or _saw_conversations(about)
     making = Prompts(
-        tokenizer, encoder=encoder, input_format=input_format, seq2seq=is_seq2seq(model)
+        tokenizer,
+        encoder=encoder,
+        input_format=input_format,
+        seq2seq=seq2seq,
+        chat=bool(chosen),
     )
     asked = read_prompts(prompts, making) if prompts is not None else [_typed(prompt, making)]
+    if chosen is not chat and making.texts:
+        log.info("%s", _CHAT if chosen else _NO_CHAT)
+    room = (options.limit or 0) - (0 if seq2seq else max_new_tokens)
+    if longer := sum(len(ids) > room for _, ids in asked):
+        log.warning(_CUT, longer, len(asked), room, options.limit)
 
     import torch
 
@@ -102,20 +168,41 @@ def generate(
     with _written_whole(output) as file:
         for first in range(0, len(asked), batch_size):
             batch = asked[first : first + batch_size]
-            for answer in _answers(batch, model, tokenizer, decode, options):
+            for answer in _answers(batch, model, tokenizer, decode, options, room):
                 tokens += answer["tokens"]
                 line = json.dumps(answer, ensure_ascii=False)
                 print(making.shown(answer) if output is prompts is None else line, file=file)
     if output is not None:
-        print(f"{len(asked)} answers, {tokens} tokens: {output}")
+        answers = f"{len(asked)} answer{'s' * (len(asked) != 1)}"
+        print(f"{answers}, {tokens} token{'s' * (tokens != 1)}: {output}")
     result = {"prompts": len(asked), "tokens": tokens, "output": output}
     speed = {"tokens_per_second": tokens / (time.perf_counter() - started)}
     return result | speed | ({} if prompt is None else {"text": answer["text"]})
 
 
-def _typed(prompt: str | None, making: Prompts) -> tuple[dict[str, Any], list[int]]:
-    record = {"id": 0, "input": prompt}
+_CHAT = """\
+a prompt that is plain text is asked as a turn of the user, by the chat template; chat=false takes \
+it as it is"""
+_NO_CHAT = """\
+a prompt that is plain text is taken as it is, without the chat template that the tokenizer has; \
+chat=true asks it as a turn of the user"""
+_CUT = """\
+%d of %d prompts are longer than %d tokens and lose their beginning: with max_new_tokens they \
+would not fit the limit of the tokenizer and of the positions of the model, %d tokens"""
+
+
+def _saw_conversations(about: str | None) -> bool:
+    """Return whether a training says that its examples were conversations; False if unknown."""
     try:
+        return bool(json.loads(Path(about or "").read_text(encoding="utf-8"))["conversations"])
+    except (OSError, ValueError, KeyError, TypeError):  # of a run that wrote none
+        return False
+
+
+def _typed(prompt: Any, making: Prompts) -> tuple[dict[str, Any], list[int]]:
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+    try:
+        record = making.record({"id": 0, "input": text})
         return record, making.ids(record)
     except ValueError as error:
         raise ValueError(
@@ -130,9 +217,8 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     decode: Decode,
     options: Options,
+    room: int,
 ) -> Iterator[dict[str, Any]]:
-    assert options.max_length is not None
-    room = options.max_length - (0 if is_seq2seq(model) else options.max_new_tokens)
     rows = decode(model, [prompt[-room:] for _, prompt in batch], options=options)
     for (record, prompt), row in zip(batch, rows, strict=True):
         text = tokenizer.decode(row, skip_special_tokens=True)

@@ -83,3 +83,35 @@ def test_a_run_its_adapters_and_a_merged_model_answer_alike(tokenizer, tmp_path)
     assert [answer["input"] for answer in run] == [str(i) for i in range(60, 65)]
     assert any(answer["tokens"] for answer in run)
     assert (tmp_path / "RUN" / "export" / "adapter_config.json").is_file(), "still the run's own"
+
+
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.slow
+def test_a_run_on_conversations_is_asked_in_them_and_stops_at_its_end_of_turn(tokenizer, tmp_path):
+    cases.llama(tmp_path / "base", tokenizer, initializer_range=0.05)
+    (tmp_path / "chat.jinja").write_text(CHAT)
+    turns = [("user", "Document 3"), ("assistant", "says that 4 follows")]
+    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "one.json").write_text(json.dumps(record, indent=1))
+    out = ditty_di(
+        tmp_path,
+        *("+experiment=full", "run=RUN", "model.path=base", "data.path=one.json"),
+        *("data.seq_len=64", "steps=40", "optimizer.lr=1e-2", "validator=none"),
+        *("global_batch_size=1", "data.loader.batch_size=1"),
+        "tokenizer.chat_template=chat.jinja",
+        "tokenizer.special_tokens=['<|user|>','<|assistant|>','<|end|>']",
+    )
+    assert "objective" in out
+    asked = ["prompt=Document 3", "max_new_tokens=30"]
+    for line in (["run=RUN", "task=generate"], ["task=generate_folder", "folder=RUN/export"]):
+        assert ditty_di(tmp_path, *line, *asked, "output=a.jsonl").startswith("1 answer, ")
+        (answer,) = answers(tmp_path / "a.jsonl")
+        assert answer["text"] == "says that 4 follows" and answer["tokens"] < 30
+        assert answer["input"] == "<|user|>Document 3<|end|><|assistant|>"
+        assert answer["messages"] == record["messages"][:1]
+    assert not (tmp_path / "outputs").exists()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ditty_di.export import HuggingFaceExport
-from ditty_di.generation.decoding import Options, hugging_face, plain
+from ditty_di.generation.decoding import Options, end_ids, hugging_face, plain
 from ditty_di.generation.prompts import Prompts, read_prompts
 from ditty_di.tasks.export import export
 from ditty_di.tasks.generate import generate
@@ -233,6 +233,169 @@ def test_conversations_end_where_the_model_is_to_answer(model, tokenizer, tmp_pa
         Prompts(chat).ids(asking[2])
     with pytest.raises(ValueError, match="no list of objects"):
         Prompts(chat).ids({"messages": "hi"})
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    """The tokenizer with a chat template whose end of turn is another token than EOS."""
+    import copy
+
+    chat = copy.deepcopy(tokenizer)
+    chat.add_tokens(["<|end|>"], special_tokens=True)
+    chat.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return chat
+
+
+def test_a_folder_with_a_chat_template_is_asked_by_it(model, chatty, tmp_path, caplog, capsys):
+    caplog.set_level("INFO", "ditty_di")
+    wanted = "user: Document<|end|>\nassistant:"
+    source = tmp_path / "in.jsonl"
+    asked(
+        source,
+        [{"prompt": "Document", "mark": 1}, {"messages": [{"role": "user", "content": "D"}]}],
+    )
+    output = tmp_path / "out"
+    model.resize_token_embeddings(len(chatty))
+    options = {"max_new_tokens": 5, **CPU}
+    generate(model, chatty, prompts=str(source), output=str(output), **options)
+    first, second = answers(output)
+    turns = [{"role": "user", "content": "Document"}]
+    assert {k: first[k] for k in ("input", "messages", "mark")} == {
+        "input": wanted,
+        "messages": turns,
+        "mark": 1,
+    }
+    assert second["input"] == "user: D<|end|>\nassistant:"
+    assert "is asked as a turn of the user, by the chat template; chat=false" in caplog.text
+    capsys.readouterr()
+    text = generate(model, chatty, prompt="Document", **options)["text"]
+    assert text == first["text"] and capsys.readouterr().out == text.strip() + "\n"
+    caplog.clear()
+    for untouched in ({"chat": False}, {"input_format": "__input__"}):
+        generate(model, chatty, prompt="Document", **untouched, **options)
+    assert capsys.readouterr().out.startswith("Document"), "a continuation"
+    assert caplog.text == "", "nothing is said of what was typed"
+
+
+def test_a_run_is_asked_as_it_was_trained(model, chatty, tmp_path, caplog):
+    from ditty_di.data import Encoder
+
+    caplog.set_level("INFO", "ditty_di")
+    names = {"messages_key": "turns", "role_key": "from", "content_key": "value"}
+    encoder = Encoder(chatty, **names, roles={"human": "user", "gpt": "assistant"})
+    about = tmp_path / "data.json"
+    model.resize_token_embeddings(len(chatty))
+    source = asked(
+        tmp_path / "in.jsonl",
+        [
+            {"prompt": "Hi"},
+            {"turns": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]},
+        ],
+    )
+    options = {"encoder": encoder, "about": str(about), "max_new_tokens": 4, **CPU}
+
+    def inputs(**more):
+        generate(model, chatty, prompts=source, output=str(tmp_path / "out"), **options, **more)
+        return [answer["input"] for answer in answers(tmp_path / "out")]
+
+    chat = "user: Hi<|end|>\nassistant:"
+    assert inputs() == ["Hi", chat], "nothing is known"
+    assert "without the chat template that the tokenizer has; chat=true" in caplog.text
+    about.write_text('{"conversations": 0}')
+    assert inputs() == ["Hi", chat]
+    about.write_text('{"conversations": 3}')
+    assert inputs() == [chat, chat] and inputs(chat=False) == ["Hi", chat]
+    assert answers(tmp_path / "out")[1]["turns"][0] == {"from": "human", "value": "Hi"}
+    with pytest.raises(ValueError, match=r'line 1: turn 0 of "turns" has no "from"'):
+        asked(tmp_path / "in.jsonl", [{"turns": [{"role": "user", "content": "Hi"}]}])
+        inputs()
+
+
+def test_chat_needs_a_chat_template(model, tokenizer):
+    with pytest.raises(ValueError, match="chat=true needs a tokenizer with a chat template"):
+        generate(model, tokenizer, prompt="a", chat=True, **CPU)
+
+
+@pytest.mark.parametrize("way", [hugging_face, plain])
+def test_text_ends_with_the_turn_of_the_chat_template(build, checkpoint, chatty, way):
+    model = build()
+    ready(model, checkpoint, torch.device("cpu"))
+    model.resize_token_embeddings(len(chatty))
+    prompt = chatty("Document 3")["input_ids"]
+    free = way(model, [prompt], options=Options(8))[0]
+    end = chatty.convert_tokens_to_ids("<|end|>")
+    assert end_ids(chatty) == sorted({chatty.eos_token_id, end})
+    assert (
+        way(model, [prompt], options=Options(8, eos_token_id=[free[3], end]))[0]
+        == (free[: free.index(free[3])])
+    )
+
+
+@pytest.mark.parametrize(("given", "text"), [(2024, "2024"), (0.5, "0.5"), (True, "true")])
+def test_a_number_typed_as_prompt_is_its_text(model, tokenizer, given, text):
+    found = generate(model, tokenizer, prompt=given, max_new_tokens=3, **CPU)
+    assert found["text"] == generate(model, tokenizer, prompt=text, max_new_tokens=3, **CPU)["text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", '{"prompt": "a b"}\n{"prompt": "{x} [c]"}\n'),
+        ("p.json", '[\n {"prompt": "a b"},\n {"input": "{x} [c]"}\n]'),
+        ("prompts", '{"prompt": "a b"}\n{"prompt": "{x} [c]"}\n'),
+        ("p.txt", "a b\n\n{x} [c]\r\n"),
+        ("prompts", "a b\n{x} [c]"),
+        ("p.csv", "prompt\na b\n{x} [c]\n"),
+    ],
+)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_prompts_in_files_of_every_kind(tokenizer, tmp_path, name, content, compressed):
+    import gzip
+
+    file = tmp_path / (f"{name}.gz" if compressed else name)
+    file.write_bytes(gzip.compress(content.encode()) if compressed else content.encode())
+    found = read_prompts(str(file), Prompts(tokenizer))
+    assert [record["input"] for record, _ in found] == ["a b", "{x} [c]"]
+
+
+def test_a_prompt_beyond_the_models_positions_loses_its_beginning_and_it_is_said(
+    tokenizer, tmp_path, caplog
+):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+    ids = tokenizer(" ".join(f"Document {i} says" for i in range(12)))["input_ids"]
+    assert 24 < len(ids) < tokenizer.model_max_length
+    source = asked(tmp_path / "in.jsonl", [{"prompt": tokenizer.decode(ids)}, {"prompt": "no"}])
+    generate(
+        model, tokenizer, prompts=source, output=str(tmp_path / "out"), max_new_tokens=8, **CPU
+    )
+    first, second = answers(tmp_path / "out")
+    assert first["cut"] == len(ids) - 16 and "cut" not in second
+    assert "1 of 2 prompts are longer than 16 tokens and lose their beginning" in caplog.text
+    with pytest.raises(ValueError, match=r"max_new_tokens=24 leaves .* the model has 24 positions"):
+        generate(model, tokenizer, prompt="no", max_new_tokens=24, **CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": None, "prompts": None}, "^prompt: give either prompt"),
+        ({"prompt": "a", "prompts": "b"}, "^prompt: give either prompt"),
+        ({"prompts": "/no/such.jsonl"}, "^prompts=/no/such.jsonl: there is no such file"),
+        ({"max_new_tokens": 0}, "^max_new_tokens=0 must"),
+        ({"batch_size": 0}, "^batch_size=0 must"),
+    ],
+)
+def test_it_is_refused_before_a_model_is_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        generate.validate(**options)
+    generate.validate(prompts=None)  # a prompt that is not known yet
+    generate.validate()
 
 
 def test_an_input_format_and_the_encoder_of_training_make_the_prompt(model, tokenizer, tmp_path):
