@@ -1,17 +1,20 @@
-"""What the model writes by now."""
+"""Log generated text after each validation."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ditty_di.callbacks.base import Callback
+from ditty_di.generation.decoding import end_ids, positions
 from ditty_di.generation.sampling import continuations, logits_of, prompt_ids
 from ditty_di.metrics.validation import evaluating, preserved_rng
+from ditty_di.models.tokenizer import user_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,9 +27,11 @@ class SampleText(Callback):
 
     `report` shows the first texts beside the last. Every rank runs the same `max_new_tokens`
     forward passes with the same seed, so that sharded models stay in step; text ends at the first
-    EOS. The model sees at most the last `tokenizer.model_max_length` tokens. `logits_of` takes
-    logits `[batch, seq, vocab]` out of what the model returns. Texts repeat the whole prompt, or
-    with `echo=False` its first line alone.
+    EOS or end of turn. The model sees at most the last `tokenizer.model_max_length` tokens, and no
+    more than it has positions. `logits_of` takes logits `[batch, seq, vocab]` out of what the model
+    returns. Texts repeat the whole prompt, or with `echo=False` one line that stands for it
+    (`labels`); then they are one line, with `\\n` for the line breaks of the answer, blanks at its
+    end counted and no more than `max_chars` characters of it.
     """
 
     def __init__(
@@ -39,17 +44,27 @@ class SampleText(Callback):
         top_k: int | None = None,
         seed: int = 0,
         echo: bool = True,
+        max_chars: int = 400,
         logits_of: Callable[[Any], Tensor] = logits_of,
     ) -> None:
         self.tokenizer, self.prompts = tokenizer, list(prompts)
         self.max_new_tokens, self.temperature, self.top_k = max_new_tokens, temperature, top_k
         self.seed, self.echo, self.logits_of = seed, echo, logits_of
+        self.max_chars = max_chars
+        self._labels = self.prompts if echo else labels(self.prompts, tokenizer)
         self._said: list[tuple[int, dict[str, str]]] = []
 
     def __call__(
-        self, *, forward: Callable[[dict[str, Tensor]], Any], device: torch.device
+        self,
+        *,
+        forward: Callable[[dict[str, Tensor]], Any],
+        device: torch.device,
+        max_length: int | None = None,
     ) -> dict[str, str]:
-        """`{"sample/0": prompt and continuation, ...}`, the same on every rank."""
+        """`{"sample/0": prompt and continuation, ...}`, the same on every rank.
+
+        `max_length`: how many tokens the model can see, if fewer than the tokenizer says.
+        """
         rows = continuations(
             forward,
             [prompt_ids(self.tokenizer, prompt) for prompt in self.prompts],
@@ -58,22 +73,22 @@ class SampleText(Callback):
             temperature=self.temperature,
             top_k=self.top_k,
             seed=self.seed,
-            max_length=self.tokenizer.model_max_length,
-            eos_token_id=self.tokenizer.eos_token_id,
+            max_length=min(
+                filter(None, (self.tokenizer.model_max_length, max_length)), default=None
+            ),
+            eos_token_id=end_ids(self.tokenizer),
             logits_of=self.logits_of,
         )
-        shown = [
-            p if self.echo else f"{p.lstrip().partition(chr(10))[0]} -> " for p in self.prompts
-        ]
-        return {
-            f"sample/{i}": f"{prompt}{self.tokenizer.decode(row, skip_special_tokens=True)}"
-            for i, (prompt, row) in enumerate(zip(shown, rows, strict=True))
-        }
+        texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+        if not self.echo:
+            texts = [f" -> {one_line(text, self.max_chars)}" for text in texts]
+        return {f"sample/{i}": f"{self._labels[i]}{text}" for i, text in enumerate(texts)}
 
     def validation_end(self, trainer: Training) -> None:
         """Training flags, sharding and random numbers are left as they are found."""
         with torch.no_grad(), evaluating(trainer.model_parts), preserved_rng(trainer.device):
-            texts = self(forward=trainer.forward, device=trainer.device)
+            limit = positions(trainer.model_parts[0])
+            texts = self(forward=trainer.forward, device=trainer.device, max_length=limit)
         for name, text in texts.items():
             trainer.metrics_processor.text(trainer.step, name, text)
         self._said = [*self._said[:1], (trainer.step, texts)]
@@ -83,7 +98,51 @@ class SampleText(Callback):
         if len(self._said) < 2:
             return ""
         return "\n".join(
-            f"{name} at step {step}: {textwrap.shorten(texts[name], 200)}"
+            f"{name} at step {step}: {shortened(texts[name].replace(LINE_BREAK, ' '), 200)}"
             for name in self._said[0][1]
             for step, texts in self._said
         )
+
+
+#: Stands for a line break in a text that is shown in one line.
+LINE_BREAK = "\\n"
+_LABEL_CHARS = 100
+
+
+def one_line(text: str, max_chars: int) -> str:
+    """Return a text in one line: line breaks as `\\n`, blanks at its end counted, cut to fit."""
+    stripped = text.rstrip()
+    blanks = len(text) - len(stripped)
+    shown = "".join(LINE_BREAK if c in "\n\x0b\x0c\r\x85\u2028\u2029" else c for c in stripped)
+    if len(shown) > max_chars:
+        shown = f"{shown[:max_chars]} [...]"
+    return f"{shown} [{blanks} blank characters]".lstrip() if blanks > 1 else shown
+
+
+def shortened(text: str, width: int) -> str:
+    """Return a text with single blanks, cut to `width` characters: where a word ends, if any."""
+    flat = " ".join(text.split())
+    if len(flat) <= width:
+        return flat
+    cut = textwrap.shorten(flat, width, placeholder=" [...]")
+    return cut if len(cut) > width // 2 else f"{flat[: width - 6]} [...]"
+
+
+def labels(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a line for each prompt, by which somebody knows it.
+
+    Of a conversation it is in the user's last turn, of another text in the whole of it: the first
+    line that is not the same in all prompts.
+    """
+    parts = [_last_turn(prompt, tokenizer).strip().splitlines() or [""] for prompt in prompts]
+    alike = takewhile(lambda lines: len({*lines}) == 1, zip(*parts, strict=False))
+    same = len(list(alike)) if len(parts) > 1 else 0
+    found = [next((line for line in part[same:] if line.strip()), part[0]) for part in parts]
+    return [shortened(line, _LABEL_CHARS) for line in found]
+
+
+def _last_turn(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the user says last in a prompt that the chat template made, else all of it."""
+    opening, closing = user_turn(tokenizer)
+    _, found, rest = prompt.rpartition(opening) if opening else ("", "", "")
+    return rest.partition(closing)[0] if found and closing else rest or prompt

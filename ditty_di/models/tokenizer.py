@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +78,29 @@ def end_of_turn_ids(tokenizer: Any) -> list[int]:
     return sorted({token for token in found if token is not None})
 
 
+def user_turn(tokenizer: Any) -> tuple[str, str]:
+    """Return what the chat template writes before and behind the content of a user's last turn.
+
+    Before it is what is the same in the first turn and in a later one, without BOS; behind it what
+    comes up to and with the first special token. Empty without a chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return "", ""
+    first = _rendered(tokenizer, [("user", _QUESTION)], add_generation_prompt=True)
+    turns = [("user", _NEXT), ("assistant", _ANSWER), ("user", _QUESTION)]
+    before, _, behind = first.rpartition(_QUESTION)
+    later = _rendered(tokenizer, turns).rpartition(_QUESTION)[0].rpartition(_ANSWER)[2] or before
+    backwards = zip(reversed(before), reversed(later), strict=False)
+    cut = len(before) - sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], backwards))
+    words = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len)
+    marker = re.compile("|".join(map(re.escape, reversed(words))) or "(?!)")
+    # What is the same may begin within a token: `<|eos|><|user|>` and `<|bos|><|user|>`.
+    cut = next((m.start() for m in marker.finditer(before) if m.start() >= cut), cut)
+    end = marker.search(behind)
+    opening = before[cut:].removeprefix(tokenizer.bos_token or "")
+    return opening, behind[: end.end()] if end else behind
+
+
 # Turns that may follow an answer.
 _NEXT_ROLES = ("user", "tool")
 # Words that no template holds by itself, to find the contents in the rendered text.
@@ -83,22 +108,26 @@ _QUESTION, _ANSWER, _NEXT = "qvestion1", "ansver2", "nekst3"
 
 
 def _behind_answer(tokenizer: Any, next_role: str | None = None) -> str:
-    """Return what the template writes behind an answer, up to the next turn's content.
+    """Return what the template writes behind an answer, up to the next turn's content."""
+    turns = [("user", _QUESTION), ("assistant", _ANSWER)]
+    turns += [(next_role, _NEXT)] if next_role else []
+    rest = _rendered(tokenizer, turns).rpartition(_ANSWER)[2]
+    return rest.partition(_NEXT)[0]
+
+
+def _rendered(tokenizer: Any, turns: list[tuple[str, str]], **options: Any) -> str:
+    """Return a conversation as the template renders it.
 
     Empty where the template refuses the conversation or does not write contents as they are.
     """
     for content in (str, lambda text: [{"type": "text", "text": text}]):
-        turns = [("user", _QUESTION), ("assistant", _ANSWER)]
-        turns += [(next_role, _NEXT)] if next_role else []
         messages = [{"role": role, "content": content(text)} for role, text in turns]
         try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except Exception:  # a template is code: it may raise anything for what it does not take
             continue
-        _, answered, rest = text.rpartition(_ANSWER)
-        rest, followed, _ = rest.partition(_NEXT) if next_role else (rest, _NEXT, "")
-        if answered and followed:
-            return rest
+        if all(word in text for _, word in turns):
+            return text
     return ""
 
 

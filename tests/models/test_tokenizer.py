@@ -3,7 +3,7 @@
 import pytest
 
 from ditty_di.data import train_bpe
-from ditty_di.models.tokenizer import end_of_turn_ids, from_pretrained
+from ditty_di.models.tokenizer import end_of_turn_ids, from_pretrained, user_turn
 
 
 @pytest.fixture
@@ -91,3 +91,31 @@ def test_an_added_token_ends_a_turn_though_it_is_not_special(folder):
     plain = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     tokenizer.chat_template = plain
     assert end_of_turn_ids(tokenizer) == [], "a line break between turns is no end of one"
+
+
+INJECTING = "{% if messages[0].role != 'system' %}<|im_start|>system\nHi<|im_end|>\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "around"),
+    [
+        (CHATML, ("<|im_start|>user\n", "<|im_end|>")),
+        (INJECTING + CHATML, ("<|im_end|>\n<|im_start|>user\n", "<|im_end|>")),
+        # The tokens before it end alike, and are no part of it.
+        (
+            "<|bos|>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+            "{% if m.role == 'assistant' %}<|eos|>{% endif %}{% endfor %}",
+            ("<|user|>", ""),
+        ),
+        (
+            "{% for m in messages %}[{{ m.role }}] {{ m.content }};\n{% endfor %}",
+            ("[user] ", ";\n"),
+        ),
+        ("{{ 1 // 0 }}", ("", "")),
+        (None, ("", "")),
+    ],
+)
+def test_what_stands_around_a_users_words_is_found_by_rendering(folder, template, around):
+    tokens = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|bos|>", "<|eos|>", "<|assistant|>"]
+    tokenizer = from_pretrained(str(folder), special_tokens=tokens, chat_template=template)
+    assert user_turn(tokenizer) == around
