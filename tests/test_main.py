@@ -53,6 +53,30 @@ def test_a_run_leaves_what_is_needed_to_understand_and_repeat_it(folder: Folder)
     assert out.endswith(f"finished, step 3, objective 2.5: {run.relative_to(folder.path)}\n")
 
 
+def test_a_task_that_works_on_a_folder_leaves_no_run(folder: Folder) -> None:
+    folder.write(
+        "conf/task/folder.yaml",
+        """
+        # @package _global_
+        run: false
+        task: {_target_: tests.toy_tasks.finish, value: "${value}", bad: 3.0}
+        """,
+    )
+    scratch = folder.path / "scratch"
+    scratch.mkdir()
+    temporary = {"TMPDIR": str(scratch)}
+    out, _ = folder("task=folder", env=temporary)
+    assert "rank 0 says 1.0" in out and "finished" not in out
+    assert not list(scratch.iterdir()) and not (folder.path / "outputs").exists()
+    _, err = folder("task=folder", "value=3.0", code=1, env=temporary)
+    (left,) = scratch.glob("ditty_di-*")
+    assert "3.0 is a bad value" in err and f"{left.name}/logs" in err
+    folder("task=folder", "run=kept", env=temporary)
+    assert result(folder.path / "kept")["status"] == "finished"
+    _, err = folder("task=look", code=2)
+    assert "add run=FOLDER" in err and "newest" not in err
+
+
 def test_check_and_its_like_make_no_directory(folder: Folder) -> None:
     out, _ = folder("task=show", "task.key=name")
     assert out == "name is toy\n"

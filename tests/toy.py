@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -79,13 +81,18 @@ class Folder:
         )
         return f"task={target}"
 
-    def start(self, *arguments: str, command: tuple[str, ...] = ()) -> subprocess.Popen:
+    def start(
+        self,
+        *arguments: str,
+        command: tuple[str, ...] = (),
+        env: Mapping[str, str] = MappingProxyType({}),
+    ) -> subprocess.Popen:
         path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         return subprocess.Popen(
             [*(command or (sys.executable, "-m", "ditty_di")), *arguments],
             cwd=self.path,
-            env=outside | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            env=outside | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **env},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import count
@@ -57,6 +59,7 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     _check(graph, "task", "launcher")
     run = _directory(config, command, resumes)
     of_its_own = resumes or not command.earlier
+    leaves_none = config.run is False
     try:
         if of_its_own:
             config.run = str(run.path)
@@ -70,7 +73,9 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     finally:
         run.stop.unlink(missing_ok=True)
         run.release()
-    if of_its_own:
+    if leaves_none and code == 0:
+        shutil.rmtree(run.path)
+    elif of_its_own:
         _say_what_next(run, result, text="tokenizer" in graph.nodes("task"))
     return code
 
@@ -159,8 +164,13 @@ def _newest() -> str:
 
 
 def _directory(config: DictConfig, command: Command, resumes: bool) -> RunDirectory:
-    """The directory of this job, made, locked and empty of old results."""
-    if command.run is not None and (resumes or not command.earlier):
+    """The directory of this job, made, locked and empty of old results.
+
+    A task that leaves no run (`run: false`) has a temporary one.
+    """
+    if config.run is False:
+        run = RunDirectory(tempfile.mkdtemp(prefix="ditty_di-"))
+    elif command.run is not None and (resumes or not command.earlier):
         run = command.run
     elif command.earlier:
         name = str(config.task._target_).rpartition(".")[2]

@@ -21,7 +21,7 @@ def composed(*overrides):
     "overrides",
     [
         ["task=generate", "prompt=Once upon"],
-        ["task=generate_folder", "folder=/tmp/model"],
+        ["task=generate_folder", "folder=/tmp/model", "prompt=Hi"],
         ["task=evaluate"],
         ["task=evaluate", "validator=loss_only"],
         ["task=export", "export.dtype=bfloat16"],
@@ -32,7 +32,7 @@ def composed(*overrides):
         ["task=push", "to=user/name"],
         ["task=generate", "data=jsonl", "tokenizer=pretrained", *NAMED, "prompt=Once"],
         ["task=export", "data=jsonl", "tokenizer=pretrained", *NAMED, "export=merged"],
-        ["task=generate_folder", "folder=user/name", "input_format='Q: __input__'"],
+        ["task=generate_folder", "folder=user/name", "input_format='Q: __input__'", "prompt=Hi"],
         ["metrics=default"],
         ["metrics=wandb"],
         ["metrics=quiet"],
