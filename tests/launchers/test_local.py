@@ -58,16 +58,36 @@ def test_a_signal_stops_all_ranks_in_good_order(folder: Folder, number: int) -> 
     assert not (mine / "stop").exists()
 
 
-def test_a_second_signal_kills_every_rank(folder: Folder) -> None:
+def test_a_second_ctrl_c_kills_every_rank_and_says_what_is_left(folder: Folder) -> None:
     process = folder.start(folder.task("never_stops", ready="${run}/ready"), TWO, "run=mine")
     mine = folder.path / "mine"
     wait_for(mine / "ready-0", mine / "ready-1", process=process)
-    process.send_signal(signal.SIGTERM)
+    (mine / "checkpoints/step-00000020").mkdir(parents=True)
+    (mine / "checkpoints/step-00000020/manifest.json").touch()
+    process.send_signal(signal.SIGINT)
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    first, last = err.splitlines()[:2]
+    assert first.endswith("and saving; press Ctrl-C again to quit without saving")
+    assert last == "interrupted: quit without saving; the run goes on from step 20"
+    assert all(gone(int((mine / f"ready-{rank}").read_text())) for rank in (0, 1))
+    assert result(mine)["status"] == "interrupted"
+
+
+def test_a_signal_that_comes_twice_is_one_request_and_the_grace_ends(folder: Folder) -> None:
+    task = folder.task("never_stops", ready="${run}/ready")
+    process = folder.start(task, TWO, "launcher.grace_seconds=3", "run=mine")
+    mine = folder.path / "mine"
+    wait_for(mine / "ready-0", mine / "ready-1", process=process)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.4)
+        assert process.poll() is None
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "did not stop when asked" in err
+    assert "did not stop when asked (SIGTERM), within launcher.grace_seconds=3" in err
     assert all(gone(int((mine / f"ready-{rank}").read_text())) for rank in (0, 1))
     assert result(mine)["status"] == "failed"
 
