@@ -51,7 +51,10 @@ def main(run_dir: str | Path) -> int:
                 if failure["status"] == "interrupted":
                     failure["error"] += goes_on(run)
                 else:
-                    failure |= hang.diagnose(error, run, rank)
+                    found = hang.diagnose(error, run, rank)
+                    if found and "step" in failure:
+                        found["error"] = f"step {failure['step']}: {found['error']}"
+                    failure |= found
             else:
                 if rank == 0:
                     run.write_result(result | {"seconds": time.time() - started})
