@@ -63,6 +63,7 @@ def start(arguments: Sequence[str], launcher: Callable[[str], int] | None = None
 
 
 if __name__ == "__main__":
-    from ditty_di.worker import leave
+    from ditty_di.worker import leave, own_process
 
+    own_process()
     leave(main())

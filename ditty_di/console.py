@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any, TextIO, cast
+
+#: Set for ranks whose failures are reported, and whose signals are answered, by a launcher.
+LAUNCHED = "DITTY_DI_LAUNCHED"
 
 
 class Console:
@@ -17,14 +19,14 @@ class Console:
     """
 
     def __init__(self, log: Path, show: bool = True) -> None:
-        self._log = log
+        self._path = log
         self._show = show
 
     def __enter__(self) -> Console:
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._log.open("a", encoding="utf-8", buffering=1)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self.log = self._path.open("a", encoding="utf-8", buffering=1)
         self._before = sys.stdout, sys.stderr
-        self._tees = [Tee(stream if self._show else None, self._file) for stream in self._before]
+        self._tees = [Tee(stream if self._show else None, self.log) for stream in self._before]
         sys.stdout, sys.stderr = (cast("TextIO", tee) for tee in self._tees)
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -42,14 +44,18 @@ class Console:
         sys.stdout, sys.stderr = self._before
         for tee in self._tees:
             tee.detach()
-        self._file.close()
+        self.log.close()
 
     def log_only(self, text: str) -> None:
-        self._file.write(text)
+        self.log.write(text)
 
 
 class Tee:
-    """A text stream in two places. In the file a line that was redrawn (`\\r`) stands once."""
+    """A text stream in two places. In the file a line that was redrawn (`\\r`) stands once.
+
+    A console that is gone (a closed terminal, a pipe that nobody reads) is left out from then on:
+    it must not end a training.
+    """
 
     def __init__(self, console: TextIO | None, file: TextIO | None) -> None:
         self._console = console
@@ -58,7 +64,10 @@ class Tee:
 
     def write(self, text: str) -> int:
         if self._console is not None:
-            self._console.write(text)
+            try:
+                self._console.write(text)
+            except OSError:
+                self._console = None
         if self._file is not None:
             *done, line = (self._line + text).split("\n")
             # A bar that is redrawn for hours never ends its line: only its last state matters.
@@ -74,7 +83,10 @@ class Tee:
 
     def flush(self) -> None:
         if self._console is not None:
-            self._console.flush()
+            try:
+                self._console.flush()
+            except OSError:
+                self._console = None
 
     def isatty(self) -> bool:
         return self._console is not None and self._console.isatty()
@@ -96,20 +108,3 @@ def quiet_imports() -> None:
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")
-
-
-def place_streams(log: Path, show: bool) -> None:
-    """Gives a launched rank its file descriptors.
-
-    Descriptor 0 is the console's standard error (see `launchers/local.py`): it is put in its place.
-    A rank that is not shown has its C libraries' output in the log as well.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if show:
-        os.dup2(0, 2)
-    else:
-        with log.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)

@@ -170,6 +170,10 @@ class Graph:
         self._objects[place] = made
         return made
 
+    def built(self) -> dict[str, Any]:
+        """The objects built until now, by the key of their node."""
+        return {dotted(place): made for place, made in self._objects.items()}
+
     # ------------------------------------------------------------------------------ checking
     def check(self, root: str) -> Checked:
         """Import every target that `root` reaches, bind every signature, and call each target's

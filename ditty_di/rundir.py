@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import re
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,9 @@ import yaml
 
 #: Statuses of `result.json` after which nothing is wrong.
 GOOD_STATUSES = ("finished", "preempted")
+
+_ASIDE = re.compile(r"\..+\.\d+")  # what `_replace` leaves when it is killed
+_ENDING_SECONDS = 10.0
 
 
 class RunDirectory:
@@ -24,8 +30,9 @@ class RunDirectory:
     overrides.yaml    what the command line said, to compose it again
     environment.json  versions, hardware, git commit
     result.json       how it ended; absent while it runs
-    logs/             rank-N.log, launcher.log, error-rank-N.json of ranks that failed
+    logs/             rank-N.log, error-rank-N.json of ranks that failed
     stop              while this file exists, every rank stops at its next step
+    .lock             locked by the launcher and all ranks, whose process ids it lists
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -37,6 +44,7 @@ class RunDirectory:
         self.result = self.path / "result.json"
         self.logs = self.path / "logs"
         self.stop = self.path / "stop"
+        self._lock_file = self.path / ".lock"
         self._lock: Any = None
 
     def __str__(self) -> str:
@@ -51,7 +59,22 @@ class RunDirectory:
         """Whether a new run may be put here: nothing is, or only what a failed start left."""
         if not self.path.exists():
             return True
-        return self.path.is_dir() and not {p.name for p in self.path.iterdir()} - {"result.json"}
+        if not self.path.is_dir():
+            return False
+        names = {file.name for file in self.path.iterdir()}
+        left = {self.result.name}
+        if self._lock_file.name in names:  # only a start of ours makes that
+            known = (self.config, self.resolved, self.environment, self.stop, self.logs)
+            left |= {self._lock_file.name, "sources.json", *(file.name for file in known)}
+            left |= {name for name in names if _ASIDE.fullmatch(name)}
+        return not names - left
+
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint, None without one."""
+        found = self.path.glob("checkpoints/step-*/manifest.json")
+        return max((int(file.parent.name.removeprefix("step-")) for file in found), default=None)
+
+    # -- one owner --------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Makes the directory, and takes away what an earlier start said about its end.
@@ -65,21 +88,75 @@ class RunDirectory:
             stale.unlink(missing_ok=True)
 
     def _take(self) -> None:
-        """Keeps a lock on the directory for as long as this process lives."""
+        """Keeps a lock on the directory for as long as this process, or a rank of its, lives.
+
+        Taken alone, then shared: the ranks join. Who finds only ranks whose launcher has ended
+        waits a little, for they are ending too.
+        """
+        deadline = time.monotonic() + _ENDING_SECONDS
+        while not (self._flock(shared=False) and self._flock(shared=True)):
+            self.release()
+            holders = self.holders()
+            ending = bool(holders) and not any(h["role"] == "launcher" for h in holders)
+            if not ending or time.monotonic() > deadline:
+                raise BlockingIOError(self._refusal(holders))
+            time.sleep(0.1)
+        if self._lock is not None:
+            self._lock.truncate(0)
+            self._sign("launcher")
+
+    def join(self, rank: int) -> None:
+        """Holds the lock together with the launcher and the other ranks.
+
+        Raises:
+            BlockingIOError: another command has the directory: this rank's launcher has ended.
+        """
+        if not self._flock(shared=True):
+            raise BlockingIOError(self._refusal(self.holders()))
+        self._sign(f"rank {rank}")
+
+    def _flock(self, *, shared: bool) -> bool:
+        """Locks without waiting; whether it worked, or nothing can be locked here."""
         try:
             import fcntl
         except ImportError:  # not POSIX: nothing is locked
-            return
-        self._lock = (self.path / ".lock").open("a+")
+            return True
+        if self._lock is None:
+            self._lock = self._lock_file.open("a+", encoding="utf-8")
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BlockingIOError(
-                f"another process is working in {self}; wait for it, or stop it with: "
-                f"touch {self.stop}"
-            ) from None
+            return False
         except OSError:  # a file system without locks
-            return
+            return True
+        return True
+
+    def _sign(self, role: str) -> None:
+        """Appends this process to the list of those that hold the lock."""
+        if self._lock is not None:
+            entry = {"role": role, "pid": os.getpid(), "host": platform.node()}
+            self._lock.write(json.dumps(entry) + "\n")
+            self._lock.flush()
+
+    def holders(self) -> list[dict[str, Any]]:
+        """Who holds the lock: `role` ("launcher" or "rank N"), `pid`, `host`; on this host only
+        processes that live."""
+        try:
+            lines = self._lock_file.read_text(encoding="utf-8").splitlines()
+            found = [json.loads(line) for line in lines]
+        except (OSError, ValueError):
+            return []
+        here = platform.node()
+        return [h for h in found if h["host"] != here or _lives(h["pid"])]
+
+    def _refusal(self, holders: list[dict[str, Any]]) -> str:
+        owners = [h for h in holders if h["role"] == "launcher"] or holders
+        who = ", ".join(f"{h['role']} with pid {h['pid']} on {h['host']}" for h in owners)
+        return (
+            f'another process is working in "{self}"{who and f" ({who})"}; wait for it, or stop it '
+            f"with: touch {shlex.quote(str(self.stop))}"
+        )
 
     def release(self) -> None:
         """Lets another process work here."""
@@ -121,6 +198,19 @@ class RunDirectory:
         """What failed ranks left, the earliest first: the others usually fail because of it."""
         found = [_read_json(file) for file in self.logs.glob("error-rank-*.json")]
         return sorted((e for e in found if e), key=lambda error: error.pop("time"))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    try:  # a zombie has released its locks
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return True
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 import ditty_di.compat as compat
+from ditty_di.console import LAUNCHED
+from ditty_di.stop_signals import StopSignals, announce
 
 # isort: split
 import torchtitan.distributed.utils as dist_utils
@@ -108,26 +110,22 @@ class Runtime:
                 distinct_seed_mesh_dims=["pp"],
             )
         self._stop_requested = False
-        self._old_handlers: dict[int, Any] = {}
+        self._signals = StopSignals(self._asked)
 
     # -- stopping ---------------------------------------------------------------------------
 
     def catch_signals(self) -> None:
-        """From here on SIGTERM and SIGINT ask for a stop instead of ending the process."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._old_handlers[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # not the main thread: whoever owns it handles signals
-                return
+        """From here on SIGTERM, SIGINT and SIGHUP ask for a stop instead of ending the process; a
+        second Ctrl-C raises KeyboardInterrupt."""
+        self._signals.install()
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self._stop_requested and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C means now
+    def _asked(self, number: signal.Signals) -> None:
+        if LAUNCHED not in os.environ:
+            announce(number)
         self.request_stop()
 
     def release_signals(self) -> None:
-        while self._old_handlers:
-            signal.signal(*self._old_handlers.popitem())
+        self._signals.restore()
 
     def request_stop(self) -> None:
         """Asks for a stop in good order at the next step; it is enough that one rank does."""

@@ -224,7 +224,8 @@ class Trainer(Stepping):
             if self.checkpointer:
                 self.checkpointer.maybe_wait_for_staging()  # a callback may change the weights
             self.callbacks.call("train_end", self)
-        except BaseException:
+        except BaseException as error:
+            error.training_step = self.step  # type: ignore[attr-defined]  # for `ditty_di.failure`
             self.metrics_processor.close()  # what was measured until then is worth the most now
             raise
         finally:

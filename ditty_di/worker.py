@@ -9,20 +9,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ditty_di.console import Console, place_streams, quiet_imports
-from ditty_di.graph import ConfigError, Graph
+from ditty_di import hang, parent_death, stop_signals
+from ditty_di.console import LAUNCHED, Console, quiet_imports
+from ditty_di.failure import describe
+from ditty_di.graph import Graph
+from ditty_di.memory_kills import how_killed, kills_so_far
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
-
-#: Set for ranks whose console is arranged, and whose failures are reported, by a launcher.
-LAUNCHED = "DITTY_DI_LAUNCHED"
 
 
 def main(run_dir: str | Path) -> int:
@@ -34,58 +32,73 @@ def main(run_dir: str | Path) -> int:
     """
     run = RunDirectory(run_dir)
     rank = int(os.environ.get("RANK", "0"))
-    started = time.time()
+    started, kills = time.time(), kills_so_far()
     quiet_imports()
     log = run.logs / f"rank-{rank}.log"
-    with Console(log, show=rank == 0) as console, _sigterm_interrupts():
-        try:
-            graph = Graph.load(run.resolved)
-            result = {"status": "finished"} | (graph.build("task") or {})
-        except (Exception, KeyboardInterrupt, SystemExit) as error:
-            failure = _describe(error) | {"rank": rank, "seconds": time.time() - started}
-            console.log_only(failure["traceback"])
-        else:
-            if rank == 0:
-                run.write_result(result | {"seconds": time.time() - started})
-            return 0 if result["status"] in GOOD_STATUSES else 1
-    _report(run, failure, _debug(run))
-    return 130 if failure["status"] == "interrupted" else 1
+    graph: Graph | None = None
+    with _early_signals() as signals:
+        with Console(log, show=rank == 0) as console, hang.stacks_on_signal(console.log):
+            try:
+                run.join(rank)
+                graph = Graph.load(run.resolved)
+                result = {"status": "finished"} | (graph.build("task") or {})
+                signals.ask = signals.insist = _too_late
+            except (Exception, KeyboardInterrupt, SystemExit) as error:
+                signals.ask = signals.insist = _too_late
+                failure = describe(error, graph, rank, how_killed(kills))
+                failure |= {"rank": rank, "seconds": time.time() - started}
+                console.log_only(failure["traceback"])
+                if failure["status"] == "interrupted":
+                    failure["error"] += goes_on(run)
+                else:
+                    found = hang.diagnose(error, run, rank)
+                    if found and "step" in failure:
+                        found["error"] = f"step {failure['step']}: {found['error']}"
+                    failure |= found
+            else:
+                if rank == 0:
+                    run.write_result(result | {"seconds": time.time() - started})
+                run.release()
+                return 0 if result["status"] in GOOD_STATUSES else 1
+        _report(run, failure, _debug(run))
+    return exit_code(failure)
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Until the training loop looks after signals, SIGTERM ends a single rank as Ctrl-C does.
+def _early_signals() -> Iterator[stop_signals.StopSignals]:
+    """Until the training loop looks after signals, one ends a single rank as Ctrl-C does.
 
-    One of several must die at once: it may be waiting for a rank that is dead.
+    One of several ends at once, by the signal: it may be waiting in native code for another.
     """
-    alone = "WORLD_SIZE" not in os.environ
-    if not alone or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(number: signal.Signals) -> None:
+        raise KeyboardInterrupt(f"{number.name} outside the training loop")
+
+    signals = stop_signals.StopSignals(interrupt)
+    if "WORLD_SIZE" not in os.environ:
+        signals.install()
     try:
-        yield
+        yield signals
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signals.restore()
 
 
-def _describe(error: BaseException) -> dict[str, Any]:
-    """Status and message: the graph's errors name the node, and keep what caused them."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    status = "failed"
-    message = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-    if isinstance(error, KeyboardInterrupt):
-        status, message = "interrupted", "asked to stop where nothing can be saved"
-    elif any(isinstance(e, _memory_errors()) for e in chain):
-        status = "out of memory"
-    return {"status": status, "error": message, "traceback": traceback.format_exc()}
+def _too_late(*number: signal.Signals) -> None:
+    """The task is over: what is left to do is to say how it went."""
 
 
-def _memory_errors() -> tuple[type[BaseException], ...]:
-    torch = sys.modules.get("torch")
-    return (MemoryError, torch.OutOfMemoryError) if torch is not None else (MemoryError,)
+def goes_on(run: RunDirectory) -> str:
+    """Where a run starts when it goes on, to be added to a message."""
+    step = run.newest_step()
+    return "; there is no checkpoint" if step is None else f"; the run goes on from step {step}"
+
+
+def interrupted(run: RunDirectory, how: str) -> dict[str, Any]:
+    return {"status": "interrupted", "error": how + goes_on(run)}
+
+
+def exit_code(failure: dict[str, Any]) -> int:
+    return 130 if failure["status"] == "interrupted" else 1
 
 
 def _debug(run: RunDirectory) -> bool:
@@ -98,9 +111,13 @@ def _debug(run: RunDirectory) -> bool:
 def _report(run: RunDirectory, failure: dict[str, Any], debug: bool) -> None:
     if not debug:
         del failure["traceback"]
+    hanging = failure.pop("pids", ())
     first = run.write_error(failure)
     if first and LAUNCHED not in os.environ:
         say(run, failure)
+    run.release()
+    for pid in hanging:  # nothing else would end them before another timeout
+        os.kill(pid, signal.SIGKILL)
 
 
 def say(run: RunDirectory, failure: dict[str, Any]) -> None:
@@ -113,31 +130,30 @@ def say(run: RunDirectory, failure: dict[str, Any]) -> None:
     print(f"more in {run}/logs", file=sys.stderr, flush=True)
 
 
+def own_process() -> None:
+    """To be called first in a process that only runs a job: it ends with its parent, and its data
+    loader workers with it; once asked to stop it is not killed by being asked again."""
+    parent_death.follow_parent()
+    parent_death.take_forks_along()
+    stop_signals.ends_with_job = True
+
+
 def leave(code: int) -> None:
     """Ends a rank. One of several does not wait for threads or process groups.
 
     When it failed they would wait for others; and on torch 2.15 gloo's threads may outlive the
     interpreter, which ends a rank that succeeded with a signal (pytorch#179291).
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # the terminal, or who read the pipe, is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)
     sys.exit(code)
 
 
-def _die_with_parent() -> None:
-    """On Linux, a launcher that is killed takes its ranks along."""
-    if sys.platform == "linux":
-        import ctypes
-
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    if LAUNCHED in os.environ:
-        _die_with_parent()
-        _rank = int(os.environ["RANK"])
-        place_streams(RunDirectory(sys.argv[1]).logs / f"rank-{_rank}.log", show=_rank == 0)
+    own_process()
     leave(main(sys.argv[1]))

@@ -204,7 +204,7 @@ def test_one_directory_is_worked_in_by_one_process(folder: Folder) -> None:
     first = folder.start(task, "run=mine")
     wait_for(folder.path / "mine/ready-0", process=first)
     _, err = folder(task, "run=mine", code=2)
-    assert "another process is working in mine" in err
+    assert f'another process is working in "mine" (launcher with pid {first.pid} on ' in err
     (folder.path / "mine/stop").touch()
     first.communicate(timeout=30)
     assert result(folder.path / "mine")["status"] == "preempted"

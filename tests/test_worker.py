@@ -1,6 +1,8 @@
 """A rank, in this process: what it writes, and what it says when it fails."""
 
+import io
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import yaml
 
 from ditty_di import worker
 from ditty_di.console import Tee
+from ditty_di.failure import describe
 from ditty_di.rundir import RunDirectory
 from tests.toy import result
 
@@ -78,3 +81,66 @@ def test_a_progress_bar_is_one_line_in_the_log(tmp_path: Path) -> None:
         tee.detach()
         tee.write("after the end")  # by a library that kept the stream
     assert (tmp_path / "log").read_text() == "step 99\nnext\nlast\n"
+
+
+def test_a_closed_console_does_not_end_a_run(tmp_path: Path) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    with (tmp_path / "log").open("w") as file:
+        tee = Tee(Gone(), file)
+        tee.write("step 1\n")
+        tee.flush()
+        tee.detach()
+    assert (tmp_path / "log").read_text() == "step 1\n"
+
+
+def test_a_failure_names_rank_step_node_and_the_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    shard = {"_target_": "tests.toy_tasks.Shard", "step": 13}
+    run = run_of(tmp_path, "read", shard=shard)
+    assert worker.main(run.path) == 1
+    told = r"rank 1, step 13: task.shard: OSError: shard 7 is unreadable \(.*toy_tasks.py:\d+\)"
+    assert re.search(f"^failed: {told}$", capsys.readouterr().err, re.M)
+    assert re.fullmatch(told, result(run.path)["error"])
+    assert (result(run.path)["step"], result(run.path)["node"]) == (13, "task.shard")
+
+
+def test_an_exception_of_a_data_loader_worker_is_told_by_its_own_line(tmp_path: Path) -> None:
+    text = (
+        "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+        'last):\n  File "/usr/lib/site-packages/torch/utils/data/_utils/worker.py", line 349, in _w'
+        '\n    data = 1\n  File "/home/me/shards.py", line 12, in __getitem__\n    raise OSError\n'
+        "OSError: shard 7 is unreadable\n"
+    )
+    told = describe(OSError(text), None, 0, "")["error"]
+    assert told == "OSError: shard 7 is unreadable (/home/me/shards.py:12)"
+    killed = RuntimeError("DataLoader worker (pid 41) is killed by signal: Killed. ")
+    told = describe(killed, None, 0, "SIGKILL: the kernel ran out of memory")["error"]
+    assert "worker with pid 41 ended" in told and "the kernel ran out of memory" in told
+
+
+def test_a_directory_is_refused_while_a_rank_of_a_dead_launcher_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditty_di.rundir._ENDING_SECONDS", 0.3)
+    launcher = run_of(tmp_path, "finish")
+    rank = RunDirectory(launcher.path)
+    rank.join(1)
+    launcher.release()
+    with pytest.raises(BlockingIOError, match=r'another process is working in ".*/run" .*pid'):
+        RunDirectory(launcher.path).prepare()
+    rank.release()
+    RunDirectory(launcher.path).prepare()
+
+
+def test_what_a_start_left_that_was_killed_is_no_obstacle(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "finish")
+    (run.path / ".config.yaml.123").touch()
+    assert run.is_free()
+    (run.path / "thesis.txt").touch()
+    assert not run.is_free()

@@ -83,3 +83,69 @@ def fail_above(value: float, limit: float) -> dict[str, Any]:
     if value > limit:
         raise RuntimeError(f"{value} is more than {limit}")
     return {"objective": value}
+
+
+def until_asked(ready: str) -> dict[str, Any]:
+    """Handles stop signals as a training loop does, and takes a moment to save."""
+    from ditty_di.stop_signals import StopSignals
+
+    asked: list[signal.Signals] = []
+    signals = StopSignals(asked.append)
+    signals.install()
+    Path(f"{ready}-{rank()}").write_text(str(os.getpid()))
+    deadline = time.monotonic() + 60
+    while not asked and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    signals.restore()
+    time.sleep(0.6)  # to write down how it went
+    return {"status": "preempted" if asked else "finished", "step": 7}
+
+
+def forks(ready: str) -> dict[str, Any]:
+    """A rank with a forked process, as a data loader has."""
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+        os._exit(0)
+    Path(f"{ready}-{rank()}").write_text(f"{os.getpid()} {child}")
+    time.sleep(600)
+    return {}
+
+
+def hang(on_rank: int, seconds: float) -> dict[str, Any]:
+    """One rank does not come to the collective that the others wait in."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    group = dist.new_group(timeout=timedelta(seconds=seconds))
+    dist.barrier()
+    if rank() == on_rank:
+        unreachable_disk()
+    dist.all_reduce(torch.ones(1), group=group)
+    return {}
+
+
+def unreachable_disk() -> None:
+    time.sleep(600)
+
+
+class Shard:
+    """Data that cannot be read."""
+
+    def __init__(self, step: int | None = None) -> None:
+        self.step = step
+
+    def read(self) -> None:
+        error = OSError("shard 7 is unreadable")
+        if self.step is not None:
+            error.training_step = self.step
+        raise error
+
+
+def read(shard: Shard) -> dict[str, Any]:
+    shard.read()
+    return {}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ditty_di import parent_death, stop_signals
 from ditty_di.data.order import Order
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ditty_di.protocols import Batch
 
 _FILLING = -1
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP_SIGNALS = stop_signals.SIGNALS
 
 
 class Dataset(Protocol):
@@ -190,7 +191,9 @@ class Loader:
             pin_memory=self.pin_memory,
             # Its own: from the global generator, resuming would shift dropout.
             generator=torch.Generator(),
-            worker_init_fn=partial(_start_worker, self.seed, self.dp_rank, start),
+            worker_init_fn=partial(
+                _start_worker, self.seed, self.dp_rank, start, parent_death.in_main_thread()
+            ),
         )
         with _stop_signals_blocked():
             batches = iter(loader)
@@ -314,8 +317,11 @@ def _stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(seed: int, dp_rank: int, start: int, worker: int) -> None:
+def _start_worker(seed: int, dp_rank: int, start: int, of_main: bool, worker: int) -> None:
     import torch
+
+    if of_main:  # a thread that ends before the process would take the worker along
+        parent_death.die_with_parent_thread()
 
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,30 +1,39 @@
-"""Ranks on this machine: one in this process, or several through `torch.distributed.run`."""
+"""Ranks on this machine: one in this process, or several as child processes of this one."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
+import socket
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ditty_di import worker
-from ditty_di.launchers.process import Child
+from ditty_di.launchers.process import Children, Start
+from ditty_di.memory_kills import how_killed, kills_so_far
 from ditty_di.rundir import RunDirectory
+from ditty_di.stop_signals import SIGNALS, announce
 
 
 class Local:
     """Called with a run directory; returns the exit code of its ranks.
+
+    Several ranks get the environment of `torchrun` (`RANK`, `WORLD_SIZE`, `MASTER_PORT`, ...). They
+    are child processes without an agent between: this process sees which rank failed first, and all
+    of them end when it does.
 
     Args:
         nproc: number of ranks; None takes one for each GPU, or one without a GPU.
         grace_seconds: how long ranks that were asked to stop may take to save, before they are
             killed. Matters with several ranks; a single one runs in this process.
 
-    A SIGTERM or SIGINT makes the file `stop` in the run directory: all ranks agree on it at a
-    step's end, save, and leave with status `preempted`. A second signal kills them.
+    A SIGTERM, SIGHUP or SIGINT makes the file `stop` in the run directory: all ranks agree on it at
+    a step's end, save, and leave with status `preempted`. A second Ctrl-C kills them.
 
     Raises:
         ValueError: `nproc` is less than one.
@@ -38,59 +47,112 @@ class Local:
 
     def __call__(self, run_dir: str | Path) -> int:
         nproc = self.nproc or max(gpu_count(), 1)
-        return worker.main(run_dir) if nproc == 1 else self._elastic(RunDirectory(run_dir), nproc)
+        return worker.main(run_dir) if nproc == 1 else self._ranks(RunDirectory(run_dir), nproc)
 
-    def _elastic(self, run: RunDirectory, nproc: int) -> int:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(nproc), "-m", "ditty_di.worker", str(run.path)]
-        # torchrun would set this to 1 for want of knowing better.
-        threads = str(max((os.cpu_count() or 1) // nproc, 1))
-        defaults = {"OMP_NUM_THREADS": threads, worker.LAUNCHED: "1"}
-        child = Child(ask=lambda process: run.stop.touch(), grace_seconds=self.grace_seconds)
-        started = time.time()
-        with (run.logs / "launcher.log").open("a+", encoding="utf-8", errors="replace") as log:
-            begin = log.seek(0, os.SEEK_END)
-            # What torchrun has to say goes to a file. Rank 0 finds the console's standard error on
-            # file descriptor 0, the only one left that is handed down, and puts it in its place.
-            code = child.run(command, stdin=2, stderr=log, env=defaults | dict(os.environ))
-            log.seek(begin)
-            said = log.read()
-        if code == 0:
+    def _ranks(self, run: RunDirectory, nproc: int) -> int:
+        def ask(processes: list[subprocess.Popen], number: signal.Signals) -> None:
+            run.stop.touch()
+            announce(number)
+
+        started, kills = time.time(), kills_so_far()
+        children = Children(ask, self.grace_seconds)
+        with _reserved_port() as port, ExitStack() as logs:
+            starts = [_rank(run, rank, nproc, port, logs) for rank in range(nproc)]
+            codes = children.run(starts)
+        if not any(codes):
             return 0
-        if child.killed:
-            failure = {"status": "failed", "error": "killed: the ranks did not stop when asked"}
-        else:
-            failure = _first_failure(run, said) or {
-                "status": "failed",
-                "error": f"torchrun ended with exit code {code}; see {run}/logs/launcher.log",
-            }
+        failure = self._failure(run, children, codes, kills)
+        if failure is None:  # rank 0 has written a result that is no failure of a process
+            return 1
         worker.say(run, {"seconds": time.time() - started} | failure)
-        return 1
+        return worker.exit_code(failure)
+
+    def _failure(
+        self, run: RunDirectory, children: Children, codes: list[int], kills: int | None
+    ) -> dict[str, Any] | None:
+        """The failure that the others followed from; None when no rank failed as a process."""
+        if children.quit:
+            return worker.interrupted(run, "quit without saving")
+        if children.overdue:
+            assert children.signalled is not None
+            message = (
+                f"killed: the ranks did not stop when asked ({children.signalled.name}), within "
+                f"launcher.grace_seconds={self.grace_seconds:g}"
+            )
+            return {"status": "failed", "error": message + worker.goes_on(run)}
+        errors = run.errors()
+        for error in errors:
+            if error.get("hanging"):
+                return error
+        spoke = {error["rank"] for error in errors}
+        failed = [rank for rank in children.ended if codes[rank]]
+        if failed and failed[0] not in spoke:
+            return _death(run, failed[0], codes[failed[0]], kills)
+        if errors:
+            return errors[0]
+        if run.read_result() is not None:
+            return None
+        return {"status": "failed", "error": f"the ranks ended with exit codes {codes}"}
 
 
-def _first_failure(run: RunDirectory, launcher_log: str) -> dict[str, Any] | None:
-    """Of several ranks' failures, the one that the others followed from."""
-    errors = run.errors()
-    spoke = {error["rank"] for error in errors}
-    for rank, code in _exit_codes(launcher_log).items():
-        # A rank that died without a word was the cause, unless torchrun itself ended it.
-        if rank not in spoke and code not in (0, -signal.SIGTERM):
-            return {"status": "failed", "error": f"rank {rank} {_death(code)}", "rank": rank}
-    return errors[0] if errors else None
+def _rank(run: RunDirectory, rank: int, nproc: int, port: int, logs: ExitStack) -> Start:
+    """One rank: rank 0 has the console, the others' output goes to their log files."""
+    threads = str(max((os.cpu_count() or 1) // nproc, 1))
+    env = {"OMP_NUM_THREADS": threads} | dict(os.environ)
+    env |= {
+        worker.LAUNCHED: "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    popen: dict[str, Any] = {"stdin": subprocess.DEVNULL}
+    if rank > 0:
+        log = logs.enter_context((run.logs / f"rank-{rank}.log").open("ab"))
+        popen |= {"stdout": log, "stderr": log}
+    return Start([sys.executable, "-m", "ditty_di.worker", str(run.path)], env, popen)
 
 
-def _exit_codes(launcher_log: str) -> dict[int, int]:
-    """rank -> exit code, from the summary that torchrun writes about a failure."""
-    entry = re.compile(r"^\s*rank\s*:\s*(\d+).*?^\s*exitcode\s*:\s*(-?\d+)", re.M | re.S)
-    return {int(rank): int(code) for rank, code in entry.findall(launcher_log)}
-
-
-def _death(code: int) -> str:
+def _death(run: RunDirectory, rank: int, code: int, kills: int | None) -> dict[str, Any]:
+    """A rank that ended without a message."""
+    if -code in SIGNALS:
+        name = signal.Signals(-code).name
+        return worker.interrupted(run, f"{name} reached rank {rank} before it could save") | {
+            "rank": rank
+        }
     if code == -signal.SIGKILL:
-        return "was killed (SIGKILL: did the machine run out of memory?)"
-    if code < 0:
-        return f"died of signal {-code} ({signal.strsignal(-code)})"
-    return f"ended with exit code {code} and no message"
+        how = f"was killed ({how_killed(kills)})"
+    elif code < 0:
+        how = f"died of signal {-code} ({signal.strsignal(-code)}); see {run}/logs/rank-{rank}.log"
+    else:
+        how = f"ended with exit code {code} and no message"
+    return {"status": "failed", "error": f"rank {rank} {how}", "rank": rank}
+
+
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A free port for rank 0's store. On Linux it is held meanwhile: bound, without listening,
+    which keeps others from getting it and lets a process that asks for just this port have it."""
+    with ExitStack() as sockets:
+        v4 = sockets.enter_context(socket.socket(socket.AF_INET))
+        v4.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        v4.bind(("", 0))
+        port = v4.getsockname()[1]
+        if sys.platform == "linux":
+            if socket.has_ipv6:
+                try:
+                    v6 = sockets.enter_context(socket.socket(socket.AF_INET6))
+                    v6.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    v6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    v6.bind(("", port))
+                except OSError:  # no IPv6 here
+                    pass
+        else:
+            v4.close()
+        yield port
 
 
 def gpu_count() -> int:

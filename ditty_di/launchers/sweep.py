@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import signal
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import read_write
 
 from ditty_di.cli.overrides import quoted, value_of
-from ditty_di.launchers.process import Child
+from ditty_di.launchers.process import Children, Start
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 
 if TYPE_CHECKING:
@@ -78,13 +79,12 @@ def job(command: Command) -> float | None:
     overrides = list(config.overrides.task)
     folders = [option for folder in command.config_dirs for option in ("--config-dir", folder)]
     search = [o for o in config.overrides.hydra if o.startswith("hydra.searchpath=")]
-    child = Child(lambda process: process.send_signal(signal.SIGTERM), _GRACE_SECONDS)
-    code = child.run(
-        [
-            *(sys.executable, "-m", "ditty_di", "--config-name", command.config_name),
-            *(*folders, *search, *overrides, f"run={quoted(str(run.path))}"),
-        ]
-    )
+    child = Children(_stop, _GRACE_SECONDS)
+    arguments = [
+        *(sys.executable, "-m", "ditty_di", "--config-name", command.config_name),
+        *(*folders, *search, *overrides, f"run={quoted(str(run.path))}"),
+    ]
+    (code,) = child.run([Start(arguments)])
     result = run.read_result()
     if result is None or (code and result["status"] in GOOD_STATUSES):
         how = f"exit code {code}" if code >= 0 else signal.strsignal(-code)
@@ -96,6 +96,11 @@ def job(command: Command) -> float | None:
     if child.signalled is not None:
         raise KeyboardInterrupt
     return result.get("objective") if result["status"] in GOOD_STATUSES else None
+
+
+def _stop(jobs: list[subprocess.Popen], number: signal.Signals) -> None:
+    for process in jobs:
+        process.send_signal(signal.SIGTERM)
 
 
 def table(folder: Path) -> list[dict[str, Any]]:

@@ -22,8 +22,10 @@ def run(arguments: Sequence[str], start: Callable[..., int]) -> int:
     directory is; they import no Hydra. When rank 0 cannot start, all leave with its exit code."""
     from torch.distributed import rendezvous
 
-    from ditty_di import worker
+    from ditty_di import parent_death, worker
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # its main thread starts the ranks
+        parent_death.die_with_parent_thread()
     # torchrun's own store when it keeps one; the process group will use it as well.
     store = next(iter(rendezvous("env://", timeout=_TIMEOUT)))[0]
     if int(os.environ["RANK"]):

@@ -178,7 +178,7 @@ class ProgressBar:
                 file=file,
                 dynamic_ncols=True,
                 # Its own estimate would count validation as training.
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}",
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
             self._print = self._above_bar
         else:

@@ -1,6 +1,9 @@
 """Several ranks on this machine: real processes, under torch.distributed.run."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,7 +11,8 @@ import pytest
 
 from ditty_di.launchers import Local
 from ditty_di.launchers.local import gpu_count
-from tests.toy import Folder, gone, result, wait_for
+from tests.launchers import chaos
+from tests.toy import REPOSITORY, Folder, gone, result, wait_for
 
 TWO = "launcher.nproc=2"
 
@@ -58,16 +62,36 @@ def test_a_signal_stops_all_ranks_in_good_order(folder: Folder, number: int) -> 
     assert not (mine / "stop").exists()
 
 
-def test_a_second_signal_kills_every_rank(folder: Folder) -> None:
+def test_a_second_ctrl_c_kills_every_rank_and_says_what_is_left(folder: Folder) -> None:
     process = folder.start(folder.task("never_stops", ready="${run}/ready"), TWO, "run=mine")
     mine = folder.path / "mine"
     wait_for(mine / "ready-0", mine / "ready-1", process=process)
-    process.send_signal(signal.SIGTERM)
+    (mine / "checkpoints/step-00000020").mkdir(parents=True)
+    (mine / "checkpoints/step-00000020/manifest.json").touch()
+    process.send_signal(signal.SIGINT)
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    first, last = err.splitlines()[:2]
+    assert first.endswith("and saving; press Ctrl-C again to quit without saving")
+    assert last == "interrupted: quit without saving; the run goes on from step 20"
+    assert all(gone(int((mine / f"ready-{rank}").read_text())) for rank in (0, 1))
+    assert result(mine)["status"] == "interrupted"
+
+
+def test_a_signal_that_comes_twice_is_one_request_and_the_grace_ends(folder: Folder) -> None:
+    task = folder.task("never_stops", ready="${run}/ready")
+    process = folder.start(task, TWO, "launcher.grace_seconds=3", "run=mine")
+    mine = folder.path / "mine"
+    wait_for(mine / "ready-0", mine / "ready-1", process=process)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.4)
+        assert process.poll() is None
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "did not stop when asked" in err
+    assert "did not stop when asked (SIGTERM), within launcher.grace_seconds=3" in err
     assert all(gone(int((mine / f"ready-{rank}").read_text())) for rank in (0, 1))
     assert result(mine)["status"] == "failed"
 
@@ -87,3 +111,100 @@ def test_a_signal_before_the_training_loop_ends_a_single_rank(folder: Folder) ->
     assert process.returncode == 130
     assert err.startswith("interrupted: ") and "Traceback" not in err
     assert result(folder.path / "mine")["status"] == "interrupted"
+
+
+def pids(run: Path, *ranks: int) -> list[int]:
+    return [int(pid) for rank in ranks for pid in (run / f"ready-{rank}").read_text().split()]
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_killing_the_launcher_leaves_nothing_behind(folder: Folder, nproc: int) -> None:
+    task = folder.task("forks", ready="${run}/ready")
+    process = folder.start(task, f"launcher.nproc={nproc}", "run=mine")
+    mine = folder.path / "mine"
+    wait_for(*(mine / f"ready-{rank}" for rank in range(nproc)), process=process)
+    time.sleep(0.2)  # until what is in the files is whole
+    children = [pid for pid in pids(mine, *range(nproc)) if pid != process.pid]
+    process.kill()
+    process.wait()
+    assert all(gone(pid, seconds=5) for pid in children)
+    out, _ = folder("task=finish", "run=mine", "resume.allow=[task]")  # the folder is free
+    assert "rank 0 says" in out
+
+
+def test_killing_a_rank_ends_the_others_and_its_own_children(folder: Folder) -> None:
+    process = folder.start(folder.task("forks", ready="${run}/ready"), TWO, "run=mine")
+    mine = folder.path / "mine"
+    wait_for(mine / "ready-0", mine / "ready-1", process=process)
+    time.sleep(0.2)
+    children = pids(mine, 0, 1)
+    os.kill(children[2], signal.SIGKILL)  # rank 1
+    assert all(gone(pid, seconds=5) for pid in children)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "failed: rank 1 was killed (SIGKILL" in err
+    assert result(mine)["rank"] == 1
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_sigterm_to_every_process_and_again_is_a_preemption(folder: Folder, nproc: int) -> None:
+    task = folder.task("until_asked", ready="${run}/ready")
+    process = folder.start(task, f"launcher.nproc={nproc}", "run=mine")
+    mine = folder.path / "mine"
+    wait_for(*(mine / f"ready-{rank}" for rank in range(nproc)), process=process)
+    time.sleep(0.2)
+    everyone = {process.pid, *pids(mine, *range(nproc))}
+    for _ in range(2):
+        for pid in everyone:
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.6)  # the second time the handlers of the training loop are gone
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert result(mine)["status"] == "preempted" and "preempted, step 7" in out
+
+
+def test_sigterm_to_every_process_before_the_training_loop(folder: Folder) -> None:
+    process = folder.start(folder.task("never_stops", ready="${run}/ready"), TWO, "run=mine")
+    mine = folder.path / "mine"
+    wait_for(mine / "ready-0", mine / "ready-1", process=process)
+    time.sleep(0.2)
+    for pid in (process.pid, *pids(mine, 0, 1)):
+        os.kill(pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "before it could save; there is no checkpoint" in err
+    assert result(mine)["status"] == "interrupted"
+
+
+def test_a_rank_that_hangs_is_named_with_the_place_where_it_is(folder: Folder) -> None:
+    began = time.monotonic()
+    _, err = folder(folder.task("hang", on_rank=1, seconds=3), TWO, "run=mine", code=1)
+    assert time.monotonic() - began < 60
+    assert "rank 1 did not reach the all_reduce that rank 0 waited for since 3 s; rank 1 " in err
+    assert "was in toy_tasks.unreachable_disk (" in err and "memory" not in err
+    assert result(folder.path / "mine")["hanging"] == [1]
+
+
+def test_without_the_kernels_help_a_pipe_tells_that_the_parent_has_ended(tmp_path: Path) -> None:
+    child = (
+        "import time, pathlib, os; from ditty_di import parent_death as p;"
+        "p.die_with_parent_thread = lambda: False; p.follow_parent();"
+        "pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(600)"
+    )
+    parent = (
+        "import sys; from ditty_di.launchers.process import Children, Start;"
+        f"Children(print, 1.0).run([Start([sys.executable, '-c', {child!r}])])"
+    )
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=env)
+    wait_for(tmp_path / "pid", process=process)
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    assert gone(int((tmp_path / "pid").read_text()), seconds=5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_random_kills_change_nothing_in_the_end(tmp_path: Path) -> None:
+    assert chaos.run(tmp_path, kills=3, steps=40) == []

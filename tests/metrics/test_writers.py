@@ -150,7 +150,7 @@ def on_a_terminal(columns):
 
 def test_on_a_terminal_texts_stay_above_the_bar():
     shown = on_a_terminal(columns=120)
-    assert "| 10/20 " in shown and "100%" in shown and "loss 2.3457" in shown
+    assert "| 10/20, loss" in shown and "100%" in shown and "loss 2.3457" in shown
     assert "ETA 1:02:05" in shown
     assert "step 10  sample/0: Once upon\r\n" in shown
     # Some pseudo-terminals have no width, and a bar would not be seen.
