@@ -13,8 +13,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ditty_di.data.cache import build_once, cache_folder
+from ditty_di.protocols import early_checks
 
 # Raise it when python_docs() would give other documents from the same Python.
 _PYTHON_DOCS_FORMAT = 1
@@ -74,6 +76,16 @@ def python_docs(
         raise ValueError(f"the cached corpus {path} is damaged ({error}): delete it") from error
 
 
+def _validate_files(
+    *, path: Any = None, validation_path: Any = None, validation_fraction: float = 0.0
+) -> None:
+    _check_fraction(validation_fraction)
+    for name, value in (("path", path), ("validation_path", validation_path)):
+        if isinstance(value, str) and not Path(value).expanduser().exists():
+            raise ValueError(f"{name}={value}: there is no such file or folder")
+
+
+@early_checks(validate=_validate_files)
 def text_files(
     path: str | os.PathLike[str],
     *,
