@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from ditty_di._graph.suggestions import suggest
 from ditty_di._graph.targets import did_you_mean
 from ditty_di.cli import searchpath
 from ditty_di.cli.command import Command
-from ditty_di.cli.overrides import without
+from ditty_di.cli.overrides import key_of, without
 from ditty_di.graph import ConfigError
 
 
@@ -39,6 +40,10 @@ def _hinted(text: str, command: Command) -> str:
         hint = suggest(key[1], known).replace("; ", "\n")
         # without a hint, what Hydra says about adding a key with + stays
         return text.partition("\nTo append")[0] + hint if hint else text
+    if merged := re.fullmatch(r"Error merging override (\S.*)", text):
+        there, typed = key_of(merged[1]), merged[1].lstrip("+")
+        instead = shlex.join([f"~{there}", f"+{typed}"])
+        return f"{text}\n{there!r} holds something of another kind; to replace it: {instead}"
     if spaced := re.fullmatch(r"Error parsing override '([^']*)'\nmissing EQUAL.*", text, re.S):
         return f"{spaced[1]!r} has no value: write KEY=VALUE, without blanks around the ="
     return text + _hint(text)

@@ -128,6 +128,7 @@ MISTAKES = [
     ("+experiment=twice", "twice.yaml", "duplicate key steps"),
     ("+experiment=open", "open.yaml", "line 3"),
     # the command itself
+    ("+experiment=full data.path=[a,b]", "data.path=[a,b]", "'~data.path' '+data.path=[a,b]'"),
     ("steps", "'steps'", "write KEY=VALUE"),
     ("name=../../esc", "'name=../../esc': name", "without '..'"),
     ("run=typo", "run=typo", "there is no such run"),
