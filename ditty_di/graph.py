@@ -13,8 +13,8 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -63,6 +63,7 @@ class Graph:
         cfg: an OmegaConf `DictConfig`, or a plain mapping.
         where: `file:line` (or the override) that set a dotted key; see `provenance`.
         allow_targets: targets that are refused otherwise (`ditty_di._graph.refused`), by name.
+        also: what is known to be wrong with the configuration already; `check` reports it too.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class Graph:
         where: Callable[[str], str] | None = None,
         *,
         allow_targets: Collection[str] = (),
+        also: Iterable[Problem] = (),
     ) -> None:
         self._config: Any = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(cfg)
         self._raw: Any = OmegaConf.to_container(self._config, resolve=False)
         self.where: Any = where if where is not None else Provenance()
         self.allow_targets = frozenset(allow_targets)
+        self._also = list(also)
         self._resolved: dict[Place, Any] = {}  # strings that OmegaConf resolved
         self._made: dict[Place, Any] = {}  # containers that a resolver made
         self._following: list[Place] = []
@@ -175,14 +178,15 @@ class Graph:
         return {dotted(place): made for place, made in self._objects.items()}
 
     # ------------------------------------------------------------------------------ checking
-    def check(self, root: str) -> Checked:
+    def check(self, root: str, *others: str) -> Checked:
         """Import every target that `root` reaches, bind every signature, and call each target's
-        `validate` with the arguments that are known; builds nothing.
+        `validate` with the arguments that are known; builds nothing. What is returned is about
+        `root`; `others` are checked as well.
 
         Raises:
             ConfigError: everything that is wrong, at once.
         """
-        return self._walked(root, imports=True)
+        return self._walked(root, *others, imports=True)
 
     def rehearse(self, root: str) -> list[str]:
         """Call the `rehearse(build)` of every node that `root` reaches, which builds what it needs
@@ -234,16 +238,10 @@ class Graph:
         """What a `validate` or `rehearse` of the node at `place` said, each at the key it is about:
         the argument that the message names, or what that refers to."""
         problems: list[Problem] = []
-        for name, text in early.complaints(error):
-            written = place
-            for part in name.split(".") if name else ():
-                try:
-                    written = self._walk(written, [part], written, "")
-                except ConfigError:  # not given: it is said at what should have it
-                    break
-            at = self.origin(written)
-            via = f" (given to {dotted(written)})" if at != written else ""
-            problems += self.error(at, f"{target}: {text}{via}").problems
+        for names, text in early.complaints(error):
+            found = (self._argument_place(place, name) for name in names)
+            written = next((at for at in found if at is not None), place)
+            problems += self.at_origin(written, target, text).problems
         return ConfigError(problems)
 
     def nodes(self, root: str) -> dict[str, Node]:
@@ -262,12 +260,16 @@ class Graph:
                 uses.setdefault(key, []).append(f"{node.key}.{name}")
         return {key: given for key, given in uses.items() if len(given) > 1}
 
-    def _walked(self, root: str, imports: bool) -> Checked:
-        checker = Checker(self, imports)
-        checker.visit(self._find(root))
-        if checker.problems:
-            raise ConfigError(checker.problems)
-        return checker.checked
+    def _walked(self, *roots: str, imports: bool) -> Checked:
+        checkers = [Checker(self, imports) for _ in roots]
+        for checker, root in zip(checkers, roots, strict=True):
+            checker.visit(self._find(root))
+        problems = list(self._also if imports else ())
+        problems += [problem for checker in checkers for problem in checker.problems]
+        if problems:
+            said = {(p.key, p.core or p.message): p for p in reversed(problems)}
+            raise ConfigError(p for p in dict.fromkeys(problems) if p in said.values())
+        return checkers[0].checked
 
     # ------------------------------------------------------------------------------- reading
     def reads(self, root: str) -> set[str]:
@@ -284,6 +286,9 @@ class Graph:
                 if isinstance(value, str):
                     for inner in _inner(value):
                         visit(self._meant(place, inner))
+                    for key in _keys_in_resolvers(value):
+                        with suppress(ConfigError):
+                            visit(self._find(key))
                 meant, value = self.at(place)
             except ConfigError:
                 return
@@ -292,6 +297,42 @@ class Graph:
 
         visit(self._find(root))
         return {dotted(place) for place in seen}
+
+    def value(self, key: str) -> Any:
+        """The scalar, mapping or list at a key, references followed; raises ConfigError."""
+        return self.at(self._find(key))[1]
+
+    def __contains__(self, key: object) -> bool:
+        """Whether there is a top-level key."""
+        return key in self._raw
+
+    def written(self, key: str) -> Any:
+        """What is written at a key, references as they are; raises ConfigError."""
+        return self._written(self._find(key))
+
+    def holds(self, key: str, fits: Callable[[str, str | int], bool]) -> bool:
+        """Whether all that a key's value is given to `fits(target, argument)`, and it is given to
+        something. A reference within a longer text fits. Imports nothing by itself."""
+        pending, seen, used = [self._find(key)], set(), False
+        while pending:
+            place = pending.pop()
+            if place in seen:
+                continue
+            seen.add(place)
+            above = self._written(place[:-1])
+            if is_node(above):
+                if not fits(str(above["_target_"]), place[-1]):
+                    return False
+                used = True
+            for other, text in _items(self._raw):
+                if not isinstance(text, str) or "${" not in text:
+                    continue
+                for inner in _inner(text):
+                    with suppress(ConfigError):
+                        if self._meant(other, inner) == place:
+                            used = used or inner[0] != text
+                            pending += [other] if inner[0] == text else []
+        return used
 
     def explain(self, key: str) -> tuple[Any, Any]:
         """(what is written at a key, what it comes to): a reference to a node stays `${key}`."""
@@ -352,16 +393,33 @@ class Graph:
         return any(self._holds_nodes((*meant, key), (*trail, meant)) for key in keys(value))
 
     # ---------------------------------------------------------------------------- references
-    def origin(self, place: Place) -> Place:
-        """Where the value at `place` is to be corrected: the plain key that it refers to, or
-        `place` itself, also when it refers to an argument of another node, for it may be right
-        there."""
-        try:
-            meant = self.at(place)[0]
-        except ConfigError:
-            return place
-        inside = (meant[:n] for n in range(1, len(meant) + 1))
-        return place if any(is_node(self._written(above)) for above in inside) else meant
+    def _argument_place(self, place: Place, name: str) -> Place | None:
+        """Where a node is given an argument, or with dots a value in it; None when it is not."""
+        for part in name.split("."):
+            try:
+                place = self._walk(place, [part], place, "")
+            except ConfigError:
+                return None
+        return place
+
+    def at_origin(self, place: Place, target: str, text: str) -> ConfigError:
+        """An error of a target about the value at `place`, told where it is to be corrected: at
+        the plain key that it refers to, or at `place` itself when it refers to an argument of
+        another node, for the value may be right there."""
+        message, meant = f"{target}: {text}", place
+        with suppress(ConfigError):
+            while isinstance(written := self._written(meant), str):
+                if (reference := _REFERENCE.fullmatch(written)) is None:
+                    break
+                following = self._meant(meant, reference)
+                inside = (following[:n] for n in range(1, len(following) + 1))
+                if any(is_node(self._written(above)) for above in inside):
+                    message = f"{message} (it is {dotted(following)})"
+                    break
+                meant = following
+        if meant == place:
+            return self.error(place, message)
+        return self.error(meant, f"{message} (given to {dotted(place)})", text)
 
     def at(self, place: Place) -> tuple[Place, Any]:
         """The place that is meant by what is written at `place`, references followed, and the
@@ -381,10 +439,10 @@ class Graph:
         finally:
             self._following.pop()
 
-    def error(self, place: Place, message: str) -> ConfigError:
+    def error(self, place: Place, message: str, core: str = "") -> ConfigError:
         """An error that names a place and the line that wrote it."""
         key = dotted(place)
-        return ConfigError(Problem(key, message, self.where(key)))
+        return ConfigError(Problem(key, message, self.where(key), core))
 
     def cycle(self, trail: list[Place], place: Place) -> ConfigError:
         """The error for coming back to a `place` that is in `trail`."""
@@ -503,6 +561,13 @@ def _inner(text: str) -> Iterator[re.Match[str]]:
         before = text[: match.start()]
         if (len(before) - len(before.rstrip("\\"))) % 2 == 0:  # else the dollar is escaped
             yield match
+
+
+def _keys_in_resolvers(text: str) -> list[str]:
+    """Words in a string that may be keys: arguments of resolvers, such as `${oc.select:a.b,1}`, and
+    what stands before a reference in a reference, such as `${a.${b}}`."""
+    words = re.findall(r"[\w.]+", text) if _RESOLVER.search(text) else []
+    return [*words, *re.findall(r"\$\{([\w.]+?)\.?\$\{", text)]
 
 
 def _names(path: str) -> list[str]:

@@ -46,6 +46,39 @@ class Runtime:
         ValueError: the layout does not fit the world size, or the backend does not fit this torch.
     """
 
+    @staticmethod
+    def validate(
+        *,
+        seed: int = 0,
+        dp_replicate: int = 1,
+        dp_shard: int = -1,
+        cp: int = 1,
+        tp: int = 1,
+        pp: int = 1,
+        threads: int | None = None,
+        spmd_backend: str = "partial_dtensor",
+    ) -> None:
+        if spmd_backend not in compat.SPMD_BACKENDS:
+            works = " or ".join(map(repr, compat.SPMD_BACKENDS))
+            raise ValueError(
+                f"runtime.spmd_backend={spmd_backend!r} does not work on torch "
+                f"{torch.__version__}; use {works}, or torch 2.14 or newer"
+            )
+        wrong = [] if seed >= 0 else [f"seed={seed} must not be negative"]
+        degrees = {"cp": cp, "tp": tp, "pp": pp, "threads": threads}
+        wrong += [
+            f"{name}={value} must be at least 1"
+            for name, value in degrees.items()
+            if value is not None and value < 1
+        ]
+        wrong += [
+            f"{name}={value} must be at least 1, or -1 for what is left"
+            for name, value in (("dp_replicate", dp_replicate), ("dp_shard", dp_shard))
+            if value < 1 and value != -1
+        ]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
     def __init__(
         self,
         *,
@@ -62,18 +95,22 @@ class Runtime:
         train_timeout: float = 100.0,
         threads: int | None = None,
     ) -> None:
-        if spmd_backend not in compat.SPMD_BACKENDS:
-            works = " or ".join(map(repr, compat.SPMD_BACKENDS))
-            raise ValueError(
-                f"runtime.spmd_backend={spmd_backend!r} does not work on torch "
-                f"{torch.__version__}; use {works}, or torch 2.14 or newer"
-            )
+        self.validate(
+            seed=seed,
+            dp_replicate=dp_replicate,
+            dp_shard=dp_shard,
+            cp=cp,
+            tp=tp,
+            pp=pp,
+            threads=threads,
+            spmd_backend=spmd_backend,
+        )
         if threads is not None:
             torch.set_num_threads(threads)
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if dist.is_initialized():
             self.world_size = dist.get_world_size()
-        replicate, shard = _data_degrees(dp_replicate, dp_shard, cp * tp * pp, self.world_size)
+        replicate, shard = data_degrees(dp_replicate, dp_shard, cp * tp * pp, self.world_size)
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = self._pick_device()
@@ -204,8 +241,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _data_degrees(replicate: int, shard: int, rest: int, world_size: int) -> tuple[int, int]:
-    """Resolves the -1 in (dp_replicate, dp_shard) and checks that the layout fills the world."""
+def data_degrees(replicate: int, shard: int, rest: int, world_size: int) -> tuple[int, int]:
+    """Resolve the -1 in (dp_replicate, dp_shard) and check that the layout fills the world."""
     asked = f"dp_replicate={replicate}, dp_shard={shard}, cp*tp*pp={rest}"
     if replicate == -1 and shard == -1:
         raise ValueError(f"runtime: {asked}: only one of dp_replicate and dp_shard can be -1")

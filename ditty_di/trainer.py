@@ -25,6 +25,7 @@ from ditty_di.gradients import LossParameters, Shares, place_loss
 from ditty_di.inherited import InheritedConfig, Section
 from ditty_di.metrics.metrics import Metrics
 from ditty_di.metrics.validation import evaluating
+from ditty_di.optim import trial
 from ditty_di.optim.container import Optimizers, Schedulers
 from ditty_di.parallelize.pipeline import AlikeOnStages
 from ditty_di.processors import PostProcessor, PreProcessor, Processors
@@ -69,6 +70,37 @@ class Trainer(Stepping):
         ValueError, TypeError: a part that does not fit the others; the message names the slot.
     """
 
+    @staticmethod
+    def validate(
+        *,
+        steps: Any = None,
+        max_norm: Any = None,
+        global_batch_size: Any = None,
+        max_skipped_steps: Any = None,
+        gc_every: Any = None,
+        optimizer: Any = None,
+        dataloader: Any = None,
+    ) -> None:
+        """Raise ValueError for arguments out of range, an optimizer whose constructor refuses its
+        own arguments, and rows a step that micro-batches of this size cannot make."""
+        wrong = assembly.below(
+            (1, {"steps": steps, "global_batch_size": global_batch_size, "gc_every": gc_every}),
+            (0, {"max_skipped_steps": max_skipped_steps}),
+        )
+        wrong = [f"trainer.{line}" for line in wrong]
+        if assembly.is_number(max_norm) and not max_norm > 0:
+            wrong.append(f"trainer.max_norm={max_norm} must be above 0; inf clips nothing")
+        wrong += trial.complaints(optimizer, "optimizer.")
+        rows: Any = getattr(dataloader, "arguments", {}).get("batch_size")
+        numbers = assembly.is_number(rows) and assembly.is_number(global_batch_size)
+        if not wrong and numbers and rows > 0 and global_batch_size % rows:
+            wrong.append(
+                f"global_batch_size={global_batch_size} is not a multiple of the {rows} rows of a "
+                f"micro-batch (the loader's batch_size)"
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
     def __init__(
         self,
         *,
@@ -98,10 +130,13 @@ class Trainer(Stepping):
         max_skipped_steps: int = 0,
         gc_every: int = 1000,
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"trainer.steps={steps}: at least one step is needed")
-        if not max_norm > 0:
-            raise ValueError(f"trainer.max_norm={max_norm} must be above 0; inf clips nothing")
+        self.validate(
+            steps=steps,
+            max_norm=max_norm,
+            global_batch_size=global_batch_size,
+            max_skipped_steps=max_skipped_steps,
+            gc_every=gc_every,
+        )
         if grad_scaler and runtime and runtime.parallel_dims.pp_enabled:
             raise ValueError("grad_scaler: a pipeline does not scale its loss; use precision=bf16")
         self.runtime = runtime = runtime or Runtime()

@@ -849,8 +849,11 @@ def test_slots_in_plain_annotations_and_positions(monkeypatch: pytest.MonkeyPatc
         ("steps", "${text}", "is the text '7', and int is wanted"),
         ("rate", 1, ""),
         ("rate", None, ""),
-        ("steps", 0.5, ""),
-        ("steps", True, ""),
+        ("steps", 0.5, "is 0.5, and int is wanted"),
+        ("steps", True, "is true, and int is wanted"),
+        ("steps", [1], "is a list, and int is wanted"),
+        ("steps", None, "is null, and int is wanted"),
+        ("text", {"a": 1}, "is a dict, and text is wanted"),
         ("either", "x", ""),
         ("kind", "b", ""),
         ("sloppy", "auto", ""),
@@ -1305,7 +1308,7 @@ def test_defaults_and_positional_arguments_are_known_to_validate() -> None:
 
 
 def test_a_validate_that_fails_by_itself_is_reported_as_a_problem() -> None:
-    cfg = {"x": {"_target_": f"{HERE}.Rows", "size": {"a": 1}}, "y": "${x}"}
+    cfg = {"x": {"_target_": f"{HERE}.Rows", "kinds": 5}, "y": "${x}"}
     with pytest.raises(ConfigError, match=r"x: .*Rows: TypeError"):
         Graph(cfg).check("y")
 

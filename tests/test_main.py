@@ -116,7 +116,7 @@ def test_a_failing_job_is_one_message_with_its_node_and_no_stack(folder: Folder)
     assert "bad value" in result(run)["error"]
     assert "Traceback" in (run / "logs/rank-0.log").read_text()
 
-    _, err = folder("task.bad=1.0", "debug=true", "run=other", code=1)
+    _, err = folder("task.bad=1.0", "debug=true", "task=finish", "run=other", code=1)
     assert "Traceback" in err
 
 
@@ -143,7 +143,7 @@ def test_run_alone_goes_on_with_what_the_run_was_told(folder: Folder) -> None:
 
 
 def test_a_run_does_not_go_on_with_other_values_unless_allowed(folder: Folder) -> None:
-    folder("value=4.0", "run=mine")
+    folder("value=4.0", "task=finish", "run=mine")
     before = (folder.path / "mine/config.yaml").read_text()
     _, err = folder("run=mine", "value=5.0", "note=b", code=2)
     assert "value" in err and "4.0" in err and "5.0" in err and "note" not in err
@@ -159,7 +159,7 @@ def test_a_run_does_not_go_on_with_other_values_unless_allowed(folder: Folder) -
 
 
 def test_another_task_starts_from_the_runs_own_configuration(folder: Folder) -> None:
-    folder("value=4.0", "run=mine")
+    folder("value=4.0", "task=finish", "run=mine")
     stored = folder.path / "mine/config.yaml"
     text = stored.read_text()
     stored.write_text(text.replace("value: 4.0", "value: 4.5"))  # what composes no more
@@ -175,7 +175,7 @@ def test_another_task_starts_from_the_runs_own_configuration(folder: Folder) -> 
 
 
 def test_a_moved_run_is_found_from_another_folder_and_without_its_conf(folder: Folder) -> None:
-    folder("run=mine")
+    folder("task=finish", "run=mine")
     (folder.path / "elsewhere").mkdir()
     (folder.path / "mine").rename(folder.path / "elsewhere/moved")
     inner = Folder(folder.path / "elsewhere/work")
@@ -210,6 +210,17 @@ def test_one_directory_is_worked_in_by_one_process(folder: Folder) -> None:
     assert result(folder.path / "mine")["status"] == "preempted"
     out, _ = folder("run=mine", "task.stop_file=/", "resume.allow=[task]")  # stop is gone
     assert "preempted" in out
+
+
+def test_a_misspelt_run_starts_nothing(folder: Folder) -> None:
+    folder("experiment=other", "run=runs/first")
+    for typed in (["run=runs/frist"], ["run=runs/frist", "value=3"]):
+        _, err = folder(*typed, code=2)
+        assert "run=runs/frist: there is no such run; the nearest: run=runs/first" in err
+        assert "+experiment=pretrain run=runs/frist" in err
+        assert not (folder.path / "runs/frist").exists()
+    out, _ = folder("experiment=other", "run=runs/frist")
+    assert "finished" in out
 
 
 # -- where configuration is found --------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ditty_di.runtime import Runtime, _data_degrees, seed_everything
+from ditty_di.runtime import Runtime, data_degrees, seed_everything
 
 
 def test_one_process_needs_no_launcher():
@@ -49,7 +49,7 @@ def test_every_seed_counts_also_0_and_large_ones(seed):
     [(1, -1, 1, 4, (1, 4)), (-1, 1, 1, 4, (4, 1)), (-1, 2, 1, 4, (2, 2)), (1, -1, 2, 4, (1, 2))],
 )
 def test_what_is_left_of_the_world_goes_to_the_open_degree(replicate, shard, rest, world, expected):
-    assert _data_degrees(replicate, shard, rest, world) == expected
+    assert data_degrees(replicate, shard, rest, world) == expected
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_is_left_of_the_world_goes_to_the_open_degree(replicate, shard, res
 )
 def test_a_layout_that_fits_no_world_is_refused(replicate, shard, rest, world, message):
     with pytest.raises(ValueError, match=message):
-        _data_degrees(replicate, shard, rest, world)
+        data_degrees(replicate, shard, rest, world)
 
 
 def test_a_layout_too_large_for_this_process_is_refused():

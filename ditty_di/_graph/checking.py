@@ -58,21 +58,21 @@ class Checker:
     def visit(
         self, place: Place, slots: Iterable[Slot] = ()
     ) -> tuple[Any, list[tuple[Place, str]]]:
-        """Checks what is at a place: its value when that is a scalar, and the nodes found there:
-        (where below `place`, key of the node)."""
+        """Check what is at a place. Return its value, UNKNOWN when that is a node or cannot be
+        told, and the nodes found there: (where below `place`, key of the node)."""
         try:
             meant, value = self._graph.at(place)
         except ConfigError as error:
             self._add(error)
-            return None, []
+            return UNKNOWN, []
         if not isinstance(value, dict | list):
             return value, []
         if meant in self._trail:
             self._add(self._graph.cycle(self._trail, meant))
-            return None, []
+            return UNKNOWN, []
         if isinstance(value, dict) and is_node(value):
             self._node(meant, value, list(slots))
-            return None, [((), dotted(meant))]
+            return UNKNOWN, [((), dotted(meant))]
         if meant not in self._plain:
             self._plain[meant] = []
             self._trail.append(meant)
@@ -80,7 +80,7 @@ class Checker:
                 below = self.visit((*meant, key))[1]
                 self._plain[meant] += [((key, *at), node) for at, node in below]
             self._trail.pop()
-        return None, self._plain[meant]
+        return value, self._plain[meant]
 
     def _node(self, place: Place, node: dict[Any, Any], slots: list[Slot]) -> None:
         first = place not in self._read
@@ -150,11 +150,11 @@ class Checker:
             for at, argument, called in given:
                 value, below = self.visit(at, signature.slots(argument) if signature else ())
                 known.arguments.extend((dotted((*called, *inner)), key) for inner, key in below)
-                misread = signature.misread(argument, value) if signature else ""
+                readable = signature is not None and value is not UNKNOWN
+                misread = signature.misread(argument, value) if signature and readable else ""
                 if misread:
                     self._misread.add(at)
-                    message = f"{known.target}: {argument!r} {misread}"
-                    self._add(self._graph.error(at, message))
+                    self._add(self._graph.at_origin(at, known.target, f"{argument!r} {misread}"))
 
     def _refuse_unsafe(self, place: Place, signature: Signature) -> None:
         """Refuse arguments that make a target load pickles or run code, such as `weights_only`."""
@@ -172,9 +172,8 @@ class Checker:
         view = self._view(place) if check else None
         if check is None or not isinstance(view, early.View):
             return
-        wanted = early.takes(check)
         try:
-            check(**{name: value for name, value in view.arguments.items() if name in wanted})
+            check(**early.wanted(check, view.arguments))
         except Exception as error:
             target = self.checked.nodes[dotted(place)].target
             self._add(self._graph.complaint(place, target, error))

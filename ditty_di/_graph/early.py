@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_NAMED = re.compile(r"(?P<name>[A-Za-z_][\w.]*?)\s*(?:=|:\s)")
+_NAMED = re.compile(r"[A-Za-z_][\w.]*(?:=|:\s)")
+_NAME = re.compile(r"([A-Za-z_][\w.]*)=|^([A-Za-z_][\w.]*):\s|(?<=: )([A-Za-z_]\w*) must")
+
+_PLAIN = re.compile(r"(int|float|bool|str|None|[ |])+")
 
 #: A constructor whose `validate` is already something else, such as a method, may use the second.
 VALIDATE = ("validate", "validate_arguments")
@@ -61,24 +64,34 @@ def _attribute(target: Any, name: str) -> Callable[..., Any] | None:
     return found if callable(found) else None
 
 
-def takes(check: Callable[..., Any]) -> set[str]:
-    """The arguments that a `validate` wants to see."""
-    return set(inspect.signature(check).parameters)
+def wanted(check: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the known arguments that a `validate` wants to see. A parameter that is annotated as
+    a plain value is given no view."""
+
+    def fits(parameter: inspect.Parameter) -> bool:
+        plain = _PLAIN.fullmatch(
+            str(getattr(parameter.annotation, "__name__", parameter.annotation))
+        )
+        return not (plain and isinstance(known[parameter.name], View))
+
+    parameters = inspect.signature(check).parameters
+    return {n: known[n] for n, p in parameters.items() if n in known and fits(p)}
 
 
-def complaints(error: Exception) -> Iterator[tuple[str, str]]:
-    """(argument, message) of each thing that a `validate` or `rehearse` complained about.
+def complaints(error: Exception) -> Iterator[tuple[list[str], str]]:
+    """(arguments, message) of each thing that a `validate` or `rehearse` complained about.
 
-    A message that begins with `name=` or `name: ` is about that argument (or, with dots, about a
-    value in it); when every line does, each line is a complaint. Otherwise the argument is "".
+    A message is about the first argument of the node that it names as `name=` or, at its beginning,
+    as `name: `; with dots, about a value in that argument, or the node's own name stands before it.
+    When every line of the message begins like that, each is a complaint of its own.
     """
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     lines = [line for line in text.splitlines() if line.strip()]
     if not all(_NAMED.match(line) for line in lines):
         lines = [text]
     for line in lines:
-        match = _NAMED.match(line) if isinstance(error, ValueError) else None
-        yield (match["name"] if match else ""), line
+        found = ["".join(groups) for groups in _NAME.findall(line)]
+        yield [n for name in found for n in (name, name.partition(".")[2]) if n], line
 
 
 def plain_default(parameter: inspect.Parameter) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Place = tuple[Any, ...]  # the keys and indices from the root of the configuration
@@ -16,6 +16,8 @@ class Problem:
     key: str
     message: str
     where: str = ""
+    core: str = field(default="", compare=False)
+    """What several parameters may have to say about one value alike."""
 
     def __str__(self) -> str:
         return ": ".join(part for part in (self.where, self.key, self.message) if part)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 
 class Setting(NamedTuple):
     """One place that gave a key its value, and, for a file, what made Hydra take that file."""
@@ -35,6 +37,10 @@ class Provenance:
         """Everything that set a key, in order: each overrides the one before."""
         return list(self._settings.get(key, ()))
 
+    def keys(self) -> list[str]:
+        """Every key that something set."""
+        return list(self._settings)
+
     def _set(self, key: str, setting: Setting, replaces: bool) -> None:
         if replaces:  # a scalar or a list: what was below the key is gone
             below = f"{key}."
@@ -46,7 +52,7 @@ class Provenance:
     def of_file(cls, path: str | os.PathLike[str]) -> Provenance:
         """The lines of one YAML file."""
         with open(path, encoding="utf-8") as file:
-            return cls().add_file(_label(path), file.read())
+            return cls().add_file(label(path), file.read())
 
     def add_saved(self, sources: Mapping[str, str]) -> None:
         """Adds where keys were set before the file was written that they are read from now."""
@@ -55,7 +61,7 @@ class Provenance:
 
     def add_file(self, name: str, text: str, package: str = "", chosen_by: str = "") -> Provenance:
         """Adds what a YAML file says, at `package`; a defaults list says nothing."""
-        document = yaml.compose(text, Loader=yaml.SafeLoader)
+        document = yaml.compose(text, Loader=_Loader)
         if isinstance(document, yaml.MappingNode):
             document.value = [(k, v) for k, v in document.value if k.value != "defaults"]
             if package:
@@ -133,15 +139,15 @@ def _source(repository: Any, config_path: str) -> tuple[str, str]:
         if source.scheme() == "file":
             path = os.path.join(source.path, name)
             with open(path, encoding="utf-8") as file:
-                return _label(path), file.read()
+                return label(path), file.read()
         if source.scheme() == "pkg":
             resource = importlib.resources.files(source.path).joinpath(name)
-            return _label(str(resource)), resource.read_text(encoding="utf-8")
+            return label(str(resource)), resource.read_text(encoding="utf-8")
         return f"{source.full_path()}{config_path}", ""  # a structured config has no lines
     return config_path, ""
 
 
-def _label(path: str | os.PathLike[str]) -> str:
+def label(path: str | os.PathLike[str]) -> str:
     """A path as one would type it: relative when it lies below the working folder."""
     path = os.path.realpath(path)
     relative = os.path.relpath(path)

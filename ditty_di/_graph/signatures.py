@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ditty_di import protocols
-from ditty_di._graph import early
+from ditty_di._graph import early, suggestions
 from ditty_di._graph.targets import SPECIAL, did_you_mean
 
 
@@ -116,6 +116,12 @@ class Signature:
         """The name of the parameter that takes the positional argument at `index`."""
         return self._positional[index].name if index < len(self._positional) else None
 
+    def members(self, argument: str | int) -> set[Any]:
+        """The types in the annotation of a parameter, containers without what is in them; empty
+        when there is no such parameter."""
+        parameter = self._parameter(argument)
+        return set(self._members(parameter)) if parameter is not None else set()
+
     def default(self, name: str) -> Any:
         """The default of a parameter; raises ValueError when it has none."""
         parameter = next((p for p in self._parameters if p.name == name), None)
@@ -136,7 +142,7 @@ class Signature:
             return Misfit(name, f"looks like a misspelling{hint}") if hint else None
         if any(p.name == name for p in self._positional):
             return Misfit(name, "is a positional-only parameter: give it in _args_")
-        return Misfit(name, f"is no parameter of it{did_you_mean(name, known)}")
+        return Misfit(name, f"is no parameter of it{suggestions.parameter(name, known)}")
 
     def _parameter(self, argument: str | int) -> inspect.Parameter | None:
         if isinstance(argument, int):
@@ -153,23 +159,36 @@ class Signature:
         return [slot for member in self._members(parameter) if (slot := _slot(member)) is not None]
 
     def misread(self, argument: str | int, value: Any) -> str:
-        """Why a scalar is certainly not what a parameter annotated int, float or bool means."""
+        """Why a value is certainly not what a parameter annotated int, float, bool or str means."""
         parameter = self._parameter(argument)
-        if parameter is None or isinstance(parameter.default, str):
+        if parameter is None:
             return ""
         members = set(self._members(parameter))
-        if not members & {int, float, bool} or not members <= {int, float, bool, types.NoneType}:
+        numbers = members & {int, float, bool}
+        if members <= {str, types.NoneType} and str in members:
+            return f"is a {type(value).__name__}, and text is wanted" if _holds(value) else ""
+        if not numbers or not members <= {*numbers, types.NoneType}:
             return ""
-        wanted = " or ".join(sorted(m.__name__ for m in members if m is not types.NoneType))
+        if isinstance(parameter.default, str):
+            return ""
+        wanted = " or ".join(sorted(m.__name__ for m in numbers))
+        if _holds(value):
+            return f"is a {type(value).__name__}, and {wanted} is wanted"
         if isinstance(value, str):
             message = f"is the text {value!r}, and {wanted} is wanted"
             try:
                 float(value)
             except ValueError:
-                return message
+                sweep = "; for a sweep over these values add --multirun" if "," in value else ""
+                return f"{message}{sweep}"
             return f"{message}: write it without quotes (from a resolver: ${{oc.decode:...}})"
-        if isinstance(value, float) and float not in members and value.is_integer():
-            return f"is {value!r}, and {wanted} is wanted: write {int(value)}"
+        if isinstance(value, bool) and bool not in members:
+            return f"is {str(value).lower()}, and {wanted} is wanted"
+        if isinstance(value, float) and float not in members:
+            whole = f": write {int(value)}" if value.is_integer() else ""
+            return f"is {value!r}, and {wanted} is wanted{whole}"
+        if value is None and types.NoneType not in members and parameter.default is not None:
+            return f"is null, and {wanted} is wanted"
         return ""
 
     def _members(self, parameter: inspect.Parameter) -> list[Any]:
@@ -184,6 +203,10 @@ class Signature:
             call = fn if hasattr(fn, "__code__") or hasattr(fn, "__func__") else type(fn).__call__
             scopes = [getattr(inspect.unwrap(call), "__globals__", {})]
         return list(_members(parameter.annotation, scopes))
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, dict | list)
 
 
 def _looks_like(known: str, name: str) -> bool:

@@ -14,6 +14,7 @@ from ditty_di.adapters import targets, tied
 from ditty_di.adapters.state import NAME
 from ditty_di.models.coverage import left_out
 from ditty_di.precision.casting import computing_dtype
+from ditty_di.protocols import early_checks
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -27,6 +28,20 @@ _COPIES = {"modules_to_save": "original_module", "ln_tuning_layers": "base_layer
 _STARTS = (True, False, "gaussian", "orthogonal")
 
 
+def _validate(*, config: Any = None) -> None:
+    """Check the numbers of a LoRA configuration's view, where it has such numbers."""
+    given = getattr(config, "arguments", {})
+    rank, dropout = given.get("r"), given.get("lora_dropout")
+    wrong = []
+    if isinstance(rank, int) and rank < 1:
+        wrong.append(f"config.r={rank} must be at least 1, such as 16")
+    if isinstance(dropout, int | float) and not 0 <= dropout < 1:
+        wrong.append(f"config.lora_dropout={dropout} must be at least 0 and below 1")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+@early_checks(validate=_validate)
 def add(model: nn.Module, /, *, config: PeftConfig, dtype: str | None = "float32") -> nn.Module:
     """The model inside a `peft.PeftModel`: its parameters frozen, the adapters trainable.
 

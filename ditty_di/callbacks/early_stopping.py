@@ -24,12 +24,16 @@ class EarlyStopping(Callback):
         ValueError: `patience` below 1, or a trainer without a validator.
     """
 
-    def __init__(self, patience: int = 3, *, min_delta: float = 0.0) -> None:
+    @staticmethod
+    def validate(*, patience: int = 1, min_delta: float = 0.0) -> None:
         if patience < 1 or min_delta < 0:
             raise ValueError(
                 f"EarlyStopping: patience={patience} must be at least 1, and min_delta={min_delta} "
                 f"not negative"
             )
+
+    def __init__(self, patience: int = 3, *, min_delta: float = 0.0) -> None:
+        self.validate(patience=patience, min_delta=min_delta)
         self.patience, self.min_delta = patience, min_delta
         self.best, self.best_step, self.since = math.inf, 0, 0
         self._trainer: Training | None = None

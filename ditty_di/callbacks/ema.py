@@ -36,11 +36,15 @@ class EMA(Callback):
         ValueError: `decay` is not in [0, 1).
     """
 
+    @staticmethod
+    def validate(*, decay: float = 0.0) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"EMA: decay={decay} must be at least 0 and below 1, such as 0.999")
+
     def __init__(
         self, decay: float = 0.999, *, warmup: bool = True, apply_at_end: bool = False
     ) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"EMA: decay={decay} must be at least 0 and below 1, such as 0.999")
+        self.validate(decay=decay)
         self.decay, self.warmup, self.apply_at_end = decay, warmup, apply_at_end
         self.updates = 0
         self._weights: dict[str, Tensor] = {}

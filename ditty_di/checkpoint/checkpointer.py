@@ -46,6 +46,16 @@ class Checkpointer:
         ValueError: `every` or `keep` below 1, or state names that collide.
     """
 
+    @staticmethod
+    def validate(*, every: int | None = None, keep: int | None = None) -> None:
+        wrong = [
+            f"checkpointer.{name}={value}: use 1 or more, or null for no limit"
+            for name, value in (("every", every), ("keep", keep))
+            if value is not None and value < 1
+        ]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+
     def __init__(
         self,
         folder: str | Path,
@@ -57,11 +67,7 @@ class Checkpointer:
         async_save: bool = False,
         load: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
-        for name, value in (("every", every), ("keep", keep)):
-            if value is not None and value < 1:
-                raise ValueError(
-                    f"checkpointer.{name}={value}: use 1 or more, or null for no limit"
-                )
+        self.validate(every=every, keep=keep)
         names = [*states, *rank_states]
         if odd := [name for name in names if "." in name or names.count(name) > 1]:
             raise ValueError(f"checkpointer: state names must be unique and without dots: {odd}")

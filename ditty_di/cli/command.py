@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import functools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ditty_di.cli import searchpath
-from ditty_di.cli.overrides import key_of, merge, normalise, quoted, value_of, without
+from ditty_di.cli.overrides import (
+    argument,
+    key_of,
+    literal,
+    merge,
+    normalise,
+    quoted,
+    unreadable,
+    value_of,
+    without,
+)
 from ditty_di.graph import ConfigError
 from ditty_di.rundir import RunDirectory
 
@@ -25,7 +37,9 @@ class Command:
     """One command line.
 
     `overrides` is all that Hydra composes: a run's own first, then those given now. `run` is the
-    directory given as `run=`, `earlier` tells whether it holds a run.
+    directory given as `run=`, `earlier` tells whether it holds a run. `typed` are the overrides of
+    this command line alone, `as_typed` the same -> before quoting. `unreadable` are those
+    that Hydra can read only as text, in quotes -> as they were typed.
     """
 
     options: list[str] = field(default_factory=list)
@@ -35,6 +49,9 @@ class Command:
     sweep: bool = False
     run: RunDirectory | None = None
     earlier: bool = False
+    typed: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    as_typed: dict[str, str] = field(default_factory=dict)
 
     @property
     def hydra_arguments(self) -> list[str]:
@@ -60,14 +77,21 @@ def parse(arguments: Sequence[str]) -> Command:
     for flag in ("--config-dir", "-cd", "--config-name", "-cn"):
         options = _drop(options, flag)
     sweep = parsed.multirun or value_of(parsed.overrides, "hydra.mode") == "MULTIRUN"
+    config_dirs = [str(Path(parsed.config_dir).absolute())] if parsed.config_dir else []
+    groups = functools.partial(_groups, config_dirs)
+    overrides = normalise(parsed.overrides, sweep=sweep, groups=groups)
+    as_text = unreadable(overrides)
     command = Command(
         options=options,
-        overrides=normalise(parsed.overrides, sweep=sweep),
+        overrides=[as_text.get(override, override) for override in overrides],
+        unreadable={text: typed for typed, text in as_text.items()},
+        as_typed=dict(zip(overrides, parsed.overrides, strict=True)),
         config_name=parsed.config_name or "config",
-        config_dirs=[str(Path(parsed.config_dir).absolute())] if parsed.config_dir else [],
+        config_dirs=config_dirs,
         sweep=sweep,
     )
-    _take_run(command)
+    command.typed = list(command.overrides)
+    _take_run(command, chosen_config=parsed.config_name is not None)
     if not command.earlier:
         _take_experiment(command, chosen_config=parsed.config_name is not None)
     return command
@@ -84,8 +108,13 @@ def _drop(options: list[str], flag: str) -> list[str]:
     return kept
 
 
-def _take_run(command: Command) -> None:
-    """Reads `run=`, and puts what an earlier start of that run was told before what is told now."""
+def _take_run(command: Command, chosen_config: bool) -> None:
+    """Read `run=`, and put what an earlier start of that run was told before what is told now.
+
+    A folder that holds no run is made into one only when the command also says what to run there:
+    an experiment, a task, another choice of a group or `--config-name`. Otherwise `run=` is meant
+    to go on, and a misspelt folder would start the default experiment.
+    """
     given = value_of(command.overrides, "run")
     if given is None:
         return
@@ -97,8 +126,9 @@ def _take_run(command: Command) -> None:
     run = command.run = RunDirectory(given)
     if run.is_run():
         stored = run.read_command()
-        told = without(stored["overrides"], *_ONCE)
-        command.overrides = merge(told, without(command.overrides, "run"))
+        typed = without(command.overrides, "run")
+        command.overrides = merge(without(stored["overrides"], *_ONCE), typed)
+        command.typed = command.overrides[len(command.overrides) - len(typed) :]
         command.config_dirs += [d for d in stored["config_dirs"] if Path(d).is_dir()]
         if command.config_name == "config":
             command.config_name = stored["config_name"]
@@ -110,7 +140,39 @@ def _take_run(command: Command) -> None:
             f"run={given}: this is no run's directory (it has no config.yaml and overrides.yaml) "
             f"and it is not empty, so no new run is put there{hint}"
         )
-    command.overrides.append(f"run={quoted(str(run.path))}")
+    elif not chosen_config and not _chooses(command):
+        raise ConfigError(
+            f"run={run}: there is no such run{nearest(run.path)}\n"
+            f"to start a new run there, say which: +experiment={DEFAULT_EXPERIMENT} "
+            f"{argument('run', str(run))}"
+        )
+    command.overrides = without(command.overrides, "run")
+    command.overrides.append(f"run={quoted(literal(str(run.path)))}")
+
+
+def _groups(config_dirs: Sequence[str]) -> Collection[str]:
+    return searchpath.groups([*searchpath.user_dirs(config_dirs), searchpath.conf_dir()])
+
+
+def _chooses(command: Command) -> bool:
+    """Whether an override chooses from a group."""
+    groups = _groups(command.config_dirs)
+    return any(key_of(o).partition("@")[0] in groups for o in command.overrides)
+
+
+def nearest(path: Path) -> str:
+    """A hint: the runs whose folders are named most like `path`, else the newest run here."""
+    folders = {Path("outputs"), path.parent, path.parent.parent}
+    files = {
+        f for d in folders for depth in ("*", "*/*") for f in d.glob(f"{depth}/overrides.yaml")
+    }
+    runs = {str(RunDirectory(file.parent)): file.stat().st_mtime for file in files}
+    wanted = str(RunDirectory(path))
+    close = difflib.get_close_matches(wanted, runs, 3, 0.7)
+    if close:
+        return f"; the nearest: {', '.join(argument('run', name) for name in close)}"
+    newest = max(runs, key=lambda name: runs[name], default=None)
+    return f"; the newest one here is {argument('run', newest)}" if newest else ""
 
 
 def _take_experiment(command: Command, chosen_config: bool) -> None:

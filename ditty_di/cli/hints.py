@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from ditty_di._graph.suggestions import suggest
 from ditty_di._graph.targets import did_you_mean
 from ditty_di.cli import searchpath
 from ditty_di.cli.command import Command
-from ditty_di.cli.overrides import without
+from ditty_di.cli.overrides import key_of, without
 from ditty_di.graph import ConfigError
 
 
@@ -19,15 +21,35 @@ def explain(error: Exception, command: Command) -> str:
 
     text = str(error).strip()
     if isinstance(error, HydraException):
-        return text.partition("\nConfig search path:")[0] + _hint(text, command)
+        told = text.partition("\nConfig search path:")[0]
+        return re.sub(r"\nSee https://hydra.cc/\S+ for details", "", _hinted(told, command))
     if isinstance(error, ConfigError | OSError):
         return text
     return f"{type(error).__name__}: {text}\n(debug=true shows where)"
 
 
-def _hint(text: str, command: Command) -> str:
+def _hinted(text: str, command: Command) -> str:
     if key := re.search(r"Could not override '([^']+)'", text):
-        return did_you_mean(key[1], _keys(command, key[1])).replace("; ", "\n")
+        folders = [*searchpath.user_dirs(command.config_dirs), searchpath.conf_dir()]
+        if key[1] in searchpath.groups(folders):
+            return (
+                f"{text}\nnothing is chosen in the group {key[1]!r} here: choose with "
+                f"{key[1]}=NAME, or add a node of your own with +{key[1]}={{...}}"
+            )
+        known = [k for k in _keys(command, key[1]) if k != key[1]]
+        hint = suggest(key[1], known).replace("; ", "\n")
+        # without a hint, what Hydra says about adding a key with + stays
+        return text.partition("\nTo append")[0] + hint if hint else text
+    if merged := re.fullmatch(r"Error merging override (\S.*)", text):
+        there, typed = key_of(merged[1]), merged[1].lstrip("+")
+        instead = shlex.join([f"~{there}", f"+{typed}"])
+        return f"{text}\n{there!r} holds something of another kind; to replace it: {instead}"
+    if spaced := re.fullmatch(r"Error parsing override '([^']*)'\nmissing EQUAL.*", text, re.S):
+        return f"{spaced[1]!r} has no value: write KEY=VALUE, without blanks around the ="
+    return text + _hint(text)
+
+
+def _hint(text: str) -> str:
     if choice := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         if choice[1].startswith("hydra/"):
             return "\nis that plugin of Hydra installed? for Optuna: pip install 'ditty_di[optuna]'"

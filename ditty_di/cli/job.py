@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import shutil
@@ -15,10 +16,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ditty_di.cli import environment, searchpath
-from ditty_di.cli.command import Command, patched
-from ditty_di.cli.overrides import value_of, without
-from ditty_di.graph import ConfigError, Graph, difference, provenance
+from ditty_di.cli import environment, ranks, searchpath, texts, unread
+from ditty_di.cli.command import Command, nearest, patched
+from ditty_di.cli.overrides import argument, value_of, without
+from ditty_di.graph import ConfigError, Graph, Problem, difference, provenance
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 
 Launcher = Callable[[str], int]
@@ -31,6 +32,7 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     made when the configuration cannot be used.
     """
     OmegaConf.set_struct(config, False)
+    texts.settle(config, command)
     if OmegaConf.select(config, "task._target_") is None:
         raise ConfigError(
             f"the configuration {command.config_name!r} has no task._target_, so there is nothing "
@@ -46,15 +48,17 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
         else:
             config = _on_top_of(stored, config, command)
     where = provenance(command.config_name, command.overrides)
-    config.allow_targets = _allowed_targets(config, command, where)
-    graph = Graph(config, where, allow_targets=config.allow_targets)
+    config.allow_targets = allowed = _allowed_targets(config, command, where)
+    plain = Graph(config, where, allow_targets=allowed)
+    known = [*unread.problems(plain, config, command), *_outside(plain, config, command)]
+    graph = Graph(config, where, allow_targets=allowed, also=known)
     if OmegaConf.select(config, "task._partial_"):
-        graph.check("task")
-        graph.build("task")(graph)
+        plain.check("task")  # other tasks than check go on with an unread key
+        plain.build("task")(graph)
         return 0
 
     if OmegaConf.select(config, "run") is None:
-        raise ConfigError("this task works on a run: add run=FOLDER" + _newest())
+        raise ConfigError("this task works on a run: add run=FOLDER" + nearest(Path("run")))
     _refuse_unknown_run(command)
     _check(graph, "task", "launcher")
     run = _directory(config, command, resumes)
@@ -87,6 +91,8 @@ def _check(graph: Graph, *roots: str) -> None:
             graph.check(root)
         except ConfigError as error:
             problems.update(dict.fromkeys(error.problems))
+    if not problems:
+        problems = dict.fromkeys(ranks.problems(graph))
     if problems:
         raise ConfigError(problems)
 
@@ -151,16 +157,20 @@ def _refuse_unknown_run(command: Command) -> None:
     if command.run is not None and not command.earlier:
         alone = compose(command.config_name, without(command.overrides, "run"))
         if OmegaConf.select(alone, "run") is None:
-            raise ConfigError(f"run={command.run}: there is no such run" + _newest())
-
-
-def _newest() -> str:
-    """A hint: the newest run that lies where runs lie when nobody says otherwise."""
-    runs = sorted(Path("outputs").glob("*/*/overrides.yaml"), key=lambda f: f.stat().st_mtime)
-    return f"; the newest one here is run={runs[-1].parent}" if runs else ""
+            hint = nearest(command.run.path)
+            raise ConfigError(f"run={command.run}: there is no such run{hint}")
 
 
 # -- the directory ----------------------------------------------------------------------------
+
+
+def _outside(graph: Graph, config: DictConfig, command: Command) -> list[Problem]:
+    """A name that would put a new run anywhere else than below the folder of runs."""
+    if command.run is not None or ".." not in Path(str(OmegaConf.select(config, "run"))).parts:
+        return []
+    key = "name" if ".." in Path(str(config.get("name"))).parts else "run"
+    message = "leads out of the folder of runs: write a name without '..'"
+    return [Problem(key, f"{config[key]} {message}; any folder is run=FOLDER", graph.where(key))]
 
 
 def _directory(config: DictConfig, command: Command, resumes: bool) -> RunDirectory:
@@ -178,13 +188,29 @@ def _directory(config: DictConfig, command: Command, resumes: bool) -> RunDirect
         run = _unused(Path(config.run) / "tasks" / f"{name}-{stamp}")
     else:
         run = _unused(Path(config.run))
-    run.prepare()
+    try:
+        run.prepare()
+    except OSError as error:
+        raise _with_remedy(error, run.path) from error
     return run
+
+
+def _with_remedy(error: OSError, path: Path) -> Exception:
+    """The error, or when nothing may be written there, one that says what to do."""
+    if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return error
+    return ConfigError(
+        f"cannot write in {path}: {error.strerror}; give a folder that can be written, "
+        f"{argument('run', 'FOLDER')} (for a new run with its experiment beside it)"
+    )
 
 
 def _unused(path: Path) -> RunDirectory:
     """`path`, or with a number when another job of the same second has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _with_remedy(error, path.parent) from error
     for number in count(2):
         try:
             path.mkdir()
@@ -207,7 +233,7 @@ def _write(run: RunDirectory, config: DictConfig, graph: Graph, command: Command
 
 def _say_what_next(run: RunDirectory, result: dict[str, Any], *, text: bool) -> None:
     """Where things are, and what can be typed next: only what there is."""
-    command = f"python -m ditty_di run={shlex.quote(str(run))}"
+    command = f"python -m ditty_di {argument('run', str(run))}"
     failed = result["status"] not in GOOD_STATUSES
     trained = any(run.path.glob("checkpoints/*"))
     lines = []
@@ -221,6 +247,8 @@ def _say_what_next(run: RunDirectory, result: dict[str, Any], *, text: bool) -> 
     if not failed and (run.path / "export").is_dir():
         lines.append(f"  exported                {run}/export")
     if not failed and (run.path / "tensorboard").is_dir():
-        lines.append(f"  curves                  tensorboard --logdir {run}/tensorboard")
+        lines.append(
+            f"  curves                  tensorboard --logdir {shlex.quote(f'{run}/tensorboard')}"
+        )
     if lines:
         print("\n".join(lines))

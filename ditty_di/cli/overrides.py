@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from ditty_di.cli import searchpath
 
 _OVERRIDE = re.compile(r"(?P<sign>~|\+\+|\+)?(?P<key>[^=]+)(=(?P<value>.*))?", re.DOTALL)
-_STRUCTURED = re.compile(r"""[\[{'"]|\w+\(""")
+_DOLLAR = re.compile(r"(\\*)\$\{")
+_UNFINISHED = re.compile(r"\s*[\[{]")
+_MAPPING = re.compile(r"\s*\{\s*[\w.]+\s*:")
 
 
 def key_of(override: str) -> str:
@@ -21,9 +27,8 @@ def value_of(overrides: Iterable[str], key: str) -> str | None:
     for override in overrides:
         match = _OVERRIDE.fullmatch(override)
         if match and match["value"] is not None and match["key"].strip() == key:
-            found = match["value"].strip()
-    if found and len(found) > 1 and found[0] == found[-1] and found[0] in "'\"":
-        found = found[1:-1]
+            inside = _unquoted(match["value"].strip())
+            found = match["value"].strip() if inside is None else inside
     return found
 
 
@@ -57,30 +62,140 @@ def quoted(text: str) -> str:
     return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
-def normalise(overrides: Iterable[str], *, sweep: bool) -> list[str]:
-    """`experiment=x` becomes `+experiment=x`; values that are plainly text are quoted."""
+def literal(text: str) -> str:
+    """`text` for a configuration that is to hold it as it is: `${` begins no reference."""
+    return _DOLLAR.sub(r"\1\1\\${", text)
+
+
+def argument(key: str, text: str) -> str:
+    """`key=text` for a shell, so that the command line reads back this very text."""
+    return shlex.quote(
+        f"{key}={text}" if value_of([f"{key}={text}"], key) == text else f"{key}={quoted(text)}"
+    )
+
+
+def typed_text(override: str) -> str | None:
+    """What was typed behind the `=`, without Hydra's quotes if the whole is in quotes; None for a
+    deletion and for null."""
+    match = _OVERRIDE.fullmatch(override)
+    if match is None or match["value"] is None or match["sign"] == "~":
+        return None
+    value = match["value"]
+    if value.strip().lower() == "null":
+        return None
+    inside = _unquoted(value.strip())
+    if inside is None:
+        return value
+    return re.sub(r"(\\*)\\\$\{", lambda m: m[1][: len(m[1]) // 2] + "${", inside)
+
+
+def _unquoted(value: str) -> str | None:
+    """The text of a value that is in quotes as a whole, None when it is not."""
+    if len(value) < 2 or value[0] != value[-1] or value[0] not in "'\"":
+        return None
+    from hydra.core.override_parser.types import QuotedString
+
+    parsed = _parsed(f"x={value}")
+    found = parsed.value() if parsed is not None and not parsed.is_sweep_override() else None
+    return found if isinstance(parsed and parsed._value, QuotedString) else None
+
+
+def _shipped_groups() -> Collection[str]:
+    return searchpath.groups([searchpath.conf_dir()])
+
+
+def normalise(
+    overrides: Iterable[str],
+    *,
+    sweep: bool,
+    groups: Callable[[], Collection[str]] = _shipped_groups,
+) -> list[str]:
+    """`experiment=x` becomes `+experiment=x`; values that are plainly text are quoted.
+
+    `groups` are those of the configuration: what is wrong with a choice, Hydra says itself.
+    """
     return [
         f"+{o}" if o.startswith("experiment=") else o
-        for o in (_quote_text(override, sweep) for override in overrides)
+        for o in (_quote_text(override, sweep, groups) for override in overrides)
     ]
 
 
-def _quote_text(override: str, sweep: bool) -> str:
-    """Quotes what the shell's own quotes have lost: `prompt=Hello, you!` is one string.
+def _quote_text(override: str, sweep: bool, groups: Callable[[], Collection[str]]) -> str:
+    """Quote what Hydra's grammar cannot read, or would take for a list of choices where no sweep is
+    asked for: `prompt=Hello, you!` is one string, and so are `prompt=f(x)` and `data.path=a,b`.
 
-    Only where Hydra could not read the value, or would take a sentence for a list of choices;
-    lists, mappings, function calls and quoted strings are left to Hydra and its messages.
+    Of a list, the elements: `special_tokens=[<|x|>]`. A bracket that is never closed, or a mapping,
+    is left to Hydra and its messages.
     """
+    key, equals, value = override.partition("=")
+    if not equals or override.startswith("~"):
+        return override
+    parsed = _parsed(override)
+    if parsed is not None:
+        if sweep or not parsed.is_sweep_override() or key_of(override) in groups():
+            return override
+    elif _UNFINISHED.match(value) and _closing(value.strip()) is None:
+        return override
+    elif (elements := _elements(value.strip())) is not None:
+        inside = ",".join(e if _parsed(f"x={e}") is not None else quoted(e) for e in elements)
+        if _parsed(f"{key}=[{inside}]") is not None:
+            return f"{key}=[{inside}]"
+    elif _MAPPING.match(value):
+        return override
+    return f"{key}={quoted(literal(value) if _broken(value) else value)}"
+
+
+def unreadable(overrides: Iterable[str]) -> dict[str, str]:
+    """What Hydra cannot read as it is -> the same with its value in quotes."""
+    return {
+        o: f"{o.partition('=')[0]}={quoted(literal(o.partition('=')[2]))}"
+        for o in overrides
+        if "=" in o and not o.startswith("~") and _parsed(o) is None
+    }
+
+
+def _parsed(override: str) -> Any:
+    """Hydra's reading of an override, None when it cannot read it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    key, equals, value = override.partition("=")
-    if not equals or _STRUCTURED.match(value):
-        return override
     try:
-        parsed = OverridesParser.create().parse_override(override)
-        if sweep or not parsed.is_sweep_override() or not re.search(r"\s", value):
-            return override
+        return OverridesParser.create().parse_override(override)
     except HydraException:
-        pass
-    return f"{key}={quoted(value)}"
+        return None
+
+
+def _broken(value: str) -> bool:
+    """Whether `${` in a value is no reference that OmegaConf can read."""
+    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.grammar_parser import parse
+
+    try:
+        parse(value)
+        return False
+    except OmegaConfBaseException:
+        return True
+
+
+def _closing(value: str) -> int | None:
+    """Where the bracket that a value begins with is closed; None when it never is."""
+    depth = 0
+    for n, letter in enumerate(value):
+        depth += (letter in "[{(") - (letter in "]})")
+        if depth == 0:
+            return n
+    return None
+
+
+def _elements(value: str) -> list[str] | None:
+    """What is between the commas of `[a, b]`, None when the value is no such list."""
+    if not value.startswith("[") or _closing(value) != len(value) - 1:
+        return None
+    elements, depth = [""], 0
+    for letter in value[1:-1]:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0:
+            elements.append("")
+        else:
+            elements[-1] += letter
+    return [element.strip() for element in elements]

@@ -22,7 +22,8 @@ ditty_di trains PyTorch models from a graph of constructors, written in YAML or 
     python -m ditty_di launcher.nproc=2             two ranks on this machine
 
 A task says what to do ('train' when none is given). run=FOLDER names a run's directory; where
-it holds a run already, that run's configuration is the base, and what is typed changes it.
+it holds a run already, that run's configuration is the base, and what is typed changes it. A new
+directory of that name needs an experiment or another choice beside it.
 
 {tasks}
 

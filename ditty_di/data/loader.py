@@ -16,6 +16,7 @@ import numpy as np
 
 from ditty_di import parent_death, stop_signals
 from ditty_di.data.order import Order
+from ditty_di.protocols import early_checks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +71,12 @@ class Loader:
     micro-batch when the last would need filling up and its labels do not allow it.
     """
 
+    @staticmethod
+    def validate(*, batch_size: int = 1, seed: int = 0, num_workers: int = 0) -> None:
+        _require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
+        _require(seed >= 0, f"seed={seed} must not be negative")
+        _require(num_workers >= 0, f"num_workers={num_workers} must not be negative")
+
     def __init__(
         self,
         dataset: Dataset,
@@ -89,9 +96,7 @@ class Loader:
     ) -> None:
         rows = len(dataset)
         _require(rows > 0, "the dataset has no rows")
-        _require(batch_size >= 1, f"batch_size={batch_size} must be at least 1")
-        _require(seed >= 0, f"seed={seed} must not be negative")
-        _require(num_workers >= 0, f"num_workers={num_workers} must not be negative")
+        self.validate(batch_size=batch_size, seed=seed, num_workers=num_workers)
         _require(
             0 <= dp_rank < dp_world_size,
             f"dp_rank={dp_rank} must be at least 0 and below dp_world_size={dp_world_size}",
@@ -248,6 +253,24 @@ class _Filled:
         return None if index == _FILLING else self._dataset[index]
 
 
+def _validate_horizon(*, steps: Any = ..., epochs: Any = ..., global_batch_size: Any = ...) -> None:
+    """Raise ValueError for what is known to be wrong; `...` is not known."""
+    if ... not in (steps, epochs) and (steps is None) == (epochs is None):
+        given = "neither is" if steps is None else f"steps={steps} and epochs={epochs} are"
+        raise ValueError(f"give exactly one of steps and epochs ({given} given; null unsets one)")
+    if isinstance(steps, int):
+        _require(steps >= 1, f"steps={steps} must be at least 1")
+    if isinstance(epochs, int | float):
+        _require(math.isfinite(epochs) and epochs > 0, f"epochs={epochs} must be above 0")
+        if global_batch_size is None:
+            raise ValueError(f"epochs={epochs} need a global_batch_size to be counted in steps")
+    if isinstance(global_batch_size, int):
+        _require(
+            global_batch_size >= 1, f"global_batch_size={global_batch_size} must be at least 1"
+        )
+
+
+@early_checks(validate=_validate_horizon)
 def horizon(
     *,
     steps: int | None = None,
@@ -261,16 +284,10 @@ def horizon(
 
     Raises `ValueError` unless exactly one of `steps` and `epochs` is given.
     """
-    if (steps is None) == (epochs is None):
-        given = "neither is" if steps is None else f"steps={steps} and epochs={epochs} are"
-        raise ValueError(f"give exactly one of steps and epochs ({given} given; null unsets one)")
+    _validate_horizon(steps=steps, epochs=epochs, global_batch_size=global_batch_size)
     if steps is not None:
-        _require(steps >= 1, f"steps={steps} must be at least 1")
         return steps
-    assert epochs is not None
-    if global_batch_size is None:
-        raise ValueError(f"epochs={epochs} need a global_batch_size to be counted in steps")
-    _require(global_batch_size >= 1, f"global_batch_size={global_batch_size} must be at least 1")
+    assert epochs is not None and global_batch_size is not None
     _require(len(dataset) > 0, "the dataset has no rows")
     return -(-_rows_in(epochs, len(dataset)) // global_batch_size)
 

@@ -79,6 +79,13 @@ class Packed:
     Raises `ValueError` for them, and when no example is left.
     """
 
+    @staticmethod
+    def validate(*, seq_len: int = 1, overlong: str = "error") -> None:
+        if seq_len < 1:
+            raise ValueError(f"seq_len={seq_len} must be at least 1")
+        if overlong not in OVERLONG_CHOICES:
+            raise ValueError(f"overlong={overlong!r} must be one of {', '.join(OVERLONG_CHOICES)}")
+
     def __init__(
         self,
         examples: RaggedRows,
@@ -89,10 +96,7 @@ class Packed:
         seed: int = 0,
         overlong: str = "error",
     ) -> None:
-        if seq_len < 1:
-            raise ValueError(f"seq_len={seq_len} must be at least 1")
-        if overlong not in OVERLONG_CHOICES:
-            raise ValueError(f"overlong={overlong!r} must be one of {', '.join(OVERLONG_CHOICES)}")
+        self.validate(seq_len=seq_len, overlong=overlong)
         self.examples, self.seq_len = examples, seq_len
         self.pad_id, self.ignore_index = pad_id or 0, ignore_index
         chosen = OVERLONG_CHOICES[overlong](np.asarray(examples.lengths), seq_len)

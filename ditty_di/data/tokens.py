@@ -113,11 +113,15 @@ class TokenDataset:
 
     contract = "-> input:2:i64 | ctx.target:2:i64"  # of a micro-batch
 
+    @staticmethod
+    def validate(*, seq_len: int = 1) -> None:
+        if seq_len < 1:
+            raise ValueError(f"seq_len={seq_len} must be at least 1")
+
     def __init__(
         self, tokens: np.ndarray, seq_len: int, pad_id: int = 0, ignore_index: int = -100
     ) -> None:
-        if seq_len < 1:
-            raise ValueError(f"seq_len={seq_len} must be at least 1")
+        self.validate(seq_len=seq_len)
         if len(tokens) < 2:
             raise ValueError(
                 f"{len(tokens)} tokens make no row: at least 2 are needed, one to read and one to "

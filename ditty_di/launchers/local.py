@@ -39,9 +39,13 @@ class Local:
         ValueError: `nproc` is less than one.
     """
 
-    def __init__(self, nproc: int | None = None, grace_seconds: float = 300.0) -> None:
+    @staticmethod
+    def validate(*, nproc: int | None = None) -> None:
         if nproc is not None and nproc < 1:
             raise ValueError(f"launcher.nproc={nproc}: give the number of ranks (null: one a GPU)")
+
+    def __init__(self, nproc: int | None = None, grace_seconds: float = 300.0) -> None:
+        self.validate(nproc=nproc)
         self.nproc = nproc
         self.grace_seconds = grace_seconds
 

@@ -55,6 +55,11 @@ class Metrics:
     rank's peak since the start; on a CPU `memory_gib` is the resident peak of the process).
     """
 
+    @staticmethod
+    def validate(*, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"metrics: every must be a number of steps, at least 1; got {every}")
+
     def __init__(
         self,
         writers: Sequence[Writer] | Mapping[str, Writer | None] = (),
@@ -63,8 +68,7 @@ class Metrics:
         attention_flops_per_token: float = 0.0,
         peak_flops: float | None = None,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"metrics: every must be a number of steps, at least 1; got {every}")
+        self.validate(every=every)
         listed = writers.values() if isinstance(writers, Mapping) else writers
         self.writers = [writer for writer in listed if writer is not None]
         self.every = every

@@ -50,6 +50,12 @@ class Validator:
     tell what training has changed.
     """
 
+    @staticmethod
+    def validate_arguments(*, every: int = 1, max_batches: int | None = None) -> None:
+        for name, number in (("every", every), ("max_batches", max_batches)):
+            if number is not None and number < 1:
+                raise ValueError(f"validator: {name} must be at least 1; got {number}")
+
     def __init__(
         self,
         dataloader: DataLoader | DataLoaderFactory,
@@ -65,9 +71,7 @@ class Validator:
         runtime: Runtime,
         prepare: Callable[[Batch], Batch | None] = _as_it_is,
     ) -> None:
-        for name, number in (("every", every), ("max_batches", max_batches)):
-            if number is not None and number < 1:
-                raise ValueError(f"validator: {name} must be at least 1; got {number}")
+        self.validate_arguments(every=every, max_batches=max_batches)
         self.dataloader = dataloader
         self.every, self.max_batches = every, max_batches
         self.baselines, self.perplexity, self.first = dict(baselines or {}), perplexity, first

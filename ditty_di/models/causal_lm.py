@@ -6,6 +6,9 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ditty_di.models.files import validate_pretrained
+from ditty_di.protocols import early_checks
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
@@ -55,6 +58,7 @@ def from_config(
     )
 
 
+@early_checks(validate=validate_pretrained)
 def from_pretrained(
     path: str | os.PathLike[str],
     *,

@@ -197,3 +197,20 @@ def _explained(path: str, revision: str | None) -> Iterator[None]:
             f"the hub at {constants.ENDPOINT} answered {error.response.status_code} for {path}; "
             f"try again later"
         ) from error
+
+
+def validate_pretrained(
+    *, path: Any = None, revision: str | None = None, dtype: str = "float32"
+) -> None:
+    """Raise ValueError for a folder that does not exist or a name that is no dtype."""
+    from ditty_di.models._hugging_face import _dtype
+
+    if isinstance(path, str):
+        try:
+            ModelFiles(path, revision)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"path={path}: {error}; write a folder that save_pretrained wrote, or the hub's "
+                "user/name"
+            ) from error
+    _dtype(dtype)

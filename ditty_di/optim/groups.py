@@ -19,6 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ditty_di.optim import trial
+from ditty_di.protocols import early_checks
+
 NamedParameters = Iterable[tuple[str, Tensor]]
 
 
@@ -120,6 +123,13 @@ def _some(names: Sequence[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def _validate_grouped(*, optimizer: Any = None, lr: Any = None) -> None:
+    wrong = trial.complaints(optimizer, "optimizer.", **_rate(lr))
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+@early_checks(validate=_validate_grouped)
 def grouped(
     named_parameters: NamedParameters,
     /,

@@ -15,6 +15,7 @@ own initial learning rate (its peak), so groups with rates of their own keep the
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from ditty_di.data.loader import horizon
+from ditty_di.protocols import early_checks
 
 #: A decay's shape: progress in [0, 1] -> 1 at progress 0, falling to 0 at progress 1.
 Shape = Callable[[float], float]
@@ -177,6 +181,40 @@ def _check(*, total_steps: int, floor: float = 0.0, **phases: int) -> None:
         )
 
 
+def _validate(
+    *,
+    total_steps: Any = None,
+    floor: Any = 0.0,
+    warmup_steps: Any = 0,
+    decay_steps: Any = 0,
+    cooldown_steps: Any = 0,
+) -> None:
+    """Check the phases that are known before anything is built (`ditty_di.graph.View`)."""
+    total = _known(total_steps)
+    known = {"warmup_steps": warmup_steps, "decay_steps": decay_steps}
+    known["cooldown_steps"] = cooldown_steps
+    phases = {name: steps for name, value in known.items() if (steps := _known(value))}
+    if total is not None and total < 1:  # which is said where the number of steps is given
+        return
+    lowest = floor if isinstance(floor, int | float) else 0.0
+    _check(total_steps=sys.maxsize if total is None else total, floor=lowest, **phases)  # type: ignore[arg-type]
+
+
+def _known(value: Any) -> int | float | None:
+    """A number of steps; of a view, what it would come to: the run's `steps`, or arithmetic."""
+    if isinstance(value, int | float):
+        return value
+    arguments = getattr(value, "arguments", {})
+    if getattr(value, "target", None) is horizon:
+        return _known(arguments.get("steps"))
+    if getattr(getattr(value, "target", None), "__module__", "") == "_operator":
+        numbers = [_known(argument) for argument in arguments.values()]
+        if None not in numbers:
+            return _known(value.target(*numbers))
+    return None
+
+
+@early_checks(validate=_validate)
 def constant(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0) -> Schedule:
     """Warm-up, then each group's initial rate for good (also past `total_steps`).
 
@@ -189,6 +227,7 @@ def constant(optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0) -
     )
 
 
+@early_checks(validate=_validate)
 def wsd(
     optimizer: Optimizer,
     *,
@@ -224,6 +263,7 @@ def _decay_after_warmup(
     )
 
 
+@early_checks(validate=_validate)
 def linear(
     optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, floor: float = 0.0
 ) -> Schedule:
@@ -235,6 +275,7 @@ def linear(
     return _decay_after_warmup(optimizer, total_steps, warmup_steps, floor, linear_decay)
 
 
+@early_checks(validate=_validate)
 def cosine(
     optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, floor: float = 0.0
 ) -> Schedule:
@@ -246,6 +287,7 @@ def cosine(
     return _decay_after_warmup(optimizer, total_steps, warmup_steps, floor, cosine_decay)
 
 
+@early_checks(validate=_validate)
 def exponential(
     optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, floor: float = 0.0
 ) -> Schedule:
@@ -259,6 +301,7 @@ def exponential(
     return _decay_after_warmup(optimizer, total_steps, warmup_steps, floor, exponential_decay)
 
 
+@early_checks(validate=_validate)
 def power(
     optimizer: Optimizer,
     *,
@@ -320,6 +363,7 @@ def power(
     return Schedule(optimizer, law)
 
 
+@early_checks(validate=_validate)
 def infinite(
     optimizer: Optimizer,
     *,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ditty_di.cli import ranks
 from ditty_di.graph import (
     ConfigError,
     Difference,
@@ -34,7 +35,9 @@ def check(
     Raises:
         ConfigError: everything that is wrong, one line each.
     """
-    checked = graph.check(root)
+    checked = graph.check(root, *(["launcher"] if "launcher" in graph else []))
+    if divided := ranks.problems(graph, root):
+        raise ConfigError(divided)
     print(f"ok: {len(checked.nodes)} nodes from {root}, each imported and its arguments bound")
     for key, protocol in checked.slots.items():
         print(f"  {key} fits the slot that completes it: {protocol}")

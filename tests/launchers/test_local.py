@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def test_two_ranks_share_a_directory_and_rank_0_has_the_console(folder: Folder) -> None:
-    out, err = folder(TWO, "run=mine")
+    out, err = folder(TWO, "task=finish", "run=mine")
     assert out.count("rank 0 says 1.0") == 1 and "rank 1" not in out
     assert err == ""
     logs = folder.path / "mine/logs"
