@@ -19,6 +19,8 @@ def train(
     Returns what the trainer does: `status` ("finished" or "preempted"), `step`, `objective`, ...,
     and what the export returned.
     """
+    if prepare := getattr(export, "prepare", None):
+        prepare(trainer.model_parts)  # what it needs is tried before the training, not after
     result = trainer.train()
     if trainer.runtime.rank == 0:
         reports = [trainer.validator.report()] if trainer.validator else []
