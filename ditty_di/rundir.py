@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class RunDirectory:
     environment.json  versions, hardware, git commit
     result.json       how it ended; absent while it runs
     logs/             rank-N.log, launcher.log, error-rank-N.json of ranks that failed
+    .next/            configuration of a start that has not loaded its checkpoint yet
     stop              while this file exists, every rank stops at its next step
     """
 
@@ -37,6 +39,7 @@ class RunDirectory:
         self.result = self.path / "result.json"
         self.logs = self.path / "logs"
         self.stop = self.path / "stop"
+        self.next = self.path / ".next"
         self._lock: Any = None
 
     def __str__(self) -> str:
@@ -61,6 +64,8 @@ class RunDirectory:
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         self._take()
+        if (self.next / "loaded").exists():
+            self.adopt()
         for stale in (self.stop, self.result, *self.logs.glob("error-rank-*.json")):
             stale.unlink(missing_ok=True)
 
@@ -86,6 +91,34 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    # -- a start that goes on with the run, until it has loaded its checkpoint ------------------
+
+    def stage(self) -> RunDirectory:
+        """Where such a start writes its configuration: empty, and beside the run's own."""
+        shutil.rmtree(self.next, ignore_errors=True)
+        self.next.mkdir()
+        return RunDirectory(self.next)
+
+    @property
+    def to_build(self) -> Path:
+        """The configuration that ranks build now."""
+        staged = self.next / self.resolved.name
+        return staged if staged.exists() else self.resolved
+
+    def adopt(self) -> None:
+        """Make what was staged the run's own, if anything was."""
+        if not self.next.is_dir():
+            return
+        done = self.next / "loaded"  # a start that dies from here on is finished by the next one
+        done.touch()
+        for file in sorted(self.next.iterdir()):
+            if file != done:
+                os.replace(file, self.path / file.name)
+        self.unstage()
+
+    def unstage(self) -> None:
+        shutil.rmtree(self.next, ignore_errors=True)
 
     def write_command(self, overrides: list[str], config_name: str, config_dirs: list[str]) -> None:
         command = {

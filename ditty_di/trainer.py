@@ -118,6 +118,7 @@ class Trainer(Stepping):
         self.step = self.ntokens_seen = 0
         self.objective: float | None = None
         self.objective_step: int | None = None
+        self.steps_before: int | None = None
         self.last_loss: float | None = None
         self.stopped: str | None = None
 
@@ -286,6 +287,12 @@ class Trainer(Stepping):
                 )
             else:
                 log.info("resumed after step %d of %d", self.step, steps)
+                if self.steps_before not in (None, steps):
+                    log.info(
+                        "the run had steps=%s before; its learning rate goes on at %.3g",
+                        self.steps_before,
+                        self.lr_schedulers.get_metrics()["lr"],
+                    )
 
     def _try_what_comes_later(self) -> None:
         """What would fail after steps that were paid for fails before the first.
@@ -469,10 +476,13 @@ class Trainer(Stepping):
             "skipped_steps": self.skips.skipped,
             "objective": self.objective,
             "objective_step": self.objective_step,
+            "steps": self.config.training.steps,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step, self.skips.skipped = state_dict["step"], state_dict["skipped_steps"]
         self.ntokens_seen = state_dict["tokens_seen"] // self.runtime.dp_world_size
         self.objective = state_dict["objective"]
-        self.objective_step = state_dict.get("objective_step", self.step)  # of earlier versions
+        # Earlier versions have neither of these.
+        self.objective_step = state_dict.get("objective_step", self.step)
+        self.steps_before = state_dict.get("steps")

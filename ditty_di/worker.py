@@ -39,7 +39,7 @@ def main(run_dir: str | Path) -> int:
     log = run.logs / f"rank-{rank}.log"
     with Console(log, show=rank == 0) as console, _sigterm_interrupts():
         try:
-            graph = Graph.load(run.resolved)
+            graph = Graph.load(run.to_build)
             result = {"status": "finished"} | (graph.build("task") or {})
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             failure = _describe(error) | {"rank": rank, "seconds": time.time() - started}

@@ -161,8 +161,15 @@ class Metrics:
 
     def close(self) -> None:
         """Closes every writer. One that fails is named in a warning: the training is over."""
-        self._write(lambda writer: writer.close())
-        self._active = []
+        writers, self._active = self._active, []
+        for writer in writers:
+            try:
+                writer.close()
+            except Exception as error:
+                logger.warning("could not close the metrics writer %s", writer, exc_info=True)
+                self._left_out.append(
+                    f"the end of {_name(writer)} ({type(error).__name__}: {error})"
+                )
         if self._left_out:
             logger.warning("metrics are incomplete: without %s", "; ".join(self._left_out))
             self._left_out = []

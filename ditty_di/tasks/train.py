@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ditty_di.rundir import RunDirectory
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -12,16 +14,24 @@ if TYPE_CHECKING:
 
 
 def train(
-    trainer: Trainer, export: Callable[[list[nn.Module]], dict[str, Any] | None] | None = None
+    trainer: Trainer,
+    export: Callable[[list[nn.Module]], dict[str, Any] | None] | None = None,
+    run: str | None = None,
 ) -> dict[str, Any]:
     """Trains to the end, or until asked to stop; then `export(model_parts)` if it got to the end.
 
     Returns what the trainer does: `status` ("finished" or "preempted"), `step`, `objective`, ...,
-    and what the export returned.
+    and what the export returned. The configuration of a resumed `run` (a run directory) becomes
+    the run's own once the checkpoint is loaded.
     """
     if prepare := getattr(export, "prepare", None):
         prepare(trainer.model_parts)  # what it needs is tried before the training, not after
-    result = trainer.train()
+
+    def restored() -> None:
+        if run is not None and trainer.runtime.rank == 0:
+            RunDirectory(run).adopt()
+
+    result = trainer.train(restored=restored)
     if trainer.runtime.rank == 0:
         reports = [trainer.validator.report()] if trainer.validator else []
         for report in filter(None, reports + trainer.callbacks.reports()):
