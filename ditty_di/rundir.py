@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,14 @@ class RunDirectory:
         _replace(file, text)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        _replace(self.result, json.dumps(_plain(result), indent=2) + "\n")
+        """Write `result.json`; on the console what it would hold, where it cannot be written."""
+        text = json.dumps(_plain(result), indent=2)
+        try:
+            _replace(self.result, text + "\n")
+        except OSError as error:
+            print(
+                f"{self.result} cannot be written ({error}); it would be\n{text}", file=sys.stderr
+            )
 
     def read_result(self) -> dict[str, Any] | None:
         return _read_json(self.result)
@@ -166,8 +174,12 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 def _replace(file: Path, text: str) -> None:
     """Writes aside and renames: a reader sees the old file or the new one, never half of one."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, file)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _plain(value: Any) -> Any:

@@ -98,7 +98,10 @@ def _debug(run: RunDirectory) -> bool:
 def _report(run: RunDirectory, failure: dict[str, Any], debug: bool) -> None:
     if not debug:
         del failure["traceback"]
-    first = run.write_error(failure)
+    try:
+        first = run.write_error(failure)
+    except OSError:  # a full disk may be what failed
+        first = True
     if first and LAUNCHED not in os.environ:
         say(run, failure)
 

@@ -65,6 +65,8 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
         _write(run.stage() if staged else run, config, graph, command)
         code = (launcher or graph.build("launcher"))(str(run.path))
         result = run.read_result()
+        if result is None and code == 0:
+            result = {"status": "finished"}  # it could not be written, and was said instead
         if result is None:
             result = {"status": "failed", "error": f"no rank said why; exit code {code}"}
             run.write_result(result)
