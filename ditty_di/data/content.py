@@ -99,10 +99,10 @@ def array_digest(array: np.ndarray, block: int = 1 << 20, blocks: int = 1024) ->
     digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
     if flat.nbytes <= block * blocks:
         for start in range(0, flat.nbytes, block):
-            digest.update(flat[start : start + block])
+            digest.update(flat[start : start + block].data)
     else:
         for start in np.linspace(0, flat.nbytes - block, blocks, dtype=np.int64):
-            digest.update(flat[start : start + block])
+            digest.update(flat[start : start + block].data)
     return digest.hexdigest()
 
 
