@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import MappingProxyType
@@ -291,12 +292,14 @@ class Checkpointer:
         """
         doing = f"looking for checkpoints in {self.folder}"
         while (found := self._together(doing, self._first(self._newest))[0]) is not None:
-            mine = sorted(found[1].digests)[self._rank :: self._world_size]
-            problems = self._together(doing, lambda found=found, mine=mine: _damage(*found, mine))
+            checkpoint, manifest = found
+            mine = sorted(manifest.digests)[self._rank :: self._world_size]
+            problems = self._together(doing, partial(_damage, checkpoint, manifest, mine))
             problem = next(filter(None, problems), None)
             if problem is None:
-                return found
-            self._first(lambda p=problem: folders.pass_over_damaged(found[0], p, self._damaged))()
+                return checkpoint, manifest
+            if self._rank == 0:
+                folders.pass_over_damaged(checkpoint, problem, self._damaged)
         return None
 
     def _newest(self) -> tuple[Path, Manifest] | None:
