@@ -179,6 +179,7 @@ def place_checkpointer(
         ValueError: the loader cannot say where in the data it is.
     """
     from ditty_di.checkpoint import states
+    from ditty_di.data.content import DataContent
 
     require_state(dataloader)
     holds: dict[str, Any] = {
@@ -186,6 +187,7 @@ def place_checkpointer(
         "optimizer": states.OptimizerState(optimizer),
         "lr_scheduler": states.SchedulerState(lr_scheduler),
         "data": dataloader,
+        "content": DataContent(dataloader),
         "train_state": train_state,
     }
     if isinstance(loss_fn, nn.Module) and loss_fn.state_dict():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
@@ -44,10 +45,12 @@ class Console:
         sys.stdout, sys.stderr = self._before
         for tee in self._tees:
             tee.detach()
-        self.log.close()
+        with contextlib.suppress(OSError):
+            self.log.close()
 
     def log_only(self, text: str) -> None:
-        self.log.write(text)
+        with contextlib.suppress(OSError):  # a full disk
+            self.log.write(text)
 
 
 class Tee:
@@ -72,13 +75,17 @@ class Tee:
             *done, line = (self._line + text).split("\n")
             # A bar that is redrawn for hours never ends its line: only its last state matters.
             self._line = _last_drawn(line)
-            self._file.writelines(_last_drawn(line) + "\n" for line in done)
+            try:
+                self._file.writelines(_last_drawn(line) + "\n" for line in done)
+            except OSError:  # such as a full disk, which must not end what is being said
+                self._file = None
         return len(text)
 
     def detach(self) -> None:
         """Lets go of the file; a library that kept this stream can go on writing."""
         if self._file is not None and self._line:
-            self._file.write(self._line + "\n")
+            with contextlib.suppress(OSError):
+                self._file.write(self._line + "\n")
         self._file = None
 
     def flush(self) -> None:

@@ -8,6 +8,8 @@ import os
 import platform
 import re
 import shlex
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ class RunDirectory:
     environment.json  versions, hardware, git commit
     result.json       how it ended; absent while it runs
     logs/             rank-N.log, error-rank-N.json of ranks that failed
+    .next/            configuration of a start that has not loaded its checkpoint yet
     stop              while this file exists, every rank stops at its next step
     .lock             locked by the launcher and all ranks, whose process ids it lists
     """
@@ -45,6 +48,7 @@ class RunDirectory:
         self.logs = self.path / "logs"
         self.stop = self.path / "stop"
         self._lock_file = self.path / ".lock"
+        self.next = self.path / ".next"
         self._lock: Any = None
 
     def __str__(self) -> str:
@@ -84,6 +88,8 @@ class RunDirectory:
         """
         self.logs.mkdir(parents=True, exist_ok=True)
         self._take()
+        if (self.next / "loaded").exists():
+            self.adopt()
         for stale in (self.stop, self.result, *self.logs.glob("error-rank-*.json")):
             stale.unlink(missing_ok=True)
 
@@ -164,6 +170,34 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
+    # -- a start that goes on with the run, until it has loaded its checkpoint ------------------
+
+    def stage(self) -> RunDirectory:
+        """Where such a start writes its configuration: empty, and beside the run's own."""
+        shutil.rmtree(self.next, ignore_errors=True)
+        self.next.mkdir()
+        return RunDirectory(self.next)
+
+    @property
+    def to_build(self) -> Path:
+        """The configuration that ranks build now."""
+        staged = self.next / self.resolved.name
+        return staged if staged.exists() else self.resolved
+
+    def adopt(self) -> None:
+        """Make what was staged the run's own, if anything was."""
+        if not self.next.is_dir():
+            return
+        done = self.next / "loaded"  # a start that dies from here on is finished by the next one
+        done.touch()
+        for file in sorted(self.next.iterdir()):
+            if file != done:
+                os.replace(file, self.path / file.name)
+        self.unstage()
+
+    def unstage(self) -> None:
+        shutil.rmtree(self.next, ignore_errors=True)
+
     def write_command(self, overrides: list[str], config_name: str, config_dirs: list[str]) -> None:
         command = {
             "config_name": config_name,
@@ -180,7 +214,14 @@ class RunDirectory:
         _replace(file, text)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        _replace(self.result, json.dumps(_plain(result), indent=2) + "\n")
+        """Write `result.json`; on the console what it would hold, where it cannot be written."""
+        text = json.dumps(_plain(result), indent=2)
+        try:
+            _replace(self.result, text + "\n")
+        except OSError as error:
+            print(
+                f"{self.result} cannot be written ({error}); it would be\n{text}", file=sys.stderr
+            )
 
     def read_result(self) -> dict[str, Any] | None:
         return _read_json(self.result)
@@ -223,8 +264,12 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 def _replace(file: Path, text: str) -> None:
     """Writes aside and renames: a reader sees the old file or the new one, never half of one."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, file)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _plain(value: Any) -> Any:

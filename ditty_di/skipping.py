@@ -38,24 +38,32 @@ class SkipBudget:
         Raises:
             FloatingPointError: the budget is used up.
         """
+        overflow = self.scaler.is_enabled() and bool(counts.any())
+        scale = self.scaler.get_scale()
+        # The scaler's business, down to the smallest scale.
+        lowers = overflow and math.isfinite(values["loss"]) and scale >= _SMALLEST_SCALE
+        if not lowers:
+            message = self._message(step, values, counts, micro_batches)
+            # Before anything is changed: the step can be undone.
+            if self.skipped >= self.allowed:
+                raise FloatingPointError(
+                    f"{message}; nothing was updated. trainer.max_skipped_steps="
+                    f"{self.skipped + 1} would pass over it"
+                )
+            self.skipped += 1
+            log.warning("%s; skipped %d of %d", message, self.skipped, self.allowed)
         if self.scaler.is_enabled():
             # Every rank sets the scale, also one whose own shard of the gradient was finite.
-            scale, overflow = self.scaler.get_scale(), bool(counts.any())
             factor = self.scaler.get_backoff_factor() if overflow else 1.0
             self.scaler.update(new_scale=scale * factor)
             if overflow:  # it grows again after as many good steps as ever
                 self.scaler.load_state_dict({**self.scaler.state_dict(), "_growth_tracker": 0})
-                if math.isfinite(values["loss"]) and scale >= _SMALLEST_SCALE:
-                    return  # the scaler's business
-        self.skipped += 1
+
+    def _message(
+        self, step: int, values: dict[str, float], counts: Tensor, micro_batches: int
+    ) -> str:
         what = f"is not finite: {values}" if counts.any() else "has no label to learn from"
         rows = (
             self._last_rows(micro_batches) if self._last_rows else "that the loader does not name"
         )
-        message = f"step {step} {what} (rank {self.rank} had rows {rows})"
-        if self.skipped > self.allowed:
-            raise FloatingPointError(
-                f"{message}; nothing was updated. trainer.max_skipped_steps="
-                f"{self.skipped} would pass over it"
-            )
-        log.warning("%s; skipped %d of %d", message, self.skipped, self.allowed)
+        return f"step {step} {what} (rank {self.rank} had rows {rows})"

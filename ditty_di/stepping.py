@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -25,9 +26,16 @@ if TYPE_CHECKING:
     from ditty_di.parallelize.pipeline import AlikeOnStages, Parts
     from ditty_di.processors import Processors
     from ditty_di.protocols import Batch
+    from ditty_di.rescue import StepBoundary
     from ditty_di.runtime import Runtime
     from ditty_di.skipping import SkipBudget
     from ditty_di.window import Windows
+
+
+log = logging.getLogger(__name__)
+
+#: Steps with a gradient norm of exactly 0 after which a warning is due.
+ZERO_GRADIENTS = 10
 
 
 class Stepping(torchtitan.trainer.Trainer):
@@ -46,9 +54,11 @@ class Stepping(torchtitan.trainer.Trainer):
     shares: Shares
     alike_on_stages: AlikeOnStages
     skips: SkipBudget
+    boundary: StepBoundary
     grad_scaler: torch.amp.GradScaler
     max_norm: float
     last_loss: float | None
+    zero_gradients = 0
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """The model's output for one micro-batch of inputs, moved to the device."""
@@ -76,7 +86,9 @@ class Stepping(torchtitan.trainer.Trainer):
         learning_rates = self.lr_schedulers.get_metrics()
         self.shares.clear()
         values = self._learn(window, counts) if window else {}
+        self.boundary.changed = "the update of the learning rate failed"
         self.lr_schedulers.step()
+        self.boundary.changed, self.boundary.in_step = None, False
         if self.metrics_processor.should_log(self.step):
             # A loss may call a metric of its own as one of these: theirs count.
             values = self.shares.metrics() | self.windows.get_metrics() | learning_rates | values
@@ -100,12 +112,26 @@ class Stepping(torchtitan.trainer.Trainer):
         if counts.any() and all(map(math.isfinite, values.values())):
             if self.checkpointer:
                 self.checkpointer.maybe_wait_for_staging()
+            self.boundary.changed = "the update of the parameters failed"
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
             self.skips.pass_over(self.step, values, counts, self.windows.taken)
         self.last_loss = values["loss"]
+        self._watch(values["grad_norm"])
         return values
+
+    def _watch(self, grad_norm: float) -> None:
+        """Warn once when nothing has been learnt for several steps."""
+        self.zero_gradients = self.zero_gradients + 1 if grad_norm == 0.0 else 0
+        if self.zero_gradients == ZERO_GRADIENTS:
+            log.warning(
+                "step %d: the gradient norm has been exactly 0 for %d steps, so nothing is learnt; "
+                "the loss may not depend on what is trained any more (too high a learning rate "
+                "does that), or parts of the graph are detached",
+                self.step,
+                ZERO_GRADIENTS,
+            )
 
     def _run_window(self, window: list[Batch], global_count: Tensor) -> Tensor:
         """Forward and backward of every micro-batch; this rank's share of the loss."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -21,14 +22,17 @@ from torchtitan.tools.utils import GarbageCollection
 
 from ditty_di import assembly, protocols
 from ditty_di.callbacks import Callback, Callbacks
+from ditty_di.checkpoint import CheckpointError
 from ditty_di.gradients import LossParameters, Shares, place_loss
 from ditty_di.inherited import InheritedConfig, Section
 from ditty_di.metrics.metrics import Metrics
 from ditty_di.metrics.validation import evaluating
+from ditty_di.models.weights import local
 from ditty_di.optim import trial
 from ditty_di.optim.container import Optimizers, Schedulers
 from ditty_di.parallelize.pipeline import AlikeOnStages
 from ditty_di.processors import PostProcessor, PreProcessor, Processors
+from ditty_di.rescue import Agreement, RankFailedError, StepBoundary
 from ditty_di.runtime import Runtime
 from ditty_di.skipping import SkipBudget
 from ditty_di.stepping import Stepping
@@ -148,6 +152,8 @@ class Trainer(Stepping):
         self.max_norm = max_norm
         self.step = self.ntokens_seen = 0
         self.objective: float | None = None
+        self.objective_step: int | None = None
+        self.steps_before: int | None = None
         self.last_loss: float | None = None
         self.stopped: str | None = None
 
@@ -202,6 +208,20 @@ class Trainer(Stepping):
         )
         self.metrics_processor = metrics or Metrics()
         self.profiler = profiler
+        if checkpointer:
+            assembly.require_state(self.dataloader)
+        self.boundary = StepBoundary(
+            dataloader=self.dataloader if checkpointer else None,
+            states={"train_state": self, "windows": self.windows},
+            modules=[
+                module
+                for module in (*self.model_parts, loss_fn, *preprocessors, *postprocessors)
+                if isinstance(module, nn.Module)
+            ],
+            device=self.device,
+        )
+        self.agreement = Agreement()
+        self.saved_step = 0
         self.checkpointer = checkpointer and assembly.place_checkpointer(
             checkpointer,
             model_parts=self.model_parts,
@@ -209,7 +229,7 @@ class Trainer(Stepping):
             loss_fn=loss_fn,
             optimizer=self.optimizer,
             lr_scheduler=self.lr_schedulers.scheduler,
-            dataloader=self.dataloader,
+            dataloader=self.boundary.position,
             grad_scaler=self.grad_scaler,
             callbacks=self.callbacks,
             processors=self.processors,
@@ -229,21 +249,29 @@ class Trainer(Stepping):
         self.train_context = dist_utils.get_spmd_context(parallel_dims=self.parallel_dims)
         self.gc_every = gc_every
 
-    def train(self) -> dict[str, Any]:
+    def train(self, *, restored: Callable[[], None] | None = None) -> dict[str, Any]:
         """Trains from the newest checkpoint, or from the start, to `steps`.
+
+        An exception of a step, a callback or the validator goes on up when the last complete step
+        has been saved, if all ranks come to that.
+
+        Args:
+            restored: called on every rank once the checkpoint is loaded, or there is none.
 
         Returns:
             status (`finished` or `preempted`), step, objective (the last validation loss, else
-            the last training loss), skipped_steps, stopped (why `stop` was called, else None),
-            rejected_batches with processors, and the metrics' summary.
+            the last training loss), objective_step, skipped_steps, stopped (why `stop` was called,
+            else None), rejected_batches with processors, and the metrics' summary.
         """
         self.runtime.catch_signals()
         gc_was_enabled = gc.isenabled()
         self.gc_handler = GarbageCollection(gc_freq=self.gc_every)  # takes it over
         try:
             self.callbacks.call("train_start", self)
-            if self.checkpointer and self.checkpointer.load() is not None:
-                log.info("resumed after step %d of %d", self.step, self.config.training.steps)
+            self._restore()
+            if restored is not None:
+                restored()
+            self._try_what_comes_later()
             self.metrics_processor.start(
                 model_parts=self.model_parts,
                 total_steps=self.config.training.steps,
@@ -252,7 +280,7 @@ class Trainer(Stepping):
             )
             profiling = self.profiler(global_step=self.step) if self.profiler else nullcontext()
             with profiling as profiler:
-                exhausted = self._run_steps(profiler)
+                exhausted = self._run_rescued(profiler)
             if self.stopped or exhausted:
                 log.warning("ended after step %d: %s", self.step, self.stopped or "no more data")
             self._save(force=True)
@@ -268,15 +296,57 @@ class Trainer(Stepping):
                 gc.enable()
             self.runtime.release_signals()
         finished = exhausted or not self.should_continue_training()
+        if not finished:
+            self._take_recent_objective()
         return {
             "status": "finished" if finished else "preempted",
             "step": self.step,
             "objective": self.objective,
+            "objective_step": self.objective_step,
             "skipped_steps": self.skips.skipped,
             "stopped": self.stopped,
             **self.windows.get_metrics(),
             **self.metrics_processor.summary(),
         }
+
+    def close(self) -> None:
+        super().close()
+        self.agreement.close()
+
+    def _restore(self) -> None:
+        steps = self.config.training.steps
+        if self.checkpointer and self.checkpointer.load() is not None:
+            self.saved_step = self.step
+            if self.step > steps:
+                log.warning(
+                    "the checkpoint is at step %d, and steps=%d: nothing to do", self.step, steps
+                )
+            else:
+                log.info("resumed after step %d of %d", self.step, steps)
+                if self.steps_before not in (None, steps):
+                    log.info(
+                        "the run had steps=%s before; its learning rate goes on at %.3g",
+                        self.steps_before,
+                        self.lr_schedulers.get_metrics()["lr"],
+                    )
+
+    def _try_what_comes_later(self) -> None:
+        """What would fail after steps that were paid for fails before the first.
+
+        Raises:
+            ValueError: validation data that yields no batch, or whose labels cannot be counted.
+            CheckpointError: no room for a checkpoint.
+        """
+        if not self.should_continue_training():
+            return
+        if try_batch := getattr(self.validator, "try_first_batch", None):
+            with evaluating(self.around):
+                try_batch()
+        self._require_space()
+
+    def _require_space(self) -> None:
+        if require := getattr(self.checkpointer, "require_space", None):
+            require()
 
     def stop(self, reason: str) -> None:
         """Ends the training after this step, as if it had been the last.
@@ -288,24 +358,42 @@ class Trainer(Stepping):
     def should_continue_training(self) -> bool:
         return self.stopped is None and super().should_continue_training()
 
+    def _run_rescued(self, profiler: Any) -> bool:
+        """`_run_steps`; after an exception the last complete step is saved."""
+        try:
+            exhausted = self._run_steps(profiler)
+            self.windows.raise_failure()
+        except CheckpointError:
+            raise  # saving is what failed
+        except Exception as error:
+            if (cause := self._rescue(error)) is error:
+                raise
+            raise cause from None
+        return exhausted
+
     def _run_steps(self, profiler: Any) -> bool:
         """Steps until the end or a stop request; whether the data ended first."""
         data = self.batch_generator(self.dataloader)
         first = self.step + 1
         if self.step == 0:
             self._validate(last=False)
+        elif self.validator and self.objective_step != self.step == self.config.training.steps:
+            self._validate(last=True)  # it was what failed
         while self.should_continue_training() and not self.windows.stopping:
+            if self.checkpointer:
+                self.boundary.mark()
             self.step += 1
             self.gc_handler.run(self.step)
             try:
                 self.train_step(data)
             except DataloaderExhaustedError:
                 self.step -= 1
+                self.boundary.in_step = False
                 if self.step == 0:
                     raise ValueError("dataloader: it yields no batch on some rank") from None
                 self._validate(last=True)
                 return True
-            self.callbacks.call("step_end", self)
+            self._call("step_end")
             self._validate(last=not self.should_continue_training())
             self._save()
             if profiler:
@@ -314,29 +402,108 @@ class Trainer(Stepping):
                 # Lazy initialisation and compilation are over: what takes longer now, hangs.
                 timeout = timedelta(seconds=self.runtime.train_timeout)
                 dist_utils.set_pg_timeouts(timeout, self.parallel_dims)
+                if self.should_continue_training():
+                    self._require_space()  # the optimizer has its state now
         return False
 
-    def _save(self, *, force: bool = False) -> None:
+    def _call(self, moment: str) -> None:
+        """Call the callbacks. One of several ranks that fails there tells the others at the next
+        step: they are in no state to wait for it now."""
+        try:
+            self.callbacks.call(moment, self)
+        except Exception as error:
+            if self.runtime.world_size > 1:
+                log.error("%s, step %d: %s: %s", moment, self.step, type(error).__name__, error)
+            self.windows.fail(error)
+
+    def _rescue(self, error: Exception) -> Exception:
+        """Save the last complete step after an exception; the exception to raise.
+
+        With several ranks it is saved if all fail together (as they do when one fails in its data
+        or in a callback). One that fails alone in the middle of a collective cannot be helped.
+        """
+        failed = self.step
+        error.training_step = failed  # type: ignore[attr-defined]
+        problem = self.boundary.restore()
+        own = None if isinstance(error, RankFailedError) else f"{type(error).__name__}: {error}"
+        said = self.agreement.gather((self.step, problem, own))
+        if said is None:
+            problem = "the other ranks did not fail with this one"
+        else:
+            problem = next((p for _, p, _ in said if p), None)
+            if len({step for step, _, _ in said}) > 1:
+                problem = "the ranks failed in different steps"
+        if problem is None and self.checkpointer and self.step > self.saved_step:
+            try:
+                self._save(force=True, tell=False)
+                self.checkpointer.close()
+            except Exception as second:
+                problem = f"{type(second).__name__}: {second}"
+        done = self.step - self.boundary.in_step
+        if self.checkpointer and done and self.runtime.rank == 0:
+            where = f"it goes on from step {self.saved_step}"
+            lost = done - self.saved_step if problem else 0
+            log.error(
+                "step %d failed; %s",
+                failed,
+                f"{where} ({lost} lost: not saved, for {problem})" if lost else where,
+            )
+        if own is None and said is not None:
+            time.sleep(1.0)  # who failed shall be the first to report it
+            rank = next((r for r, (_, _, o) in enumerate(said) if o), None)
+            if rank is not None:
+                return RankFailedError(f"rank {rank}: {said[rank][2]}")
+        return error
+
+    def _save(self, *, force: bool = False, tell: bool = True) -> None:
         if self.checkpointer:
             with self.metrics_processor.pause():
+                due = force or not self.step % (getattr(self.checkpointer, "every", None) or 1)
+                if due and self.step > self.saved_step:
+                    self._require_finite_parameters()
                 if self.checkpointer.save(self.step, force=force):
-                    self.callbacks.call("checkpoint_saved", self)
+                    self.saved_step = self.step
+                    if tell:
+                        self._call("checkpoint_saved")
+
+    def _require_finite_parameters(self) -> None:
+        """Raises FloatingPointError: parameters that no training can go on from, by name."""
+        named = [
+            (name, local(p.detach()))
+            for part in (*self.model_parts, self.loss_fn)
+            if isinstance(part, nn.Module)
+            for name, p in part.named_parameters()
+            if p.requires_grad and p.is_floating_point()
+        ]
+        finite = [p.isfinite().all() for _, p in named]
+        bad = [] if not finite else torch.stack(finite).logical_not().nonzero().flatten().tolist()
+        if self.runtime.any(bool(bad)):
+            which = ", ".join(named[i][0] for i in bad[:3]) or "some on another rank"
+            raise FloatingPointError(
+                f"step {self.step}: {len(bad)} parameters are not finite ({which}), so it is not "
+                f"saved; a lower learning rate may help"
+            )
 
     def _validate(self, *, last: bool) -> None:
         """Validates when it is due; a stop request that comes meanwhile ends both."""
         if self.validator is None:
-            self.objective = self.last_loss
+            self.objective, self.objective_step = self.last_loss, self.step
         elif not self.windows.stopping and (last or self.validator.should_validate(self.step)):
             with self.metrics_processor.pause(), evaluating(self.around):
                 values = self.validator.validate(self.step)
             if not values:
                 self.windows.stopping = True
                 return
-            self.objective = values["loss"]
+            self.objective, self.objective_step = values["loss"], self.step
             named = {f"validation/{name}": value for name, value in values.items()}
             self.metrics_processor.log(self.step, named)
             with self.metrics_processor.pause():
-                self.callbacks.call("validation_end", self)
+                self._call("validation_end")
+
+    def _take_recent_objective(self) -> None:
+        """Of a run that was stopped before it validated what it learnt: its training loss."""
+        if self.step and not self.objective_step and self.last_loss is not None:
+            self.objective, self.objective_step = self.last_loss, self.step
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -344,9 +511,14 @@ class Trainer(Stepping):
             "tokens_seen": self.ntokens_seen * self.runtime.dp_world_size,
             "skipped_steps": self.skips.skipped,
             "objective": self.objective,
+            "objective_step": self.objective_step,
+            "steps": self.config.training.steps,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step, self.skips.skipped = state_dict["step"], state_dict["skipped_steps"]
         self.ntokens_seen = state_dict["tokens_seen"] // self.runtime.dp_world_size
         self.objective = state_dict["objective"]
+        # Earlier versions have neither of these.
+        self.objective_step = state_dict.get("objective_step", self.step)
+        self.steps_before = state_dict.get("steps")

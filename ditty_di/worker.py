@@ -40,7 +40,7 @@ def main(run_dir: str | Path) -> int:
         with Console(log, show=rank == 0) as console, hang.stacks_on_signal(console.log):
             try:
                 run.join(rank)
-                graph = Graph.load(run.resolved)
+                graph = Graph.load(run.to_build)
                 result = {"status": "finished"} | (graph.build("task") or {})
                 signals.ask = signals.insist = _too_late
             except (Exception, KeyboardInterrupt, SystemExit) as error:
@@ -103,7 +103,7 @@ def exit_code(failure: dict[str, Any]) -> int:
 
 def _debug(run: RunDirectory) -> bool:
     try:
-        return bool(Graph.load(run.resolved).build("debug"))
+        return bool(Graph.load(run.to_build).build("debug"))
     except Exception:  # the configuration itself may be what is broken
         return False
 
@@ -112,7 +112,10 @@ def _report(run: RunDirectory, failure: dict[str, Any], debug: bool) -> None:
     if not debug:
         del failure["traceback"]
     hanging = failure.pop("pids", ())
-    first = run.write_error(failure)
+    try:
+        first = run.write_error(failure)
+    except OSError:  # a full disk may be what failed
+        first = True
     if first and LAUNCHED not in os.environ:
         say(run, failure)
     run.release()

@@ -7,22 +7,29 @@ import gc
 import inspect
 import math
 import os
+import pickle
 import signal
 import textwrap
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from ditty_di.callbacks import StopFile
-from ditty_di.checkpoint import Checkpointer
+from ditty_di.callbacks import EMA, Callback, StopFile
+from ditty_di.checkpoint import Checkpointer, latest
 from ditty_di.data.loader import Loader
-from ditty_di.losses import CrossEntropyLoss
+from ditty_di.losses import CrossEntropyLoss, MSELoss
+from ditty_di.metrics import Validator
 from ditty_di.models.weights import hugging_face, initialize
 from ditty_di.optim.schedules import constant, cosine
-from ditty_di.runtime import Runtime
+from ditty_di.runtime import Runtime, seed_everything
 from ditty_di.trainer import InheritedConfig, Trainer
 from tests.distributed.cases import Ragged, Recorder, make_trainer, tiny_llama
 
@@ -322,6 +329,243 @@ def test_the_stop_file_stops(tmp_path):
     result = small(runtime, steps=10, callbacks={"stop": stop}).train()
     runtime.close()
     assert (result["status"], result["step"]) == ("preempted", 1)
+
+
+# -- what fails on the way ------------------------------------------------------------------------
+
+
+class Failing(Classes):
+    """Raises at one row, once it is told to."""
+
+    bad_row: int | None = None
+
+    def __getitem__(self, i):
+        torch.rand(1), np.random.rand()  # what a step has drawn must be put back
+        if i == self.bad_row:
+            raise OSError("shard 7 is unreadable")
+        return super().__getitem__(i)
+
+
+class Drops(nn.Module):
+    """Batch norm and dropout: both change what a checkpoint holds in the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.Dropout(0.5))
+        self.head = nn.Linear(16, 4)
+        self.fails_at = None
+        self.calls = 0
+
+    def forward(self, input):
+        self.calls += self.training
+        output = self.head(self.layers(input))
+        if self.calls == self.fails_at:
+            raise OSError("the model is unwell")
+        return output
+
+
+class BadLoss(CrossEntropyLoss):
+    def __init__(self):
+        super().__init__()
+        self.calls, self.fails_at = 0, None
+
+    def forward(self, output, labels, global_count):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise OSError("the loss is unwell")
+        return super().forward(output, labels, global_count)
+
+
+class At(Callback):
+    """Raises at one step, of one moment."""
+
+    def __init__(self, moment, step):
+        self.step = step
+        setattr(self, moment, self._raise)
+
+    def _raise(self, trainer):
+        if trainer.step == self.step:
+            raise OSError("the callback is unwell")
+
+
+def kept(runtime, tmp_path, *, steps=8, rows=None, model=None, loss=None, **slots):
+    torch.manual_seed(0)
+    trainer = small(
+        runtime,
+        model=model or Drops(),
+        loss_fn=loss or BadLoss(),
+        dataloader=partial(Loader, rows or Failing(), batch_size=4, seed=1),
+        checkpointer=partial(Checkpointer, str(tmp_path), every=100, async_save=True),
+        global_batch_size=8,
+        steps=steps,
+        **slots,
+    )
+    seed_everything(7)
+    return trainer
+
+
+def fail_in_loader(runtime, folder):
+    rows = Failing()
+    order = Loader(rows, 4, seed=1)._order.between(0, 64)
+    rows.bad_row = order[5 * 8 + 5]  # the second micro-batch of step 6
+    return kept(runtime, folder, rows=rows)
+
+
+def fail_in_forward(runtime, folder):
+    model = Drops()
+    model.fails_at = 12  # the second micro-batch of step 6
+    return kept(runtime, folder, model=model)
+
+
+def fail_in_loss(runtime, folder):
+    loss = BadLoss()
+    loss.fails_at = 12
+    return kept(runtime, folder, loss=loss)
+
+
+def fail_in_callback(runtime, folder):
+    callbacks = {"bad": At("step_end", 5), "ema": EMA(0.9)}
+    return kept(runtime, folder, callbacks=callbacks)
+
+
+def fail_in_validation(runtime, folder):
+    class Validates(Validator):
+        def validate(self, step):
+            raise OSError("the validation is unwell")
+
+    loader = Loader(Classes(16), 8, shuffle=False, epochs=1)
+    return kept(runtime, folder, validator=partial(Validates, loader, every=5))
+
+
+FAILURES = [fail_in_loader, fail_in_forward, fail_in_loss, fail_in_callback, fail_in_validation]
+
+
+@pytest.mark.parametrize("fail", FAILURES)
+def test_an_exception_saves_the_last_good_step_and_resuming_is_exact(
+    runtime, tmp_path, fail, caplog
+):
+    with pytest.raises(OSError, match=r"unwell|unreadable") as error:
+        fail(runtime, tmp_path / "failed").train()
+    assert latest(tmp_path / "failed").name == "step-00000005"
+    assert error.value.training_step in (5, 6)
+    assert "failed; it goes on from step 5" in caplog.text
+
+    ema = {"callbacks": {"ema": EMA(0.9)}} if fail is fail_in_callback else {}
+    undisturbed = kept(runtime, tmp_path / "undisturbed", **ema)
+    undisturbed.train()
+    resumed = kept(runtime, tmp_path / "failed", **ema)
+    seed_everything(1)
+    assert resumed.train()["step"] == 8
+    resumed.close(), undisturbed.close()
+    assert content(tmp_path / "failed") == content(tmp_path / "undisturbed")
+
+
+def content(folder):
+    """Everything in the newest checkpoint of a folder."""
+    checkpoint = latest(folder)
+    saved = {}
+    read = _EmptyStateDictLoadPlanner()
+    _load_state_dict(saved, storage_reader=FileSystemReader(checkpoint), planner=read, no_dist=True)
+    return {key: plain(value) for key, value in flatten_state_dict(saved)[0].items()}
+
+
+def plain(value):
+    value = pickle.loads(value) if isinstance(value, bytes) else value
+    return value.tolist() if isinstance(value, torch.Tensor) else repr(value)
+
+
+def test_a_failure_in_the_first_step_saves_nothing(runtime, tmp_path, caplog):
+    model = Drops()
+    model.fails_at = 1
+    with pytest.raises(OSError, match="unwell"):
+        kept(runtime, tmp_path, model=model).train()
+    assert latest(tmp_path) is None and "goes on" not in caplog.text
+
+
+def test_a_failure_in_the_update_saves_nothing_half_done(runtime, tmp_path, caplog):
+    class Torn(torch.optim.SGD):
+        calls = 0
+
+        def step(self, closure=None):
+            self.calls += 1
+            super().step(closure)
+            if self.calls == 5:
+                raise OSError("the optimizer is unwell")
+
+    trainer = kept(runtime, tmp_path, optimizer=partial(Torn, lr=0.1))
+    trainer.checkpointer.every = 3
+    with pytest.raises(OSError, match="unwell"):
+        trainer.train()
+    trainer.close()
+    assert latest(tmp_path).name == "step-00000003"
+    assert "goes on from step 3" in caplog.text and "the update of the parameters" in caplog.text
+
+
+def test_validation_data_that_cannot_be_counted_are_found_before_the_first_step(runtime):
+    """Float labels of 50 rows in batches of 20: the last batch cannot be filled up."""
+
+    class Points(Classes):
+        def __getitem__(self, i):
+            return {"input": self.x[i]}, self.x[i, :1]
+
+    loader = partial(Loader, Points(50), 20, shuffle=False, epochs=1)
+    model = nn.Linear(2, 1)
+    before = [p.clone() for p in model.parameters()]
+    trainer = small(
+        runtime,
+        model=model,
+        loss_fn=MSELoss(),
+        dataloader=partial(Loader, Points(64), 8),
+        validator=partial(Validator, loader, every=100),
+    )
+    with pytest.raises(TypeError, match="50 rows do not divide"):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_validator_that_is_tried_before_leaves_the_training_as_it_was(runtime):
+    """Loader with a position, preprocessors' and dropout's random numbers."""
+    loader = Loader(Failing(16), 8, epochs=1, shuffle=False)
+    results = []
+    for validator in (None, partial(Validator, loader, every=100)):
+        trainer = kept(runtime, "unused", validator=validator)
+        trainer.checkpointer = None
+        trainer.train()
+        results.append(weights_of(trainer))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert loader.state_dict()["consumed"] == 16
+
+
+def test_parameters_that_are_not_finite_are_not_saved(runtime, tmp_path):
+    optimizer = partial(torch.optim.SGD, lr=3e38, weight_decay=100.0)
+    trainer = kept(runtime, tmp_path, optimizer=optimizer, steps=1)
+    with pytest.raises(FloatingPointError, match=r"step 1: \d+ parameters are not finite \(lay"):
+        trainer.train()
+    assert latest(tmp_path) is None
+
+
+def test_gradients_of_exactly_zero_for_ten_steps_are_warned_about_once(runtime, caplog):
+    model = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+        model[2].weight.zero_()
+    model[2].requires_grad_(False)
+    small(runtime, model=model, steps=25).train()
+    assert caplog.text.count("the gradient norm has been exactly 0 for 10 steps") == 1
+
+
+def test_the_objective_of_a_stopped_run_is_not_that_of_the_time_before_training(runtime):
+    class Stop(Callback):
+        def step_end(self, trainer):
+            if trainer.step == 3:
+                trainer.runtime.request_stop()
+
+    loader = Loader(Classes(16), 8, shuffle=False, epochs=1)
+    validator = partial(Validator, loader, every=100, first=True)
+    trainer = small(runtime, steps=9, validator=validator, callbacks={"stop": Stop()})
+    result = trainer.train()
+    assert (result["status"], result["step"], result["objective_step"]) == ("preempted", 4, 4)
+    assert result["objective"] == trainer.last_loss
 
 
 # -- what it refuses ------------------------------------------------------------------------------

@@ -144,3 +144,36 @@ def test_what_a_start_left_that_was_killed_is_no_obstacle(tmp_path: Path) -> Non
     assert run.is_free()
     (run.path / "thesis.txt").touch()
     assert not run.is_free()
+
+
+def test_what_is_staged_becomes_the_runs_own_only_when_it_is_adopted(tmp_path):
+    from ditty_di.rundir import RunDirectory
+
+    run = RunDirectory(tmp_path)
+    run.write_text(run.resolved, "old")
+    run.stage().write_text(run.stage().resolved, "new")
+    assert run.to_build.read_text() == "new" and run.resolved.read_text() == "old"
+    run.unstage()
+    assert run.to_build.read_text() == "old"
+
+    staged = run.stage()
+    staged.write_text(staged.resolved, "new")
+    run.adopt()
+    assert run.resolved.read_text() == "new" and not staged.path.exists()
+
+    staged = run.stage()  # died while it was adopted: the next start finishes it
+    staged.write_text(staged.resolved, "newer")
+    (staged.path / "loaded").touch()
+    run.prepare()
+    run.release()
+    assert run.resolved.read_text() == "newer" and not staged.path.exists()
+
+
+def test_a_result_that_cannot_be_written_is_on_the_console(tmp_path, capsys):
+    from ditty_di.rundir import RunDirectory
+
+    run = RunDirectory(tmp_path / "file" / "run")
+    (tmp_path / "file").touch()
+    run.write_result({"status": "failed", "error": "no space"})
+    said = capsys.readouterr().err
+    assert "cannot be written" in said and '"error": "no space"' in said

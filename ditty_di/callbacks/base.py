@@ -62,8 +62,19 @@ class Callbacks:
                 )
 
     def call(self, moment: str, trainer: Training) -> None:
+        """Call a method of all callbacks.
+
+        When one raises, the others are still called before it goes on up: what they keep (such as
+        averages) belongs to the step that is saved then.
+        """
+        failure: Exception | None = None
         for callback in self.named.values():
-            getattr(callback, moment)(trainer)
+            try:
+                getattr(callback, moment)(trainer)
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def reports(self) -> list[str]:
         """What they have to tell, in their order."""

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ditty_di.checkpoint import folder as folders
+from ditty_di.checkpoint import space
 from ditty_di.checkpoint.folder import CheckpointError, Manifest
 
 # torch is imported when the first checkpointer is made: the command line must answer without it.
@@ -85,6 +87,7 @@ class Checkpointer:
         self._rank_key = f"rank-{self._rank}"
         self._writer: Thread | None = None
         self._failure: BaseException | None = None
+        self._damaged: dict[Path, str] = {}  # passed over by `load`, on rank 0
 
     # -- saving -------------------------------------------------------------------------------
 
@@ -101,7 +104,7 @@ class Checkpointer:
             return False
         self._wait()
         doing = f"saving step {step}"
-        there = self._first(lambda: folders.is_whole(self.folder, step))
+        there = self._first(lambda: folders.is_whole(self.folder, step, self._damaged))
         if self._together(doing, there)[0]:
             return False
         entries: dict[str, Entries] = {}
@@ -113,6 +116,32 @@ class Checkpointer:
         else:
             self._write(step, entries)
         return True
+
+    def require_space(self, also: int = 0) -> None:
+        """Write and remove a small file in the folder, and compare the room with one checkpoint.
+
+        The size is that of the states as they are: an optimizer has none before its first step.
+
+        Args:
+            also: further bytes that the same file system must have room for.
+
+        Raises:
+            CheckpointError: the folder cannot be written, or is clearly too small.
+        """
+        doing = f"preparing to save into {self.folder}"
+        sizes = self._together(doing, self._size_of_states)
+        needed = sum(sizes) + also
+        self._together(doing, self._first(lambda: space.require(self.folder, needed)))
+
+    def _size_of_states(self) -> int:
+        from ditty_di.checkpoint.entries import key_of, leaves
+
+        return self._size_of(
+            {
+                name: {key_of(path): value for path, value in leaves(state.state_dict())}
+                for name, state in self.states.items()
+            }
+        )
 
     def maybe_wait_for_staging(self) -> None:
         """Returns at once: `save` itself copies what training is about to change."""
@@ -140,10 +169,30 @@ class Checkpointer:
         return entries
 
     def _write(self, step: int, entries: dict[str, Entries]) -> None:
+        doing, start = f"saving step {step}", time.monotonic()
+        try:
+            self._write_checkpoint(step, entries)
+        except CheckpointError as error:
+            needed = sum(self._together(doing, lambda: self._size_of(entries)))
+            why = str(error)
+            problem = self._together(doing, self._first(lambda: self._failed(why, needed)))[0]
+            if problem is None:
+                raise
+            raise CheckpointError(f"{doing} into {self.folder}: {problem}") from error
+        if self._rank == 0:
+            log.info("saved step %d in %.1f s", step, time.monotonic() - start)
+
+    def _failed(self, problem: str, needed: int) -> str | None:
+        """Remove what was written of a save; what to say if it failed for want of space."""
+        explained = space.explained(problem, self.folder, needed)
+        folders.remove_leftovers(self.folder)
+        return explained
+
+    def _write_checkpoint(self, step: int, entries: dict[str, Entries]) -> None:
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        doing, start = f"saving step {step}", time.monotonic()
+        doing = f"saving step {step}"
         aside = self._together(doing, self._first(lambda: folders.start_saving(self.folder, step)))
         # Copying ahead from the device is for tensors that are there; in the background it would
         # also open a context on the first device.
@@ -151,11 +200,19 @@ class Checkpointer:
         writer = FileSystemWriter(aside[0], sync_files=True, per_thread_copy_ahead=ahead)
         with _one_error(doing):
             save(entries, storage_writer=writer, process_group=self._group)
-        self._together(doing, self._first(lambda: self._commit(step, aside[0])))
-        if self._rank == 0:
-            log.info("saved step %d in %.1f s", step, time.monotonic() - start)
+        # Each rank reads what it wrote itself: that is still in this machine's memory.
+        own = f"__{self._rank}_*"
+        of_ranks = self._together(
+            doing, lambda: {file.name: folders.digest_of(file) for file in aside[0].glob(own)}
+        )
+        digests = {name: digest for one in of_ranks for name, digest in one.items()}
+        self._together(doing, self._first(lambda: self._commit(step, aside[0], digests)))
 
-    def _commit(self, step: int, aside: Path) -> None:
+    def _size_of(self, entries: Mapping[str, Mapping[str, Any]]) -> int:
+        values = (value for of_state in entries.values() for value in of_state.values())
+        return space.size_of(values, first=self._rank == 0)
+
+    def _commit(self, step: int, aside: Path, digests: dict[str, str]) -> None:
         import torch
 
         from ditty_di.checkpoint.restricted import Reader
@@ -174,10 +231,12 @@ class Checkpointer:
             torch=torch.__version__,
             files=files,
             keys=sorted(metadata.state_dict_metadata),
+            digests=digests,
         )
         checkpoint = folders.commit(aside, self.folder, manifest)
+        self._damaged.pop(checkpoint, None)
         if self.keep is not None:
-            folders.prune(self.folder, keep=self.keep, relied_on=checkpoint)
+            folders.prune(self.folder, keep=self.keep, relied_on=checkpoint, damaged=self._damaged)
 
     def _write_behind(self, step: int, entries: dict[str, Entries]) -> None:
         try:
@@ -210,13 +269,12 @@ class Checkpointer:
         from ditty_di.checkpoint.restricted import Planner, Reader
 
         self._wait()
-        doing, start = f"looking for checkpoints in {self.folder}", time.monotonic()
-        found = self._together(doing, self._first(self._newest))[0]
-        if found is None:
+        start = time.monotonic()
+        if (found := self._newest_intact()) is None:
             return None
-        checkpoint, step, world_size = found
+        checkpoint, manifest = found
         doing = f"loading {checkpoint}"
-        own = self._rank_states_to_load(world_size)
+        own = self._rank_states_to_load(manifest.world_size)
         plan = LoadPlan(checkpoint, rank_key=self._rank_key)
         self._together(doing, lambda: plan.prepare(self._wanted(self.states), own))
         unclaimed = plan.unclaimed(self._group)
@@ -231,15 +289,29 @@ class Checkpointer:
         self._together(doing, plan.restore)
         if self._rank == 0:
             log.info("loaded %s in %.1f s", checkpoint, time.monotonic() - start)
-        return step
+        return manifest.step
 
-    def _newest(self) -> tuple[Path, int, int] | None:
+    def _newest_intact(self) -> tuple[Path, Manifest] | None:
+        """The newest checkpoint whose files have the content that was written.
+
+        The ranks share the files among them, so that each is read once for its digest.
+        """
+        doing = f"looking for checkpoints in {self.folder}"
+        while (found := self._together(doing, self._first(self._newest))[0]) is not None:
+            checkpoint, manifest = found
+            mine = sorted(manifest.digests)[self._rank :: self._world_size]
+            problems = self._together(doing, partial(_damage, checkpoint, manifest, mine))
+            problem = next(filter(None, problems), None)
+            if problem is None:
+                return checkpoint, manifest
+            if self._rank == 0:
+                folders.pass_over_damaged(checkpoint, problem, self._damaged)
+        return None
+
+    def _newest(self) -> tuple[Path, Manifest] | None:
         folders.remove_leftovers(self.folder)
-        checkpoint = folders.latest(self.folder)
-        if checkpoint is None:
-            return None
-        manifest = folders.read_manifest(checkpoint)
-        return checkpoint, manifest.step, manifest.world_size
+        checkpoint = folders.latest(self.folder, self._damaged)
+        return None if checkpoint is None else (checkpoint, folders.read_manifest(checkpoint))
 
     def _wanted(self, states: Mapping[str, Stateful]) -> dict[str, Stateful]:
         return {name: state for name, state in states.items() if self._load.get(name, True)}
@@ -282,6 +354,15 @@ class Checkpointer:
         if problems:
             raise CheckpointError(f"{doing}: {_by_rank(problems)}") from cause
         return [result for result, _ in outcomes]
+
+
+def _damage(checkpoint: Path, manifest: Manifest, names: list[str]) -> str | None:
+    """Why a file of these has other content than was written; None if none has."""
+    try:
+        folders.verify(checkpoint, manifest, names)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
 
 
 @contextmanager

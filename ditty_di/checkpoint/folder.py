@@ -2,7 +2,7 @@
 
     .saving-step-00000200-1f3a/   being written; nobody reads it
     step-00000100/                whole: it got its name after everything in it was on disk
-      manifest.json               written last: step, world size, files with their sizes, keys
+      manifest.json               written last: step, world size, keys, files with sizes and digests
       .metadata  __0_0.distcp ... torch.distributed.checkpoint's own
     .deleting-step-00000050/      on its way out; nobody reads it
 
@@ -13,15 +13,18 @@ leaves whole checkpoints and leftovers with a leading dot.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -45,6 +48,8 @@ class Manifest:
         torch: version of torch that wrote it.
         files: name and size in bytes of every other file.
         keys: entries, `<state>.<key>`.
+        digests: SHA-256 of every other file, by name; empty in checkpoints of earlier versions.
+        digest: SHA-256 of the manifest itself without this field; empty if `digests` is.
     """
 
     step: int
@@ -52,6 +57,12 @@ class Manifest:
     torch: str
     files: dict[str, int]
     keys: list[str]
+    digests: dict[str, str] = field(default_factory=dict)
+    digest: str = ""
+
+    def own_digest(self) -> str:
+        content = json.dumps(asdict(replace(self, digest="")), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -73,7 +84,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise CheckpointError(f"{checkpoint / MANIFEST} cannot be read: {error}") from error
     try:
         manifest = Manifest(**content)
-        sizes = manifest.files.items()
+        sizes, _ = manifest.files.items(), manifest.digests.items()
     except (TypeError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint / MANIFEST} is no manifest: {error}") from error
     for name, size in sizes:
@@ -86,8 +97,60 @@ def read_manifest(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def latest(folder: str | Path) -> Path | None:
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file's content; a file that did not change is read once per process."""
+    status = file.stat()
+    return _digest_of(str(file), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(file: str, size: int, modified: int) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def verify(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compare the content of files (None: of all) with the digests in the manifest.
+
+    A checkpoint of an earlier version has no digests and passes.
+
+    Raises:
+        CheckpointError: the first file with another content than was written.
+    """
+    damaged = MANIFEST if manifest.digest and manifest.digest != manifest.own_digest() else None
+    for name in manifest.digests if names is None else names:
+        if damaged is None and digest_of(checkpoint / name) != manifest.digests[name]:
+            damaged = name
+    if damaged is not None:
+        raise CheckpointError(
+            f"{checkpoint / damaged} is damaged: its content has another digest than when it was "
+            f"written"
+        )
+
+
+def latest_intact(folder: str | Path) -> Path | None:
+    """As `latest`, but of checkpoints whose content is what was written."""
+    damaged: dict[Path, str] = {}
+    while (checkpoint := latest(folder, damaged)) is not None:
+        try:
+            verify(checkpoint, read_manifest(checkpoint))
+        except CheckpointError as error:
+            pass_over_damaged(checkpoint, str(error), damaged)
+        else:
+            break
+    return checkpoint
+
+
+def pass_over_damaged(checkpoint: Path, problem: str, damaged: dict[Path, str]) -> None:
+    log.warning("passing over a checkpoint that is damaged: %s", problem)
+    damaged[checkpoint] = problem
+
+
+def latest(folder: str | Path, damaged: Mapping[Path, str] = MappingProxyType({})) -> Path | None:
     """The newest whole checkpoint in `folder`; newer ones that are not whole are logged.
+
+    Args:
+        damaged: checkpoints that were passed over already, and why.
 
     Raises:
         CheckpointError: there are checkpoints and none is whole. A crashed save does not leave
@@ -95,6 +158,9 @@ def latest(folder: str | Path) -> Path | None:
     """
     damage: CheckpointError | None = None
     for checkpoint in reversed(_named(Path(folder))):
+        if checkpoint in damaged:
+            damage = damage or CheckpointError(damaged[checkpoint])
+            continue
         try:
             _whole(checkpoint)
         except CheckpointError as error:
@@ -107,7 +173,9 @@ def latest(folder: str | Path) -> Path | None:
     return None
 
 
-def is_whole(folder: Path, step: int) -> bool:
+def is_whole(folder: Path, step: int, damaged: Iterable[Path] = ()) -> bool:
+    if step_folder(folder, step) in damaged:
+        return False
     try:
         _whole(step_folder(folder, step))
     except CheckpointError:
@@ -130,10 +198,14 @@ def start_saving(folder: Path, step: int) -> Path:
 def commit(aside: Path, folder: Path, manifest: Manifest) -> Path:
     """Makes what was written aside a whole checkpoint, durably.
 
-    Other files than torch's metadata must be on disk already (its writer sees to that).
+    Other files than torch's metadata must be on disk already (its writer sees to that). Digests
+    that the manifest lacks are added.
     """
     # torch syncs its metadata before the last of it has left the buffer.
     _sync(aside / METADATA)
+    digests = {n: manifest.digests.get(n) or digest_of(aside / n) for n in manifest.files}
+    manifest = replace(manifest, digests=digests)
+    manifest = replace(manifest, digest=manifest.own_digest())
     with open(aside / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(asdict(manifest), file)
         file.flush()
@@ -148,12 +220,12 @@ def commit(aside: Path, folder: Path, manifest: Manifest) -> Path:
     return checkpoint
 
 
-def prune(folder: Path, *, keep: int, relied_on: Path) -> None:
-    """Leaves `keep` whole checkpoints: `relied_on` and the newest others.
+def prune(folder: Path, *, keep: int, relied_on: Path, damaged: Iterable[Path] = ()) -> None:
+    """Leaves `keep` whole checkpoints: `relied_on` and the newest others, `damaged` ones apart.
 
     What cannot be removed is logged and tried again after the next save.
     """
-    others = [c for c in _named(folder) if c != relied_on and is_whole(folder, _step(c))]
+    others = [c for c in _named(folder) if c != relied_on and is_whole(folder, _step(c), damaged)]
     for checkpoint in others[: max(0, len(others) - (keep - 1))]:
         try:
             _remove(checkpoint)

@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty_di.checkpoint.folder import MANIFEST, CheckpointError, latest, read_manifest
+from ditty_di.checkpoint.folder import (
+    MANIFEST,
+    CheckpointError,
+    latest,
+    latest_intact,
+    read_manifest,
+    verify,
+)
 
 # torch is imported when a model is read: the command line must answer without it.
 if TYPE_CHECKING:
@@ -235,8 +242,9 @@ def _read(reader: Reader, targets: dict[str, Any]) -> None:
 
 def _find(path: Path) -> Path:
     if (path / MANIFEST).exists():
+        verify(path, read_manifest(path))
         return path
-    checkpoint = latest(path)
+    checkpoint = latest_intact(path)
     if checkpoint is None:
         what = "holds no whole checkpoint" if path.is_dir() else "is no folder"
         raise CheckpointError(

@@ -9,6 +9,7 @@ state dict says; from any other state the saved structure wins.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +27,9 @@ from ditty_di.checkpoint.entries import insert, require_same, shown
 from ditty_di.names import canonical_fqn
 
 log = logging.getLogger(__name__)
+
+#: The key under which a schedule's state has the rates of the next update.
+_RATES = "next_rates"
 
 
 def model_states(
@@ -277,12 +281,27 @@ class SchedulerState:
         self.scheduler = scheduler
 
     def state_dict(self) -> dict[str, Any]:
-        return self.scheduler.state_dict()
+        return {**self.scheduler.state_dict(), _RATES: list(map(float, self._rates()))}
+
+    def _rates(self) -> list[Any]:
+        return self.scheduler.get_last_lr()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        configured = self.scheduler.state_dict().get("base_lrs")
+        state_dict = dict(state_dict)
+        rates_before = state_dict.pop(_RATES, None)
+        fresh = self.scheduler.state_dict()
+        configured = fresh.get("base_lrs")
         # Composite schedulers take what they are given apart.
         self.scheduler.load_state_dict(copy.deepcopy(state_dict))
+        given = inspect.signature(type(self.scheduler)).parameters.keys() - {"last_epoch"}
+        other = {k: fresh[k] for k in given & fresh.keys() if fresh[k] != state_dict.get(k)}
+        if other and all(isinstance(v, int | float) for v in other.values()):
+            log.warning(
+                "the schedule continues from the checkpoint with %s, not the configured %s; "
+                "load.lr_scheduler=false starts the configured one",
+                ", ".join(f"{k}={state_dict.get(k)}" for k in other),
+                ", ".join(f"{k}={v}" for k, v in other.items()),
+            )
         if configured != (saved := self.scheduler.state_dict().get("base_lrs")):
             log.warning(
                 "the schedule continues from the checkpoint with its base learning rates %s, not "
@@ -293,6 +312,15 @@ class SchedulerState:
         rates = self.scheduler.get_last_lr()
         for group, rate in zip(self.scheduler.optimizer.param_groups, rates, strict=True):
             _assign(group, "lr", group["lr"], rate)
+        now = list(map(float, rates))
+        if rates_before is not None and now != rates_before:
+            log.warning(
+                "the learning rate goes from %.3g to %.3g here: the schedule follows its new curve "
+                "(with steps=N longer, lr_scheduler.total_steps=OLD keeps the old one, whose end "
+                "then holds)",
+                rates_before[0],
+                now[0],
+            )
 
 
 class RNGState:

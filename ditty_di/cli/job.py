@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from ditty_di.cli import environment, ranks, searchpath, texts, unread
 from ditty_di.cli.command import Command, nearest, patched
 from ditty_di.cli.overrides import argument, value_of, without
-from ditty_di.graph import ConfigError, Graph, Problem, difference, provenance
+from ditty_di.graph import ConfigError, Difference, Graph, Problem, difference, provenance
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 
 Launcher = Callable[[str], int]
@@ -68,12 +68,20 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
         if of_its_own:
             config.run = str(run.path)
         graph = Graph(config, graph.where, allow_targets=config.allow_targets)
-        _write(run, config, graph, command)
+        staged = resumes and OmegaConf.select(config, "task.run") is not None
+        _write(run.stage() if staged else run, config, graph, command)
         code = (launcher or graph.build("launcher"))(str(run.path))
         result = run.read_result()
+        if result is None and code == 0:
+            result = {"status": "finished"}  # it could not be written, and was said instead
         if result is None:
             result = {"status": "failed", "error": f"no rank said why; exit code {code}"}
             run.write_result(result)
+        if code:
+            run.unstage()
+    except BaseException:
+        run.unstage()
+        raise
     finally:
         run.stop.unlink(missing_ok=True)
         run.release()
@@ -123,7 +131,7 @@ def _refuse_changes(stored: Any, config: DictConfig) -> None:
     """A run goes on with the numbers that it began with, unless it is told which may change."""
     changed = difference(stored, config, ignore=list(config.resume.ignore))
     allowed = list(config.resume.allow)
-    refused = [c for c in changed if not _covers(allowed, c.key)]
+    refused = [c for c in changed if not _covers(allowed, c.key) and not _lengthens(c)]
     if refused:
         keys = ",".join([*allowed, *(c.key for c in refused)])
         raise ConfigError(
@@ -132,6 +140,12 @@ def _refuse_changes(stored: Any, config: DictConfig) -> None:
             + f"\nto go on with the new values, add: 'resume.allow=[{keys}]'"
             + "\nto start another run, leave out run= or give a new folder"
         )
+
+
+def _lengthens(change: Difference) -> bool:
+    """More steps or epochs than before: the schedule says how it goes on when it is loaded."""
+    numbers = [isinstance(v, int | float) for v in (change.old, change.new)]
+    return change.key in ("steps", "epochs") and all(numbers) and change.new > change.old
 
 
 def _covers(keys: list[str], key: str) -> bool:
@@ -239,6 +253,8 @@ def _say_what_next(run: RunDirectory, result: dict[str, Any], *, text: bool) -> 
     lines = []
     if not failed:
         known = [f"{k} {result[k]}" for k in ("step", "objective") if result.get(k) is not None]
+        if result.get("objective_step") not in (None, result.get("step")):
+            known[-1] += f" (of step {result['objective_step']})"
         lines.append(f"{', '.join([result['status'], *known])}: {run}")
     if result["status"] != "finished" and (trained or not failed):
         lines.append(f"  go on                   {command}")

@@ -15,6 +15,7 @@ import numpy as np
 
 from ditty_di.data.audit import Findings
 from ditty_di.data.cache import build_once, cache_folder, fingerprint
+from ditty_di.data.content import array_digest
 from ditty_di.data.encoding import Encoded, Encoder
 from ditty_di.data.sources import Records
 
@@ -143,6 +144,11 @@ class Examples:
         ids, learnt, _ = self.tokens_of(index)
         labels = np.where(learnt[1:], ids[1:], self.ignore_index)
         return {"input": torch.from_numpy(ids[:-1].copy())}, torch.from_numpy(labels)
+
+    def fingerprint(self) -> str:
+        """Of the tokens, where examples begin and what is learnt."""
+        arrays = (self._tokens, self._learnt, self._offsets)
+        return fingerprint(*map(array_digest, map(np.asarray, arrays)))
 
     def tokens_of(self, index: int) -> Example:
         """The whole example, unshifted."""

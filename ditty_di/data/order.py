@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,12 @@ class LengthGrouped(Order):
             order[:whole] = order[:whole].reshape(groups, self.group_size)[places].reshape(-1)
         return order
 
+    @cached_property
+    def _lengths_digest(self) -> str:
+        return fingerprint(np.ascontiguousarray(self.lengths, np.int64).tobytes())[:16]
+
     def identity(self) -> dict[str, Any]:
-        lengths = fingerprint(np.ascontiguousarray(self.lengths, np.int64).tobytes())[:16]
-        grouping = f"groups of {self.group_size} of {self.sort_rows} rows, lengths {lengths}"
+        grouping = (
+            f"groups of {self.group_size} of {self.sort_rows} rows, lengths {self._lengths_digest}"
+        )
         return {**super().identity(), "grouping": grouping}

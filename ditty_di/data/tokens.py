@@ -20,6 +20,7 @@ from ditty_di.data.cache import (
     documents_fingerprint,
     fingerprint,
 )
+from ditty_di.data.content import array_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,6 +135,10 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return math.ceil((len(self.tokens) - 1) / self.seq_len)
+
+    def fingerprint(self) -> str:
+        """Of the tokens and how they are cut into rows."""
+        return fingerprint(array_digest(np.asarray(self.tokens)), str(self.seq_len))
 
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
         import torch

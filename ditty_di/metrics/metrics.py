@@ -8,8 +8,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -82,6 +82,8 @@ class Metrics:
         self._device: torch.device | None = None
         self._dp_world_size = self._world_size = 1
         self._active: list[Writer] = []
+        self._left_out: list[str] = []
+        self._at = 0
         self._speeds: list[float] = []
         self._paused = self._paused_in_interval = 0.0
         self._started = self._interval_started = time.perf_counter()
@@ -93,7 +95,7 @@ class Metrics:
         """Opens the writers on rank 0. `step` is the restored step: what was written after it by
         an earlier attempt is dropped, so that no step is reported twice."""
         self.total_steps = total_steps
-        self._last_step = step
+        self._last_step = self._at = step
         self._device = runtime.device
         self._dp_world_size, self._world_size = runtime.dp_world_size, runtime.world_size
         if self.flops_per_token is None:
@@ -105,9 +107,8 @@ class Metrics:
             if self.peak_flops is None:
                 self.peak_flops = get_peak_flops(torch.cuda.get_device_name(runtime.device))
         if runtime.rank == 0:
-            for writer in self.writers:
-                writer.start(step=step, total_steps=total_steps)
-                self._active.append(writer)
+            self._active = list(self.writers)
+            self._write(lambda writer: writer.start(step=step, total_steps=total_steps))
         self._started = self._interval_started = time.perf_counter()
 
     def should_log(self, step: int) -> bool:
@@ -129,12 +130,28 @@ class Metrics:
         values = {name: float(value) for name, value in values.items()}
         if self.ntokens_since_last_log and self.should_log(step):
             values |= self._interval(step)
-        for writer in self._active:
-            writer.write(step, values)
+        self._at = step
+        self._write(lambda writer: writer.write(step, values))
 
     def text(self, step: int, name: str, text: str) -> None:
-        for writer in self._active:
-            writer.text(step, name, text)
+        self._at = step
+        self._write(lambda writer: writer.text(step, name, text))
+
+    def _write(self, do: Callable[[Writer], None]) -> None:
+        """Do it with every writer. One that fails is left out from then on, with a warning: an
+        outage of a dashboard must not cost the training."""
+        for writer in list(self._active):
+            try:
+                do(writer)
+            except ImportError:
+                raise  # what is not installed is known before the first step
+            except Exception as error:
+                self._active.remove(writer)
+                said = f"{_name(writer)} since step {self._at} ({type(error).__name__}: {error})"
+                self._left_out.append(said)
+                logger.warning("the training goes on without the metrics writer %s", said)
+                with suppress(Exception):
+                    writer.close()
 
     def summary(self) -> dict[str, float]:
         """`tokens_per_second` (median over the reports, the first, a warm-up, left out),
@@ -152,8 +169,14 @@ class Metrics:
         for writer in writers:
             try:
                 writer.close()
-            except Exception:
+            except Exception as error:
                 logger.warning("could not close the metrics writer %s", writer, exc_info=True)
+                self._left_out.append(
+                    f"the end of {_name(writer)} ({type(error).__name__}: {error})"
+                )
+        if self._left_out:
+            logger.warning("metrics are incomplete: without %s", "; ".join(self._left_out))
+            self._left_out = []
 
     def _interval(self, step: int) -> dict[str, float]:
         now = time.perf_counter()
@@ -193,3 +216,9 @@ class Metrics:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         # Linux counts in KiB, macOS in bytes.
         return {"memory_gib": peak / (GIB if sys.platform == "darwin" else 1024**2)}
+
+
+def _name(writer: Writer) -> str:
+    """Its class, and the file or folder that it writes."""
+    where = getattr(writer, "path", None) or getattr(writer, "folder", None)
+    return f"{type(writer).__name__}({where})" if where else type(writer).__name__

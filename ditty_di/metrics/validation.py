@@ -88,6 +88,25 @@ class Validator:
         """Step 0 is the time before the first."""
         return step % self.every == 0 if step else self.first
 
+    def try_first_batch(self) -> None:
+        """Count the first batch, so that data which cannot be validated on are found before
+        training. Random numbers and the loader are left as found.
+
+        Raises:
+            ValueError: no batch on any rank. Loader, preprocessors and loss raise what they raise.
+        """
+        loader = self.dataloader
+        if not callable(loader) and self._start is None and iter(loader) is loader:
+            return  # a plain iterator: what is taken from it cannot be given back
+        with torch.no_grad(), evaluating(self.model_parts), preserved_rng(self.runtime.device):
+            first = next(iter(self._batches()), None)
+            if first is not None:
+                self.loss_fn.count(first[1])
+            if not self.runtime.any(first is not None):
+                raise ValueError(NO_BATCHES)
+        if not callable(loader) and self._start is not None:
+            loader.load_state_dict(copy.deepcopy(self._start))  # type: ignore[attr-defined]
+
     def report(self) -> str:
         """The first and the last validation of this process side by side; empty if they are one."""
         if len(self._done) < 2:

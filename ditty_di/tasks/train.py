@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditty_di.rundir import RunDirectory
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -17,6 +19,7 @@ def train(
     trainer: Trainer,
     export: Callable[[list[nn.Module]], dict[str, Any] | None] | None = None,
     about: str | None = None,
+    run: str | None = None,
 ) -> dict[str, Any]:
     """Trains to the end, or until asked to stop; then `export(model_parts)` if it got to the end.
 
@@ -25,12 +28,20 @@ def train(
     changes it at its end alone.
 
     Returns what the trainer does: `status` ("finished" or "preempted"), `step`, `objective`, ...,
-    and what the export returned.
+    and what the export returned. The configuration of a resumed `run` (a run directory) becomes
+    the run's own once the checkpoint is loaded.
     """
+    if prepare := getattr(export, "prepare", None):
+        prepare(trainer.model_parts)  # what it needs is tried before the training, not after
     file = Path(about) if about is not None and trainer.runtime.rank == 0 else None
     if file is not None and not file.exists():
         _write_about(file, trainer.dataloader)
-    result = trainer.train()
+
+    def restored() -> None:
+        if run is not None and trainer.runtime.rank == 0:
+            RunDirectory(run).adopt()
+
+    result = trainer.train(restored=restored)
     if file is not None:
         _write_about(file, trainer.dataloader)
     if trainer.runtime.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from torchao.optim import AdamW8bit
 
 import ditty_di.checkpoint.load  # noqa: F401
 from ditty_di.checkpoint import Checkpointer
+from ditty_di.checkpoint.folder import MANIFEST
 from ditty_di.checkpoint.states import ModelState, OptimizerState, RNGState, SchedulerState
 
 ROWS = 8
@@ -38,6 +40,13 @@ class Box:
 
 def checkpointer(folder, states, rank_states=None, **options) -> Checkpointer:
     return Checkpointer(folder, states=states, rank_states=rank_states or {}, **options)
+
+
+def without_digests(checkpoint):
+    """Makes it a checkpoint of an earlier version."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    del manifest["digests"], manifest["digest"]
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 class Model(nn.Module):

@@ -1,6 +1,10 @@
 """Saving and restoring on one rank: what comes back, when, and what is refused."""
 
 import os
+import shutil
+import subprocess
+import sys
+import textwrap
 import threading
 
 import pytest
@@ -12,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ditty_di.checkpoint import CheckpointError
+from ditty_di.checkpoint.folder import MANIFEST
 from ditty_di.checkpoint.states import ModelState
-from tests.checkpoint.cases import OPTIMIZERS, Box, Run, checkpointer
+from tests.checkpoint.cases import OPTIMIZERS, Box, Run, checkpointer, without_digests
 
 pytestmark = pytest.mark.usefixtures("process_group")
 EXACT = [name for name in OPTIMIZERS if name != "adamw8bit"]  # that one compiles
@@ -272,14 +277,111 @@ def test_sharded_tensors_in_a_list_are_refused(tmp_path):
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata"])
 def test_damage_of_a_whole_checkpoint_is_an_error(tmp_path, file):
-    """The older one is not taken instead: that would lose steps without a word."""
+    """Without digests, as of earlier versions. The older one is not taken instead: that would lose
+    steps without a word."""
     saver = checkpointer(tmp_path, {"box": Box({"x": torch.ones(1000), "y": 1})}, every=1)
     saver.save(1), saver.save(2)
+    without_digests(tmp_path / "step-00000002")
     path = tmp_path / "step-00000002" / file
     path.write_bytes(bytes(len(path.read_bytes())))
     with pytest.raises(CheckpointError, match=r"loading .*step-00000002: rank 0: ") as error:
         saver.load()
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def flip_a_bit(file, at):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", MANIFEST])
+def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_taken(tmp_path, file, caplog):
+    box = Box({"x": torch.ones(1000), "y": 1})
+    saver = checkpointer(tmp_path, {"box": box}, every=1, keep=2)
+    saver.save(1)
+    box.state["x"].fill_(2.0)
+    saver.save(2)
+    damaged = tmp_path / "step-00000002" / file
+    at = damaged.read_bytes().index(b"2.") if file == MANIFEST else damaged.stat().st_size // 2
+    flip_a_bit(damaged, at)
+    assert saver.load() == 1 and box.state["x"].eq(1).all()
+    assert f"passing over a checkpoint that is damaged: {damaged}" in caplog.text
+    # It neither stands for its step nor counts among those that are kept.
+    saver.save(3)
+    assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"]
+    assert saver.save(2)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    assert checkpointer(tmp_path, {"box": box}).load() == 3
+
+
+def test_damaged_checkpoints_alone_are_an_error_not_a_new_start(tmp_path):
+    saver = checkpointer(tmp_path, {"box": Box({"x": torch.ones(1000)})}, every=1)
+    saver.save(1)
+    flip_a_bit(tmp_path / "step-00000001" / "__0_0.distcp", 900)
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*is damaged.*start anew"):
+        saver.load()
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_digests_and_loads(tmp_path):
+    saver = checkpointer(tmp_path, {"box": Box({"x": torch.ones(3)})}, every=1)
+    saver.save(1)
+    without_digests(tmp_path / "step-00000001")
+    assert saver.load() == 1
+
+
+# -- no room --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_named_with_what_is_needed_and_leaves_the_others_whole(small_disk):
+    box = Box({"x": torch.rand(100_000)})
+    saver = checkpointer(small_disk / "c", {"box": box}, every=1, keep=None)
+    saver.save(1), saver.save(2)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"^saving step 3 into {small_disk}/c: no space left: needs about 40\d.\d kB, ",
+    ):
+        saver.save(3)
+    assert names(small_disk / "c") == ["step-00000001", "step-00000002"]
+    with pytest.raises(CheckpointError, match=r"too little room: needs about 40\d.\d kB, 1\d\d"):
+        saver.require_space()
+    shutil.rmtree(small_disk / "c" / "step-00000001")
+    saver.require_space()
+    assert saver.save(3) and saver.load() == 3
+
+
+def test_a_limit_on_the_size_of_files_is_named(tmp_path):
+    """In a process of its own, as the limit cannot be taken back."""
+    code = f"""
+        import resource, signal, torch, torch.distributed as dist
+        from tests.checkpoint.cases import Box, checkpointer
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        box = Box({{"x": torch.rand(100_000)}})
+        saver = checkpointer({str(tmp_path)!r}, {{"box": box}}, every=1)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        try:
+            saver.save(1)
+        except Exception as error:
+            print(type(error).__name__, error)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"CheckpointError saving step 1 into {tmp_path}: a file was cut short")
+    assert "needs about 400" in said and "ulimit -f" in said
+    assert names(tmp_path) == []
 
 
 def test_an_incomplete_newest_is_passed_over(tmp_path, caplog):

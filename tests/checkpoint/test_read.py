@@ -12,7 +12,7 @@ from ditty_di.checkpoint import CheckpointError
 from ditty_di.checkpoint.read import from_checkpoint, latest, load_model
 from ditty_di.checkpoint.states import ModelState
 from tests.checkpoint import ranks
-from tests.checkpoint.cases import Box, Model, Run, checkpointer
+from tests.checkpoint.cases import Box, Model, Run, checkpointer, without_digests
 
 
 def save_sharded(folder):
@@ -127,6 +127,9 @@ def test_what_is_no_checkpoint(tmp_path):
     data = tmp_path / "step-00000002" / "__0_0.distcp"
     size = data.stat().st_size
     data.write_bytes(bytes(size))
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp is damaged: its content has another"):
+        load_model(data.parent, model)
+    without_digests(data.parent)
     with pytest.raises(CheckpointError, match="step-00000002 cannot be read"):
         load_model(tmp_path, model)
     os.truncate(data, 10)

@@ -174,3 +174,20 @@ def test_flops_of_a_packed_weight_are_those_of_what_it_stands_for():
     plain = nn.Sequential(nn.Linear(128, 64, bias=False)).requires_grad_(False)
     expected = flops.per_token([plain])
     assert flops.per_token([nf4(plain.to("meta"))]) == expected == 4 * 128 * 64
+
+
+def test_a_writer_that_fails_is_left_out_and_the_others_go_on(caplog):
+    class Down(Recorder):
+        def write(self, step, values):
+            raise OSError("the dashboard is down")
+
+    down, good = Down(), Recorder()
+    metrics = Metrics([down, good], every=1)
+    metrics._active = [down, good]
+    for step in (1, 2, 3):
+        metrics.log(step, {"loss": 1.0})
+    metrics.close()
+    assert caplog.text.count("the training goes on without the metrics writer Down") == 1
+    assert (
+        "metrics are incomplete: without Down since step 1 (OSError: the dashboard" in caplog.text
+    )

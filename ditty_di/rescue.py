@@ -1,0 +1,183 @@
+"""Save the last complete optimizer step when an exception ends the training."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ditty_di.models.weights import local
+
+if TYPE_CHECKING:
+    from ditty_di.protocols import Stateful
+
+#: Ranks that fail together come here together; one that fails alone waits in vain for the others,
+#: which are in a collective, and nobody may wait long for that.
+_AGREEMENT_SECONDS = 20.0
+
+
+class RankFailedError(RuntimeError):
+    """Another rank failed; the message says which and how."""
+
+
+class HeldPosition:
+    """A loader's state for a checkpoint: the live one, or the one that was held."""
+
+    def __init__(self, dataloader: Any) -> None:
+        self._dataloader = dataloader
+        self.held: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._dataloader.state_dict() if self.held is None else self.held
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._dataloader.load_state_dict(state_dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataloader, name)
+
+
+class StepBoundary:
+    """What an optimizer step changes before its update, as it was between two steps.
+
+    A step that fails before the update has changed random numbers, the position in the data,
+    counters, and buffers such as those of batch norm. `mark` notes them between two steps,
+    `restore` puts them back. Parameters, optimizer and schedule change with the update alone.
+
+    Args:
+        dataloader: with `state_dict`; it is called at every `mark`.
+        states: flat dicts of counters, noted whole.
+        modules: whose buffers are noted, as far as they change: which do is seen in the first step.
+        device: whose random numbers are noted beside those of Python, NumPy and torch's CPU.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataloader: Any,
+        states: Mapping[str, Stateful],
+        modules: Iterable[nn.Module],
+        device: torch.device,
+    ) -> None:
+        self.position = HeldPosition(dataloader)
+        self._states, self._device = states, device
+        self._modules = list(modules)
+        self._versions: dict[tuple[int, str], tuple[int, int | None, str]] = {}
+        self._moving: list[tuple[nn.Module, str, Tensor]] | None = None
+        self._marks = 0
+        #: Why the current step cannot be undone any more; None before its update and between steps.
+        self.changed: str | None = None
+        self.in_step = False
+
+    def mark(self) -> None:
+        """Note the state before a step."""
+        self.position.held = None
+        self._data = copy.deepcopy(self.position.state_dict())
+        self._noted = {name: dict(s.state_dict()) for name, s in self._states.items()}
+        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        if self._device.type != "cpu":
+            self._device_random = torch.get_device_module(self._device).get_rng_state(self._device)
+        if self._marks < 2:
+            self._find_moving()
+        self._marks += 1
+        if self._moving:
+            self._moving = [(m, name, _buffer(m, name).clone()) for m, name, _ in self._moving]
+        self.changed, self.in_step = None, True
+
+    def restore(self) -> str | None:
+        """Go back to the last `mark`; why that cannot be done, or None."""
+        if self.changed is not None:
+            return self.changed
+        if not self.in_step:
+            return None
+        moving = {(id(m), name) for m, name, _ in self._moving or ()}
+        for module, name, tensor in self._buffers():
+            key = (id(module), name)
+            if key not in moving and self._versions.get(key) != _version(tensor):
+                return f"the buffer {name!r} of {type(module).__name__} changed in the failed step"
+        for module in (m for part in self._modules for m in part.modules()):
+            if type(module).get_extra_state is not nn.Module.get_extra_state:
+                return f"{type(module).__name__} has a state of its own, which the step changed"
+        for module, name, before in self._moving or ():
+            _buffer(module, name).copy_(before)
+        self.position.held = self._data
+        for name, state in self._states.items():
+            state.load_state_dict(self._noted[name])
+        python, numpy, cpu = self._random
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if self._device.type != "cpu":
+            device = torch.get_device_module(self._device)
+            device.set_rng_state(self._device_random, self._device)
+        self.in_step = False
+        return None
+
+    def _find_moving(self) -> None:
+        """After the first step: the buffers that it changed are copied from then on."""
+        versions = {(id(m), name): _version(tensor) for m, name, tensor in self._buffers()}
+        if self._marks == 1:
+            self._moving = [
+                (module, name, tensor)
+                for module, name, tensor in self._buffers()
+                if versions[id(module), name] != self._versions.get((id(module), name))
+            ]
+        self._versions = versions
+
+    def _buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        for part in self._modules:
+            for module in part.modules():
+                for name, tensor in module._buffers.items():
+                    if tensor is not None:
+                        yield module, name, tensor
+
+
+def _buffer(module: nn.Module, name: str) -> Tensor:
+    return module._buffers[name]  # type: ignore[return-value]
+
+
+def _version(tensor: Tensor) -> tuple[int, int | None, str]:
+    """Which tensor it is, how often it was written in place, and the sum of its values: kernels
+    such as batch norm's write without counting."""
+    written = None if tensor.is_inference() else tensor._version
+    try:
+        content = str(local(tensor).detach().sum(dtype=torch.float64).item())
+    except (RuntimeError, NotImplementedError):  # dtypes that cannot be summed
+        content = ""
+    return id(tensor), written, content
+
+
+class Agreement:
+    """What failed ranks tell each other, in a group of their own, within a short time."""
+
+    def __init__(self) -> None:
+        self.ranks = dist.get_world_size()
+        self._group = None
+        if self.ranks > 1:
+            self._group = dist.new_group(
+                backend="gloo", timeout=timedelta(seconds=_AGREEMENT_SECONDS)
+            )
+
+    def gather(self, message: Any) -> list[Any] | None:
+        """Every rank's message; None when a rank does not come, which then never can again."""
+        if self.ranks == 1:
+            return [message]
+        try:
+            dist.monitored_barrier(self._group, timedelta(seconds=_AGREEMENT_SECONDS))
+            messages: list[Any] = [None] * self.ranks
+            dist.all_gather_object(messages, message, group=self._group)
+        except Exception:
+            return None
+        return messages
+
+    def close(self) -> None:
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
