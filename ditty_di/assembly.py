@@ -5,6 +5,7 @@ Nothing here replaces what was injected: a part that does not fit raises.
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,16 @@ import torch.distributed as dist
 from torch import nn
 
 from ditty_di.compat import sum_gradients_on_gloo
+from ditty_di.isolation import Isolation, check_positions, holds_several
+from ditty_di.metrics.validation import preserved_rng
 from ditty_di.models.weights import is_meta, materialize, unset
 from ditty_di.parallelize.pipeline import Parts, WindowLoss
-from ditty_di.processors.workflow import SPLIT_SEQUENCES
+from ditty_di.processors.workflow import SPLIT_SEQUENCES, Processors
 
 if TYPE_CHECKING:
     from ditty_di.callbacks import Callbacks
-    from ditty_di.processors import Processors
     from ditty_di.protocols import (
+        Batch,
         Checkpointer,
         CheckpointerFactory,
         DataLoader,
@@ -122,6 +125,107 @@ def place_dataloader(dataloader: DataLoaderFactory | DataLoader, runtime: Runtim
             f"takes dp_rank and dp_world_size"
         )
     return loader
+
+
+def check_rows(
+    loader: DataLoaderFactory | DataLoader | None,
+    *,
+    isolation: Isolation,
+    runtime: Runtime,
+) -> None:
+    """Compare the first rows of a loader with the model, before anything is trained on them.
+
+    Rows that hold several documents are probed (`Isolation.ensure`), and no row may be longer than
+    the model's table of positions. What a loader does not show (`dataset`, `collate_fn`) is left
+    out here.
+
+    Raises:
+        ValueError: rows that are too long, or documents that the model cannot keep apart.
+    """
+    if loader is None:
+        return
+    if callable(loader):
+        loader = loader(dp_rank=runtime.dp_rank, dp_world_size=runtime.dp_world_size)
+    with preserved_rng(runtime.device):
+        sample = _sample(loader)
+    if sample is None:
+        return
+    dataset = getattr(loader, "dataset", None)
+    check_positions(isolation.module, isolation.config, dataset, sample, name=isolation.name)
+    packs = getattr(getattr(loader, "collate_fn", None), "packs_documents", False)
+    if packs or holds_several(sample):
+        dims = runtime.parallel_dims
+        if dims.pp_enabled or dims.cp_enabled:
+            log.warning(
+                "%s: packed rows are not probed where the model or its rows are split over ranks "
+                "(runtime.pp, runtime.cp); check the model on one rank first",
+                isolation.name,
+            )
+            return
+        isolation.ensure(sample)
+
+
+def _sample(loader: Any) -> dict[str, Any] | None:
+    """The inputs of up to 8 rows of a loader's data set, collated; None where they cannot be had.
+
+    What goes wrong here is left to the loader's first batch, where it is told properly.
+    """
+    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    if dataset is None or not hasattr(dataset, "__getitem__"):
+        return None
+    if collate is None:
+        collate = torch.utils.data.default_collate
+    try:
+        rows = min(8, getattr(loader, "batch_size", 1) or 1, len(dataset))
+        first = collate([dataset[0]])[0]
+        if not (isinstance(first, dict) and isinstance(first.get("input"), torch.Tensor)):
+            return None
+        if first["input"].dim() < 2 or len(first) == 1 or rows == 1:
+            return first if first["input"].dim() >= 2 else None
+        found = collate([dataset[n] for n in range(rows)])[0]
+    except Exception as error:
+        log.debug("no sample of the loader's rows: %r", error)
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def isolation_of(trainer: Any) -> Isolation:
+    """The probe of a trainer's model, in the form in which its batches reach it."""
+    module, processors = trainer.model_parts[0], trainer.processors
+    before = Processors(processors.preprocessors)
+    own = {"original_batch", "target", "forward_kwargs", "model"}
+
+    def forward(inputs: dict[str, Any]) -> Any:
+        if not before:
+            return trainer.forward(inputs)
+        states = [(s, copy.deepcopy(s.state_dict())) for s in before.states().values()]
+        batch: Batch = (inputs, inputs["input"])
+        given = before.prepare(
+            batch,
+            epoch=0,
+            step=0,
+            total_steps=trainer.config.training.steps,
+            device=trainer.device,
+            model=module,
+        )
+        for processor, state in states:
+            processor.load_state_dict(state)
+        if given is None:
+            return {}
+        inputs, ctx = given
+        written = {name: value for name, value in ctx.items() if name not in own}
+        return {"output": trainer.forward(inputs), **written}
+
+    config = trainer.model_config
+    return Isolation(
+        module,
+        config=config,
+        forward=forward,
+        device=trainer.device,
+        agree=trainer.runtime.any,
+        name=getattr(config, "model_type", None) or type(module).__name__,
+        modules=processors.preprocessors,
+    )
 
 
 def accumulation_steps(

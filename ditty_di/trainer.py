@@ -193,6 +193,9 @@ class Trainer(Stepping):
         self.around = (loss_fn, *self.processors.preprocessors, *self.processors.postprocessors)
         self.train_context = dist_utils.get_spmd_context(parallel_dims=self.parallel_dims)
         self.gc_every = gc_every
+        isolation = assembly.isolation_of(self)
+        for loader in (self.dataloader, getattr(self.validator, "dataloader", None)):
+            assembly.check_rows(loader, isolation=isolation, runtime=runtime)
 
     def train(self) -> dict[str, Any]:
         """Trains from the newest checkpoint, or from the start, to `steps`.
