@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,6 +147,10 @@ class Isolation:
     name: str
     modules: Iterable[Any] = ()
     form: str | None = None
+    _eps: float = 0.0
+    _runs: bool = True
+    _coupling: float = 0.0
+    _rounding: float = 0.0
 
     def ensure(self, sample: Mapping[str, Any]) -> None:
         """Probe with batches like `sample`, the inputs of a micro-batch, and choose a form.
@@ -164,7 +169,14 @@ class Isolation:
             evaluating([self.module, *self.modules]),
             preserved_rng(self.device),
             _eager(),
+            ExitStack() as stack,
         ):
+            self._measure(batch)
+            if self.agree(self._coupling > 0):
+                # Quantisation by the scale of a whole tensor (float8) couples all tokens, which
+                # would hide documents that see each other.
+                stack.enter_context(_high_precision_linears(self.module))
+                self._measure(batch)
             self.form = self._choose(batch)
         if self.form is not None and self.form != next(iter(FORMS)):
             log.info(
@@ -186,6 +198,8 @@ class Isolation:
             try:
                 found = self._fault(batch, plain)
             except Exception as error:  # a kernel or signature that does not take this form
+                if plain and not self._runs:
+                    raise
                 found = f"{type(error).__name__}: {error}".splitlines()[0]
                 cause = error if plain else cause
             if plain or found != "":
@@ -202,8 +216,12 @@ class Isolation:
         if not first:
             log.warning("%s: packed rows are not probed, for no output is a token's", self.name)
             return None
-        leak, power, scale = 0.0, False, 1e-12
+        scale = max(1e-12, *(float(tensor.abs().max().nan_to_num(1.0)) for tensor in first))
+        # A correct model gives the same bits: other documents' scores are masked to exactly 0, and
+        # each row of a product is computed alone.
+        exact, power = 1e-6 * scale + 8 * self._coupling, False
         for changed in range(2):
+            leak = 0.0
             second = self._outputs(batch.inputs(changed))
             inside = batch.slots == changed
             for before, after in zip(first, second, strict=True):
@@ -211,29 +229,21 @@ class Isolation:
                 power |= bool((delta[inside] > 0).any())
                 # NaN is not evidence of isolation, and max() would drop it
                 leak = max(leak, float(delta[~inside].nan_to_num(torch.inf).max()))
-                scale = max(scale, float(before.abs().max().nan_to_num(1.0)))
+            if self.agree(leak > exact):
+                return (
+                    f"state crosses documents (tokens of one document change the outputs of "
+                    f"another in its row by {leak:.2g})"
+                )
+        # Copies of a document at other offsets, or under another mask, differ by the rounding of
+        # other kernels: some units of the outputs' precision, and what rows of other lengths
+        # differ by.
+        rounded = max(1e-5, 4 * self._eps) * scale + 8 * self._rounding
         moved = batch.restart_error(first)
-        # A correct model gives the same bits (other documents' scores are masked to exactly 0, and
-        # each row of a product is computed alone). Only quantisation by the scale of a whole
-        # tensor (float8, int8) couples tokens: its size is measured on rows of one document each.
-        # Copies of a document at other offsets differ by the rounding of other kernel tiles.
-        exact, rounded = 1e-6 * scale, 1e-5 * scale
-        if self.agree(leak > exact or moved > rounded):
-            coupling, rounding = self._noise(batch)
-            exact, rounded = exact + 8 * coupling, rounded + 8 * (rounding + coupling)
-        fault = ""
-        if leak > exact:
-            fault = (
-                f"state crosses documents (tokens of one document change the outputs of another "
-                f"in its row by {leak:.2g})"
-            )
-        elif moved > rounded:
-            fault = (
+        if self.agree(moved > rounded):
+            return (
                 f"positions do not restart with each document of a row (a document's outputs "
                 f"differ by {moved:.2g} from its own at the row's beginning)"
             )
-        if self.agree(bool(fault)):
-            return fault or "another rank cannot keep documents apart"
         if not plain and (lost := self._context_error(batch)) > rounded:
             return f"the mask changes what one document sees of itself (by {lost:.2g})"
         if not power:
@@ -241,22 +251,25 @@ class Isolation:
             return None
         return ""
 
-    def _noise(self, batch: _Probe) -> tuple[float, float]:
-        """How far outputs move with another row's tokens, and with the row's length."""
+    def _measure(self, batch: _Probe) -> None:
+        """Measure how far outputs move with another row's tokens, and with the row's length.
+
+        Rows are of one document each, as when they are padded.
+        """
+        self._coupling = self._rounding = 0.0
+        tokens = batch.tokens[:, : 3 * batch.length]
         try:
-            tokens = batch.tokens
             alone = self._outputs({"input": torch.stack([tokens[0], tokens[0]])})
             beside = self._outputs({"input": torch.stack([tokens[0], tokens[1]])})
             short = self._outputs({"input": tokens[:1, : batch.length]})
-        except Exception:  # a model that needs more inputs than tokens
-            return 0.0, 0.0
-        pairs = zip(alone, beside, short, strict=True)
-        found = [
-            ((a[0] - b[0]).abs().max(), (a[0, : s.shape[1]] - s[0]).abs().max())
-            for a, b, s in pairs
-        ]
-        coupling, rounding = (max(map(float, numbers)) for numbers in zip(*found, strict=True))
-        return coupling, rounding
+        except Exception:  # a model that needs more inputs than tokens, or cannot run at all
+            self._runs = False
+            return
+        for a, b, s in zip(alone, beside, short, strict=True):
+            self._coupling = max(self._coupling, float((a[0] - b[0]).abs().max()))
+            self._rounding = max(
+                self._rounding, float((b[0, : s.shape[1]] - s[0]).abs().max()) + self._coupling
+            )
 
     def _context_error(self, batch: _Probe) -> float:
         """How far a row of one document, as long as rows get, is from the model without additions.
@@ -273,11 +286,13 @@ class Isolation:
         """The floating outputs `[rows, length, ...]` of the model, in float32 on the CPU."""
         torch.manual_seed(0)  # what noise there is (a preprocessor's) is the same in each pass
         shape = inputs["input"].shape[:2]
-        return [
-            tensor.detach().float().cpu()
+        found = [
+            tensor.detach()
             for tensor in _tensors(self.forward(inputs))
             if tensor.is_floating_point() and tensor.dim() > 2 and tensor.shape[:2] == shape
         ]
+        self._eps = max((torch.finfo(tensor.dtype).eps for tensor in found), default=0.0)
+        return [tensor.float().cpu() for tensor in found]
 
 
 @dataclass
@@ -398,6 +413,31 @@ def _eager() -> AbstractContextManager[Any]:
         if "torch._dynamo" in sys.modules
         else nullcontext()
     )
+
+
+@contextmanager
+def _high_precision_linears(module: nn.Module) -> Iterator[None]:
+    """Let linear layers that keep a floating weight multiply by it as it is, without quantising."""
+    changed = [
+        part
+        for part in module.modules()
+        if isinstance(part, nn.Linear)
+        and type(part).forward is not nn.Linear.forward
+        and part.weight.is_floating_point()
+        and "forward" not in vars(part)
+    ]
+    try:
+        for part in changed:
+            vars(part)["forward"] = partial(_multiplied, part)
+        yield
+    finally:
+        for part in changed:
+            del vars(part)["forward"]
+
+
+def _multiplied(part: nn.Linear, x: Tensor) -> Tensor:
+    bias = None if part.bias is None else part.bias.to(x.dtype)
+    return nn.functional.linear(x, part.weight.to(x.dtype), bias)
 
 
 # -- position tables -------------------------------------------------------------------------------
