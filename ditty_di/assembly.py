@@ -14,13 +14,29 @@ import torch.distributed as dist
 from torch import nn
 
 from ditty_di.compat import sum_gradients_on_gloo
-from ditty_di.isolation import Isolation, check_positions, holds_several
+from ditty_di.isolation import (
+    Isolation,
+    NotIsolated,
+    check_positions,
+    holds_several,
+    position_limit,
+)
 from ditty_di.metrics.validation import preserved_rng
-from ditty_di.models.weights import is_meta, materialize, unset
+from ditty_di.models.weights import (
+    hugging_face,
+    initialize,
+    is_meta,
+    materialize,
+    torch_reset,
+    transformers_model,
+    unset,
+)
 from ditty_di.parallelize.pipeline import Parts, WindowLoss
 from ditty_di.processors.workflow import SPLIT_SEQUENCES, Processors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ditty_di.callbacks import Callbacks
     from ditty_di.protocols import (
         Batch,
@@ -226,6 +242,74 @@ def isolation_of(trainer: Any) -> Isolation:
         name=getattr(config, "model_type", None) or type(module).__name__,
         modules=processors.preprocessors,
     )
+
+
+#: Parameters of the largest model that `rehearse` builds.
+REHEARSED = 50_000_000
+
+
+def rehearse(build: Callable[[str], Any]) -> list[str]:
+    """Probe a small model with packed rows on the CPU, with random values, and its position table.
+
+    `build` as in `ditty_di.protocols`. Whether documents see each other follows from a model's
+    structure, so that random values tell it.
+
+    Raises:
+        ValueError: the model cannot keep the documents of a row apart.
+    """
+    collate, length = build("dataloader.collate_fn"), build("dataloader.dataset.seq_len")
+    packs = getattr(collate, "packs_documents", False)
+    if not packs and not isinstance(length, int):
+        return []
+    model = build("model")
+    config = getattr(model, "config", None)
+    name = getattr(config, "model_type", None) or type(model).__name__
+    warnings = []
+    limit = position_limit(model, config)
+    if isinstance(length, int) and limit is not None and length > limit:
+        warnings.append(
+            f"rows of up to {length} tokens, the model has {limit} positions: data.seq_len={limit}"
+        )
+    if not packs or not is_meta(model):
+        return warnings
+    if sum(p.numel() for p in model.parameters()) > REHEARSED:
+        return [*warnings, f"{name}: packed rows are probed at the start, for the model is large"]
+    cpu = torch.device("cpu")
+    try:
+        with preserved_rng(cpu):
+            model = _random_values(model)
+            ids = torch.arange(2, 18)
+            sample, _ = collate([({"input": ids, "position_ids": torch.arange(16)}, ids)] * 2)
+            isolation = Isolation(
+                model,
+                config=config,
+                forward=lambda inputs: _called(model, inputs),
+                device=cpu,
+                agree=bool,
+                name=name,
+            )
+            isolation.ensure(sample)
+    except NotIsolated as error:
+        if not torch.accelerator.is_available():
+            raise
+        return [*warnings, f"probed on the CPU: {error}"]  # its kernels may do what these cannot
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        return [*warnings, f"{name}: packed rows are probed at the start ({told})"]
+    return warnings
+
+
+def _called(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    return model(inputs["input"], **{k: v for k, v in inputs.items() if k != "input"})
+
+
+def _random_values(model: nn.Module) -> nn.Module:
+    """A copy on the CPU of a model on meta, initialised as its library does."""
+    model = copy.deepcopy(model)
+    materialize(model, torch.device("cpu"))
+    init = hugging_face if transformers_model(model)[1] is not None else torch_reset
+    initialize(model, device=torch.device("cpu"), init=init)
+    return model
 
 
 def accumulation_steps(

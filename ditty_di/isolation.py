@@ -126,6 +126,10 @@ class DocumentInputs:
 # -- the probe -------------------------------------------------------------------------------------
 
 
+class NotIsolated(ValueError):
+    """A model lets the documents of a packed row see each other, whatever it is given."""
+
+
 @dataclass
 class Isolation:
     """Probe a model in the form in which it is trained, and make it keep documents apart.
@@ -156,7 +160,7 @@ class Isolation:
         """Probe with batches like `sample`, the inputs of a micro-batch, and choose a form.
 
         Raises:
-            ValueError: nothing that could be added keeps the model's documents apart.
+            NotIsolated: nothing that could be added keeps the model's documents apart.
         """
         if self.form is not None:
             return
@@ -208,7 +212,7 @@ class Isolation:
                 return None if found is None else name
             hook.remove()
             reason = reason or found or "another rank cannot keep documents apart"
-        raise ValueError(f"{self.name}: {reason}; {_INSTEAD}") from cause
+        raise NotIsolated(f"{self.name}: {reason}; {_INSTEAD}") from cause
 
     def _fault(self, batch: _Probe, plain: bool) -> str | None:
         """Return what goes wrong in packed rows, "" for nothing, None where nothing is seen."""

@@ -20,7 +20,8 @@ names it `validate_arguments`.
 
 `rehearse(build) -> list[str]`: called by `task=check` once all static checks have passed.
 `build("name")` gives the argument `name` of that node, built through the graph (shared objects
-once, defaults of the signature included). It does a cheap, early part of what the constructor or
+once, defaults of the signature included); `build("loader.collate_fn")` builds that part of an
+argument alone, None where it is not written. It does a cheap, early part of what the constructor or
 the training would do, raises ValueError for what would fail (messages as above) and returns
 warnings. It must not build what touches an accelerator or the process group.
 """

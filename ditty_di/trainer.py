@@ -197,6 +197,8 @@ class Trainer(Stepping):
         for loader in (self.dataloader, getattr(self.validator, "dataloader", None)):
             assembly.check_rows(loader, isolation=isolation, runtime=runtime)
 
+    rehearse = staticmethod(assembly.rehearse)
+
     def train(self) -> dict[str, Any]:
         """Trains from the newest checkpoint, or from the start, to `steps`.
 

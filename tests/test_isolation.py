@@ -351,3 +351,31 @@ def test_computed_positions_are_warned_about_only(runtime, caplog):
     model = build(T.LlamaConfig, {**LLAMA, "max_position_embeddings": 16})
     trainer(model, loader("padded", Documents([9, 17])), runtime=runtime).train()
     assert "llama: rows of up to 17 tokens, beyond the 16" in caplog.text
+
+
+# -- before anything is built ----------------------------------------------------------------------
+def rehearsed(architecture, collate, seq_len=None, **changes):
+    kind, options, _ = {**ISOLATED, **REFUSED}[architecture]
+    model = build(kind, {**options, **changes})
+    built = {
+        "model": model,
+        "dataloader.collate_fn": collate,
+        "dataloader.dataset.seq_len": seq_len,
+    }
+    warnings = Trainer.rehearse(built.get)
+    assert all(p.is_meta for p in model.parameters()), "the graph's own model is left as it is"
+    return warnings
+
+
+def test_a_check_probes_a_small_model():
+    assert rehearsed("llama", PackedCollate()) == []
+    assert rehearsed("opt", PaddingFreeCollate()) == []
+    assert rehearsed("mamba", PaddedCollate()) == []
+    with pytest.raises(ValueError, match="mamba: state crosses documents"):
+        rehearsed("mamba", PackedCollate())
+
+
+def test_a_check_compares_rows_with_the_position_table():
+    (warning,) = rehearsed("gpt2", None, seq_len=65)
+    assert "rows of up to 65 tokens, the model has 64 positions" in warning
+    assert rehearsed("gpt2", None, seq_len=64) == rehearsed("llama", None, seq_len=65) == []
