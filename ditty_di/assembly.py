@@ -21,6 +21,7 @@ from ditty_di.isolation import (
     holds_several,
     position_limit,
 )
+from ditty_di.losses.plain import PlainLoss, as_loss
 from ditty_di.metrics.validation import preserved_rng
 from ditty_di.models.weights import (
     hugging_face,
@@ -205,23 +206,29 @@ def _sample(loader: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def isolation_of(trainer: Any) -> Isolation:
-    """The probe of a trainer's model, in the form in which its batches reach it."""
-    module, processors = trainer.model_parts[0], trainer.processors
+def isolation_of(
+    module: nn.Module,
+    *,
+    config: Any,
+    forward: Callable[[dict[str, Any]], Any],
+    processors: Processors,
+    runtime: Runtime,
+) -> Isolation:
+    """The probe of a model, in the form in which batches reach it: through its preprocessors."""
     before = Processors(processors.preprocessors)
     own = {"original_batch", "target", "forward_kwargs", "model"}
 
-    def forward(inputs: dict[str, Any]) -> Any:
+    def prepared(inputs: dict[str, Any]) -> Any:
         if not before:
-            return trainer.forward(inputs)
+            return forward(inputs)
         states = [(s, copy.deepcopy(s.state_dict())) for s in before.states().values()]
         batch: Batch = (inputs, inputs["input"])
         given = before.prepare(
             batch,
             epoch=0,
             step=0,
-            total_steps=trainer.config.training.steps,
-            device=trainer.device,
+            total_steps=1,
+            device=runtime.device,
             model=module,
         )
         for processor, state in states:
@@ -230,15 +237,14 @@ def isolation_of(trainer: Any) -> Isolation:
             return {}
         inputs, ctx = given
         written = {name: value for name, value in ctx.items() if name not in own}
-        return {"output": trainer.forward(inputs), **written}
+        return {"output": forward(inputs), **written}
 
-    config = trainer.model_config
     return Isolation(
         module,
         config=config,
-        forward=forward,
-        device=trainer.device,
-        agree=trainer.runtime.any,
+        forward=prepared,
+        device=runtime.device,
+        agree=runtime.any,
         name=getattr(config, "model_type", None) or type(module).__name__,
         modules=processors.preprocessors,
     )
@@ -249,7 +255,7 @@ REHEARSED = 50_000_000
 
 
 def rehearse(build: Callable[[str], Any]) -> list[str]:
-    """Probe a small model with packed rows on the CPU, with random values, and its position table.
+    """Try what can be tried early: the loss, packed rows on a small model, the position table.
 
     `build` as in `ditty_di.protocols`. Whether documents see each other follows from a model's
     structure, so that random values tell it.
@@ -257,14 +263,17 @@ def rehearse(build: Callable[[str], Any]) -> list[str]:
     Raises:
         ValueError: the model cannot keep the documents of a row apart.
     """
+    warnings = []
+    loss = as_loss(build("loss_fn"))
+    if isinstance(loss, PlainLoss):
+        warnings.append(f"loss_fn: {loss.name} has no count(batch); it is taken as {loss.counted}")
     collate, length = build("dataloader.collate_fn"), build("dataloader.dataset.seq_len")
     packs = getattr(collate, "packs_documents", False)
     if not packs and not isinstance(length, int):
-        return []
+        return warnings
     model = build("model")
     config = getattr(model, "config", None)
     name = getattr(config, "model_type", None) or type(model).__name__
-    warnings = []
     limit = position_limit(model, config)
     if isinstance(length, int) and limit is not None and length > limit:
         warnings.append(

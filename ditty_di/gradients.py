@@ -15,6 +15,8 @@ import torchtitan.distributed.utils as dist_utils
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from ditty_di.losses.plain import as_loss
+
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
 
@@ -28,13 +30,9 @@ def place_loss(
     """Moves a loss that is a module to the device, equal on all ranks, and sharded on request.
 
     Raises:
-        TypeError: something that is no `ditty_di.protocols.Loss`.
+        TypeError: something that is no `ditty_di.protocols.Loss`, nor any other callable.
     """
-    if isinstance(loss_fn, type) or not callable(getattr(loss_fn, "count", None)):
-        raise TypeError(
-            f"loss_fn: {loss_fn!r:.80} is no object with count(batch), which tells what a batch "
-            f"weighs; take one of ditty_di.losses, or inherit from its LossCalculator"
-        )
+    loss_fn = as_loss(loss_fn)
     if not isinstance(loss_fn, nn.Module):
         return loss_fn
     loss_fn.to(runtime.device)

@@ -46,7 +46,9 @@ class Trainer(Stepping):
     Args:
         model: any `nn.Module`, on meta (then `weights` fills it) or with its values.
         loss_fn, optimizer, lr_scheduler, dataloader, weights, parallelize_fn, pipeline_fn,
-            validator, checkpointer, metrics: see `ditty_di.protocols`.
+            validator, checkpointer, metrics: see `ditty_di.protocols`. Without an `lr_scheduler`
+            the learning rate is constant. A `loss_fn` may be any callable of output and labels
+            that returns a mean over rows (`ditty_di.losses.PlainLoss`).
         steps: optimizer steps in all; what a resumed run has done already counts.
         runtime: device, ranks and seeds; a default one when None.
         global_batch_size: rows an optimizer step over all ranks; None is one micro-batch a rank.
@@ -75,9 +77,9 @@ class Trainer(Stepping):
         model: nn.Module,
         loss_fn: protocols.Loss,
         optimizer: protocols.OptimizerFactory,
-        lr_scheduler: protocols.SchedulerFactory,
         dataloader: protocols.DataLoaderFactory | protocols.DataLoader,
         steps: int,
+        lr_scheduler: protocols.SchedulerFactory | None = None,
         runtime: Runtime | None = None,
         weights: protocols.WeightsFn | None = None,
         parallelize_fn: protocols.ParallelizeFn | None = None,
@@ -98,6 +100,11 @@ class Trainer(Stepping):
         max_skipped_steps: int = 0,
         gc_every: int = 1000,
     ) -> None:
+        if steps is None:
+            raise ValueError(
+                "trainer.steps=None: give the number of optimizer steps, such as steps=1000; "
+                "ditty_di.data.horizon counts it from epochs"
+            )
         if steps < 1:
             raise ValueError(f"trainer.steps={steps}: at least one step is needed")
         if not max_norm > 0:
@@ -193,7 +200,13 @@ class Trainer(Stepping):
         self.around = (loss_fn, *self.processors.preprocessors, *self.processors.postprocessors)
         self.train_context = dist_utils.get_spmd_context(parallel_dims=self.parallel_dims)
         self.gc_every = gc_every
-        isolation = assembly.isolation_of(self)
+        isolation = assembly.isolation_of(
+            self.model_parts[0],
+            config=self.model_config,
+            forward=self.forward,
+            processors=self.processors,
+            runtime=runtime,
+        )
         for loader in (self.dataloader, getattr(self.validator, "dataloader", None)):
             assembly.check_rows(loader, isolation=isolation, runtime=runtime)
 

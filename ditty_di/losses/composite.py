@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ditty_di.losses.calculator import as_context, labels_for
+from ditty_di.losses.plain import as_loss
 from ditty_di.processors.base import as_contract, snake_case
 from ditty_di.processors.contracts import Contract
 
@@ -53,7 +54,7 @@ class CompositeLoss(nn.Module):
                 raise ValueError(f"loss: {called} has weight {weight}; write 0 or more")
             if weight:
                 # As an attribute, so that a module in it is registered as one.
-                setattr(self, _PART + called, loss)
+                setattr(self, _PART + called, as_loss(loss))
                 self.weights[called] = float(weight)
         if not self.weights:
             raise ValueError("loss: a composite needs a part whose weight is not 0")
