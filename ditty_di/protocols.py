@@ -105,6 +105,15 @@ class Loss(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
+class LossFunction(Protocol):
+    """Any other loss: returns a mean over the rows of a micro-batch (`ditty_di.losses.PlainLoss`).
+
+    The trainer counts rows, or what the attributes `ignore_index` and `reduction` tell.
+    """
+
+    def __call__(self, output: Any, labels: Any, /) -> Tensor: ...
+
+
 class OptimizerFactory(Protocol):
     """Receives every trainable parameter of every model part, with its fully qualified name."""
 

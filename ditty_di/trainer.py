@@ -75,7 +75,7 @@ class Trainer(Stepping):
         self,
         *,
         model: nn.Module,
-        loss_fn: protocols.Loss,
+        loss_fn: protocols.Loss | protocols.LossFunction,
         optimizer: protocols.OptimizerFactory,
         dataloader: protocols.DataLoaderFactory | protocols.DataLoader,
         steps: int,

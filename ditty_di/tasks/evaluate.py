@@ -48,6 +48,7 @@ def evaluate(
         to_device,
     )
     from ditty_di.gradients import place_loss
+    from ditty_di.losses.plain import as_loss
     from ditty_di.processors import Processors
     from ditty_di.runtime import Runtime
 
@@ -58,6 +59,7 @@ def evaluate(
         contracts="static",
         around={"model": model, "loss": loss_fn},
     )
+    loss_fn = as_loss(loss_fn)
     if loss_weights is not None:
         loss_weights(loss_fn)
     loss_fn = processors.before(place_loss(loss_fn, runtime))
