@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NO_LOSS = """\
-loss_fn: {found} is no loss: give an object with count(batch), such as those of ditty_di.losses, \
-or any callable of (output, labels) that returns a mean over rows, such as torch.nn.MSELoss()"""
+loss_fn: {found} is no object with count(batch), such as those of ditty_di.losses, nor any other \
+callable of (output, labels) that returns a mean over rows, such as torch.nn.MSELoss()"""
 NO_SCALAR = """\
 loss_fn: {name} returned {found}; a loss returns one number, the mean over the rows of a \
 micro-batch{hint}"""
