@@ -180,7 +180,8 @@ class Loader:
         """This rank's rows of the global micro-batch at `place`: fewer at the very end."""
         if self._spread and self._end is not None and place + self._step > self._end:
             left = self._end - place
-            first, last = (place + left * (self.dp_rank + n) // self.dp_world_size for n in (0, 1))
+            # Rounded up, so that the first ranks have the most: rank 0's state is what is saved.
+            first, last = (place - -left * (self.dp_rank + n) // self.dp_world_size for n in (0, 1))
             return self._order.between(first, last)
         first = place + self.dp_rank * self.batch_size
         last = first + self.batch_size
