@@ -358,6 +358,7 @@ def rehearsed(architecture, collate, seq_len=None, **changes):
     kind, options, _ = {**ISOLATED, **REFUSED}[architecture]
     model = build(kind, {**options, **changes})
     built = {
+        "loss_fn": CrossEntropyLoss(),
         "model": model,
         "dataloader.collate_fn": collate,
         "dataloader.dataset.seq_len": seq_len,
