@@ -19,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     quiet_imports()
+    if not {"", os.getcwd()} & set(sys.path):  # as `python -m` does: a module of one's own here
+        sys.path.insert(0, os.getcwd())
     try:
         if {"--help", "-h"} & set(arguments):
             from ditty_di.cli import usage

@@ -15,34 +15,34 @@ import torchtitan.distributed.utils as dist_utils
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from ditty_di.losses.plain import as_loss
+
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh
 
-    from ditty_di.protocols import Loss, ParallelizeFn
+    from ditty_di.protocols import Loss, LossFunction, ParallelizeFn
     from ditty_di.runtime import Runtime
 
 
 def place_loss(
-    loss_fn: Loss, runtime: Runtime, parallelize_fn: ParallelizeFn | None = None
+    loss_fn: Loss | LossFunction,
+    runtime: Runtime,
+    parallelize_fn: ParallelizeFn | None = None,
 ) -> Loss:
     """Moves a loss that is a module to the device, equal on all ranks, and sharded on request.
 
     Raises:
-        TypeError: something that is no `ditty_di.protocols.Loss`.
+        TypeError: something that is no `ditty_di.protocols.Loss`, nor any other callable.
     """
-    if isinstance(loss_fn, type) or not callable(getattr(loss_fn, "count", None)):
-        raise TypeError(
-            f"loss_fn: {loss_fn!r:.80} is no object with count(batch), which tells what a batch "
-            f"weighs; take one of ditty_di.losses, or inherit from its LossCalculator"
-        )
-    if not isinstance(loss_fn, nn.Module):
-        return loss_fn
-    loss_fn.to(runtime.device)
-    for tensor in (*loss_fn.parameters(), *loss_fn.buffers()):
+    loss: Loss = as_loss(loss_fn)
+    if not isinstance(loss, nn.Module):
+        return loss
+    loss.to(runtime.device)
+    for tensor in (*loss.parameters(), *loss.buffers()):
         dist.broadcast(tensor.detach(), src=0)
     if parallelize_fn is None:
-        return loss_fn
-    placed: Any = parallelize_fn(loss_fn, parallel_dims=runtime.parallel_dims)
+        return loss
+    placed: Any = parallelize_fn(loss, parallel_dims=runtime.parallel_dims)
     if runtime.device.type == "cpu":
         sum_gradients_on_gloo(placed)
     return placed  # type: ignore[no-any-return]

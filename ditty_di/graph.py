@@ -222,7 +222,16 @@ class Graph:
         return not {target, *identities(fn)}.isdisjoint(self.allow_targets)
 
     def _argument(self, place: Place, name: str) -> Any:
-        """What a node is given as `name`, or the default of its signature."""
+        """What a node is given as `name`, or the default of its signature.
+
+        `name` may lead into an argument (`dataloader.collate_fn`); None where nothing is written.
+        """
+        if "." in name:
+            try:
+                inside = self._walk(place, name.split("."), place, name)
+            except ConfigError:
+                return None
+            return self._build(inside)
         node = self.at(place)[1]
         if name in node:
             return self._build((*place, name))

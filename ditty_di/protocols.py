@@ -20,7 +20,8 @@ names it `validate_arguments`.
 
 `rehearse(build) -> list[str]`: called by `task=check` once all static checks have passed.
 `build("name")` gives the argument `name` of that node, built through the graph (shared objects
-once, defaults of the signature included). It does a cheap, early part of what the constructor or
+once, defaults of the signature included); `build("loader.collate_fn")` builds that part of an
+argument alone, None where it is not written. It does a cheap, early part of what the constructor or
 the training would do, raises ValueError for what would fail (messages as above) and returns
 warnings. It must not build what touches an accelerator or the process group.
 """
@@ -102,6 +103,15 @@ class Loss(Protocol):
     def __call__(
         self, output: Any, labels: Tensor, global_count: Tensor, /
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class LossFunction(Protocol):
+    """Any other loss: returns a mean over the rows of a micro-batch (`ditty_di.losses.PlainLoss`).
+
+    The trainer counts rows, or what the attributes `ignore_index` and `reduction` tell.
+    """
+
+    def __call__(self, output: Any, labels: Any, /) -> Tensor: ...
 
 
 class OptimizerFactory(Protocol):

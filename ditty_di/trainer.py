@@ -51,7 +51,9 @@ class Trainer(Stepping):
     Args:
         model: any `nn.Module`, on meta (then `weights` fills it) or with its values.
         loss_fn, optimizer, lr_scheduler, dataloader, weights, parallelize_fn, pipeline_fn,
-            validator, checkpointer, metrics: see `ditty_di.protocols`.
+            validator, checkpointer, metrics: see `ditty_di.protocols`. Without an `lr_scheduler`
+            the learning rate is constant. A `loss_fn` may be any callable of output and labels
+            that returns a mean over rows (`ditty_di.losses.PlainLoss`).
         steps: optimizer steps in all; what a resumed run has done already counts.
         runtime: device, ranks and seeds; a default one when None.
         global_batch_size: rows an optimizer step over all ranks; None is one micro-batch a rank.
@@ -109,11 +111,11 @@ class Trainer(Stepping):
         self,
         *,
         model: nn.Module,
-        loss_fn: protocols.Loss,
+        loss_fn: protocols.Loss | protocols.LossFunction,
         optimizer: protocols.OptimizerFactory,
-        lr_scheduler: protocols.SchedulerFactory,
         dataloader: protocols.DataLoaderFactory | protocols.DataLoader,
         steps: int,
+        lr_scheduler: protocols.SchedulerFactory | None = None,
         runtime: Runtime | None = None,
         weights: protocols.WeightsFn | None = None,
         parallelize_fn: protocols.ParallelizeFn | None = None,
@@ -134,6 +136,11 @@ class Trainer(Stepping):
         max_skipped_steps: int = 0,
         gc_every: int = 1000,
     ) -> None:
+        if steps is None:
+            raise ValueError(
+                "trainer.steps=None: give the number of optimizer steps, such as steps=1000; "
+                "ditty_di.data.horizon counts it from epochs"
+            )
         self.validate(
             steps=steps,
             max_norm=max_norm,
@@ -248,6 +255,17 @@ class Trainer(Stepping):
         self.around = (loss_fn, *self.processors.preprocessors, *self.processors.postprocessors)
         self.train_context = dist_utils.get_spmd_context(parallel_dims=self.parallel_dims)
         self.gc_every = gc_every
+        isolation = assembly.isolation_of(
+            self.model_parts[0],
+            config=self.model_config,
+            forward=self.forward,
+            processors=self.processors,
+            runtime=runtime,
+        )
+        for loader in (self.dataloader, getattr(self.validator, "dataloader", None)):
+            assembly.check_rows(loader, isolation=isolation, runtime=runtime)
+
+    rehearse = staticmethod(assembly.rehearse)
 
     def train(self, *, restored: Callable[[], None] | None = None) -> dict[str, Any]:
         """Trains from the newest checkpoint, or from the start, to `steps`.
@@ -288,7 +306,8 @@ class Trainer(Stepping):
                 self.checkpointer.maybe_wait_for_staging()  # a callback may change the weights
             self.callbacks.call("train_end", self)
         except BaseException as error:
-            error.training_step = self.step  # type: ignore[attr-defined]  # for `ditty_di.failure`
+            if not hasattr(error, "training_step"):  # for `ditty_di.failure`
+                error.training_step = self.step  # type: ignore[attr-defined]
             self.metrics_processor.close()  # what was measured until then is worth the most now
             raise
         finally:

@@ -22,6 +22,15 @@ NEEDS = {
         *FINE_TUNING,
     ],
     "data=digits": ["model=dit_digits", "validator=loss_only", "export=none"],
+    "data=rows": [
+        *("tokenizer=none", "model=dit_digits", "validator=loss_only", "export=none"),
+        "data.train._target_=builtins.list",
+    ],
+    "experiment=module": [
+        "model._target_=torch.nn.Identity",
+        "data.train._target_=builtins.list",
+    ],
+    "model=module": ["model._target_=torch.nn.Identity"],
     "model=hf_seq2seq": ["model.path=folder"],
     "tokenizer=of_model": ["model=hf_causal_lm"],
     "validator=finetune": EXAMPLES,

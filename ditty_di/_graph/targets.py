@@ -24,6 +24,10 @@ class TargetError(Exception):
     """A target that cannot be imported or may not be named."""
 
 
+#: Modules of the standard library that can be imported on Windows alone.
+_OF_WINDOWS = {"msilib", "msvcrt", "nt", "winreg", "winsound"}
+
+
 def did_you_mean(word: str, known: Iterable[Any], cutoff: float = 0.6) -> str:
     """`; did you mean 'x'?`, or nothing when no name is close."""
     close = difflib.get_close_matches(word, [name for name in known if isinstance(name, str)], 1)
@@ -94,7 +98,9 @@ def _import(name: str, module: str, parent: types.ModuleType | None) -> types.Mo
         last = module.rpartition(".")[2]
         if parent is None:
             known = {m.name for m in pkgutil.iter_modules()} | set(sys.stdlib_module_names)
-            hint = did_you_mean(last, known) or "; is it installed in this environment?"
+            hint = (
+                did_you_mean(last, known - _OF_WINDOWS) or "; is it installed in this environment?"
+            )
             raise TargetError(f"cannot import {name!r}: no module {module!r}{hint}") from None
         below = {m.name for m in pkgutil.iter_modules(getattr(parent, "__path__", ()))}
         raise TargetError(

@@ -24,6 +24,7 @@ from ditty_di.data.examples import Examples, Seq2SeqExamples, label_tokens, prom
 from ditty_di.data.loader import Loader, horizon
 from ditty_di.data.order import LengthGrouped, Order
 from ditty_di.data.packing import Packed
+from ditty_di.data.rows import held_out_rows, training_rows
 from ditty_di.data.sources import Records, in_memory, records, synthetic
 from ditty_di.data.tokenizer import train_bpe
 from ditty_di.data.tokens import TokenDataset, tokenize, unigram_entropy
@@ -46,6 +47,7 @@ __all__ = [
     "decoder_start_token_id",
     "docstring_pairs",
     "held_out_module",
+    "held_out_rows",
     "horizon",
     "in_memory",
     "label_tokens",
@@ -57,6 +59,7 @@ __all__ = [
     "tokenize",
     "train_bpe",
     "train_documents",
+    "training_rows",
     "unigram_entropy",
     "validation_documents",
 ]

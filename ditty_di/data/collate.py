@@ -43,9 +43,11 @@ class PaddedCollate:
 
 
 class _Documents:
-    """The contract of batches that tell documents apart by their positions."""
+    """Batches that tell documents apart by their positions: their contract."""
 
     varlen: bool
+    #: The model is probed before training: no document of a row may see another.
+    packs_documents = True
 
     @classmethod
     def contract_for(cls, *, varlen: bool = True, **others: Any) -> str:

@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,12 +19,16 @@ from ditty_di.data.order import Order
 from ditty_di.protocols import early_checks
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ditty_di.protocols import Batch
 
 _FILLING = -1
 _STOP_SIGNALS = stop_signals.SIGNALS
+
+
+NO_PAIR = """\
+a micro-batch must be a pair (inputs, labels), not {found}. Let the dataset's rows be pairs \
+(x, y), ({{"input": x, ...}}, y) or {{"input": x, "labels": y}}, or pass a `collate_fn`; "input" \
+is the model's first argument, and every other entry goes to forward under its own name"""
 
 
 class Dataset(Protocol):
@@ -53,12 +57,15 @@ class Loader:
     fraction is allowed, rounded up to a whole row), and the last global micro-batch is filled up
     with rows whose labels are all `ignore_index`, so that every rank yields equally many;
     `drop_last` leaves it out instead. Filling needs labels `[batch, ...]` of integers, or
-    a `collate_fn` that fills.
+    a `collate_fn` that fills. Other labels, such as those of a regression, have no value that a
+    loss ignores: the rows that are left are spread over the ranks as evenly as possible, and a rank
+    for which none is left ends one micro-batch earlier.
 
-    `collate_fn` makes `(inputs, labels)` of a list of rows; torch's `default_collate` otherwise.
-    One with a true attribute `fills` takes None for each row that fills up, and so may give labels
-    of any shape. `order` makes the order of rows: None is
-    `Order`; a partial of `LengthGrouped` is another.
+    Rows are `(x, y)`, or `({"input": x, ...}, y)`, or `{"input": x, "labels": y, ...}`.
+    `collate_fn` makes such a batch of a list of rows; torch's `default_collate` otherwise. One with
+    a true attribute `fills` takes None for each row that fills up, and so may give labels of any
+    shape. `order` makes the order of rows: None is `Order`; a partial of `LengthGrouped` is
+    another.
     Workers ignore SIGTERM and SIGINT, which are the trainer's to answer. Their Python, NumPy and
     torch generators are seeded from (seed, rank, worker, position); this process' are not touched.
 
@@ -68,7 +75,7 @@ class Loader:
     one at the beginning. Only the newest iterator counts.
 
     Raises `ValueError` for arguments out of range, or an empty dataset; `TypeError` with the first
-    micro-batch when the last would need filling up and its labels do not allow it.
+    micro-batch for rows of another form.
     """
 
     @staticmethod
@@ -121,11 +128,12 @@ class Loader:
                 f"drop_last leaves nothing: {self._end} rows make no micro-batch of {self._step}",
             )
         self._drop_last = drop_last
+        self._spread = False  # the last micro-batch is spread over the ranks, not filled up
         self._start = self._consumed = 0  # of the newest iterator; both are places in the stream
         self._resuming = False
 
     def __len__(self) -> int:
-        """Micro-batches from the beginning to the end, the same on every rank."""
+        """Micro-batches from the beginning to the end, those that are filled up included."""
         if self._end is None:
             # A TypeError, as list() asks for the length as a hint and takes this for "unknown".
             raise TypeError("a loader with epochs=None never ends: it has no length")
@@ -175,6 +183,11 @@ class Loader:
 
     def _rows_at(self, place: int) -> list[int]:
         """This rank's rows of the global micro-batch at `place`: fewer at the very end."""
+        if self._spread and self._end is not None and place + self._step > self._end:
+            left = self._end - place
+            # Rounded up, so that the first ranks have the most: rank 0's state is what is saved.
+            first, last = (place - -left * (self.dp_rank + n) // self.dp_world_size for n in (0, 1))
+            return self._order.between(first, last)
         first = place + self.dp_rank * self.batch_size
         last = first + self.batch_size
         return self._order.between(first, last if self._end is None else min(last, self._end))
@@ -182,12 +195,16 @@ class Loader:
     def _indices(self, start: int) -> Iterator[list[int]]:
         for place in self._places(start):
             rows = self._rows_at(place)
-            yield rows + [_FILLING if self._fills else 0] * (self.batch_size - len(rows))
+            if not self._spread:
+                rows += [_FILLING if self._fills else 0] * (self.batch_size - len(rows))
+            if rows:
+                yield rows
 
     def _batches(self, start: int) -> Iterator[Batch]:
         import torch
         from torch.utils.data import DataLoader
 
+        self._spread = self._must_spread(start)
         loader: DataLoader[Any] = DataLoader(
             _Filled(self.dataset) if self._fills else self.dataset,  # type: ignore[arg-type]  # no
             batch_sampler=self._indices(start),  # type: ignore[arg-type]  # no length: may not end
@@ -202,11 +219,10 @@ class Loader:
         )
         with _stop_signals_blocked():
             batches = iter(loader)
-        for batch, place in zip(batches, self._places(start), strict=True):
+        filled = not (self._fills or self._spread)
+        for batch, place in zip(batches, self._places(start), strict=not self._spread):
             inputs, labels = _pair(batch)
-            if place == start:
-                self._check_labels(labels, start)
-            if self._end is not None and place + self._step > self._end and not self._fills:
+            if self._end is not None and place + self._step > self._end and filled:
                 labels = labels.clone()  # a dataset's own memory, perhaps
                 labels[len(self._rows_at(place)) :] = self.ignore_index
             self._consumed = place + self._step
@@ -214,30 +230,28 @@ class Loader:
                 self._consumed = min(self._consumed, self._end)
             yield inputs, labels
 
-    def _check_labels(self, labels: Tensor, start: int) -> None:
-        """Tells with the first micro-batch, not after hours, that the last cannot be filled up."""
+    def _must_spread(self, start: int) -> bool:
+        """Whether the last micro-batch is incomplete and its labels cannot be filled up.
+
+        The first row tells, on all ranks alike; the generators of this process are not touched.
+        """
         import torch
+        from torch.utils.data import default_collate
+
+        from ditty_di.metrics.validation import preserved_rng
 
         if self._end is None or self._drop_last or self._fills:
-            return
-        if (self._end - start) % self._step == 0:
-            return
-        reason = ""
+            return False
+        if (self._end - start) % self._step == 0 or start >= self._end:
+            return False
+        with preserved_rng(torch.device("cpu")):
+            row = self.dataset[self._order.between(start, start + 1)[0]]
+            _, labels = _pair((self.collate_fn or default_collate)([row]))
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            reason = f"labels of {labels.dtype} have no value that a loss ignores"
-        elif not torch.iinfo(labels.dtype).min <= self.ignore_index:
-            reason = f"labels of {labels.dtype} cannot hold ignore_index={self.ignore_index}"
-        elif labels.ndim == 0 or len(labels) != self.batch_size:
-            reason = (
-                f"labels of shape {list(labels.shape)} are not one entry a row, "
-                f"batch_size={self.batch_size}"
-            )
-        if reason:
-            raise TypeError(
-                f"{self._end - start} rows do not divide into micro-batches of {self._step} "
-                f"(batch_size x data-parallel ranks), and the last cannot be filled up: {reason}. "
-                "Choose sizes that divide, or drop_last=true, or steps instead of epochs."
-            )
+            return True
+        if not torch.iinfo(labels.dtype).min <= self.ignore_index:
+            return True
+        return labels.ndim == 0 or len(labels) != 1
 
 
 class _Filled:
@@ -308,13 +322,27 @@ def _in_words(values: dict[str, Any]) -> str:
 
 
 def _pair(batch: Any) -> Batch:
-    try:
-        inputs, labels = batch
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"a micro-batch must be a pair (inputs, labels), not a {type(batch).__name__}. Let the "
-            'dataset\'s rows be such pairs, as ({"input": ids}, labels), or pass a `collate_fn`.'
-        ) from None
+    """`(inputs, labels)` of what a collation gave; labels of none are int64 `[rows, 0]`."""
+    import torch
+
+    labels: Any = None
+    if isinstance(batch, Mapping):
+        batch = dict(batch)
+        labels = batch.pop("labels", None)
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        batch, labels = batch
+    else:
+        raise TypeError(NO_PAIR.format(found=f"a {type(batch).__name__}"))
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input": batch}
+    if inputs and not isinstance(inputs.get("input"), torch.Tensor):
+        found = f"inputs of type {type(batch).__name__}"
+        if isinstance(batch, Mapping):
+            found = f"a mapping with {', '.join(map(str, batch))} and no tensor 'input'"
+        raise TypeError(NO_PAIR.format(found=found))
+    if labels is None and inputs:
+        labels = torch.empty(len(inputs["input"]), 0, dtype=torch.int64)
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(NO_PAIR.format(found=f"labels of type {type(labels).__name__}"))
     return inputs, labels
 
 

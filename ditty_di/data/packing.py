@@ -107,6 +107,11 @@ class Packed:
         self._bounds = np.cumsum([0, *map(len, packs)])
         self._members = chosen[np.fromiter((i for pack in packs for i in pack), np.int64)]
         self.efficiency = float(lengths.sum()) / (len(packs) * seq_len)
+        filled = np.add.reduceat(
+            np.minimum(examples.lengths[self._members], seq_len), self._bounds[:-1]
+        )
+        #: Positions that occur: of the longest example, or of the longest padding.
+        self.longest = int(max(lengths.max(), seq_len - filled.min()))
         log.info(
             "packed %d examples into %d rows of %d tokens: %.1f %% of the tokens are real",
             *(len(chosen), len(packs), seq_len, 100 * self.efficiency),

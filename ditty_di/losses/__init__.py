@@ -9,6 +9,7 @@ from ditty_di.losses.distillation import DistillationLoss
 from ditty_di.losses.elementwise import HuberLoss, L1Loss, MSELoss
 from ditty_di.losses.liger import LigerLinearCrossEntropyLoss
 from ditty_di.losses.linear_cross_entropy import LinearCrossEntropyLoss
+from ditty_di.losses.plain import PlainLoss
 from ditty_di.losses.uncertainty import UncertaintyWeightedLoss
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LossCalculator",
     "LossOutput",
     "MSELoss",
+    "PlainLoss",
     "UncertaintyWeightedLoss",
     "deferred_head",
 ]

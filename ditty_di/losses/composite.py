@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ditty_di.losses.calculator import as_context, labels_for
+from ditty_di.losses.plain import as_loss
 from ditty_di.processors.base import as_contract, snake_case
 from ditty_di.processors.contracts import Contract
 
@@ -48,7 +49,9 @@ class CompositeLoss(nn.Module):
         self.name = name or snake_case(type(self).__name__)
         self.contract = as_contract(contract if contract is not None else type(self).contract)
         self.weights: dict[str, float] = {}
-        for called, loss, weight in _named(losses):
+        for called, loss, weight in _named(
+            [(as_loss(loss), weight) for loss, weight in _pairs(losses)]
+        ):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"loss: {called} has weight {weight}; write 0 or more")
             if weight:
@@ -129,14 +132,7 @@ def part_metrics(called: str, loss: Tensor, own: Mapping[str, Tensor]) -> dict[s
 def _named(losses: Any) -> Iterator[tuple[str, Any, float]]:
     """(unique name, loss, weight) of pairs whose losses may be nodes of a configuration."""
     used: set[str] = set()
-    for pair in losses:
-        try:
-            loss, weight = pair
-            weight = float(weight)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"loss: a composite takes pairs of a loss and its weight; got {pair!r:.80}"
-            ) from None
+    for loss, weight in _pairs(losses):
         name = _name(loss)
         if "." in name or "/" in name:
             raise ValueError(f"loss: {name!r} is no name for a part; leave out dots and slashes")
@@ -146,6 +142,17 @@ def _named(losses: Any) -> Iterator[tuple[str, Any, float]]:
             unique = f"{name}_{n}"
         used.add(unique)
         yield unique, loss, weight
+
+
+def _pairs(losses: Any) -> Iterator[tuple[Any, float]]:
+    for pair in losses:
+        try:
+            loss, weight = pair
+            yield loss, float(weight)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"loss: a composite takes pairs of a loss and its weight; got {pair!r:.80}"
+            ) from None
 
 
 def _name(loss: Any) -> str:

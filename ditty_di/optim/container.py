@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ditty_di.names import canonical_fqn
 from ditty_di.protocols import OptimizerFactory, SchedulerFactory
@@ -180,15 +181,20 @@ class Optimizers:
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
 
+def _constant(step: int) -> float:
+    return 1.0
+
+
 class Schedulers:
-    """The trainer's learning-rate scheduler, stepped once after every update.
+    """The trainer's learning-rate scheduler, stepped once after every update; constant without one.
 
     Raises:
         TypeError: a scheduler that is already built, or one whose `step()` needs an argument.
         ValueError: a scheduler of another optimizer.
     """
 
-    def __init__(self, factory: SchedulerFactory, optimizer: Optimizer) -> None:
+    def __init__(self, factory: SchedulerFactory | None, optimizer: Optimizer) -> None:
+        factory = factory or partial(LambdaLR, lr_lambda=_constant)
         if not callable(factory):
             raise TypeError(
                 f"lr_scheduler: pass a partial, such as functools.partial(cosine, total_steps=100) "

@@ -40,8 +40,15 @@ def evaluate(
     """
     if validator is None:
         raise ValueError("evaluate: this run has no validator; add validator=default, or loss_only")
-    from ditty_di.assembly import place_model, place_processors, to_device
+    from ditty_di.assembly import (
+        check_rows,
+        isolation_of,
+        place_model,
+        place_processors,
+        to_device,
+    )
     from ditty_di.gradients import place_loss
+    from ditty_di.losses.plain import as_loss
     from ditty_di.processors import Processors
     from ditty_di.runtime import Runtime
 
@@ -52,6 +59,7 @@ def evaluate(
         contracts="static",
         around={"model": model, "loss": loss_fn},
     )
+    loss_fn = as_loss(loss_fn)
     if loss_weights is not None:
         loss_weights(loss_fn)
     loss_fn = processors.before(place_loss(loss_fn, runtime))
@@ -76,6 +84,14 @@ def evaluate(
     made = validator(
         model_parts=parts, forward=forward, loss_fn=loss_fn, runtime=runtime, prepare=prepare
     )
+    isolation = isolation_of(
+        parts[0],
+        config=getattr(model, "config", None),
+        forward=forward,
+        processors=processors,
+        runtime=runtime,
+    )
+    check_rows(getattr(made, "dataloader", None), isolation=isolation, runtime=runtime)
     runtime.catch_signals()
     try:
         values = made.validate(0)

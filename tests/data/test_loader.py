@@ -204,10 +204,9 @@ def test_drop_last():
 
 
 @pytest.mark.parametrize("dp_rank", [0, 1])
-def test_labels_that_cannot_be_filled_up_are_refused_at_once(dp_rank):
+def test_rows_whose_labels_cannot_be_filled_up_are_spread(dp_rank):
     rank = {"dp_rank": dp_rank, "dp_world_size": 2}
-    with pytest.raises(TypeError, match=r"9 rows .* of 2 .*float32.*drop_last"):
-        next(iter(Loader(FloatRows(9), 1, epochs=1, **rank)))
+    assert len(list(Loader(FloatRows(9), 1, epochs=1, **rank))) == 5 - dp_rank
     assert len(list(Loader(FloatRows(8), 1, epochs=1, **rank))) == 4
     assert len(list(Loader(FloatRows(9), 1, epochs=1, drop_last=True, **rank))) == 4
     next(iter(Loader(FloatRows(9), 1, **rank)))
@@ -215,14 +214,12 @@ def test_labels_that_cannot_be_filled_up_are_refused_at_once(dp_rank):
     def unsigned(rows):
         return {}, torch.zeros(len(rows), dtype=torch.uint8)
 
-    with pytest.raises(TypeError, match="cannot hold ignore_index=-100"):
-        next(iter(Loader(Rows(9), 1, epochs=1, collate_fn=unsigned, **rank)))
+    assert len(list(Loader(Rows(9), 1, epochs=1, collate_fn=unsigned, **rank))) == 5 - dp_rank
 
     def packed(rows):
         return {}, torch.zeros(1, 5, dtype=torch.long)
 
-    with pytest.raises(TypeError, match=r"shape \[1, 5\] are not one entry a row"):
-        next(iter(Loader(Rows(9), 2, epochs=1, collate_fn=packed, **rank)))
+    assert len(list(Loader(Rows(9), 2, epochs=1, collate_fn=lambda rows: packed(rows), **rank)))
 
 
 class Ragged(Rows):

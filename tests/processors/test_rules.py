@@ -173,7 +173,7 @@ class Gives(PreProcessor):
         ),
         ({"callbacks": [EMA()]}, r"callbacks: give them names, as in \{'ema': EMA\(\)\}; got \["),
         ({"callbacks": {"ema": EMA}}, r"callbacks.ema: EMA is a class; call it"),
-        ({"loss_fn": nn.MSELoss()}, r"loss_fn: MSELoss\(\) is no object with count\(batch\)"),
+        ({"loss_fn": "mse"}, r"loss_fn: 'mse' is no object with count\(batch\)"),
         ({"loss_fn": MSELoss}, r"loss_fn: <class .* is no object with count\(batch\)"),
     ],
 )

@@ -1,0 +1,382 @@
+"""Documents of a packed row: kept apart, or refused before the first step."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+import transformers as T
+
+from ditty_di import Trainer
+from ditty_di.data import Loader, Packed, PackedCollate, PaddedCollate, PaddingFreeCollate
+from ditty_di.isolation import DocumentInputs
+from ditty_di.losses import CrossEntropyLoss
+from ditty_di.metrics.validation import Validator, evaluating
+from ditty_di.models import causal_lm
+from ditty_di.models.weights import hugging_face, initialize
+from ditty_di.parallelize.data_parallel import shard
+from ditty_di.parallelize.recompute import full
+from ditty_di.precision import float8
+from ditty_di.precision.autocast import autocast
+from ditty_di.processors import Teacher
+from ditty_di.quantization import int8, nf4
+from ditty_di.runtime import Runtime
+from tests.checkpoint import ranks
+from tests.data.ragged import Documents
+
+VOCAB = 64
+HIDDEN = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+SMALL = {**HIDDEN, "num_attention_heads": 4, "max_position_embeddings": 64}
+LLAMA = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 48}
+GPT2 = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+BART = {
+    "vocab_size": VOCAB, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+}  # fmt: skip
+MAMBA2 = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1,
+}  # fmt: skip
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SSM = {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1}
+DOCUMENTS = Documents([9, 3, 16, 1, 7, 12, 5, 14])
+
+PLAIN, BOOLEAN, ADDITIVE = "position_ids alone", "boolean", "additive"
+BY_LAYER = "for each kind of layer"
+#: What keeps the documents apart; or the refusal.
+ISOLATED = {
+    "llama": (T.LlamaConfig, LLAMA, PLAIN),
+    "gpt2": (T.GPT2Config, GPT2, PLAIN),
+    "gptj": (T.GPTJConfig, {**GPT2, "rotary_dim": 4}, PLAIN),
+    "codegen": (T.CodeGenConfig, {**GPT2, "rotary_dim": 4}, PLAIN),
+    "gpt_bigcode": (T.GPTBigCodeConfig, GPT2, PLAIN),
+    "gpt_neox": (T.GPTNeoXConfig, {**SMALL, "intermediate_size": 48}, PLAIN),
+    "qwen3": (T.Qwen3Config, {**LLAMA, "head_dim": 8}, PLAIN),
+    "gemma2": (T.Gemma2Config, {**LLAMA, "head_dim": 8, "sliding_window": 4}, PLAIN),
+    "gemma3": (T.Gemma3TextConfig, {**LLAMA, "head_dim": 8, "sliding_window": 4}, PLAIN),
+    "mistral": (T.MistralConfig, {**LLAMA, "sliding_window": 4}, PLAIN),
+    "mixtral": (T.MixtralConfig, {**LLAMA, **MOE}, PLAIN),
+    "phi": (T.PhiConfig, LLAMA, PLAIN),
+    "persimmon": (T.PersimmonConfig, {**SMALL, "intermediate_size": 48}, PLAIN),
+    "opt": (T.OPTConfig, {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}, BOOLEAN),
+    "falcon": (T.FalconConfig, SMALL, BOOLEAN),
+    "biogpt": (T.BioGptConfig, {**SMALL, "intermediate_size": 48}, BOOLEAN),
+    "bert": (T.BertConfig, {**SMALL, "intermediate_size": 48, "is_decoder": True}, BOOLEAN),
+    "mpt": (
+        T.MptConfig,
+        {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+        ADDITIVE,
+    ),
+    "xglm": (
+        T.XGLMConfig,
+        {"vocab_size": VOCAB, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
+         "max_position_embeddings": 64},
+        ADDITIVE,
+    ),
+    "gpt_oss": (T.GptOssConfig, {**LLAMA, **MOE, "head_dim": 8, "sliding_window": 4}, BY_LAYER),
+}  # fmt: skip
+REFUSED = {
+    "mamba": (T.MambaConfig, {**HIDDEN, "state_size": 4}, "state crosses documents"),
+    "mamba2": (T.Mamba2Config, {**HIDDEN, **SSM}, "state crosses documents"),
+    "jamba": (
+        T.JambaConfig,
+        {**LLAMA, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+         "num_experts": 2, "use_mamba_kernels": False, "mamba_d_state": 4},
+        "state crosses documents",
+    ),
+    "bamba": (T.BambaConfig, {**LLAMA, **MAMBA2, "attn_layer_indices": [1]}, "state crosses"),
+    "falcon_h1": (T.FalconH1Config, {**LLAMA, **MAMBA2, "mamba_d_ssm": 64}, "state crosses"),
+    "lfm2": (T.Lfm2Config, {**LLAMA, "layer_types": ["conv", "full_attention"]}, "state crosses"),
+    "recurrent_gemma": (
+        T.RecurrentGemmaConfig,
+        {**LLAMA, "lru_width": 32, "attention_window_size": 8,
+         "block_types": ["recurrent", "attention"]},
+        "state crosses documents",
+    ),
+    "rwkv": (
+        T.RwkvConfig,
+        {**HIDDEN, "attention_hidden_size": 32, "context_length": 64},
+        "state crosses documents",
+    ),
+    "minimax": (
+        T.MiniMaxConfig,
+        {**LLAMA, **MOE, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+        "state crosses documents",
+    ),
+    "bloom": (
+        T.BloomConfig,
+        {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "state crosses documents",
+    ),
+    "falcon_alibi": (T.FalconConfig, {**SMALL, "alibi": True}, "state crosses documents"),
+    "bart": (T.BartConfig, BART, "state crosses documents|positions do not restart"),
+    "trocr": (T.TrOCRConfig, BART, "state crosses documents|positions do not restart"),
+}  # fmt: skip
+
+
+def build(kind, options, **changes):
+    try:
+        return causal_lm.from_config(kind(**options, **changes))
+    except ValueError:  # no sdpa
+        return causal_lm.from_config(kind(**options, **changes), attn_implementation="eager")
+
+
+def loader(how, documents=DOCUMENTS):
+    if how == "packed":
+        return partial(Loader, Packed(documents, 40), batch_size=2, collate_fn=PackedCollate())
+    collates = {"padding_free": PaddingFreeCollate(), "padded": PaddedCollate()}
+    return partial(Loader, documents, batch_size=4, collate_fn=collates[how])
+
+
+def trainer(model, dataloader, **options):
+    return Trainer(
+        model=model,
+        weights=partial(initialize, init=hugging_face),
+        loss_fn=CrossEntropyLoss(output="logits"),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        lr_scheduler=partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
+        dataloader=dataloader,
+        steps=1,
+        **options,
+    )
+
+
+def difference_from_alone(made):
+    """How far the logits of packed documents are from those of each alone, over a whole batch."""
+    row = Packed(DOCUMENTS, 40)
+    inputs, _ = PackedCollate()([row[0], row[1]])
+    worst = 0.0
+    with torch.no_grad(), evaluating(made.model_parts):
+        packed = made.forward(inputs).logits
+        for n in range(2):
+            at = 0
+            for member in row.members(n):
+                ids = DOCUMENTS[member][0]["input"]
+                alone = made.forward({"input": ids[None]}).logits[0]
+                found = packed[n, at : at + len(ids)]
+                worst, at = max(worst, float((found - alone).abs().max())), at + len(ids)
+    return worst
+
+
+HOW = [
+    *((name, "packed") for name in ISOLATED),
+    *((name, "padding_free") for name in ("llama", "opt", "mpt", "gpt_oss")),
+]
+
+
+@pytest.mark.parametrize(("architecture", "how"), HOW)
+def test_documents_are_kept_apart(architecture, how, runtime, caplog):
+    kind, options, form = ISOLATED[architecture]
+    with caplog.at_level(logging.INFO, logger="ditty_di"):
+        made = trainer(build(kind, options), loader(how), runtime=runtime)
+    assert difference_from_alone(made) < 1e-5
+    said = [m for m in caplog.messages if "does not keep the documents" in m]
+    assert [form in message for message in said] == ([] if form == PLAIN else [True])
+    made.train()
+
+
+REFUSED_HOW = [
+    *((name, "packed") for name in REFUSED),
+    *((name, "padding_free") for name in ("mamba", "lfm2", "bart")),
+]
+
+
+@pytest.mark.parametrize(("architecture", "how"), REFUSED_HOW)
+def test_a_model_that_cannot_keep_documents_apart_is_refused(architecture, how, runtime):
+    kind, options, message = REFUSED[architecture]
+    model = build(kind, options)
+    said = f"{kind.model_type}: .*({message}).*batching=padded or length_grouped"
+    with pytest.raises(ValueError, match=said):
+        trainer(model, loader(how), runtime=runtime)
+
+
+def test_padded_rows_need_no_isolation(runtime):
+    kind, options, _ = REFUSED["mamba"]
+    trainer(build(kind, options), loader("padded"), runtime=runtime).train()
+
+
+# -- how the model computes ------------------------------------------------------------------------
+COMPUTED = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "autocast": {"convert": autocast},
+    "float8": {"dtype": "bfloat16", "convert": partial(float8.torchao, recipe="tensorwise")},
+    "nf4": {"quantize": partial(nf4, block_size=16)},
+    "int8": {"dtype": "bfloat16", "quantize": int8},
+}
+
+
+def outcome(architecture, runtime, **options):
+    """The added inputs that were chosen, or the refusal."""
+    kind, config, _ = {**ISOLATED, **REFUSED}[architecture]
+    training = {
+        key: options.pop(key) for key in ("parallelize_fn", "preprocessors") if key in options
+    }
+    try:
+        model = causal_lm.from_config(kind(**config), **options)
+    except ValueError:
+        model = causal_lm.from_config(kind(**config), attn_implementation="eager", **options)
+    try:
+        made = trainer(model, loader("packed"), runtime=runtime, **training)
+    except ValueError as error:
+        return str(error).split(" (")[0]
+    hooks = made.model_parts[0]._forward_pre_hooks.values()
+    return "".join(
+        ", ".join(hook.form(torch.zeros(1, 2, dtype=torch.long), hook.config))
+        for hook in hooks
+        if isinstance(hook, DocumentInputs)
+    )
+
+
+@pytest.mark.parametrize("computed", COMPUTED)
+def test_the_probe_is_exact_in_every_precision(computed, runtime):
+    options = COMPUTED[computed]
+    assert outcome("llama", runtime, **options) == ""
+    assert outcome("opt", runtime, **options) == "attention_mask"
+    assert outcome("lfm2", runtime, **options) == "lfm2: state crosses documents"
+
+
+def outcomes_of_a_rank(parallelize, degrees):
+    runtime = Runtime(seed=0, **degrees)
+    names = ("llama", "opt", "mpt", "lfm2")
+    found = [outcome(name, runtime, parallelize_fn=parallelize) for name in names]
+    runtime.close()
+    return found
+
+
+LAYOUTS = {
+    "fsdp": (partial(shard, recompute=full), {}),
+    "fsdp in bfloat16": (partial(shard, param_dtype="bfloat16"), {}),
+    "ddp": (shard, {"dp_replicate": -1, "dp_shard": 1}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_probe_together_and_agree(layout):
+    refusal = "lfm2: state crosses documents"
+    expected = ["", "attention_mask", "attention_mask", refusal]
+    assert ranks.run(outcomes_of_a_rank, 2, *LAYOUTS[layout]) == [expected, expected]
+
+
+# -- siblings --------------------------------------------------------------------------------------
+def test_a_cache_that_lets_documents_see_each_other_is_turned_off(runtime, caplog):
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(T.LlamaConfig(**LLAMA))
+    assert model.config.use_cache
+    with caplog.at_level(logging.INFO, logger="ditty_di"):
+        made = trainer(model, loader("packed"), runtime=runtime)
+    assert "use_cache=False" in caplog.text
+    assert difference_from_alone(made) < 1e-5
+
+
+def test_validation_rows_are_probed_as_well(runtime):
+    kind, options, _ = REFUSED["mamba"]
+    validator = partial(Validator, loader("packed"), every=1)
+    with pytest.raises(ValueError, match="mamba: state crosses documents"):
+        trainer(build(kind, options), loader("padded"), runtime=runtime, validator=validator)
+
+
+def test_a_teacher_that_cannot_keep_documents_apart_is_refused(runtime):
+    student, teacher = (
+        build(*at[name][:2]) for at, name in ((ISOLATED, "llama"), (REFUSED, "lfm2"))
+    )
+    fill = partial(initialize, init=hugging_face)
+    processors = [Teacher(teacher, output="logits", weights=fill)]
+    with pytest.raises(ValueError, match="state crosses documents"):
+        trainer(student, loader("packed"), runtime=runtime, preprocessors=processors)
+
+
+class Flattened(torch.utils.data.Dataset):
+    """Packed rows from a data set of one's own, through torch's own DataLoader."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        ids = torch.arange(index, index + 24) % VOCAB
+        return {"input": ids, "position_ids": torch.arange(12).repeat(2)}, ids
+
+
+@pytest.mark.parametrize("kind", [Loader, torch.utils.data.DataLoader])
+def test_rows_that_ones_own_data_set_packs_are_probed(kind, runtime):
+    config, options, _ = REFUSED["mamba"]
+    with pytest.raises(ValueError, match="mamba: state crosses documents"):
+        trainer(build(config, options), kind(Flattened(), batch_size=2), runtime=runtime)
+
+
+def test_the_probe_leaves_no_trace(runtime):
+    made = trainer(build(*ISOLATED["llama"][:2]), loader("packed"), runtime=runtime)
+    assert all(module.training for module in made.model_parts[0].modules())
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    other = trainer(made.model_parts[0], loader("packed"), runtime=runtime)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(p.grad is None for p in other.parameters)
+
+
+# -- rows and position tables ----------------------------------------------------------------------
+SHORT = {
+    "gpt2": {**GPT2, "n_positions": 16},
+    "gptj": {**GPT2, "n_positions": 16, "rotary_dim": 4},
+    "opt": {**ISOLATED["opt"][1], "max_position_embeddings": 16},
+    "biogpt": {**ISOLATED["biogpt"][1], "max_position_embeddings": 16},
+    "bert": {**ISOLATED["bert"][1], "max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("architecture", SHORT)
+def test_rows_beyond_the_position_table_are_refused(architecture, runtime):
+    model = build(ISOLATED[architecture][0], SHORT[architecture])
+    long = Documents([9, 17])
+    said = f"{architecture}: rows of up to 17 tokens, the model has 16 positions.*data.seq_len=16"
+    with pytest.raises(ValueError, match=said):
+        trainer(model, loader("padded", long), runtime=runtime)
+    trainer(model, loader("padded", Documents([9, 16])), runtime=runtime).train()
+
+
+def test_a_data_set_without_lengths_shows_its_rows(runtime):
+    model = build(T.GPT2Config, SHORT["gpt2"])
+    rows = [({"input": torch.zeros(17, dtype=torch.long)}, torch.zeros(17, dtype=torch.long))] * 4
+    with pytest.raises(ValueError, match="gpt2: rows of up to 17 tokens"):
+        trainer(model, partial(Loader, rows, batch_size=2), runtime=runtime)
+
+
+def test_the_padding_of_a_packed_row_has_positions_too(runtime):
+    """An example of 5 tokens in a row of 40 leaves 35 tokens of padding, positions 0 to 34."""
+    rows = partial(Loader, Packed(Documents([5]), 40), batch_size=1, collate_fn=PackedCollate())
+    with pytest.raises(ValueError, match="gpt2: rows of up to 35 tokens"):
+        trainer(build(T.GPT2Config, SHORT["gpt2"]), rows, runtime=runtime)
+
+
+def test_computed_positions_are_warned_about_only(runtime, caplog):
+    model = build(T.LlamaConfig, {**LLAMA, "max_position_embeddings": 16})
+    trainer(model, loader("padded", Documents([9, 17])), runtime=runtime).train()
+    assert "llama: rows of up to 17 tokens, beyond the 16" in caplog.text
+
+
+# -- before anything is built ----------------------------------------------------------------------
+def rehearsed(architecture, collate, seq_len=None, **changes):
+    kind, options, _ = {**ISOLATED, **REFUSED}[architecture]
+    model = build(kind, {**options, **changes})
+    built = {
+        "loss_fn": CrossEntropyLoss(),
+        "model": model,
+        "dataloader.collate_fn": collate,
+        "dataloader.dataset.seq_len": seq_len,
+    }
+    warnings = Trainer.rehearse(built.get)
+    assert all(p.is_meta for p in model.parameters()), "the graph's own model is left as it is"
+    return warnings
+
+
+def test_a_check_probes_a_small_model():
+    assert rehearsed("llama", PackedCollate()) == []
+    assert rehearsed("opt", PaddingFreeCollate()) == []
+    assert rehearsed("mamba", PaddedCollate()) == []
+    with pytest.raises(ValueError, match="mamba: state crosses documents"):
+        rehearsed("mamba", PackedCollate())
+
+
+def test_a_check_compares_rows_with_the_position_table():
+    (warning,) = rehearsed("gpt2", None, seq_len=65)
+    assert "rows of up to 65 tokens, the model has 64 positions" in warning
+    assert rehearsed("gpt2", None, seq_len=64) == rehearsed("llama", None, seq_len=65) == []
