@@ -129,17 +129,16 @@ def _refuse_parts_of_a_model(model: Any) -> None:
 
 def _bare(model: Any) -> PreTrainedModel:
     """The model's own class on meta, as `from_pretrained` builds it, with its real vocabulary."""
-    import torch
-    from torch.distributed.fsdp import FSDPModule
+    from ditty_di.models.conversion import bare_model
 
-    # fully_shard puts a class of its own before the model's: FSDPLlamaForCausalLM.
-    own: Any = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     config = copy.deepcopy(model.config)
-    config.get_text_config().vocab_size = model.get_input_embeddings().weight.shape[0]
     if hasattr(config, "use_cache"):
         config.use_cache = True  # off while training
-    with torch.device("meta"):
-        bare = own(config)
+    bare: Any = bare_model(model, config)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if bare.get_input_embeddings().weight.shape[0] != rows:
+        config.get_text_config().vocab_size = rows
+        bare = bare_model(model, config)
     return bare
 
 
@@ -165,10 +164,13 @@ def save_model(
 
 def _as_expected(bare: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under the names of `bare`, of which tied parameters have one each."""
-    known = {id(p): name for name, p in reversed(list(bare.named_parameters()))}
-    aliases = {name: known[id(p)] for name, p in bare.named_parameters(remove_duplicate=False)}
+    # Of tied parameters, transformers saves the one that the others are tied to.
+    tied, named = bare.all_tied_weights_keys, dict(bare.named_parameters(remove_duplicate=False))
+    order = sorted(reversed(named), key=lambda name: name not in tied)
+    known = {id(named[name]): name for name in order}
+    aliases = {name: known[id(p)] for name, p in named.items()}
     persistent = set(bare.state_dict())
-    expected = {name: p.shape for name, p in bare.named_parameters()}
+    expected = {name: named[name].shape for name in known.values()}
     expected |= {name: b.shape for name, b in bare.named_buffers() if name in persistent}
     found = {aliases.get(name, name): tensor for name, tensor in state_dict.items()}
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]

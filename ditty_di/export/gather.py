@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -35,20 +35,35 @@ def gathered(model: nn.Module, dtype: str | None = None) -> dict[str, Tensor] | 
 
     Every rank must call it. Tied parameters come once, under the first of their names, which are
     without wrappers' segments. `dtype` is a name in torch, for floating-point values; None keeps
-    each tensor's own.
+    each tensor's own, and so do those that transformers never reads in 16 bits.
     """
     import torch
     from torch.distributed.tensor import DTensor
 
     from ditty_di.names import canonical_fqn
 
-    keep, found = is_first_rank(), {}
+    keep, found, wide = is_first_rank(), {}, _wide(model, dtype)
     with torch.no_grad():
         for name, tensor in saved(model):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if keep:
-                found[canonical_fqn(name)] = _copied(whole, dtype)
+                own = wide is not None and wide.search(name)
+                found[canonical_fqn(name)] = _copied(whole, None if own else dtype)
     return found if keep else None
+
+
+def _wide(model: Any, dtype: str | None) -> Any:
+    """Pattern of the names that a model of transformers keeps in float32; None without any."""
+    import torch
+
+    if dtype is None or not hasattr(model, "_get_dtype_plan"):
+        return None
+    patterns = list(model._get_dtype_plan(getattr(torch, dtype)))
+    if not patterns:
+        return None
+    from transformers.core_model_loading import build_glob_alternation
+
+    return build_glob_alternation(patterns)[0]
 
 
 def _copied(tensor: Tensor, dtype: str | None) -> torch.Tensor:

@@ -10,16 +10,41 @@ from ditty_di.models.files import validate_pretrained
 from ditty_di.protocols import early_checks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
     from transformers import PretrainedConfig
 
     from ditty_di.protocols import ModelTransform
 
 
+def _validate(*, dtype: str | None = None, pad_vocab_to_multiple_of: int | None = None) -> None:
+    from ditty_di.models._hugging_face import validate
+
+    validate(dtype=dtype, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)
+
+
+def _rehearse_config(build: Callable[[str], Any]) -> list[str]:
+    from transformers import AutoModelForCausalLM
+
+    from ditty_di.models._hugging_face import rehearse
+
+    return rehearse(AutoModelForCausalLM, build, build("config"))
+
+
+def _rehearse(build: Callable[[str], Any]) -> list[str]:
+    from transformers import AutoModelForCausalLM
+
+    from ditty_di.models._hugging_face import rehearse
+
+    return rehearse(AutoModelForCausalLM, build)
+
+
+@early_checks(validate=_validate, rehearse=_rehearse_config)
 def from_config(
     config: PretrainedConfig,
     *,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     dtype: str = "float32",
     tokenizer: Any = None,
     pad_vocab_to_multiple_of: int | None = None,
@@ -33,7 +58,8 @@ def from_config(
 
     Args:
         config: any transformers configuration that has a causal LM class.
-        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...
+        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None is transformers'
+            choice: `sdpa`, or `eager` for a model that has no `sdpa`.
         dtype: of the parameters, a name in torch. Rotary frequencies stay float32.
         tokenizer: the vocabulary grows to its size where it is larger, and its pad, eos and bos
             ids are taken where `config` has none.
@@ -58,12 +84,12 @@ def from_config(
     )
 
 
-@early_checks(validate=validate_pretrained)
+@early_checks(validate=validate_pretrained, rehearse=_rehearse)
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
     revision: str | None = None,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     dtype: str = "float32",
     tokenizer: Any = None,
     pad_vocab_to_multiple_of: int | None = None,
@@ -87,11 +113,11 @@ def from_pretrained(
         FileNotFoundError: no such folder, model or revision, or no `config.json`.
         PermissionError: a gated model whose licence was not accepted.
         ConnectionError: the hub cannot be reached and its cache lacks the model.
-        ValueError: the weights are quantised already.
+        ValueError: the weights are quantised already, or a damaged file.
     """
     from transformers import AutoModelForCausalLM
 
-    from ditty_di.models._hugging_face import build, read_config, read_generation_config
+    from ditty_di.models._hugging_face import build, prepare, read_config
     from ditty_di.models.files import ModelFiles
 
     files = ModelFiles(path, revision)
@@ -103,5 +129,5 @@ def from_pretrained(
         tokenizer=tokenizer,
         pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
         transforms=(quantize, adapter, convert, neftune, head),
-        prepare=partial(read_generation_config, files),
+        prepare=partial(prepare, files),
     )

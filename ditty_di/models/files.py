@@ -13,6 +13,8 @@ from typing import Any
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
+#: Files with the weights, or the index that lists them, in the order in which transformers looks.
+WHERE = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class ModelFiles:
@@ -68,48 +70,80 @@ class ModelFiles:
             )
         return file
 
-    def safetensors(self) -> list[Path]:
-        """The files with the weights: those of the index, `model.safetensors`, or all there are.
+    def weights(self) -> list[Path]:
+        """The files with the weights, of several sets in one folder the one transformers takes.
+
+        That is the file which `config.json` names as `transformers_weights`, else the first of
+        `model.safetensors`, the files of its index, and the same as `pytorch_model.bin`; else all
+        safetensors files.
 
         Raises:
             FileNotFoundError: there are none, or one of the index is not there.
         """
-        index = self.find(INDEX)
-        if index is not None:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = self._all(names)
-            for name, file in zip(names, files, strict=True):
-                if not file.is_file():
-                    raise FileNotFoundError(
-                        f"{self._where()} lacks {name}, which its {INDEX} lists; copy or "
-                        f"download it again"
-                    )
-            return files
-        usual = self.find(WEIGHTS, needed=True)
-        if usual is not None:
-            return [usual]
+        named = json.loads(config.read_text()) if (config := self.find(CONFIG)) else {}
+        explicit = named.get("transformers_weights")
+        for name in (explicit,) if explicit else WHERE:
+            found = self.find(name)
+            if found is not None:
+                return self._listed(found) if name.endswith(".json") else [found]
+        self.find(explicit or WEIGHTS, needed=True)  # says when the hub could not be asked
         files = sorted(self._folder_of("*.safetensors").glob("*.safetensors"))
-        if not files:
+        if explicit or not files:
+            what = f"{explicit}, which its {CONFIG} names" if explicit else ".safetensors file"
             raise FileNotFoundError(
-                f"{self._where()} has no .safetensors file; save the model with "
-                f"`save_pretrained`, which writes them"
+                f"{self._where()} has no {what}; save the model with `save_pretrained`, which "
+                f"writes safetensors"
             )
+        return files
+
+    def tensor_names(self) -> list[str]:
+        """Names of the tensors in the files; of a model on the hub, headers are enough."""
+        from ditty_di.models.safetensors import Safetensors
+
+        if self.folder is None and (names := self._names_on_the_hub()) is not None:
+            return names
+        return Safetensors(self.weights()).names()
+
+    def _names_on_the_hub(self) -> list[str] | None:
+        """Names that need no download of weights; None where there are none such."""
+        import httpx
+        from huggingface_hub import parse_safetensors_file_metadata, try_to_load_from_cache
+
+        if isinstance(try_to_load_from_cache(self.path, WEIGHTS, revision=self.revision), str):
+            return None  # the file is here already
+        try:
+            header = parse_safetensors_file_metadata(self.path, WEIGHTS, revision=self.revision)
+            return list(header.tensors)
+        except (OSError, httpx.HTTPError):  # `weights` says what is wrong, if something is
+            index = self.find(INDEX)
+            return None if index is None else list(json.loads(index.read_text())["weight_map"])
+
+    def _listed(self, index: Path) -> list[Path]:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = self._all(names)
+        for name, file in zip(names, files, strict=True):
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{self._where()} lacks {name}, which its {index.name} lists; copy or "
+                    f"download it again"
+                )
         return files
 
     def identity(self) -> dict[str, Any]:
         """What the weights are: path, revision (the hub's commit) and hash.
 
-        The hash covers the configuration, each file's size and header (names, shapes, types) and
-        64 samples of 4 KiB of its data, so it costs little for a model of any size. It does not
-        depend on where the model lies.
+        The hash covers the configuration, each file's size, the header of safetensors (names,
+        shapes, types) and 64 samples of 4 KiB of the data, so it costs little for a model of any
+        size. It does not depend on where the model lies.
         """
         config = self.config()
         digest = hashlib.sha256(config.read_bytes())
-        for file in self.safetensors():
+        for file in self.weights():
             size = file.stat().st_size
             digest.update(f"{file.name}/{size}".encode())
             with file.open("rb") as data:
-                header = int.from_bytes(data.read(8), "little")
+                safetensors = file.suffix != ".bin"
+                header = int.from_bytes(data.read(8), "little") if safetensors else 0
                 digest.update(data.read(min(header, size)))
                 for i in range(64):
                     data.seek(8 + header + i * max(0, size - 8 - header - 4096) // 63)
@@ -200,10 +234,14 @@ def _explained(path: str, revision: str | None) -> Iterator[None]:
 
 
 def validate_pretrained(
-    *, path: Any = None, revision: str | None = None, dtype: str = "float32"
+    *,
+    path: Any = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    pad_vocab_to_multiple_of: int | None = None,
 ) -> None:
-    """Raise ValueError for a folder that does not exist or a name that is no dtype."""
-    from ditty_di.models._hugging_face import _dtype
+    """Raise ValueError for a folder that does not exist, and values that no model is built with."""
+    from ditty_di.models._hugging_face import validate
 
     if isinstance(path, str):
         try:
@@ -213,4 +251,4 @@ def validate_pretrained(
                 f"path={path}: {error}; write a folder that save_pretrained wrote, or the hub's "
                 "user/name"
             ) from error
-    _dtype(dtype)
+    validate(dtype=dtype, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)

@@ -1,19 +1,29 @@
-"""Filling a parallelised model from a pretrained one's files: each rank reads its own slices."""
+"""Fill a parallelised model from a pretrained one's files: each rank reads its own slices."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ditty_di.models.conversion import Converted, bare_model, equal, made_when_missing
+from ditty_di.models.deferred import Deferred
 from ditty_di.models.files import ModelFiles
 from ditty_di.models.safetensors import Index, Safetensors
-from ditty_di.models.weights import generator_for, local, slices, transformers_model
+from ditty_di.models.weights import (
+    generator_for,
+    initializer,
+    local,
+    slices,
+    transformers_model,
+    unsharded,
+)
 from ditty_di.names import base_fqn
 
 if TYPE_CHECKING:
@@ -30,12 +40,13 @@ class Pretrained:
     """Fills a model with the values that a folder, or a model on the hub, has for it.
 
     Every parameter is read by its name in the files (`ditty_di.names.base_fqn`), cast to its own
-    dtype, and each rank reads only the slices that it holds. A module with `fill_from` makes its
-    tensors (all but a `bias`) from what it reads: quantised layers. Buffers that are not saved,
-    such as rotary frequencies, are recomputed by the `_init_weights` of the transformers model. The
-    rows by which an embedding or head is larger than in the files become the mean of the old rows
-    plus a little noise (https://nlp.stanford.edu/~johnhew/vocab-expansion.html), the same on every
-    layout.
+    dtype, and each rank reads only the slices that it holds. Tensors that transformers renames,
+    merges or splits when it loads a model (`ditty_di.models.conversion`) are read likewise. A
+    module with `fill_from` makes its tensors (all but a `bias`) from what it reads: quantised
+    layers. What is not saved, such as rotary frequencies and Marian's sinusoidal positions, is
+    computed by the `_init_weights` of the transformers model. The rows by which an embedding or
+    head is larger than in the files become the mean of the old rows plus a little noise
+    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html), the same on every layout.
 
     Args:
         path: a folder that `save_pretrained` wrote, or the hub's `user/name`.
@@ -45,8 +56,9 @@ class Pretrained:
 
     Raises, when called:
         FileNotFoundError, PermissionError, ConnectionError: see `ModelFiles`.
-        ValueError: a damaged file, a tensor of another shape there, one that they lack, or a
-            quantised layer whose shards are not what one process would have.
+        ValueError: a damaged file, a tensor of another shape there, one that they lack, two
+            different tensors for weights that the model ties, or a quantised layer whose shards are
+            not what one process would have.
     """
 
     def __init__(
@@ -73,12 +85,11 @@ class Pretrained:
     def __call__(self, model: nn.Module, /, *, device: torch.device) -> None:
         """Fills `model`; see the class."""
         prefix, base = transformers_model(model)
-        source = _Source(
-            Safetensors(ModelFiles(self.path, self.revision).safetensors()), base, prefix
-        )
+        files = Safetensors(ModelFiles(self.path, self.revision).weights())
+        source = _Source(files, base, prefix)
         with torch.no_grad():
             if base is not None:
-                _compute_buffers(model, base)
+                _compute(model, source, self.seed)
             computed = self._fill_modules(model, source)
             lacking = self._fill_tensors(model, source, computed)
             if source.problems:
@@ -87,8 +98,7 @@ class Pretrained:
             if lacking and self.missing is None:
                 raise ValueError(
                     f"weights: {self.path} has no values for {len(lacking)} tensors of the model: "
-                    f"{lacking[:5]}; `missing` can name what makes them "
-                    f"(ditty_di.adapters.initialize for adapters)"
+                    f"{lacking[:5]}; {source.remedy(lacking)}"
                 )
         if lacking and self.missing is not None:
             self.missing(model, lacking, device=device)
@@ -137,14 +147,24 @@ class Pretrained:
         for names in same.values():
             target = named[names[0]]
             key = next((k for name in names if (k := source.key(name)) is not None), None)
-            if key is None:
-                lacking.append(names[0])
-            else:
+            if key is not None:
                 self._read_into(target, key, names[0], source)
+            elif not any(source.is_made(name) for name in names):
+                lacking.append(names[0])
         return lacking
 
     def _read_into(self, target: Tensor, key: str, name: str, source: _Source) -> None:
-        there, wanted = source.files.shape(key), tuple(target.shape)
+        try:
+            stored = source.tensor(key)
+        except ValueError as error:
+            source.problems.append(f"{name}: {error}")
+            return
+        there, wanted = tuple(stored.shape), tuple(target.shape)
+        if source.is_made(name) and source.has_grown(there, wanted):
+            # A bias of the logits, whose new entries `_init_weights` has made.
+            part = (*slices(target)[:-1], slice(0, there[-1]))
+            stored.copy_into(local(target)[..., : there[-1]], part)
+            return
         old_rows = None if there == wanted else source.rows_to_grow_from(there, wanted)
         if there != wanted and old_rows is None:
             source.problems.append(f"{name}: {_differ(there, wanted)}")
@@ -153,13 +173,13 @@ class Pretrained:
         if not here.numel():
             return
         if old_rows is None or index[0].stop <= old_rows:
-            here.copy_(source.files.read(key, index))
+            stored.copy_into(here, index)
             return
         kept = max(0, old_rows - index[0].start)
         if kept:
             old = slice(index[0].start, old_rows)
-            here[:kept].copy_(source.files.read(key, (old, *index[1:])))
-        mean, spread = _row_statistics(source.files, key)
+            stored.copy_into(here[:kept], (old, *index[1:]))
+        mean, spread = _row_statistics(stored)
         for row in range(index[0].start + kept, index[0].stop):
             noise = torch.randn(mean.shape, generator=generator_for(self.seed, f"{key}/{row}"))
             new = mean + _NEW_ROW_NOISE * spread * noise
@@ -170,35 +190,51 @@ class _Source:
     """The files, under the names that a model's tensors have."""
 
     def __init__(self, files: Safetensors, base: Any, prefix: str) -> None:
-        self.files, self.base = files, base
+        self.base = base
         self.problems: list[str] = []
         self._prefix = f"{prefix}." if prefix else ""
-        # Files of a bare transformer lack the name that a task's model gives it, or have it beyond.
-        body = getattr(base, "base_model_prefix", "")
-        self._body = f"{body}." if body else ""
+        self._stock = None if base is None else bare_model(base)
+        self._tensors, self._files = Converted(files, self._stock), Converted(files)
         self._used: set[str] = set()
         self._ties: dict[str, set[str]] = {}
         for name, other in getattr(base, "all_tied_weights_keys", {}).items():
             group = self._ties.get(other, {other}) | self._ties.get(name, {name})
             self._ties.update(dict.fromkeys(group, group))
+            both = name in self._tensors and other in self._tensors
+            if both and not equal(self._tensors, name, other):
+                self.problems.append(
+                    f"{name} and {other} are different in the files and tied in the model; build "
+                    f"it with from_pretrained, or with tie_word_embeddings=false"
+                )
 
     def key(self, name: str) -> str | None:
         """Its name in the files, or that of something it is tied to; None if they have neither."""
-        plain = base_fqn(name.removeprefix(self._prefix))
+        plain = self._plain(name)
         tied = self._ties.get(plain, {plain})
         for candidate in (plain, *sorted(tied - {plain})):
-            for spelling in self._spellings(candidate):
-                if spelling in self.files:
-                    self._used |= {s for t in tied for s in self._spellings(t)}
-                    return spelling
+            if candidate in self._tensors or candidate in self._files:
+                self._used |= tied
+                return candidate
         return None
+
+    def tensor(self, key: str) -> Deferred:
+        return self._of(key).tensor(key)
 
     def read(self, prefix: str, name: str, index: Index = None) -> Tensor:
         """What a module with `fill_from` reads with: names are relative to the module."""
         key = self.key(prefix + name)
         if key is None:
-            raise _NotInFiles(base_fqn((prefix + name).removeprefix(self._prefix)))
-        return self.files.read(key, index)
+            raise _NotInFiles(self._plain(prefix + name))
+        return self._of(key).read(key, index)
+
+    def is_made(self, name: str) -> bool:
+        """Whether the files need not have it, for the model's own `_init_weights` makes it."""
+        return self._stock is not None and made_when_missing(self._plain(name), self._stock)
+
+    def is_whole(self, name: str, tensor: Tensor) -> bool:
+        """Whether the files have it in the shape that it has in the model."""
+        key = self.key(name)
+        return key is not None and self.tensor(key).shape == tensor.shape
 
     def rows_to_grow_from(self, there: tuple[int, ...], wanted: tuple[int, ...]) -> int | None:
         """How many rows the files have of a tensor with one row per token, if it has grown."""
@@ -208,36 +244,87 @@ class _Source:
         grown = wanted[0] == config.get_text_config().vocab_size and there[0] < wanted[0]
         return there[0] if grown else None
 
-    def unused(self) -> list[str]:
-        return [name for name in self.files.names() if name not in self._used]
+    def has_grown(self, there: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+        """Whether the model has more entries in the last dimension, one for each token."""
+        config = getattr(self.base, "config", None)
+        if config is None or len(wanted) < 2 or there[:-1] != wanted[:-1]:
+            return False
+        return there[-1] < wanted[-1] == config.get_text_config().vocab_size
 
-    def _spellings(self, name: str) -> Iterable[str]:
-        yield name
-        if self._body:
-            yield name.removeprefix(self._body)
-            yield self._body + name
+    def unused(self) -> list[str]:
+        if self._stock is not None:
+            return [name for name in self._tensors.unused if name not in self._used]
+        return [name for name in self._files.names() if name not in self._used]
+
+    def remedy(self, lacking: list[str]) -> str:
+        """What to do about tensors that the files do not have."""
+        tied = getattr(self._stock, "_tied_weights_keys", None) or {}
+        if any(self._plain(name) in tied for name in lacking):
+            return (
+                "the configuration does not tie them to others: if they are tied, write "
+                "model.tie_word_embeddings=true"
+            )
+        return "`missing` can name what makes them (ditty_di.adapters.initialize for adapters)"
+
+    def _plain(self, name: str) -> str:
+        return base_fqn(name.removeprefix(self._prefix))
+
+    def _of(self, key: str) -> Converted:
+        return self._tensors if key in self._tensors else self._files
 
 
 class _NotInFiles(Exception): ...
 
 
-def _compute_buffers(model: nn.Module, base: Any) -> None:
-    """Runs the model's own initialisation of each module that has buffers which are not saved."""
-    for module in model.modules():
-        if not module._non_persistent_buffers_set or not any(
-            module._buffers[name] is not None for name in module._non_persistent_buffers_set
-        ):
-            continue
-        parameters = module._parameters
-        # What it would do to the parameters costs time and random numbers, and is overwritten.
+def _compute(model: nn.Module, source: _Source, seed: int) -> None:
+    """Run the model's own initialisation of what the files do not have and need not have.
+
+    That is done by the module that owns such a tensor, or by one around it.
+    """
+    made = {
+        id(tensor)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if source.is_made(name) and not source.is_whole(name, tensor)
+    }
+    paths = set()
+    for path, module in model.named_modules():
+        own = [
+            t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
+        ]
+        not_saved = any(module._buffers[n] is not None for n in module._non_persistent_buffers_set)
+        if not_saved or any(id(t) in made for t in own):
+            parts = path.split(".")
+            paths |= {".".join(parts[:n]) for n in range(len(parts) + 1)}
+    initialize = initializer(model)
+    chosen = [(path, m) for path, m in model.named_modules() if path in paths]
+    inside = transformers_model(model)[0]
+    with _without_memory(model, except_for=made), torch.random.fork_rng([]):
+        for path, module in reversed(chosen):
+            if f"{path}.".startswith(f"{inside}." if inside else ""):
+                with unsharded([module], set()):
+                    torch.manual_seed(generator_for(seed, base_fqn(path)).initial_seed())
+                    initialize(module)
+
+
+@contextmanager
+def _without_memory(model: nn.Module, except_for: set[int]) -> Iterator[None]:
+    """Within it, parameters are on meta: what is done to them costs no time and changes nothing.
+
+    Args:
+        except_for: ids of those that are as they were.
+    """
+    kept = [(module, module._parameters) for module in model.modules()]
+    for module, parameters in kept:
         module._parameters = {
-            name: None if p is None else nn.Parameter(_no_memory(p), requires_grad=False)
+            name: p
+            if p is None or id(p) in except_for
+            else nn.Parameter(_no_memory(p), requires_grad=False)
             for name, p in parameters.items()
         }
-        try:
-            with torch.random.fork_rng([]):
-                base._init_weights(module)
-        finally:
+    try:
+        yield
+    finally:
+        for module, parameters in kept:
             module._parameters = parameters
 
 
@@ -245,13 +332,13 @@ def _no_memory(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def _row_statistics(files: Safetensors, key: str) -> tuple[Tensor, Tensor]:
+def _row_statistics(stored: Deferred) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over the rows of a tensor, in float32, a piece at a time."""
-    rows, *rest = files.shape(key)
+    rows, *rest = stored.shape
     total, squares = torch.zeros(rest, dtype=torch.float64), torch.zeros(rest, dtype=torch.float64)
     step = max(1, (1 << 20) // max(1, torch.Size(rest).numel()))
     for start in range(0, rows, step):
-        piece = files.read(key, (slice(start, min(rows, start + step)),)).double()
+        piece = stored.read((slice(start, min(rows, start + step)),)).double()
         total += piece.sum(0)
         squares += piece.square().sum(0)
     mean = total / rows

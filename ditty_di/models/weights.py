@@ -8,6 +8,7 @@ them. `ditty_di.models.pretrained` reads files.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ditty_di.names import canonical_fqn
+from ditty_di.names import base_fqn, canonical_fqn
 
 
 def is_meta(model: nn.Module) -> bool:
@@ -94,21 +95,67 @@ def hugging_face(model: nn.Module) -> Callable[[nn.Module], None]:
     """transformers' convention: the model's `_init_weights(module)`, rotary buffers included.
 
     The model may be inside others, such as peft's. A quantised layer makes its own random values.
+    What `_init_weights` leaves has the value that the model's constructor gives it; for the few
+    models that have such tensors, each rank constructs the whole model on the CPU.
     """
-    _, base = transformers_model(model)
-    if base is None:
+    if transformers_model(model)[1] is None:
         raise ValueError(
             f"weights: {type(model).__name__} has no _init_weights, so it is no model of "
             f"transformers; choose another init, such as weights=torch"
         )
+    initialize = initializer(model)
+    prefix, base = transformers_model(model)
+    paths = {id(m): base_fqn(n.removeprefix(prefix).lstrip(".")) for n, m in model.named_modules()}
+    constructed: list[Any] = []
 
     def init(module: nn.Module) -> None:
         if hasattr(module, "fill_from"):
             module.reset_parameters()  # type: ignore[operator]
-        else:
-            base._init_weights(module)
+            return
+        initialize(module)
+        own = {**module._parameters, **module._buffers}
+        left = {n: t for n, t in own.items() if t is not None and not t.is_meta and _is_unset(t)}
+        if not left or id(module) not in paths:
+            return
+        if not constructed:
+            constructed.append(_constructed(base))
+        for name, tensor in left.items():
+            try:
+                value = getattr(constructed[0].get_submodule(paths[id(module)]), name)
+            except AttributeError:
+                continue  # an adapter's
+            if value.shape == tensor.shape:
+                tensor.copy_(value)
 
     return init
+
+
+def _constructed(base: Any) -> Any:
+    """A model of the class of `base` as its constructor leaves it, whole on the CPU."""
+    from ditty_di.models.conversion import own_class
+
+    config, seed = copy.deepcopy(base.config), torch.initial_seed()
+    with torch.device("cpu"), torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return own_class(base)(config)
+
+
+def initializer(model: nn.Module) -> Callable[[nn.Module], None]:
+    """The `_init_weights` of the innermost model of transformers that a module is in.
+
+    A model may be made of others, such as a text and a vision model, each with its own.
+    """
+    owners: dict[int, Any] = {}
+
+    def visit(module: nn.Module, owner: Any) -> None:
+        owner = module if hasattr(type(module), "_init_weights") else owner
+        owners[id(module)] = owner
+        for child in module.children():
+            visit(child, owner)
+
+    outermost = transformers_model(model)[1]
+    visit(model, outermost)
+    return lambda module: owners.get(id(module), outermost)._init_weights(module)
 
 
 def transformers_model(model: nn.Module) -> tuple[str, Any]:
@@ -158,7 +205,7 @@ def initialize(
         for path, unit, whole_tree in _units(model):
             modules = list(unit.modules()) if whole_tree else [unit]
             names = {id(m): name for name, m in unit.named_modules(prefix=path)}
-            with _unsharded(modules, done):
+            with unsharded(modules, done):
                 for module in reversed(modules):
                     torch.manual_seed(_seed(seed, canonical_fqn(names[id(module)])))
                     init_module(module)
@@ -243,7 +290,7 @@ def _units(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, b
     yield path, model, False
 
 
-class _unsharded:
+class unsharded:
     """Within it, the modules' own sharded tensors are whole; then slices are copied back.
 
     Tensors in `done` (tied to one that has its values) are scratch within it, and stay as they

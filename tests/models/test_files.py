@@ -28,7 +28,7 @@ for path, revision, what in json.loads(sys.argv[1]):
     try:
         found = getattr(ModelFiles(path, revision), what)()
         answers.append(["", str(found) if what == "config" else found and
-                        ([str(f) for f in found] if what == "safetensors" else found)])
+                        ([str(f) for f in found] if what == "weights" else found)])
     except Exception as error:
         answers.append([type(error).__name__, str(error)])
 print("ANSWERS" + json.dumps(answers))
@@ -78,7 +78,7 @@ def test_a_download_takes_what_is_needed_and_works_offline_afterwards(model, tmp
             tmp_path / "cache",
             endpoint,
             ["user/small", None, "config"],
-            ["user/small", "v1", "safetensors"],
+            ["user/small", "v1", "weights"],
             ["user/small", None, "identity"],
         )
         fetched = {
@@ -93,12 +93,26 @@ def test_a_download_takes_what_is_needed_and_works_offline_afterwards(model, tmp
     again = ask(
         tmp_path / "cache",
         endpoint,
-        ["user/small", None, "safetensors"],
+        ["user/small", None, "weights"],
         ["user/other", None, "config"],
         HF_HUB_OFFLINE="1",
     )
     assert names(again[0]) == names(weights)
     assert again[1][0] == "ConnectionError" and "HF_HUB_OFFLINE is set" in again[1][1]
+
+
+def test_names_of_tensors_need_no_download_of_weights(model, tmp_path):
+    single = tmp_path / "single"
+    single.mkdir()
+    (single / "config.json").write_text("{}")
+    save_file({"w1": torch.zeros(2), "w2": torch.zeros(2)}, single / "model.safetensors")
+    with hub({"user/sharded": model, "user/single": single}) as (endpoint, _):
+        asked = [[name, None, "tensor_names"] for name in ("user/sharded", "user/single")]
+        answers = ask(tmp_path / "cache", endpoint, *asked)
+        again = ask(tmp_path / "cache", endpoint, ["user/single", None, "weights"], asked[1])
+    assert answers == [["", ["w1", "w2"]], ["", ["w1", "w2"]]]
+    assert not list((tmp_path / "cache").glob("hub/models--user--sharded/**/*.safetensors"))
+    assert names(again[0]) == ["model.safetensors"] and again[1] == answers[1]
 
 
 def test_what_the_hub_refuses_is_said_in_one_sentence(model, tmp_path):
@@ -108,16 +122,16 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(model, tmp_path):
         ["nobody/nothing", None, "config"],
         ["user/small", "v9", "config"],
         ["user/small", None, "config"],
-        ["user/bare", None, "safetensors"],
+        ["user/bare", None, "weights"],
     ]
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text("{}")
-    (bare / "pytorch_model.bin").write_bytes(b"x")
+    (bare / "flax_model.msgpack").write_bytes(b"x")
     (model / "config.json").unlink()
     with hub({"user/small": model, GATED: model, "user/bare": bare}) as (endpoint, _):
         answers = ask(tmp_path / "cache", endpoint, *questions)
-        (allowed,) = ask(tmp_path / "c2", endpoint, [GATED, None, "safetensors"], HF_TOKEN=TOKEN)
+        (allowed,) = ask(tmp_path / "c2", endpoint, [GATED, None, "weights"], HF_TOKEN=TOKEN)
     gated, private, nothing, revision, no_config, no_weights = answers
     assert gated == [
         "PermissionError",
@@ -146,12 +160,12 @@ def test_without_a_network_the_answer_names_the_cache_and_the_address(tmp_path):
 def test_a_download_that_broke_off_is_not_taken_for_the_model(model, tmp_path):
     """Only the configuration and the index came; without the hub, that is said."""
     with hub({"user/small": model}) as (endpoint, _):
-        ask(tmp_path / "cache", endpoint, ["user/small", None, "safetensors"])
+        ask(tmp_path / "cache", endpoint, ["user/small", None, "weights"])
     (snapshot,) = (tmp_path / "cache").glob("hub/models--user--small/snapshots/*")
     (snapshot / "model-2.safetensors").unlink()
     for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
         ((kind, message),) = ask(
-            tmp_path / "cache", endpoint, ["user/small", None, "safetensors"], **environment
+            tmp_path / "cache", endpoint, ["user/small", None, "weights"], **environment
         )
         assert kind == "ConnectionError"
         assert "the model is not (wholly) in the cache" in message
@@ -180,7 +194,7 @@ def test_a_folder_without_a_configuration_is_no_model(model):
 def test_a_file_of_the_index_that_is_not_there_is_named(model):
     (model / "model-2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks model-2\.safetensors"):
-        ModelFiles(model).safetensors()
+        ModelFiles(model).weights()
 
 
 def test_a_file_that_was_cut_short_is_named(model):
@@ -188,15 +202,48 @@ def test_a_file_that_was_cut_short_is_named(model):
     for size in (len(whole) - 5, 3, 0):
         (model / "model-2.safetensors").write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"model-2\.safetensors is no whole safetensors file"):
-            Safetensors(ModelFiles(model).safetensors())
+            Safetensors(ModelFiles(model).weights())
 
 
-def test_without_an_index_the_usual_file_is_the_model_and_else_all_are(model):
-    (model / "model.safetensors.index.json").unlink()
-    found = [file.name for file in ModelFiles(model).safetensors()]
-    assert found == ["consolidated.safetensors", "model-1.safetensors", "model-2.safetensors"]
+def test_of_several_sets_of_weights_the_one_that_transformers_takes_is_read(model):
+    """One file, the index's, torch's file, torch's index; without any, all safetensors."""
+
+    def found():
+        return [file.name for file in ModelFiles(model).weights()]
+
     save_file({"w": torch.zeros(2)}, model / "model.safetensors")
-    assert [file.name for file in ModelFiles(model).safetensors()] == ["model.safetensors"]
+    save_file({"stale": torch.zeros(2)}, model / "model-3.safetensors")
+    index = {"weight_map": {"w1": "pytorch_model-1.bin"}}
+    torch.save({"w1": torch.zeros(2)}, model / "pytorch_model-1.bin")
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert found() == ["model.safetensors"]
+    (model / "model.safetensors").unlink()
+    assert found() == ["model-1.safetensors", "model-2.safetensors"]
+    (model / "model.safetensors.index.json").unlink()
+    assert found() == ["pytorch_model.bin"]
+    (model / "pytorch_model.bin").unlink()
+    assert found() == ["pytorch_model-1.bin"]
+    (model / "pytorch_model.bin.index.json").unlink()
+    assert found() == ["consolidated.safetensors"] + [f"model-{i}.safetensors" for i in (1, 2, 3)]
+    (model / "config.json").write_text('{"transformers_weights": "model-3.safetensors"}')
+    assert found() == ["model-3.safetensors"]
+    (model / "model-3.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model-3\.safetensors, which its config\.json"):
+        found()
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_tensors_that_torch_saved_are_read_and_nothing_else_is_unpickled(tmp_path, mapped):
+    file, weight = tmp_path / "pytorch_model.bin", torch.arange(12.0).reshape(4, 3)
+    torch.save({"w": weight, "tied": weight}, file, _use_new_zipfile_serialization=mapped)
+    files = Safetensors([file])
+    assert files.names() == ["w", "tied"] and files.shape("w") == (4, 3)
+    assert torch.equal(files.read("w", (slice(1, 3),)), weight[1:3])
+    torch.save({"w": shutil.rmtree}, file)
+    for content in (file.read_bytes(), file.read_bytes()[:-9], b"x", b""):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin is no whole file of tensors"):
+            Safetensors([file])
 
 
 def test_the_identity_is_the_content_wherever_it_lies(model, tmp_path):

@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, PreTrainedTokenizerFast, T5Config
+from transformers import BloomConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
 
+from ditty_di._graph.errors import ConfigError
+from ditty_di.graph import Graph
 from ditty_di.models import causal_lm, seq2seq
 from ditty_di.models.weights import is_meta
 from tests.models.tiny import llama, save_llama
@@ -101,3 +103,59 @@ def test_weights_that_are_quantised_already_are_refused(tmp_path):
 def test_a_dtype_that_torch_does_not_have_is_named():
     with pytest.raises(ValueError, match=r"model\.dtype='bf16' is no dtype; write float32"):
         causal_lm.from_config(LlamaConfig(), dtype="bf16")
+
+
+# -- attention ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen, taken", [(None, "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
+def test_attention_is_what_is_asked_for_or_what_transformers_takes(chosen, taken):
+    model = causal_lm.from_config(llama(), attn_implementation=chosen)
+    assert model.config._attn_implementation == taken
+
+
+def test_a_model_without_sdpa_takes_eager_and_says_so_when_sdpa_is_asked_for():
+    config = BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=4)
+    assert causal_lm.from_config(config).config._attn_implementation == "eager"
+    for wrong in ("sdpa", "flash", "flash_attention_2"):
+        with pytest.raises(ValueError) as error:
+            causal_lm.from_config(config, attn_implementation=wrong)
+        assert f"attn_implementation={wrong}: BloomForCausalLM" in str(error.value)
+        assert "write model.attn_implementation=null, with which" in str(error.value)
+        assert "takes eager" in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_configuration_without_such_a_model_is_named():
+    with pytest.raises(ValueError, match=r"no model of type 't5' for its AutoModelForCausalLM"):
+        causal_lm.from_config(T5Config())
+
+
+@pytest.mark.parametrize("dtype, wide", [("bfloat16", False), ("float16", True)])
+def test_what_transformers_keeps_in_32_bits_is_kept_in_them(dtype, wide):
+    """T5's output projections overflow in float16."""
+    options = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1}
+    model = seq2seq.from_config(T5Config(**options, num_heads=4), dtype=dtype)
+    assert is_meta(model) and model.lm_head.weight is model.shared.weight
+    found = model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype
+    assert found == (torch.float32 if wide else torch.bfloat16)
+    assert model.shared.weight.dtype == getattr(torch, dtype)
+
+
+def test_a_model_that_cannot_be_built_is_told_before_anything_is(tmp_path):
+    """As `task=check` does it."""
+    BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=4).save_pretrained(tmp_path)
+    node = {"_target_": "ditty_di.models.causal_lm.from_pretrained", "path": str(tmp_path)}
+    Graph({"model": node}).rehearse("model")
+    for changes, message in (
+        ({"path": "/nowhere/at/all"}, r"model\.path.*there is no folder /nowhere/at/all"),
+        ({"attn_implementation": "sdpa"}, r"model\.attn_implementation.*Bloom.*=null"),
+        ({"revision": "v1"}, r"a folder and has no revisions"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Graph({"model": {**node, **changes}}).rehearse("model")
+    for changes, message in (
+        ({"dtype": "float33"}, r"model\.dtype.*write float32, bfloat16 or float16"),
+        ({"pad_vocab_to_multiple_of": 0}, r"a number of at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Graph({"model": {**node, **changes}}).check("model")

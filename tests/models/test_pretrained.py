@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from functools import partial
 
 import pytest
@@ -13,6 +15,8 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -23,10 +27,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from ditty_di.export import HuggingFaceExport
 from ditty_di.models import causal_lm, seq2seq
 from ditty_di.models.pretrained import Pretrained
 from ditty_di.models.weights import materialize, unset
 from tests.checkpoint import ranks
+from tests.models.test_hugging_face import tokenizer
 from tests.models.tiny import CPU, TOKENS, fill, logits, save_llama
 
 
@@ -86,6 +92,140 @@ def test_an_encoder_decoder_is_read_back_with_its_logits(tmp_path, name):
     model = fill(seq2seq.from_pretrained(tmp_path), tmp_path)
     decoded = {"decoder_input_ids": TOKENS}
     assert torch.equal(logits(model, **decoded), logits(usual, **decoded))
+
+
+def test_names_of_older_versions_are_read_and_exported_as_they_are(tmp_path):
+    """Layer norms had a gamma and a beta once; transformers keeps such names when it saves."""
+    config = BertConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        is_decoder=True,
+    )
+    BertLMHeadModel(config).save_pretrained(tmp_path / "base")
+    file, old = tmp_path / "base" / "model.safetensors", {"weight": "gamma", "bias": "beta"}
+    tensors = {
+        re.sub(r"(?<=LayerNorm\.)(weight|bias)", lambda m: old[m[0]], name): torch.randn_like(t)
+        for name, t in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    usual = BertLMHeadModel.from_pretrained(tmp_path / "base").eval()
+    model = fill(causal_lm.from_pretrained(tmp_path / "base"), tmp_path / "base")
+    assert torch.equal(logits(model), logits(usual))
+    HuggingFaceExport(tokenizer(61), str(tmp_path / "export"))([model])
+    usual.save_pretrained(tmp_path / "again")
+    export, again = (load_file(tmp_path / f / "model.safetensors") for f in ("export", "again"))
+    assert export.keys() == again.keys()
+    assert "bert.embeddings.LayerNorm.gamma" in export
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_folder_of_torchs_files_is_read(tmp_path, sharded):
+    usual = save_llama(tmp_path, tie_word_embeddings=True)
+    for file in tmp_path.glob("model*.safetensors*"):
+        file.unlink()
+    state = usual.state_dict()  # with both names of the tied tensor
+    if sharded:
+        index = {n: f"pytorch_model-{i % 2}.bin" for i, n in enumerate(state)}
+        for i in range(2):
+            part = {n: t for n, t in state.items() if index[n].endswith(f"{i}.bin")}
+            torch.save(part, tmp_path / f"pytorch_model-{i}.bin")
+        text = json.dumps({"weight_map": index})
+        (tmp_path / "pytorch_model.bin.index.json").write_text(text)
+    else:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    model = fill(causal_lm.from_pretrained(tmp_path), tmp_path)
+    assert torch.equal(logits(model), logits(usual))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    before = Pretrained(tmp_path).identity()["hash"]
+    file = next(tmp_path.glob("*.bin"))
+    torch.save({n: t + 1 for n, t in torch.load(file).items()}, file)
+    assert Pretrained(tmp_path).identity()["hash"] != before
+
+
+# -- ties: the configuration's and the files' -----------------------------------------------------
+
+
+def another_head(folder):
+    """A folder whose configuration ties the head to the embedding, and whose files do not."""
+    save_llama(folder, tie_word_embeddings=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    return LlamaForCausalLM.from_pretrained(folder).eval()
+
+
+def test_a_head_that_only_the_configuration_ties_is_kept_with_a_warning(tmp_path, caplog):
+    usual = another_head(tmp_path / "base")
+    with caplog.at_level(logging.WARNING):
+        model = fill(causal_lm.from_pretrained(tmp_path / "base"), tmp_path / "base")
+    assert "two different tensors: they are not tied" in caplog.text
+    assert torch.equal(logits(model), logits(usual))
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    HuggingFaceExport(tokenizer(61), str(tmp_path / "export"))([model])
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "export").eval()
+    assert torch.equal(logits(again), logits(usual))
+    assert again.config.tie_word_embeddings is False
+
+
+def test_a_head_that_cannot_be_tied_to_the_files_is_refused(tmp_path):
+    """The model was built from a configuration alone, so nothing looked into the files."""
+    usual = another_head(tmp_path)
+    model = causal_lm.from_config(usual.config)
+    materialize(model, CPU)
+    with pytest.raises(ValueError, match=r"different in the files and tied in the model; build it"):
+        Pretrained(tmp_path)(model, device=CPU)
+
+
+def test_a_tied_model_of_which_the_files_have_the_head_alone_is_whole(tmp_path):
+    usual = save_llama(tmp_path, tie_word_embeddings=True)
+    state = {n: p for n, p in usual.named_parameters() if n != "model.embed_tokens.weight"}
+    for file in tmp_path.glob("model*.safetensors*"):
+        file.unlink()
+    save_file({**state, "lm_head.weight": usual.lm_head.weight}, tmp_path / "model.safetensors")
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(usual))
+    model = fill(causal_lm.from_pretrained(tmp_path), tmp_path)
+    assert torch.equal(logits(model), logits(usual))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_head_that_neither_the_files_nor_a_tie_give_is_refused_with_the_remedy(tmp_path):
+    """transformers draws it at random, with a warning."""
+    usual = save_llama(tmp_path, tie_word_embeddings=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    model = causal_lm.from_pretrained(tmp_path)
+    materialize(model, CPU)
+    with pytest.raises(ValueError, match=r"lm_head\.weight.*model\.tie_word_embeddings=true"):
+        Pretrained(tmp_path)(model, device=CPU)
+    model = causal_lm.from_pretrained(tmp_path, tie_word_embeddings=True)
+    assert torch.equal(logits(fill(model, tmp_path)), logits(usual))
+
+
+def test_a_t5_of_version_1_1_keeps_its_head_and_its_scale(tmp_path):
+    """Its configuration says untied, which transformers reads as a scale; two tables stay tied."""
+    make, config = ENCODER_DECODERS["t5"]
+    torch.manual_seed(1)
+    make(config).save_pretrained(tmp_path / "base")
+    file, head = tmp_path / "base" / "model.safetensors", torch.randn(61, 32)
+    save_file({**load_file(file), "lm_head.weight": head}, file, metadata={"format": "pt"})
+    there = json.loads((tmp_path / "base" / "config.json").read_text())
+    there.pop("scale_decoder_outputs", None)
+    there["tie_word_embeddings"] = False
+    (tmp_path / "base" / "config.json").write_text(json.dumps(there))
+    usual, decoded = make.from_pretrained(tmp_path / "base").eval(), {"decoder_input_ids": TOKENS}
+
+    model = fill(seq2seq.from_pretrained(tmp_path / "base"), tmp_path / "base")
+    assert torch.equal(model.lm_head.weight, head)
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+    assert torch.equal(logits(model, **decoded), logits(usual, **decoded))
+    HuggingFaceExport(tokenizer(61), str(tmp_path / "export"))([model])
+    again = make.from_pretrained(tmp_path / "export").eval()
+    assert torch.equal(logits(again, **decoded), logits(usual, **decoded))
+
+
+# -- what the files do not have -------------------------------------------------------------------
 
 
 def test_buffers_of_modules_with_parameters_are_computed_too(tmp_path):
@@ -169,11 +309,11 @@ def test_files_that_do_not_fit_the_model_are_named(tmp_path, changes, message):
 
 
 def test_tensors_that_the_model_does_not_use_are_logged(tmp_path, caplog):
-    save_llama(tmp_path, tie_word_embeddings=True)
+    usual = save_llama(tmp_path, tie_word_embeddings=True)
     (first, *_) = sorted(tmp_path.glob("*.safetensors"))
     # A tied head may be saved under both of its names; that is no tensor too many.
     tensors = load_file(first)
-    extra = {"model.extra.weight": torch.zeros(2), "lm_head.weight": torch.zeros(61, 64)}
+    extra = {"model.extra.weight": torch.zeros(2), "lm_head.weight": usual.lm_head.weight}
     save_file({**tensors, **extra}, first)
     with caplog.at_level(logging.WARNING):
         fill(causal_lm.from_pretrained(tmp_path), tmp_path)
@@ -214,6 +354,17 @@ def test_new_rows_are_the_mean_of_the_old_ones_with_a_little_noise(tmp_path, tie
         assert ((new - mean).abs() < 0.06 * std).all()
         assert not torch.equal(new[0], new[1])
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+
+
+def test_a_bias_of_the_logits_grows_with_zeros(tmp_path):
+    """As `resize_token_embeddings` does it; the bias is `[1, vocab]`."""
+    make, config = ENCODER_DECODERS["bart"]
+    usual = make(config)
+    usual.final_logits_bias.normal_()
+    usual.save_pretrained(tmp_path)
+    model = fill(seq2seq.from_pretrained(tmp_path, tokenizer=tokenizer(65)), tmp_path)
+    expected = torch.cat([usual.final_logits_bias, torch.zeros(1, 4)], dim=1)
+    assert torch.equal(model.final_logits_bias, expected)
 
 
 def grown(path):
