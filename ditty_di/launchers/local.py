@@ -170,3 +170,9 @@ def gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that the ranks may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(n) for n in range(gpu_count())]

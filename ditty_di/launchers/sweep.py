@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
+import os
 import shlex
 import signal
-import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import read_write
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import open_dict, read_write
 
 from ditty_di.cli.overrides import quoted, value_of
-from ditty_di.launchers.process import Children, Start
+from ditty_di.graph import ConfigError, Graph
+from ditty_di.launchers.local import visible_gpus
+from ditty_di.launchers.warm import TARGETS, Job, WarmJobs
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 
 if TYPE_CHECKING:
@@ -37,6 +45,9 @@ class Results(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         Results.folder = Path(config.hydra.sweep.dir)
+        with contextlib.suppress(ConfigError):  # each job reports what is wrong with its own
+            nodes = Graph(config).nodes("task").values()
+            os.environ[TARGETS] = " ".join(sorted({node.target for node in nodes}))
         # Optuna's sweeper gives up at the first failed trial, unless somebody has chosen.
         key, sweeper = "max_failure_rate", config.hydra.sweeper
         if (
@@ -52,6 +63,8 @@ def run(command: Command) -> int:
     from ditty_di.cli import composing
 
     Results.folder = None
+    Parallel.command = command
+    Plugins.instance().register(Parallel)
     failure: Exception | None = None
     try:
         composing.run(command, lambda config: job(command))
@@ -69,38 +82,118 @@ def run(command: Command) -> int:
 
 
 def job(command: Command) -> float | None:
-    """One job of the sweep, in a process of its own; its objective, None when it failed.
+    """Run the job whose configuration Hydra has composed; return its objective, None on failure.
 
     None is what both Hydra's own sweeper (which ignores it) and Optuna's (which counts the trial
     as failed, where NaN would end the study) go on after.
     """
     config = HydraConfig.get()
-    run = RunDirectory(config.runtime.output_dir)
-    overrides = list(config.overrides.task)
-    folders = [option for folder in command.config_dirs for option in ("--config-dir", folder)]
-    search = [o for o in config.overrides.hydra if o.startswith("hydra.searchpath=")]
-    child = Children(_stop, _GRACE_SECONDS)
-    arguments = [
-        *(sys.executable, "-m", "ditty_di", "--config-name", command.config_name),
-        *(*folders, *search, *overrides, f"run={quoted(str(run.path))}"),
-    ]
-    (code,) = child.run([Start(arguments)])
-    result = run.read_result()
-    if result is None or (code and result["status"] in GOOD_STATUSES):
+    return _run([_SweepJob(config, Path(config.runtime.output_dir), command)], [{}])[0]
+
+
+class _SweepJob(Job):
+    """A job of a sweep, from Hydra's own part of its configuration."""
+
+    def __init__(self, config: DictConfig, folder: Path, command: Command) -> None:
+        self.run_directory, self.sweep_folder = RunDirectory(folder), Path(config.sweep.dir)
+        self.overrides = list(config.overrides.task)
+        folders = [option for path in command.config_dirs for option in ("--config-dir", path)]
+        search = [o for o in config.overrides.hydra if o.startswith("hydra.searchpath=")]
+        where = f"run={quoted(str(self.run_directory.path))}"
+        options = ["--config-name", command.config_name, *folders, *search]
+        super().__init__([*options, *self.overrides, where])
+
+    def result(self) -> dict[str, Any]:
+        """What the job left in its `result.json`, or, when it left none, how it ended."""
+        found = self.run_directory.read_result()
+        if found is not None and not (self.code and found["status"] in GOOD_STATUSES):
+            return found
+        code = self.code or 0
         how = f"exit code {code}" if code >= 0 else signal.strsignal(-code)
         result = {"status": "failed", "error": f"the job's process ended with {how}"}
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.write_result(result)
-    with (Path(config.sweep.dir) / "jobs.jsonl").open("a", encoding="utf-8") as jobs:
-        jobs.write(json.dumps({"folder": str(run.path), "overrides": overrides}) + "\n")
-    if child.signalled is not None:
+        self.run_directory.path.mkdir(parents=True, exist_ok=True)
+        self.run_directory.write_result(result)
+        return result
+
+    def record(self) -> None:
+        """Note in the sweep's folder that the job has been run."""
+        line = {"folder": str(self.run_directory), "overrides": self.overrides}
+        with (self.sweep_folder / "jobs.jsonl").open("a", encoding="utf-8") as jobs:
+            jobs.write(json.dumps(line) + "\n")
+
+
+def _run(jobs: Sequence[_SweepJob], slots: Sequence[dict[str, str]]) -> list[float | None]:
+    """Run jobs, as many at once as there are slots; return their objectives.
+
+    Raises:
+        KeyboardInterrupt: the sweep was asked to stop.
+    """
+    objectives: dict[int, float | None] = {}
+
+    def ended(job: _SweepJob) -> None:
+        result = job.result()
+        job.record()
+        good = result["status"] in GOOD_STATUSES
+        objectives[id(job)] = result.get("objective") if good else None
+
+    runner = WarmJobs(slots, _GRACE_SECONDS)
+    runner.run(jobs, ended)
+    if runner.signalled is not None:
         raise KeyboardInterrupt
-    return result.get("objective") if result["status"] in GOOD_STATUSES else None
+    return [objectives[id(job)] for job in jobs]
 
 
-def _stop(jobs: list[subprocess.Popen], number: signal.Signals) -> None:
-    for process in jobs:
-        process.send_signal(signal.SIGTERM)
+class Parallel(Launcher):
+    """Hydra's launcher `parallel`: several jobs of a sweep at once on this machine.
+
+    Args:
+        jobs: how many at once.
+        gpus_per_job: how many of the visible GPUs a job gets for itself; None shows it all.
+
+    Raises:
+        ValueError: `jobs` jobs of `gpus_per_job` GPUs need more than there are.
+    """
+
+    command: Command  # set before Hydra makes the object
+
+    # Hydra takes plugins from this package only; there is nothing else in it.
+    __module__ = "hydra_plugins.ditty_di"
+
+    def __init__(self, jobs: int = 2, gpus_per_job: int | None = None) -> None:
+        if jobs < 1:
+            raise ValueError(f"hydra.launcher.jobs={jobs}: at least one job runs at a time")
+        gpus = visible_gpus() if gpus_per_job else []
+        size = gpus_per_job or 0
+        if size * jobs > len(gpus):
+            raise ValueError(
+                f"hydra.launcher.gpus_per_job={size}: {jobs} jobs at once need {size * jobs} GPUs "
+                f"and there are {len(gpus)}"
+            )
+        own = [",".join(gpus[n * size : (n + 1) * size]) for n in range(jobs)]
+        self.slots = [{"CUDA_VISIBLE_DEVICES": each} if each else {} for each in own]
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.loader, self.config = hydra_context.config_loader, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> list[JobReturn]:
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        jobs = []
+        for index, overrides in enumerate(job_overrides, initial_job_idx):
+            config = self.loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id = config.hydra.job.num = index
+            HydraConfig.instance().set_config(config)  # for what refers to ${hydra:job.num}
+            sweep = config.hydra.sweep
+            jobs.append(_SweepJob(config.hydra, Path(sweep.dir) / sweep.subdir, self.command))
+        objectives = _run(jobs, self.slots)
+        return [
+            JobReturn(overrides=list(overrides), _return_value=value, status=JobStatus.COMPLETED)
+            for overrides, value in zip(job_overrides, objectives, strict=True)
+        ]
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
