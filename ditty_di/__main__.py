@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 
 from ditty_di.console import quiet_imports
 from ditty_di.launchers import torchrun
+from ditty_di.threads import limit_spinning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     quiet_imports()
+    limit_spinning()
     if not {"", os.getcwd()} & set(sys.path):  # as `python -m` does: a module of one's own here
         sys.path.insert(0, os.getcwd())
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +12,22 @@ from typing import Any, TextIO, cast
 
 #: Set for ranks whose failures are reported, and whose signals are answered, by a launcher.
 LAUNCHED = "DITTY_DI_LAUNCHED"
+
+
+#: Environment variable: "1" keeps what ranks print in their log files. A sweep sets it for its
+#: jobs, unless the user has.
+QUIET = "DITTY_DI_QUIET"
+
+
+def quiet() -> bool:
+    """Return whether ranks are to print to their log files only."""
+    return os.environ.get(QUIET, "0") not in ("", "0")
+
+
+def status(line: str) -> None:
+    """Say on standard error what is going on before there is a log, unless `quiet`."""
+    if not quiet():
+        print(line, file=sys.stderr, flush=True)
 
 
 class Console:
@@ -21,7 +38,7 @@ class Console:
 
     def __init__(self, log: Path, show: bool = True) -> None:
         self._path = log
-        self._show = show
+        self._show = show and not quiet()
 
     def __enter__(self) -> Console:
         self._path.parent.mkdir(parents=True, exist_ok=True)

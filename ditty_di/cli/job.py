@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from ditty_di.cli import environment, ranks, searchpath, texts, unread
 from ditty_di.cli.command import Command, nearest, patched
 from ditty_di.cli.overrides import argument, value_of, without
+from ditty_di.console import quiet, status
 from ditty_di.graph import ConfigError, Difference, Graph, Problem, difference, provenance
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 
@@ -48,7 +49,7 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
         else:
             config = _on_top_of(stored, config, command)
     where = provenance(command.config_name, command.overrides)
-    config.allow_targets = allowed = _allowed_targets(config, command, where)
+    allowed = _allowed_targets(config, command, where)
     plain = Graph(config, where, allow_targets=allowed)
     known = [*unread.problems(plain, config, command), *_outside(plain, config, command)]
     graph = Graph(config, where, allow_targets=allowed, also=known)
@@ -60,6 +61,7 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     if OmegaConf.select(config, "run") is None:
         raise ConfigError("this task works on a run: add run=FOLDER" + nearest(Path("run")))
     _refuse_unknown_run(command)
+    status("importing what the configuration names (torch and torchtitan take seconds) ...")
     _check(graph, "task", "launcher")
     run = _directory(config, command, resumes)
     of_its_own = resumes or not command.earlier
@@ -67,7 +69,7 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     try:
         if of_its_own:
             config.run = str(run.path)
-        graph = Graph(config, graph.where, allow_targets=config.allow_targets)
+        graph = Graph(config, graph.where, allow_targets=allowed)
         staged = resumes and OmegaConf.select(config, "task.run") is not None
         _write(run.stage() if staged else run, config, graph, command)
         code = (launcher or graph.build("launcher"))(str(run.path))
@@ -129,7 +131,7 @@ def _allowed_targets(config: DictConfig, command: Command, where: Any) -> list[s
 
 def _refuse_changes(stored: Any, config: DictConfig) -> None:
     """A run goes on with the numbers that it began with, unless it is told which may change."""
-    changed = difference(stored, config, ignore=list(config.resume.ignore))
+    changed = difference(stored, config, ignore=[*config.resume.ignore, "allow_targets"])
     allowed = list(config.resume.allow)
     refused = [c for c in changed if not _covers(allowed, c.key) and not _lengthens(c)]
     if refused:
@@ -267,4 +269,4 @@ def _say_what_next(run: RunDirectory, result: dict[str, Any], *, text: bool) -> 
             f"  curves                  tensorboard --logdir {shlex.quote(f'{run}/tensorboard')}"
         )
     if lines:
-        print("\n".join(lines))
+        print("\n".join(lines[:1] if quiet() else lines))

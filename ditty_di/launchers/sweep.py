@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
@@ -63,8 +62,8 @@ def run(command: Command) -> int:
     from ditty_di.cli import composing
 
     Results.folder = None
-    Parallel.command = command
-    Plugins.instance().register(Parallel)
+    ParallelJobs.command = command
+    sys.path.append(str(Path(__file__).with_name("plugins")))  # where Hydra finds its subclass
     failure: Exception | None = None
     try:
         composing.run(command, lambda config: job(command))
@@ -94,7 +93,7 @@ def job(command: Command) -> float | None:
 class _SweepJob(Job):
     """A job of a sweep, from Hydra's own part of its configuration."""
 
-    def __init__(self, config: DictConfig, folder: Path, command: Command) -> None:
+    def __init__(self, config: Any, folder: Path, command: Command) -> None:
         self.run_directory, self.sweep_folder = RunDirectory(folder), Path(config.sweep.dir)
         self.overrides = list(config.overrides.task)
         folders = [option for path in command.config_dirs for option in ("--config-dir", path)]
@@ -143,7 +142,7 @@ def _run(jobs: Sequence[_SweepJob], slots: Sequence[dict[str, str]]) -> list[flo
     return [objectives[id(job)] for job in jobs]
 
 
-class Parallel(Launcher):
+class ParallelJobs(Launcher):
     """Hydra's launcher `parallel`: several jobs of a sweep at once on this machine.
 
     Args:
@@ -155,9 +154,6 @@ class Parallel(Launcher):
     """
 
     command: Command  # set before Hydra makes the object
-
-    # Hydra takes plugins from this package only; there is nothing else in it.
-    __module__ = "hydra_plugins.ditty_di"
 
     def __init__(self, jobs: int = 2, gpus_per_job: int | None = None) -> None:
         if jobs < 1:

@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ditty_di import parent_death
+from ditty_di.console import QUIET
 from ditty_di.stop_signals import StopSignals
 
 #: Environment variable of the warm parent: the targets that it imports, separated by spaces.
@@ -113,6 +114,7 @@ def _job(arguments: list[str], env: dict[str, str]) -> None:
     if server == 1 or os.getppid() != server:
         sys.exit(1)  # the sweep ended meanwhile
     os.environ.update(env)
+    os.environ.setdefault(QUIET, "1")
     from ditty_di.__main__ import main
     from ditty_di.worker import leave, own_process
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ditty_di.cli import ranks
+from ditty_di.console import status
 from ditty_di.graph import (
     ConfigError,
     Difference,
@@ -35,6 +36,7 @@ def check(
     Raises:
         ConfigError: everything that is wrong, one line each.
     """
+    status("importing what the configuration names (torch and torchtitan take seconds) ...")
     checked = graph.check(root, *(["launcher"] if "launcher" in graph else []))
     if divided := ranks.problems(graph, root):
         raise ConfigError(divided)

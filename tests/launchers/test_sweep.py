@@ -1,13 +1,16 @@
 """Sweeps: a job is a process, a failure is a row."""
 
+import contextlib
 import csv
 import importlib.util
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from ditty_di.launchers.sweep import ParallelJobs
 from tests.toy import Folder, wait_for
 
 
@@ -74,6 +77,63 @@ def test_ctrl_c_ends_the_job_in_good_order_and_then_the_sweep(folder: Folder) ->
     assert process.returncode == 0, err
     assert [row["status"] for row in rows(folder)] == ["preempted"]
     assert not (folder.path / "swept/1/config.yaml").exists()
+
+
+PARALLEL = ("hydra/launcher=parallel", "hydra.launcher.jobs=2")
+
+
+def test_jobs_run_at_once_and_each_keeps_its_own_log(folder: Folder) -> None:
+    task = folder.task("until_stopped", stop_file="${run}/stop", ready="${run}/ready")
+    process = folder.start(*SWEEP, *PARALLEL, task, "value=1,2,3")
+    jobs = [folder.path / "swept" / str(n) for n in range(3)]
+    wait_for(*(job / "ready-0" for job in jobs[:2]), process=process)
+    assert not (jobs[2] / "ready-0").exists()
+    for n in (1, 0, 2):
+        wait_for(jobs[n] / "ready-0", process=process)
+        (jobs[n] / "stop").touch()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert sorted((row["job"], row["status"]) for row in rows(folder)) == [
+        (str(n), "preempted") for n in range(3)
+    ]
+
+
+def test_no_job_outlives_a_killed_sweep(folder: Folder) -> None:
+    task = folder.task("until_stopped", stop_file="${run}/stop", ready="${run}/ready")
+    process = folder.start(*SWEEP, *PARALLEL, task, "value=1,2")
+    jobs = [folder.path / "swept" / str(n) for n in range(2)]
+    wait_for(*(job / "ready-0" for job in jobs), process=process)
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 5
+    while left := processes_below(folder.path):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def processes_below(folder: Path) -> list[str]:
+    """Command lines of processes whose working folder is `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").resolve() == folder.resolve():
+                found.append((process / "cmdline").read_bytes().decode())
+    return found
+
+
+def test_too_many_gpus_a_job_are_refused(folder: Folder, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    _, err = folder(*SWEEP, *PARALLEL, "hydra.launcher.gpus_per_job=2", "value=1,2", code=2)
+    assert "2 jobs at once need 4 GPUs and there are 3" in err
+    assert ParallelJobs(jobs=3, gpus_per_job=1).slots == [
+        {"CUDA_VISIBLE_DEVICES": str(n)} for n in range(3)
+    ]
+
+
+def test_a_sweep_shows_one_line_a_job(folder: Folder) -> None:
+    out, _ = folder(*SWEEP, "value=3,2")
+    assert "rank 0 says" not in out and out.count("finished, ") == 2
+    assert "rank 0 says 3" in (folder.path / "swept/0/logs/rank-0.log").read_text()
 
 
 @pytest.mark.skipif(
