@@ -39,7 +39,7 @@ CHATML = (
         ({"temperature": 0.6, "do_sample": True, "top_k": 7}, set()),
         ({"num_beams": 4, "early_stopping": True, "num_return_sequences": 2}, set()),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )
 def test_only_what_contradicts_the_rest_is_reset(values, reset, tmp_path):
     config = GenerationConfig(eos_token_id=[0, 3], repetition_penalty=1.5, **values)
