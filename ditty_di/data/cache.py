@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_REPORT_SECONDS = 5.0
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -42,7 +49,11 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{target}.lock")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            log.info("waiting for another process that writes %s ...", target)
+            lock.acquire()
     except OSError as error:
         raise OSError(
             f"cannot write the cache folder {target.parent} ({error.strerror or error}). "
@@ -64,6 +75,17 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     finally:
         lock.release()
     return target
+
+
+def counted(items: Iterable[_T], doing: str, noun: str) -> Iterator[_T]:
+    """Yield the items; log what is done with them at once, then every five seconds how many."""
+    log.info("%s ...", doing)
+    reported, number = time.monotonic(), 0
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - reported > _REPORT_SECONDS:
+            reported = time.monotonic()
+            log.info("%s: %s %s so far", doing, f"{number:,}", noun)
 
 
 def _digest(parts: Iterable[bytes]) -> str:

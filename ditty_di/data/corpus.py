@@ -13,10 +13,11 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ditty_di.data.cache import build_once, cache_folder
+from ditty_di.data.cache import build_once, cache_folder, counted
 from ditty_di.data.files import as_record, kind_of, located, opened, read_values
 from ditty_di.protocols import early_checks
 
@@ -62,7 +63,8 @@ def python_docs(
 
     def build(path: Path) -> None:
         library = Path(sysconfig.get_path("stdlib"))
-        entries = [*topics(library), *_docstrings(library)]
+        found = chain(topics(library), _docstrings(library))
+        entries = list(counted(found, "reading the documentation of this Python", "texts"))
         corpus = _split(_distinct(entries, _PYTHON_DOCS_MIN_CHARS), validation_fraction)
         if not corpus.train:
             raise ValueError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ditty_di.data.audit import Findings
-from ditty_di.data.cache import build_once, cache_folder, fingerprint
+from ditty_di.data.cache import build_once, cache_folder, counted, fingerprint
 from ditty_di.data.content import array_digest
 from ditty_di.data.encoding import Encoded, Encoder
 from ditty_di.data.sources import Records
@@ -325,7 +325,8 @@ def _build(
     without = cut = 0
     texts: list[str] = []
     findings = Findings()
-    for where, example in _encoded(records, encoder):
+    taken = counted(records, "tokenizing records", "records")
+    for where, example in _encoded(taken, encoder):
         if not tally.add(where, example):
             continue
         assert not isinstance(example, ValueError)

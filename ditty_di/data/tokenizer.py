@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ditty_di.data.cache import build_once, cache_folder, documents_fingerprint
+from ditty_di.data.cache import build_once, cache_folder, counted, documents_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -69,7 +69,8 @@ def _train(documents: Sequence[str], vocab_size: int, folder: Path) -> None:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(documents, trainer, length=len(documents))
+    taken = counted(documents, f"training a tokenizer on {len(documents):,} documents", "documents")
+    backend.train_from_iterator(taken, trainer, length=len(documents))
     PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=EOS,

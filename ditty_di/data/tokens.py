@@ -9,6 +9,7 @@ import operator
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from ditty_di.data.cache import (
     build_once,
     cache_folder,
+    counted,
     documents_fingerprint,
     fingerprint,
 )
@@ -75,9 +77,10 @@ def tokenize(
             yield np.asarray([*ids, eos], dtype)
 
     def build(path: Path) -> None:
+        taken = counted(documents, f"tokenizing {len(documents):,} documents", "documents")
         parts = [
-            np.concatenate(list(encode(documents[start : start + _DOCUMENTS_AT_ONCE])))
-            for start in range(0, len(documents), _DOCUMENTS_AT_ONCE)
+            np.concatenate(list(encode(some)))
+            for some in iter(lambda: list(islice(taken, _DOCUMENTS_AT_ONCE)), [])
         ]
         with path.open("wb") as stream:
             np.save(stream, np.concatenate(parts))

@@ -85,7 +85,10 @@ class Pretrained:
     def __call__(self, model: nn.Module, /, *, device: torch.device) -> None:
         """Fills `model`; see the class."""
         prefix, base = transformers_model(model)
-        files = Safetensors(ModelFiles(self.path, self.revision).weights())
+        paths = ModelFiles(self.path, self.revision).weights()
+        size = sum(path.stat().st_size for path in paths)
+        log.info("reading the weights of %s (%.3g GB) ...", self.path, size / 1e9)
+        files = Safetensors(paths)
         source = _Source(files, base, prefix)
         with torch.no_grad():
             if base is not None:

@@ -1,12 +1,16 @@
+import logging
 import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+from ditty_di.data import cache
 from ditty_di.data.cache import build_once, cache_folder, documents_fingerprint, fingerprint
 
 
@@ -89,3 +93,32 @@ def test_the_package_imports_without_torch_and_transformers():
         "sys.exit(', '.join({'torch', 'transformers', 'tokenizers'} & set(sys.modules)) or None)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_work_is_said_when_it_begins_and_counted_while_it_lasts(caplog, monkeypatch):
+    monkeypatch.setattr(cache, "_REPORT_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, logger="ditty_di"):
+        items = cache.counted(iter("ab"), "tokenizing records", "records")
+        assert next(items) == "a" and caplog.messages == ["tokenizing records ..."]
+        assert list(items) == ["b"]
+    assert caplog.messages[1:] == [
+        "tokenizing records: 1 records so far",
+        "tokenizing records: 2 records so far",
+    ]
+
+
+def test_who_waits_for_the_cache_says_so(tmp_path, caplog):
+    target, held = tmp_path / "built", threading.Event()
+
+    def hold():
+        with FileLock(f"{target}.lock"):
+            held.set()
+            time.sleep(1.5)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    with caplog.at_level(logging.INFO, logger="ditty_di"):
+        build_once(target, lambda aside: aside.write_text("x"))
+    holder.join()
+    assert "waiting for another process" in caplog.text and target.read_text() == "x"
