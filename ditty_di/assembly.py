@@ -5,7 +5,6 @@ Nothing here replaces what was injected: a part that does not fit raises.
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -14,33 +13,13 @@ import torch.distributed as dist
 from torch import nn
 
 from ditty_di.compat import sum_gradients_on_gloo
-from ditty_di.isolation import (
-    Isolation,
-    NotIsolated,
-    check_positions,
-    holds_several,
-    position_limit,
-)
-from ditty_di.losses.plain import PlainLoss, as_loss
-from ditty_di.metrics.validation import preserved_rng
-from ditty_di.models.weights import (
-    hugging_face,
-    initialize,
-    is_meta,
-    materialize,
-    torch_reset,
-    transformers_model,
-    unset,
-)
+from ditty_di.models.weights import is_meta, materialize, unset
 from ditty_di.parallelize.pipeline import Parts, WindowLoss
 from ditty_di.processors.workflow import SPLIT_SEQUENCES, Processors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ditty_di.callbacks import Callbacks
     from ditty_di.protocols import (
-        Batch,
         Checkpointer,
         CheckpointerFactory,
         DataLoader,
@@ -156,183 +135,6 @@ def below(*limits: tuple[float, dict[str, Any]]) -> list[str]:
         for name, value in values.items()
         if is_number(value) and not value >= limit
     ]
-
-
-def check_rows(
-    loader: DataLoaderFactory | DataLoader | None,
-    *,
-    isolation: Isolation,
-    runtime: Runtime,
-) -> None:
-    """Compare the first rows of a loader with the model, before anything is trained on them.
-
-    Rows that hold several documents are probed (`Isolation.ensure`), and no row may be longer than
-    the model's table of positions. What a loader does not show (`dataset`, `collate_fn`) is left
-    out here.
-
-    Raises:
-        ValueError: rows that are too long, or documents that the model cannot keep apart.
-    """
-    if loader is None:
-        return
-    if callable(loader):
-        loader = loader(dp_rank=runtime.dp_rank, dp_world_size=runtime.dp_world_size)
-    with preserved_rng(runtime.device):
-        sample = _sample(loader)
-    if sample is None:
-        return
-    dataset = getattr(loader, "dataset", None)
-    check_positions(isolation.module, isolation.config, dataset, sample, name=isolation.name)
-    packs = getattr(getattr(loader, "collate_fn", None), "packs_documents", False)
-    if packs or holds_several(sample):
-        dims = runtime.parallel_dims
-        if dims.pp_enabled or dims.cp_enabled:
-            log.warning(
-                "%s: packed rows are not probed where the model or its rows are split over ranks "
-                "(runtime.pp, runtime.cp); check the model on one rank first",
-                isolation.name,
-            )
-            return
-        isolation.ensure(sample)
-
-
-def _sample(loader: Any) -> dict[str, Any] | None:
-    """The inputs of up to 8 rows of a loader's data set, collated; None where they cannot be had.
-
-    What goes wrong here is left to the loader's first batch, where it is told properly.
-    """
-    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-    if dataset is None or not hasattr(dataset, "__getitem__"):
-        return None
-    if collate is None:
-        collate = torch.utils.data.default_collate
-    try:
-        rows = min(8, getattr(loader, "batch_size", 1) or 1, len(dataset))
-        first = collate([dataset[0]])[0]
-        if not (isinstance(first, dict) and isinstance(first.get("input"), torch.Tensor)):
-            return None
-        if first["input"].dim() < 2 or len(first) == 1 or rows == 1:
-            return first if first["input"].dim() >= 2 else None
-        found = collate([dataset[n] for n in range(rows)])[0]
-    except Exception as error:
-        log.debug("no sample of the loader's rows: %r", error)
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def isolation_of(
-    module: nn.Module,
-    *,
-    config: Any,
-    forward: Callable[[dict[str, Any]], Any],
-    processors: Processors,
-    runtime: Runtime,
-) -> Isolation:
-    """The probe of a model, in the form in which batches reach it: through its preprocessors."""
-    before = Processors(processors.preprocessors)
-    own = {"original_batch", "target", "forward_kwargs", "model"}
-
-    def prepared(inputs: dict[str, Any]) -> Any:
-        if not before:
-            return forward(inputs)
-        states = [(s, copy.deepcopy(s.state_dict())) for s in before.states().values()]
-        batch: Batch = (inputs, inputs["input"])
-        given = before.prepare(
-            batch,
-            epoch=0,
-            step=0,
-            total_steps=1,
-            device=runtime.device,
-            model=module,
-        )
-        for processor, state in states:
-            processor.load_state_dict(state)
-        if given is None:
-            return {}
-        inputs, ctx = given
-        written = {name: value for name, value in ctx.items() if name not in own}
-        return {"output": forward(inputs), **written}
-
-    return Isolation(
-        module,
-        config=config,
-        forward=prepared,
-        device=runtime.device,
-        agree=runtime.any,
-        name=getattr(config, "model_type", None) or type(module).__name__,
-        modules=processors.preprocessors,
-    )
-
-
-#: Parameters of the largest model that `rehearse` builds.
-REHEARSED = 50_000_000
-
-
-def rehearse(build: Callable[[str], Any]) -> list[str]:
-    """Try what can be tried early: the loss, packed rows on a small model, the position table.
-
-    `build` as in `ditty_di.protocols`. Whether documents see each other follows from a model's
-    structure, so that random values tell it.
-
-    Raises:
-        ValueError: the model cannot keep the documents of a row apart.
-    """
-    warnings = []
-    loss = as_loss(build("loss_fn"))
-    if isinstance(loss, PlainLoss):
-        warnings.append(f"loss_fn: {loss.name} has no count(batch); it is taken as {loss.counted}")
-    collate, length = build("dataloader.collate_fn"), build("dataloader.dataset.seq_len")
-    packs = getattr(collate, "packs_documents", False)
-    if not packs and not isinstance(length, int):
-        return warnings
-    model = build("model")
-    config = getattr(model, "config", None)
-    name = getattr(config, "model_type", None) or type(model).__name__
-    limit = position_limit(model, config)
-    if isinstance(length, int) and limit is not None and length > limit:
-        warnings.append(
-            f"rows of up to {length} tokens, the model has {limit} positions: data.seq_len={limit}"
-        )
-    if not packs or not is_meta(model):
-        return warnings
-    if sum(p.numel() for p in model.parameters()) > REHEARSED:
-        return [*warnings, f"{name}: packed rows are probed at the start, for the model is large"]
-    cpu = torch.device("cpu")
-    try:
-        with preserved_rng(cpu):
-            model = _random_values(model)
-            ids = torch.arange(2, 18)
-            sample, _ = collate([({"input": ids, "position_ids": torch.arange(16)}, ids)] * 2)
-            isolation = Isolation(
-                model,
-                config=config,
-                forward=lambda inputs: _called(model, inputs),
-                device=cpu,
-                agree=bool,
-                name=name,
-            )
-            isolation.ensure(sample)
-    except NotIsolated as error:
-        if not torch.accelerator.is_available():
-            raise
-        return [*warnings, f"probed on the CPU: {error}"]  # its kernels may do what these cannot
-    except Exception as error:
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
-        return [*warnings, f"{name}: packed rows are probed at the start ({told})"]
-    return warnings
-
-
-def _called(model: nn.Module, inputs: dict[str, Any]) -> Any:
-    return model(inputs["input"], **{k: v for k, v in inputs.items() if k != "input"})
-
-
-def _random_values(model: nn.Module) -> nn.Module:
-    """A copy on the CPU of a model on meta, initialised as its library does."""
-    model = copy.deepcopy(model)
-    materialize(model, torch.device("cpu"))
-    init = hugging_face if transformers_model(model)[1] is not None else torch_reset
-    initialize(model, device=torch.device("cpu"), init=init)
-    return model
 
 
 def accumulation_steps(

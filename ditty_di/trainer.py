@@ -25,6 +25,7 @@ from ditty_di.callbacks import Callback, Callbacks
 from ditty_di.checkpoint import CheckpointError
 from ditty_di.gradients import LossParameters, Shares, place_loss
 from ditty_di.inherited import InheritedConfig, Section
+from ditty_di.isolation import check_rows, isolation_of, rehearse
 from ditty_di.metrics.metrics import Metrics
 from ditty_di.metrics.validation import evaluating
 from ditty_di.models.weights import local
@@ -255,7 +256,7 @@ class Trainer(Stepping):
         self.around = (loss_fn, *self.processors.preprocessors, *self.processors.postprocessors)
         self.train_context = dist_utils.get_spmd_context(parallel_dims=self.parallel_dims)
         self.gc_every = gc_every
-        isolation = assembly.isolation_of(
+        isolation = isolation_of(
             self.model_parts[0],
             config=self.model_config,
             forward=self.forward,
@@ -263,9 +264,9 @@ class Trainer(Stepping):
             runtime=runtime,
         )
         for loader in (self.dataloader, getattr(self.validator, "dataloader", None)):
-            assembly.check_rows(loader, isolation=isolation, runtime=runtime)
+            check_rows(loader, isolation=isolation, runtime=runtime)
 
-    rehearse = staticmethod(assembly.rehearse)
+    rehearse = staticmethod(rehearse)
 
     def train(self, *, restored: Callable[[], None] | None = None) -> dict[str, Any]:
         """Trains from the newest checkpoint, or from the start, to `steps`.

@@ -40,14 +40,9 @@ def evaluate(
     """
     if validator is None:
         raise ValueError("evaluate: this run has no validator; add validator=default, or loss_only")
-    from ditty_di.assembly import (
-        check_rows,
-        isolation_of,
-        place_model,
-        place_processors,
-        to_device,
-    )
+    from ditty_di.assembly import place_model, place_processors, to_device
     from ditty_di.gradients import place_loss
+    from ditty_di.isolation import check_rows, isolation_of
     from ditty_di.losses.plain import as_loss
     from ditty_di.processors import Processors
     from ditty_di.runtime import Runtime

@@ -1,7 +1,7 @@
-"""Keep the documents of a packed row apart: probe the model, add inputs where it needs them.
+"""Probe whether a model keeps the documents of a packed row apart, on a tiny row.
 
-Whether a model isolates documents that share a row cannot be read off its class: it depends on
-its layers, its attention kernel and its cache. So the model itself is asked, on a tiny row.
+It cannot be read off the model's class: it depends on its layers, its attention kernel and its
+cache.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ditty_di.data.collate import varlen_arguments
+from ditty_di.isolation.forms import FORMS, DocumentInputs
+from ditty_di.isolation.positions import document_index, position_limit, positions_of
 from ditty_di.metrics.validation import evaluating, preserved_rng
 
 if TYPE_CHECKING:
     Forward = Callable[[dict[str, Any]], Any]
-    Form = Callable[[Tensor, Any], dict[str, Any] | None]
 
 log = logging.getLogger(__name__)
 
@@ -31,99 +32,6 @@ log = logging.getLogger(__name__)
 LENGTH = 16
 _TINY = {"input", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 _INSTEAD = "use batching=padded or length_grouped"
-
-
-def document_index(position_ids: Tensor) -> Tensor:
-    """Return the number of each token's document within its row; both `[rows, length]`.
-
-    A document begins wherever a position is not the one before plus 1.
-    """
-    starts = torch.zeros_like(position_ids)
-    starts[:, 1:] = position_ids.diff(dim=1) != 1
-    return starts.cumsum(1)
-
-
-# -- inputs that can keep documents apart ----------------------------------------------------------
-
-
-def _block_mask(position_ids: Tensor, window: int | None = None) -> Tensor:
-    """Return the causal block-diagonal mask, bool `[rows, 1, length, length]`; True is visible."""
-    document = document_index(position_ids)
-    at = torch.arange(position_ids.shape[1], device=position_ids.device)
-    distance = at[:, None] - at
-    visible = (document[:, :, None] == document[:, None, :]) & (distance >= 0)
-    if window is not None:
-        visible &= distance < window
-    return visible[:, None]
-
-
-def _additive(mask: Tensor) -> Tensor:
-    """Return 0 where the mask is True and -inf elsewhere, in torch's default dtype.
-
-    Each row sees itself, so softmax never gets -inf alone.
-    """
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
-
-
-def _additive_by_layer(position_ids: Tensor, config: Any) -> dict[str, Any] | None:
-    """One additive mask for each kind of layer, for models whose windows differ by layer."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    windows = {"full_attention": None, "sliding_attention": window}
-    if window is None or not kinds <= windows.keys():
-        return None
-    masks = {kind: _additive(_block_mask(position_ids, windows[kind])) for kind in sorted(kinds)}
-    return {"attention_mask": masks}
-
-
-def _sequence_index(position_ids: Tensor) -> Tensor:
-    return document_index(position_ids).to(torch.int32)
-
-
-#: What each batch gets beside `position_ids`, in the order in which it is tried; None: not for
-#: this configuration.
-FORMS: dict[str, Form] = {
-    "position_ids alone": lambda positions, config: {},
-    "use_cache=False": lambda positions, config: {"use_cache": False},
-    "a 4-D boolean attention_mask": lambda positions, config: {
-        "attention_mask": _block_mask(positions)
-    },
-    "a 4-D additive attention_mask": lambda positions, config: {
-        "attention_mask": _additive(_block_mask(positions))
-    },
-    "a 4-D attention_mask for each kind of layer": _additive_by_layer,
-    "seq_idx": lambda positions, config: {"seq_idx": _sequence_index(positions)},
-    "seq_idx and a 4-D boolean attention_mask": lambda positions, config: {
-        "seq_idx": _sequence_index(positions),
-        "attention_mask": _block_mask(positions),
-    },
-    "seq_idx and a 4-D additive attention_mask": lambda positions, config: {
-        "seq_idx": _sequence_index(positions),
-        "attention_mask": _additive(_block_mask(positions)),
-    },
-}
-
-
-class DocumentInputs:
-    """A forward pre-hook that adds what keeps documents apart to each call with `position_ids`.
-
-    Calls with an `attention_mask` or a key-value cache, as in generation, are left alone.
-    """
-
-    def __init__(self, form: Form, config: Any) -> None:
-        self.form, self.config = form, config
-
-    def __call__(
-        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
-        positions = kwargs.get("position_ids")
-        taken = (kwargs.get(name) is not None for name in ("attention_mask", "past_key_values"))
-        if positions is None or positions.dim() != 2 or any(taken):
-            return None
-        return args, {**kwargs, **(self.form(positions, self.config) or {})}
-
-
-# -- the probe -------------------------------------------------------------------------------------
 
 
 class NotIsolated(ValueError):
@@ -369,36 +277,6 @@ class _Probe:
         return self.tokens[:1, : self.row]
 
 
-def positions_of(sample: Mapping[str, Any]) -> Tensor:
-    """Return the position of each token in its document, `[rows, length]`, from what is there.
-
-    `position_ids`, else the borders `cu_seq_lens_q`, else the numbers `seq_idx`; without any of
-    them each row is one document.
-    """
-    rows, length = sample["input"].shape[:2]
-    given, borders, index = (sample.get(k) for k in ("position_ids", "cu_seq_lens_q", "seq_idx"))
-    if isinstance(given, Tensor) and given.dim() == 2:
-        return given.expand(rows, length).contiguous()
-    at = torch.arange(rows * length)
-    if isinstance(borders, Tensor):
-        starts = borders.cpu().long()
-        return (at - starts[torch.searchsorted(starts, at, right=True) - 1]).view(rows, length)
-    at = at[:length].expand(rows, length)
-    if isinstance(index, Tensor) and index.shape == (rows, length):
-        new = torch.ones_like(index, dtype=torch.bool)
-        new[:, 1:] = index.diff(dim=1) != 0
-        return at - torch.where(new, at, 0).cummax(1).values
-    return at.contiguous()
-
-
-def holds_several(sample: Mapping[str, Any]) -> bool:
-    """Whether some row of a micro-batch's inputs holds more than one document."""
-    given = sample.get("input")
-    if not isinstance(given, Tensor) or given.dim() < 2:
-        return False
-    return bool((positions_of(sample).diff(dim=1) != 1).any())
-
-
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
@@ -442,90 +320,3 @@ def _high_precision_linears(module: nn.Module) -> Iterator[None]:
 def _multiplied(part: nn.Linear, x: Tensor) -> Tensor:
     bias = None if part.bias is None else part.bias.to(x.dtype)
     return nn.functional.linear(x, part.weight.to(x.dtype), bias)
-
-
-# -- position tables -------------------------------------------------------------------------------
-
-
-def position_limit(module: nn.Module, config: Any) -> int | None:
-    """Return how many positions the model has a table for; None where it has none, as with RoPE.
-
-    A table is an embedding that is not that of tokens, or a buffer made anew with each model, of as
-    many rows as the configuration has positions (up to 8 more: OPT and its kin keep an offset).
-    """
-    positions = configured_positions(config)
-    if positions is None:
-        return None
-    tokens = {id(embedding) for embedding in _token_embeddings(module)}
-    for part in module.modules():
-        more = part.num_embeddings - positions if isinstance(part, nn.Embedding) else -1
-        if 0 <= more <= 8 and id(part) not in tokens:
-            return positions
-        for name in part._non_persistent_buffers_set:
-            buffer = part._buffers.get(name)
-            if (
-                buffer is not None
-                and buffer.dim() >= 2
-                and positions
-                in (
-                    buffer.shape[0] if buffer.dim() == 2 else None,
-                    buffer.shape[-1] if buffer.shape[-1] == buffer.shape[-2] else None,
-                )
-            ):
-                return positions
-    return None
-
-
-def configured_positions(config: Any) -> int | None:
-    """Return the positions that a configuration of transformers names; None without."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("max_position_embeddings", "n_positions"):
-        found = getattr(text, name, None)
-        if isinstance(found, int) and found > 0:
-            return found
-    return None
-
-
-def _token_embeddings(module: nn.Module) -> Iterator[Any]:
-    for part in module.modules():
-        for getter in ("get_input_embeddings", "get_output_embeddings"):
-            try:
-                yield getattr(part, getter)()
-            except (AttributeError, NotImplementedError, TypeError):
-                continue
-
-
-def check_positions(
-    module: nn.Module, config: Any, dataset: Any, sample: Mapping[str, Any], *, name: str
-) -> None:
-    """Compare the longest row of a data set with the positions that the model has.
-
-    Raises:
-        ValueError: the model has a table of positions, and rows are longer.
-    """
-    positions = configured_positions(config)
-    longest = _longest(config, dataset, sample)
-    if positions is None or longest <= positions:
-        return
-    if position_limit(module, config) is not None:
-        raise ValueError(
-            f"{name}: rows of up to {longest} tokens, the model has {positions} positions: cut "
-            f"them with data.seq_len={positions}, or take a model with more positions"
-        )
-    log.warning(
-        "%s: rows of up to %d tokens, beyond the %d that its configuration names "
-        "(max_position_embeddings); positions are computed, so it runs",
-        *(name, longest, positions),
-    )
-
-
-def _longest(config: Any, dataset: Any, sample: Mapping[str, Any]) -> int:
-    """The largest number of positions in a row: as the data set knows it, or as in the sample."""
-    if not getattr(config, "is_encoder_decoder", False):
-        for name in ("longest", "lengths", "seq_len"):
-            found: Any = getattr(dataset, name, None)
-            if isinstance(found, int):
-                return found
-            if getattr(found, "ndim", 0) == 1 and len(found):
-                return int(max(found))
-    return int(positions_of(sample).max()) + 1
