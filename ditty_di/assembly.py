@@ -123,20 +123,6 @@ def place_dataloader(dataloader: DataLoaderFactory | DataLoader, runtime: Runtim
     return loader
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def below(*limits: tuple[float, dict[str, Any]]) -> list[str]:
-    """A complaint for each number that is less than its limit; what is no number is passed over."""
-    return [
-        f"{name}={value} must be at least {limit}"
-        for limit, values in limits
-        for name, value in values.items()
-        if is_number(value) and not value >= limit
-    ]
-
-
 def accumulation_steps(
     global_batch_size: int | None, *, dataloader: DataLoader, runtime: Runtime
 ) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +20,10 @@ from ditty_di.models.weights import local
 if TYPE_CHECKING:
     from ditty_di.protocols import Stateful
 
+log = logging.getLogger(__name__)
+
 #: Ranks that fail together come here together; one that fails alone waits in vain for the others,
-#: which are in a collective, and nobody may wait long for that.
+#: which are in a collective, so the wait is short.
 _AGREEMENT_SECONDS = 20.0
 
 
@@ -181,3 +185,74 @@ class Agreement:
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
+
+
+class Progress(Protocol):
+    """The trainer's position: its current step, and the step of its newest checkpoint."""
+
+    step: int
+    saved_step: int
+
+
+class Rescue:
+    """Save the last complete step when an exception ends the training.
+
+    Args:
+        boundary: undoes the step that failed.
+        progress: the trainer; restoring the boundary sets its step.
+        save: saves the current step and waits until it is written; None without a checkpointer.
+        rank: rank 0 logs where the training goes on.
+    """
+
+    def __init__(
+        self,
+        boundary: StepBoundary,
+        *,
+        progress: Progress,
+        save: Callable[[], None] | None,
+        rank: int,
+    ) -> None:
+        self.boundary, self.progress, self.save, self.rank = boundary, progress, save, rank
+        self.agreement = Agreement()
+
+    def close(self) -> None:
+        self.agreement.close()
+
+    def after(self, error: Exception) -> Exception:
+        """Save the last complete step after an exception; return the exception to raise.
+
+        With several ranks it is saved if all fail together (as they do when one fails in its data
+        or in a callback). One that fails alone in the middle of a collective cannot be helped.
+        """
+        progress = self.progress
+        failed = progress.step
+        error.training_step = failed  # type: ignore[attr-defined]
+        problem = self.boundary.restore()
+        own = None if isinstance(error, RankFailedError) else f"{type(error).__name__}: {error}"
+        said = self.agreement.gather((progress.step, problem, own))
+        if said is None:
+            problem = "the other ranks did not fail with this one"
+        else:
+            problem = next((p for _, p, _ in said if p), None)
+            if len({step for step, _, _ in said}) > 1:
+                problem = "the ranks failed in different steps"
+        if problem is None and self.save and progress.step > progress.saved_step:
+            try:
+                self.save()
+            except Exception as second:
+                problem = f"{type(second).__name__}: {second}"
+        done = progress.step - self.boundary.in_step
+        if self.save and done and self.rank == 0:
+            where = f"it goes on from step {progress.saved_step}"
+            lost = done - progress.saved_step if problem else 0
+            log.error(
+                "step %d failed; %s",
+                failed,
+                f"{where} ({lost} lost: not saved, for {problem})" if lost else where,
+            )
+        if own is None and said is not None:
+            time.sleep(1.0)  # who failed shall be the first to report it
+            rank = next((r for r, (_, _, o) in enumerate(said) if o), None)
+            if rank is not None:
+                return RankFailedError(f"rank {rank}: {said[rank][2]}")
+        return error

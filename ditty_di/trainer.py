@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -20,7 +19,7 @@ import torchtitan.distributed.utils as dist_utils
 from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.tools.utils import GarbageCollection
 
-from ditty_di import assembly, protocols
+from ditty_di import assembly, checks, protocols
 from ditty_di.callbacks import Callback, Callbacks
 from ditty_di.checkpoint import CheckpointError
 from ditty_di.gradients import LossParameters, Shares, place_loss
@@ -28,12 +27,10 @@ from ditty_di.inherited import InheritedConfig, Section
 from ditty_di.isolation import check_rows, isolation_of, rehearse
 from ditty_di.metrics.metrics import Metrics
 from ditty_di.metrics.validation import evaluating
-from ditty_di.models.weights import local
-from ditty_di.optim import trial
 from ditty_di.optim.container import Optimizers, Schedulers
 from ditty_di.parallelize.pipeline import AlikeOnStages
 from ditty_di.processors import PostProcessor, PreProcessor, Processors
-from ditty_di.rescue import Agreement, RankFailedError, StepBoundary
+from ditty_di.rescue import Rescue, StepBoundary
 from ditty_di.runtime import Runtime
 from ditty_di.skipping import SkipBudget
 from ditty_di.stepping import Stepping
@@ -77,36 +74,8 @@ class Trainer(Stepping):
         ValueError, TypeError: a part that does not fit the others; the message names the slot.
     """
 
-    @staticmethod
-    def validate(
-        *,
-        steps: Any = None,
-        max_norm: Any = None,
-        global_batch_size: Any = None,
-        max_skipped_steps: Any = None,
-        gc_every: Any = None,
-        optimizer: Any = None,
-        dataloader: Any = None,
-    ) -> None:
-        """Raise ValueError for arguments out of range, an optimizer whose constructor refuses its
-        own arguments, and rows a step that micro-batches of this size cannot make."""
-        wrong = assembly.below(
-            (1, {"steps": steps, "global_batch_size": global_batch_size, "gc_every": gc_every}),
-            (0, {"max_skipped_steps": max_skipped_steps}),
-        )
-        wrong = [f"trainer.{line}" for line in wrong]
-        if assembly.is_number(max_norm) and not max_norm > 0:
-            wrong.append(f"trainer.max_norm={max_norm} must be above 0; inf clips nothing")
-        wrong += trial.complaints(optimizer, "optimizer.")
-        rows: Any = getattr(dataloader, "arguments", {}).get("batch_size")
-        numbers = assembly.is_number(rows) and assembly.is_number(global_batch_size)
-        if not wrong and numbers and rows > 0 and global_batch_size % rows:
-            wrong.append(
-                f"global_batch_size={global_batch_size} is not a multiple of the {rows} rows of a "
-                f"micro-batch (the loader's batch_size)"
-            )
-        if wrong:
-            raise ValueError("\n".join(wrong))
+    validate = staticmethod(checks.validate)
+    rehearse = staticmethod(rehearse)
 
     def __init__(
         self,
@@ -228,7 +197,12 @@ class Trainer(Stepping):
             ],
             device=self.device,
         )
-        self.agreement = Agreement()
+        self.rescue = Rescue(
+            self.boundary,
+            progress=self,
+            save=self._save_at_failure if checkpointer else None,
+            rank=runtime.rank,
+        )
         self.saved_step = 0
         self.checkpointer = checkpointer and assembly.place_checkpointer(
             checkpointer,
@@ -266,8 +240,6 @@ class Trainer(Stepping):
         for loader in (self.dataloader, getattr(self.validator, "dataloader", None)):
             check_rows(loader, isolation=isolation, runtime=runtime)
 
-    rehearse = staticmethod(rehearse)
-
     def train(self, *, restored: Callable[[], None] | None = None) -> dict[str, Any]:
         """Trains from the newest checkpoint, or from the start, to `steps`.
 
@@ -290,7 +262,9 @@ class Trainer(Stepping):
             self._restore()
             if restored is not None:
                 restored()
-            self._try_what_comes_later()
+            if self.should_continue_training():  # what would fail later fails now
+                checks.try_first_validation(self.validator, self.around)
+                checks.require_space(self.checkpointer)
             self.metrics_processor.start(
                 model_parts=self.model_parts,
                 total_steps=self.config.training.steps,
@@ -331,7 +305,7 @@ class Trainer(Stepping):
 
     def close(self) -> None:
         super().close()
-        self.agreement.close()
+        self.rescue.close()
 
     def _restore(self) -> None:
         steps = self.config.training.steps
@@ -349,24 +323,6 @@ class Trainer(Stepping):
                         self.steps_before,
                         self.lr_schedulers.get_metrics()["lr"],
                     )
-
-    def _try_what_comes_later(self) -> None:
-        """What would fail after steps that were paid for fails before the first.
-
-        Raises:
-            ValueError: validation data that yields no batch, or whose labels cannot be counted.
-            CheckpointError: no room for a checkpoint.
-        """
-        if not self.should_continue_training():
-            return
-        if try_batch := getattr(self.validator, "try_first_batch", None):
-            with evaluating(self.around):
-                try_batch()
-        self._require_space()
-
-    def _require_space(self) -> None:
-        if require := getattr(self.checkpointer, "require_space", None):
-            require()
 
     def stop(self, reason: str) -> None:
         """Ends the training after this step, as if it had been the last.
@@ -386,7 +342,7 @@ class Trainer(Stepping):
         except CheckpointError:
             raise  # saving is what failed
         except Exception as error:
-            if (cause := self._rescue(error)) is error:
+            if (cause := self.rescue.after(error)) is error:
                 raise
             raise cause from None
         return exhausted
@@ -423,7 +379,7 @@ class Trainer(Stepping):
                 timeout = timedelta(seconds=self.runtime.train_timeout)
                 dist_utils.set_pg_timeouts(timeout, self.parallel_dims)
                 if self.should_continue_training():
-                    self._require_space()  # the optimizer has its state now
+                    checks.require_space(self.checkpointer)  # the optimizer has its state now
         return False
 
     def _call(self, moment: str) -> None:
@@ -436,73 +392,22 @@ class Trainer(Stepping):
                 log.error("%s, step %d: %s: %s", moment, self.step, type(error).__name__, error)
             self.windows.fail(error)
 
-    def _rescue(self, error: Exception) -> Exception:
-        """Save the last complete step after an exception; the exception to raise.
-
-        With several ranks it is saved if all fail together (as they do when one fails in its data
-        or in a callback). One that fails alone in the middle of a collective cannot be helped.
-        """
-        failed = self.step
-        error.training_step = failed  # type: ignore[attr-defined]
-        problem = self.boundary.restore()
-        own = None if isinstance(error, RankFailedError) else f"{type(error).__name__}: {error}"
-        said = self.agreement.gather((self.step, problem, own))
-        if said is None:
-            problem = "the other ranks did not fail with this one"
-        else:
-            problem = next((p for _, p, _ in said if p), None)
-            if len({step for step, _, _ in said}) > 1:
-                problem = "the ranks failed in different steps"
-        if problem is None and self.checkpointer and self.step > self.saved_step:
-            try:
-                self._save(force=True, tell=False)
-                self.checkpointer.close()
-            except Exception as second:
-                problem = f"{type(second).__name__}: {second}"
-        done = self.step - self.boundary.in_step
-        if self.checkpointer and done and self.runtime.rank == 0:
-            where = f"it goes on from step {self.saved_step}"
-            lost = done - self.saved_step if problem else 0
-            log.error(
-                "step %d failed; %s",
-                failed,
-                f"{where} ({lost} lost: not saved, for {problem})" if lost else where,
-            )
-        if own is None and said is not None:
-            time.sleep(1.0)  # who failed shall be the first to report it
-            rank = next((r for r, (_, _, o) in enumerate(said) if o), None)
-            if rank is not None:
-                return RankFailedError(f"rank {rank}: {said[rank][2]}")
-        return error
+    def _save_at_failure(self) -> None:
+        self._save(force=True, tell=False)
+        if self.checkpointer:
+            self.checkpointer.close()
 
     def _save(self, *, force: bool = False, tell: bool = True) -> None:
         if self.checkpointer:
             with self.metrics_processor.pause():
                 due = force or not self.step % (getattr(self.checkpointer, "every", None) or 1)
                 if due and self.step > self.saved_step:
-                    self._require_finite_parameters()
+                    modules = (*self.model_parts, self.loss_fn)
+                    checks.require_finite_parameters(self.step, modules, self.runtime)
                 if self.checkpointer.save(self.step, force=force):
                     self.saved_step = self.step
                     if tell:
                         self._call("checkpoint_saved")
-
-    def _require_finite_parameters(self) -> None:
-        """Raises FloatingPointError: parameters that no training can go on from, by name."""
-        named = [
-            (name, local(p.detach()))
-            for part in (*self.model_parts, self.loss_fn)
-            if isinstance(part, nn.Module)
-            for name, p in part.named_parameters()
-            if p.requires_grad and p.is_floating_point()
-        ]
-        finite = [p.isfinite().all() for _, p in named]
-        bad = [] if not finite else torch.stack(finite).logical_not().nonzero().flatten().tolist()
-        if self.runtime.any(bool(bad)):
-            which = ", ".join(named[i][0] for i in bad[:3]) or "some on another rank"
-            raise FloatingPointError(
-                f"step {self.step}: {len(bad)} parameters are not finite ({which}), so it is not "
-                f"saved; a lower learning rate may help"
-            )
 
     def _validate(self, *, last: bool) -> None:
         """Validates when it is due; a stop request that comes meanwhile ends both."""

@@ -1,0 +1,101 @@
+"""Checks that let a training fail before steps are paid for, or before what is bad is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ditty_di.metrics.validation import evaluating
+from ditty_di.models.weights import local
+from ditty_di.optim import trial
+
+if TYPE_CHECKING:
+    from ditty_di.runtime import Runtime
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def below(*limits: tuple[float, dict[str, Any]]) -> list[str]:
+    """Return a complaint for each number below its limit; other values are passed over."""
+    return [
+        f"{name}={value} must be at least {limit}"
+        for limit, values in limits
+        for name, value in values.items()
+        if is_number(value) and not value >= limit
+    ]
+
+
+def validate(
+    *,
+    steps: Any = None,
+    max_norm: Any = None,
+    global_batch_size: Any = None,
+    max_skipped_steps: Any = None,
+    gc_every: Any = None,
+    optimizer: Any = None,
+    dataloader: Any = None,
+) -> None:
+    """Raise ValueError for arguments out of range, an optimizer whose constructor refuses its
+    own arguments, and rows a step that micro-batches of this size cannot make."""
+    wrong = below(
+        (1, {"steps": steps, "global_batch_size": global_batch_size, "gc_every": gc_every}),
+        (0, {"max_skipped_steps": max_skipped_steps}),
+    )
+    wrong = [f"trainer.{line}" for line in wrong]
+    if is_number(max_norm) and not max_norm > 0:
+        wrong.append(f"trainer.max_norm={max_norm} must be above 0; inf clips nothing")
+    wrong += trial.complaints(optimizer, "optimizer.")
+    rows: Any = getattr(dataloader, "arguments", {}).get("batch_size")
+    numbers = is_number(rows) and is_number(global_batch_size)
+    if not wrong and numbers and rows > 0 and global_batch_size % rows:
+        wrong.append(
+            f"global_batch_size={global_batch_size} is not a multiple of the {rows} rows of a "
+            f"micro-batch (the loader's batch_size)"
+        )
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def try_first_validation(validator: Any, modules: Iterable[Any]) -> None:
+    """Let the validator take its first batch, if it can (`try_first_batch`).
+
+    Args:
+        validator: the trainer's, or None.
+        modules: what else takes part, put in evaluation mode.
+
+    Raises:
+        ValueError: validation data that yields no batch, or whose labels cannot be counted.
+    """
+    if try_batch := getattr(validator, "try_first_batch", None):
+        with evaluating(modules):
+            try_batch()
+
+
+def require_space(checkpointer: Any) -> None:
+    """Raise CheckpointError when a checkpointer that can tell has no room for a checkpoint."""
+    if require := getattr(checkpointer, "require_space", None):
+        require()
+
+
+def require_finite_parameters(step: int, modules: Iterable[Any], runtime: Runtime) -> None:
+    """Raise FloatingPointError, on all ranks: parameters that no training can go on from."""
+    named = [
+        (name, local(p.detach()))
+        for part in modules
+        if isinstance(part, nn.Module)
+        for name, p in part.named_parameters()
+        if p.requires_grad and p.is_floating_point()
+    ]
+    finite = [p.isfinite().all() for _, p in named]
+    bad = [] if not finite else torch.stack(finite).logical_not().nonzero().flatten().tolist()
+    if runtime.any(bool(bad)):
+        which = ", ".join(named[i][0] for i in bad[:3]) or "some on another rank"
+        raise FloatingPointError(
+            f"step {step}: {len(bad)} parameters are not finite ({which}), so it is not "
+            f"saved; a lower learning rate may help"
+        )
