@@ -1,35 +1,33 @@
 """The object graph of a configuration: which node is which object, checked first, built once.
 
-The only part that knows OmegaConf; Hydra has composed the configuration before it comes here. A
-node is a mapping with a `_target_` (and `_partial_`, `_args_`, as in Hydra). An interpolation to a
-node *is* that node's object: identity is the path in the configuration, within one `Graph`. Nothing
-is built, and no interpolation resolved, before something that is asked for reaches it.
+Hydra has composed the configuration before it comes here. A node is a mapping with a `_target_`
+(and `_partial_`, `_args_`, as in Hydra). An interpolation to a node *is* that node's object:
+identity is the path in the configuration, within one `Graph`. Nothing is built, and no
+interpolation resolved, before something that is asked for reaches it.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path, PurePath
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ditty_di._graph import early
 from ditty_di._graph.checking import Checked, Checker, Node
+from ditty_di._graph.configuration import Configuration
 from ditty_di._graph.differences import ABSENT, Difference, difference, flatten
 from ditty_di._graph.early import View
 from ditty_di._graph.errors import BuildError, ConfigError, Place, Problem, dotted, is_node, keys
 from ditty_di._graph.provenance import Provenance, Setting, provenance
 from ditty_di._graph.refused import identities, is_refused_object, refusal, unsafe_argument
 from ditty_di._graph.signatures import Signature
-from ditty_di._graph.targets import SPECIAL, TargetError, did_you_mean, locate
+from ditty_di._graph.targets import SPECIAL, TargetError, locate
 
 __all__ = [
     "ABSENT",
@@ -48,15 +46,8 @@ __all__ = [
     "provenance",
 ]
 
-_NAME = r"""[^\\{}()\[\]:.$\s'"]+"""
-_REFERENCE = re.compile(  # ${a.b}, ${a[0]}, ${.sibling}, ${..uncle}
-    rf"\$\{{\s*(?P<dots>\.*)"
-    rf"(?P<path>(?:{_NAME}|\[{_NAME}\])(?:\.{_NAME}|\[{_NAME}\])*)\s*\}}"
-)
-_RESOLVER = re.compile(r"\$\{[\w.]+:")
 
-
-class Graph:
+class Graph(Configuration):
     """Objects over a configuration.
 
     Args:
@@ -74,14 +65,9 @@ class Graph:
         allow_targets: Collection[str] = (),
         also: Iterable[Problem] = (),
     ) -> None:
-        self._config: Any = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(cfg)
-        self._raw: Any = OmegaConf.to_container(self._config, resolve=False)
-        self.where: Any = where if where is not None else Provenance()
+        super().__init__(cfg, where)
         self.allow_targets = frozenset(allow_targets)
         self._also = list(also)
-        self._resolved: dict[Place, Any] = {}  # strings that OmegaConf resolved
-        self._made: dict[Place, Any] = {}  # containers that a resolver made
-        self._following: list[Place] = []
         self._building: list[Place] = []
         self._objects: dict[Place, Any] = {}
 
@@ -101,6 +87,21 @@ class Graph:
         except Exception as error:
             what = " ".join(str(error).split())
             raise ConfigError(f"cannot read {os.fspath(path)}: {what}") from error
+
+    def history(self, key: str) -> list[Setting]:
+        """Return all that set a key, in order; the last counts. [] when that is unknown."""
+        told = getattr(self.where, "history", None)  # any function may be given as `where`
+        return told(key) if told else []
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `resolve()` as YAML that `load` reads back to the same graph.
+
+        Beside it, `sources.json` says where each key was set, so that an error still says so.
+        """
+        resolved = self.resolve()
+        OmegaConf.save(OmegaConf.create(resolved), os.fspath(path))
+        told = {key: self.where(key) for key in flatten(resolved)}
+        _sources(path).write_text(json.dumps(told, indent=0), encoding="utf-8")
 
     # ------------------------------------------------------------------------------ building
     def build(self, key: str) -> Any:
@@ -222,7 +223,7 @@ class Graph:
         return not {target, *identities(fn)}.isdisjoint(self.allow_targets)
 
     def _argument(self, place: Place, name: str) -> Any:
-        """What a node is given as `name`, or the default of its signature.
+        """Return the argument `name` of a node, or the default of its signature.
 
         `name` may lead into an argument (`dataloader.collate_fn`); None where nothing is written.
         """
@@ -244,8 +245,9 @@ class Graph:
         return signature.default(name)
 
     def complaint(self, place: Place, target: str, error: Exception) -> ConfigError:
-        """What a `validate` or `rehearse` of the node at `place` said, each at the key it is about:
-        the argument that the message names, or what that refers to."""
+        """Return the error that a `validate` or `rehearse` of the node at `place` raised, each
+        problem at the key it is about: the argument that the message names, or the key that its
+        value refers to."""
         problems: list[Problem] = []
         for names, text in early.complaints(error):
             found = (self._argument_place(place, name) for name in names)
@@ -280,128 +282,6 @@ class Graph:
             raise ConfigError(p for p in dict.fromkeys(problems) if p in said.values())
         return checkers[0].checked
 
-    # ------------------------------------------------------------------------------- reading
-    def reads(self, root: str) -> set[str]:
-        """Every key that `root` reads, also through interpolations. What cannot be resolved is
-        passed over."""
-        seen: set[Place] = set()
-
-        def visit(place: Place) -> None:
-            if place in seen:
-                return
-            seen.add(place)
-            value = self._written(place)
-            try:
-                if isinstance(value, str):
-                    for inner in _inner(value):
-                        visit(self._meant(place, inner))
-                    for key in _keys_in_resolvers(value):
-                        with suppress(ConfigError):
-                            visit(self._find(key))
-                meant, value = self.at(place)
-            except ConfigError:
-                return
-            for key in keys(value):
-                visit((*meant, key))
-
-        visit(self._find(root))
-        return {dotted(place) for place in seen}
-
-    def value(self, key: str) -> Any:
-        """The scalar, mapping or list at a key, references followed; raises ConfigError."""
-        return self.at(self._find(key))[1]
-
-    def __contains__(self, key: object) -> bool:
-        """Whether there is a top-level key."""
-        return key in self._raw
-
-    def written(self, key: str) -> Any:
-        """What is written at a key, references as they are; raises ConfigError."""
-        return self._written(self._find(key))
-
-    def holds(self, key: str, fits: Callable[[str, str | int], bool]) -> bool:
-        """Whether all that a key's value is given to `fits(target, argument)`, and it is given to
-        something. A reference within a longer text fits. Imports nothing by itself."""
-        pending, seen, used = [self._find(key)], set(), False
-        while pending:
-            place = pending.pop()
-            if place in seen:
-                continue
-            seen.add(place)
-            above = self._written(place[:-1])
-            if is_node(above):
-                if not fits(str(above["_target_"]), place[-1]):
-                    return False
-                used = True
-            for other, text in _items(self._raw):
-                if not isinstance(text, str) or "${" not in text:
-                    continue
-                for inner in _inner(text):
-                    with suppress(ConfigError):
-                        if self._meant(other, inner) == place:
-                            used = used or inner[0] != text
-                            pending += [other] if inner[0] == text else []
-        return used
-
-    def explain(self, key: str) -> tuple[Any, Any]:
-        """(what is written at a key, what it comes to): a reference to a node stays `${key}`."""
-        place = self._find(key)
-        return self._written(place), self._settled(place)
-
-    def history(self, key: str) -> list[Setting]:
-        """Everything that set a key, in order, the last of which counts; [] when nobody knows."""
-        told = getattr(self.where, "history", None)  # any function may be given as `where`
-        return told(key) if told else []
-
-    def resolve(self) -> dict[str, Any]:
-        """The configuration as plain mappings, lists and scalars with interpolations replaced.
-
-        References to nodes, and to what has nodes in it, become `${absolute.path}`, so that a graph
-        read back shares the same objects. What cannot be resolved stays as it is written.
-        """
-        return {key: self._settled((key,)) for key in self._raw}
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `resolve()` as YAML that `load` reads back to the same graph.
-
-        Beside it, `sources.json` says where each key was set, so that an error still says so.
-        """
-        resolved = self.resolve()
-        OmegaConf.save(OmegaConf.create(resolved), os.fspath(path))
-        told = {key: self.where(key) for key in flatten(resolved)}
-        _sources(path).write_text(json.dumps(told, indent=0), encoding="utf-8")
-
-    def _settled(self, place: Place) -> Any:
-        written = self._written(place)
-        try:
-            meant, value = self.at(place)
-        except ConfigError:
-            return written
-        if meant != place and self._holds_nodes(meant, ()):
-            reference = _REFERENCE.fullmatch(f"${{{dotted(meant)}}}")
-            names = reference and _names(reference["path"])
-            return reference[0] if reference and names == list(map(str, meant)) else written
-        if isinstance(value, dict):
-            return {key: self._settled((*meant, key)) for key in value}
-        if isinstance(value, list):
-            return [self._settled((*meant, index)) for index in keys(value)]
-        if isinstance(value, enum.Enum):
-            return value.name
-        if isinstance(value, str | PurePath):  # a literal "${" must not be read back as a reference
-            return re.sub(r"(\\*)\$\{", r"\1\1\\${", str(value))
-        plain = value is None or isinstance(value, bool | int | float | bytes)
-        return value if plain else written
-
-    def _holds_nodes(self, place: Place, trail: tuple[Place, ...]) -> bool:
-        try:
-            meant, value = self.at(place)
-        except ConfigError:  # cannot be copied, so whoever refers to it keeps the reference
-            return True
-        if is_node(value) or meant in trail:
-            return True
-        return any(self._holds_nodes((*meant, key), (*trail, meant)) for key in keys(value))
-
-    # ---------------------------------------------------------------------------- references
     def _argument_place(self, place: Place, name: str) -> Place | None:
         """Where a node is given an argument, or with dots a value in it; None when it is not."""
         for part in name.split("."):
@@ -410,53 +290,6 @@ class Graph:
             except ConfigError:
                 return None
         return place
-
-    def at_origin(self, place: Place, target: str, text: str) -> ConfigError:
-        """An error of a target about the value at `place`, told where it is to be corrected: at
-        the plain key that it refers to, or at `place` itself when it refers to an argument of
-        another node, for the value may be right there."""
-        message, meant = f"{target}: {text}", place
-        with suppress(ConfigError):
-            while isinstance(written := self._written(meant), str):
-                if (reference := _REFERENCE.fullmatch(written)) is None:
-                    break
-                following = self._meant(meant, reference)
-                inside = (following[:n] for n in range(1, len(following) + 1))
-                if any(is_node(self._written(above)) for above in inside):
-                    message = f"{message} (it is {dotted(following)})"
-                    break
-                meant = following
-        if meant == place:
-            return self.error(place, message)
-        return self.error(meant, f"{message} (given to {dotted(place)})", text)
-
-    def at(self, place: Place) -> tuple[Place, Any]:
-        """The place that is meant by what is written at `place`, references followed, and the
-        mapping, list or scalar there. Raises ConfigError."""
-        value = self._written(place)
-        if not (isinstance(value, str) and "${" in value):
-            if value == "???":
-                message = f"has no value yet (???): type {dotted(place)}=VALUE"
-                raise self.error(place, message)
-            return place, value
-        if place in self._following:
-            raise self.cycle(self._following, place)
-        self._following.append(place)
-        try:
-            reference = _REFERENCE.fullmatch(value)
-            return self.at(self._meant(place, reference)) if reference else self._text(place, value)
-        finally:
-            self._following.pop()
-
-    def error(self, place: Place, message: str, core: str = "") -> ConfigError:
-        """An error that names a place and the line that wrote it."""
-        key = dotted(place)
-        return ConfigError(Problem(key, message, self.where(key), core))
-
-    def cycle(self, trail: list[Place], place: Place) -> ConfigError:
-        """The error for coming back to a `place` that is in `trail`."""
-        names = map(dotted, [*trail[trail.index(place) :], place])
-        return self.error(place, f"needs itself: {' -> '.join(names)}")
 
     def head(self, place: Place, node: dict[Any, Any]) -> tuple[str, bool]:
         """`_target_` and `_partial_` of a node. Raises ConfigError: all that is wrong with its
@@ -492,98 +325,6 @@ class Graph:
             raise ConfigError(problems)
         return target, partial
 
-    def _find(self, key: str) -> Place:
-        names = _names(key)
-        if not names:
-            raise ConfigError(f"{key!r} is no key; write one such as 'trainer' or 'optimizer.lr'")
-        return self._walk((), names, tuple(names), "no such key")
-
-    def _written(self, place: Place) -> Any:
-        return functools.reduce(lambda value, part: value[part], place, self._raw)
-
-    def _container(self, place: Place) -> Any:
-        """OmegaConf's own container at a place."""
-        depth = next((n for n in range(len(place), 0, -1) if place[:n] in self._made), 0)
-        start = self._made[place[:depth]] if depth else self._config
-        return functools.reduce(lambda value, part: value[part], place[depth:], start)
-
-    def _meant(self, place: Place, reference: re.Match[str]) -> Place:
-        """The place that a reference written at `place` names, itself not followed."""
-        up = len(reference["dots"])
-        if up > len(place):
-            raise self.error(place, f"{reference[0]}: leads above the configuration's root")
-        return self._walk(place[:-up] if up else (), _names(reference["path"]), place, reference[0])
-
-    def _walk(self, start: Place, names: list[str], place: Place, text: str) -> Place:
-        """From `start` down `names`, following references on the way. An error is that of `text`,
-        which is written at `place`."""
-        for n, name in enumerate(names):
-            start, inside = self.at(start)
-            part = int(name) if isinstance(inside, list) and name.isdecimal() else name
-            known = list(keys(inside))
-            if part not in known:
-                above = dotted(start) or "the configuration"
-                scalar = "" if isinstance(inside, dict | list) else f", it is {inside!r}"
-                hint = did_you_mean(name, known)
-                if not hint and n == len(names) - 1:
-                    elsewhere = (p for p, _ in _items(inside, start) if p[-1:] == (name,))
-                    hint = next((f"; did you mean {dotted(p)!r}?" for p in elsewhere), "")
-                raise self.error(place, f"{text}: {above} has no {name!r}{scalar}{hint}")
-            start = (*start, part)
-        return start
-
-    def _text(self, place: Place, text: str) -> tuple[Place, Any]:
-        """What a string with interpolations in it comes to, or what a resolver gives."""
-        if place not in self._resolved:
-            for inner in _inner(text):
-                meant, value = self.at(self._meant(place, inner))
-                if isinstance(value, dict | list) and not _RESOLVER.search(text):
-                    message = f"{inner[0]} is all of {dotted(meant)!r}, which is not text"
-                    raise self.error(place, f"{message}: refer to one value in it")
-            parent = self._container(place[:-1])
-            try:
-                value = parent[place[-1]]
-            except OmegaConfBaseException as error:
-                what = str(error).splitlines()[0]
-                raise self.error(place, f"cannot resolve {text!r}: {what}") from error
-            if isinstance(value, dict | list | tuple):
-                value = OmegaConf.create(value, parent=parent)
-            self._resolved[place] = value
-        value = self._resolved[place]
-        if not OmegaConf.is_config(value):
-            return place, value
-        for other, part in _items(self._raw):
-            if isinstance(part, dict | list) and self._container(other) is value:
-                return other, part  # the resolver gave a part of the configuration itself
-        self._made[place] = value
-        self._written(place[:-1])[place[-1]] = OmegaConf.to_container(value, resolve=False)
-        return place, self._written(place)
-
 
 def _sources(path: str | os.PathLike[str]) -> Path:
     return Path(path).with_name("sources.json")
-
-
-def _inner(text: str) -> Iterator[re.Match[str]]:
-    """The plain references in a string."""
-    for match in _REFERENCE.finditer(text):
-        before = text[: match.start()]
-        if (len(before) - len(before.rstrip("\\"))) % 2 == 0:  # else the dollar is escaped
-            yield match
-
-
-def _keys_in_resolvers(text: str) -> list[str]:
-    """Words in a string that may be keys: arguments of resolvers, such as `${oc.select:a.b,1}`, and
-    what stands before a reference in a reference, such as `${a.${b}}`."""
-    words = re.findall(r"[\w.]+", text) if _RESOLVER.search(text) else []
-    return [*words, *re.findall(r"\$\{([\w.]+?)\.?\$\{", text)]
-
-
-def _names(path: str) -> list[str]:
-    return [name for name in re.split(r"[.\[\]]+", path) if name]
-
-
-def _items(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
-    yield place, value
-    for key in keys(value):
-        yield from _items(value[key], (*place, key))
