@@ -41,7 +41,7 @@ def validate(
     dataloader: Any = None,
 ) -> None:
     """Raise ValueError for arguments out of range, an optimizer whose constructor refuses its
-    own arguments, and rows a step that micro-batches of this size cannot make."""
+    own arguments, and rows per step that are not a multiple of a micro-batch."""
     wrong = below(
         (1, {"steps": steps, "global_batch_size": global_batch_size, "gc_every": gc_every}),
         (0, {"max_skipped_steps": max_skipped_steps}),

@@ -71,9 +71,9 @@ class Console:
 
 
 class Tee:
-    """A text stream in two places. In the file a line that was redrawn (`\\r`) stands once.
+    """Write text to a console and a file. The file has a redrawn line (`\\r`) once.
 
-    A console that is gone (a closed terminal, a pipe that nobody reads) is left out from then on:
+    A console that is gone (a closed terminal, a pipe without a reader) is left out from then on:
     it must not end a training.
     """
 

@@ -24,7 +24,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass(frozen=True)
 class Lifeline:
-    """What a child needs to notice that this process has ended.
+    """A pipe through which a child notices that this process has ended.
 
     Args:
         descriptor: reading end of the pipe; belongs into `pass_fds` of `subprocess.Popen`.

@@ -49,7 +49,7 @@ class HeldPosition:
 
 
 class StepBoundary:
-    """What an optimizer step changes before its update, as it was between two steps.
+    """A snapshot, between two steps, of the state that a step changes before its update.
 
     A step that fails before the update has changed random numbers, the position in the data,
     counters, and buffers such as those of batch norm. `mark` notes them between two steps,
@@ -159,7 +159,7 @@ def _version(tensor: Tensor) -> tuple[int, int | None, str]:
 
 
 class Agreement:
-    """What failed ranks tell each other, in a group of their own, within a short time."""
+    """Exchange messages among failed ranks, in their own process group with a short timeout."""
 
     def __init__(self) -> None:
         self.ranks = dist.get_world_size()

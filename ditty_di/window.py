@@ -100,7 +100,7 @@ class Windows:
         self.failure = self.failure or error
 
     def raise_failure(self) -> None:
-        """A reduction that tells of failures, when there is no further window."""
+        """Reduce once more after the last window, to raise on all ranks if one has failed."""
         if self.runtime.world_size > 1:
             self._raise_if(self.runtime.sum([self.failure is not None])[0])
 

@@ -90,7 +90,7 @@ def _too_late(*number: signal.Signals) -> None:
 def goes_on(run: RunDirectory) -> str:
     """Where a run starts when it goes on, to be added to a message."""
     step = run.newest_step()
-    return "; there is no checkpoint" if step is None else f"; the run goes on from step {step}"
+    return "; no checkpoint exists" if step is None else f"; the run goes on from step {step}"
 
 
 def interrupted(run: RunDirectory, how: str) -> dict[str, Any]:

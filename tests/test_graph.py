@@ -671,10 +671,10 @@ def test_check_finds_everything_at_once_and_says_where() -> None:
         graph.check("root")
     assert sorted(str(info.value).splitlines()) == sorted(
         [
-            f"c.yaml:14: root.stepz: {HERE}.Trainer: 'stepz' is no parameter of it; "
+            f"c.yaml:14: root.stepz: {HERE}.Trainer: 'stepz' is not a parameter of it; "
             "did you mean 'steps'?",
             f"c.yaml:9: root._target_: {HERE}.Trainer: it needs 'model'",
-            f"c.yaml:4: opt.weight_deacy: {HERE}.sgd: 'weight_deacy' is no parameter of it; "
+            f"c.yaml:4: opt.weight_deacy: {HERE}.sgd: 'weight_deacy' is not a parameter of it; "
             "did you mean 'weight_decay'?",
             f"c.yaml:6: data._target_: cannot find '{HERE}.no_such': module '{HERE}' "
             "has no attribute 'no_such'",
@@ -727,7 +727,7 @@ def test_targets_that_cannot_be_imported(
     ("root", "messages"),
     [
         (node("Point"), ["it needs 'x'"]),
-        (node("Point", x=1, Y=2), ["'Y' is no parameter"]),
+        (node("Point", x=1, Y=2), ["'Y' is not a parameter"]),
         (node("Point", _args_=[1, 2, 3]), ["takes 2 positional argument(s), and _args_ has 3"]),
         (node("Point", _args_=[1], x=2), ["'x' is given twice: here and by _args_"]),
         (node("Point", _args_=["${xs}"], y=1), []),
@@ -1283,7 +1283,7 @@ def test_targets_find_their_own_mistakes_where_they_were_written() -> None:
     with pytest.raises(ConfigError) as found:
         graph.check("top")
     assert [str(p).replace(HERE, "here") for p in found.value.problems] == [
-        "a.yaml:10: point.yy: here.Point: 'yy' is no parameter of it; did you mean 'y'?",
+        "a.yaml:10: point.yy: here.Point: 'yy' is not a parameter of it; did you mean 'y'?",
         "a.yaml:1: size: here.Rows: size=20: write 1 to 9 (given to rows.size)",
         "a.yaml:10: point.x: here.Rows: kinds.1.x=-2: must not be negative",
         "a.yaml:14: part.n: here.counted: n=0: too few",

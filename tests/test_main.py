@@ -193,7 +193,7 @@ def test_what_is_no_run_is_refused(folder: Folder) -> None:
 
     folder()
     _, err = folder("task=look", "run=typo", code=2)
-    assert "there is no such run" in err and f"run={folder.run().relative_to(folder.path)}" in err
+    assert "no such run" in err and f"run={folder.run().relative_to(folder.path)}" in err
     _, err = folder("task=look", code=2)
     assert "add run=" in err
     assert not (folder.path / "typo").exists()
@@ -216,7 +216,7 @@ def test_a_misspelt_run_starts_nothing(folder: Folder) -> None:
     folder("experiment=other", "run=runs/first")
     for typed in (["run=runs/frist"], ["run=runs/frist", "value=3"]):
         _, err = folder(*typed, code=2)
-        assert "run=runs/frist: there is no such run; the nearest: run=runs/first" in err
+        assert "run=runs/frist: no such run; the nearest: run=runs/first" in err
         assert "+experiment=pretrain run=runs/frist" in err
         assert not (folder.path / "runs/frist").exists()
     out, _ = folder("experiment=other", "run=runs/frist")

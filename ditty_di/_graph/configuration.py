@@ -55,7 +55,7 @@ class Configuration:
         return key in self._raw
 
     def written(self, key: str) -> Any:
-        """What is written at a key, references as they are; raises ConfigError."""
+        """Return the value at a key as written, references unresolved; raise ConfigError."""
         return self._written(self._find(key))
 
     def reads(self, root: str) -> set[str]:
@@ -202,7 +202,9 @@ class Configuration:
     def _find(self, key: str) -> Place:
         names = _names(key)
         if not names:
-            raise ConfigError(f"{key!r} is no key; write one such as 'trainer' or 'optimizer.lr'")
+            raise ConfigError(
+                f"{key!r} is not a key; write one such as 'trainer' or 'optimizer.lr'"
+            )
         return self._walk((), names, tuple(names), "no such key")
 
     def _written(self, place: Place) -> Any:
@@ -240,7 +242,7 @@ class Configuration:
         return start
 
     def _text(self, place: Place, text: str) -> tuple[Place, Any]:
-        """What a string with interpolations in it comes to, or what a resolver gives."""
+        """Return the place and value of a string with interpolations or of a resolver."""
         if place not in self._resolved:
             for inner in _inner(text):
                 meant, value = self.at(self._meant(place, inner))

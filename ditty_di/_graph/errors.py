@@ -17,7 +17,7 @@ class Problem:
     message: str
     where: str = ""
     core: str = field(default="", compare=False)
-    """What several parameters may have to say about one value alike."""
+    """The part of the message that is the same for every parameter that is given the value."""
 
     def __str__(self) -> str:
         return ": ".join(part for part in (self.where, self.key, self.message) if part)

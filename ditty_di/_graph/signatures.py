@@ -118,7 +118,7 @@ class Signature:
 
     def members(self, argument: str | int) -> set[Any]:
         """The types in the annotation of a parameter, containers without what is in them; empty
-        when there is no such parameter."""
+        when the parameter does not exist."""
         parameter = self._parameter(argument)
         return set(self._members(parameter)) if parameter is not None else set()
 
@@ -142,7 +142,7 @@ class Signature:
             return Misfit(name, f"looks like a misspelling{hint}") if hint else None
         if any(p.name == name for p in self._positional):
             return Misfit(name, "is a positional-only parameter: give it in _args_")
-        return Misfit(name, f"is no parameter of it{suggestions.parameter(name, known)}")
+        return Misfit(name, f"is not a parameter of it{suggestions.parameter(name, known)}")
 
     def _parameter(self, argument: str | int) -> inspect.Parameter | None:
         if isinstance(argument, int):

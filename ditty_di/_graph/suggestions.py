@@ -1,4 +1,4 @@
-"""What somebody who typed an unknown key or parameter probably meant."""
+"""Suggest the key or parameter that was probably meant by an unknown one."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def probe_folder(folder: Path) -> None:
 
 
 def explained(problem: str, folder: Path, needed: int) -> str | None:
-    """What to say of a save that failed for want of space; None for any other failure."""
+    """Return the message for a save that failed for lack of space; None for other failures."""
     try:
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     except OSError:

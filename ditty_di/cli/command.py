@@ -142,7 +142,7 @@ def _take_run(command: Command, chosen_config: bool) -> None:
         )
     elif not chosen_config and not _chooses(command):
         raise ConfigError(
-            f"run={run}: there is no such run{nearest(run.path)}\n"
+            f"run={run}: no such run{nearest(run.path)}\n"
             f"to start a new run there, say which: +experiment={DEFAULT_EXPERIMENT} "
             f"{argument('run', str(run))}"
         )

@@ -110,7 +110,7 @@ def _check(graph: Graph, *roots: str) -> None:
 def _allowed_targets(config: DictConfig, command: Command, where: Any) -> list[str]:
     """Return `allow_targets` as typed now; a file may come from somebody else, so it cannot allow.
 
-    Raises ConfigError when a file sets it, or when it is no list of names.
+    Raises ConfigError when a file sets it, or when it is not a list of names.
     """
     allowed = OmegaConf.select(config, "allow_targets")
     if not allowed:
@@ -174,7 +174,7 @@ def _refuse_unknown_run(command: Command) -> None:
         alone = compose(command.config_name, without(command.overrides, "run"))
         if OmegaConf.select(alone, "run") is None:
             hint = nearest(command.run.path)
-            raise ConfigError(f"run={command.run}: there is no such run{hint}")
+            raise ConfigError(f"run={command.run}: no such run{hint}")
 
 
 # -- the directory ----------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def argument(key: str, text: str) -> str:
 
 
 def typed_text(override: str) -> str | None:
-    """What was typed behind the `=`, without Hydra's quotes if the whole is in quotes; None for a
+    """Return the text after the `=`, without Hydra's quotes if the whole is in quotes; None for a
     deletion and for null."""
     match = _OVERRIDE.fullmatch(override)
     if match is None or match["value"] is None or match["sign"] == "~":
@@ -146,7 +146,7 @@ def _quote_text(override: str, sweep: bool, groups: Callable[[], Collection[str]
 
 
 def unreadable(overrides: Iterable[str]) -> dict[str, str]:
-    """What Hydra cannot read as it is -> the same with its value in quotes."""
+    """Return the overrides that Hydra cannot parse -> the same with their values in quotes."""
     return {
         o: f"{o.partition('=')[0]}={quoted(literal(o.partition('=')[2]))}"
         for o in overrides
@@ -166,7 +166,7 @@ def _parsed(override: str) -> Any:
 
 
 def _broken(value: str) -> bool:
-    """Whether `${` in a value is no reference that OmegaConf can read."""
+    """Return whether `${` in a value is not a reference that OmegaConf can parse."""
     from omegaconf.errors import OmegaConfBaseException
     from omegaconf.grammar_parser import parse
 
@@ -188,7 +188,7 @@ def _closing(value: str) -> int | None:
 
 
 def _elements(value: str) -> list[str] | None:
-    """What is between the commas of `[a, b]`, None when the value is no such list."""
+    """Return the elements of `[a, b]` as text; None when the value is not such a list."""
     if not value.startswith("[") or _closing(value) != len(value) - 1:
         return None
     elements, depth = [""], 0

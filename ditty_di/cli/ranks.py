@@ -1,4 +1,4 @@
-"""What several ranks on this machine make of the rows of a step and of the parallel layout."""
+"""Check that rows per step and the parallel layout divide among the ranks of this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ditty_di.graph import ConfigError, Graph, Problem
 
 
 def problems(graph: Graph, root: str = "trainer") -> list[Problem]:
-    """What does not divide, for the number of ranks that the launcher is told to start."""
+    """Return what does not divide among the ranks that the launcher is told to start."""
     from ditty_di.runtime import data_degrees
 
     nproc = _number(graph, "launcher.nproc", 0)

@@ -115,7 +115,7 @@ def _read(graph: Graph) -> set[str]:
     for root in _ROOTS:
         try:
             found |= graph.reads(root)
-        except ConfigError:  # there is no such key
+        except ConfigError:  # the key does not exist
             continue
     return found
 

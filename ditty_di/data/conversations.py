@@ -33,7 +33,7 @@ def without_nulls(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template renders.
+    """The input of a chat template.
 
     `messages` have `role` and `content`; `answers` are the indices of the turns to learn.
     """

@@ -192,7 +192,9 @@ class Encoder:
         found: list[list[Encoded | ValueError]] = [[] for _ in records]
         pairs: dict[int, tuple[str | list[int], str | list[int]]] = {}
         if any(not isinstance(r, ValueError) and self.turns.keys_of(r) for r in records):
-            _ = self._renderer  # a tokenizer without a chat template is no single record's fault
+            _ = (
+                self._renderer
+            )  # the error of a tokenizer without a chat template is raised, not a record's
         for i, record in enumerate(records):
             try:
                 if isinstance(record, ValueError):

@@ -86,7 +86,7 @@ class Examples:
     def rehearse(build: Callable[[str], Any]) -> list[str]:
         """Encode the first hundred records.
 
-        Raises `ValueError` for those that cannot be used, and if there is no token to learn in any.
+        Raises `ValueError` for those that cannot be used, and if none has a token to learn.
         """
         records: Records = build("records")
         loss_mask = LOSS_MASKS[build("loss_mask")]

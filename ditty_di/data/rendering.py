@@ -255,7 +255,8 @@ class ChatRenderer:
 
     @cached_property
     def _closing(self) -> str:
-        """What the template writes behind any conversation without a generation prompt (Phi-3)."""
+        """The text that the template appends to any conversation without a generation prompt
+        (Phi-3)."""
         asked = Conversation([{"role": "user", "content": "a"}], [])
         try:
             asked = self.template.fitted(asked)

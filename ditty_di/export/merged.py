@@ -97,7 +97,7 @@ class MergedExport:
         config = adapter_file(model, self.base, self.revision)
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(
-                f"export.dtype={self.dtype!r} is no dtype; write float32, bfloat16 or float16"
+                f"export.dtype={self.dtype!r} is not a dtype; write float32, bfloat16 or float16"
             )
         self._rows(model)
         if is_first_rank():

@@ -100,7 +100,7 @@ class Prompts:
         if not self.tokenizer.chat_template:
             raise ValueError(f'"{key}" needs a tokenizer with a chat template; this one has none')
         if not is_turns(record[key]):
-            raise ValueError(f'"{key}" is no list of objects with role and content')
+            raise ValueError(f'"{key}" is not a list of objects with role and content')
         encoder = self.encoder or self._plain_encoder
         return encoder.prompt(record)
 

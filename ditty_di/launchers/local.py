@@ -66,7 +66,7 @@ class Local:
         if not any(codes):
             return 0
         failure = self._failure(run, children, codes, kills)
-        if failure is None:  # rank 0 has written a result that is no failure of a process
+        if failure is None:  # rank 0 has written a result, and no process failed
             return 1
         worker.say(run, {"seconds": time.time() - started} | failure)
         return worker.exit_code(failure)

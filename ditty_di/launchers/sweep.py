@@ -103,7 +103,7 @@ class _SweepJob(Job):
         super().__init__([*options, *self.overrides, where])
 
     def result(self) -> dict[str, Any]:
-        """What the job left in its `result.json`, or, when it left none, how it ended."""
+        """Return the job's `result.json`, or, without one, how its process ended."""
         found = self.run_directory.read_result()
         if found is not None and not (self.code and found["status"] in GOOD_STATUSES):
             return found

@@ -106,7 +106,7 @@ def _context() -> BaseContext:
 
 
 def _job(arguments: list[str], env: dict[str, str]) -> None:
-    """What the process of a job runs."""
+    """Run a job; the entry point of its process."""
     if hasattr(os, "setsid"):
         os.setsid()  # a Ctrl-C in the terminal reaches the sweep alone
     server = os.getppid()

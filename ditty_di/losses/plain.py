@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NO_LOSS = """\
-loss_fn: {found} is no object with count(batch), such as those of ditty_di.losses, nor any other \
-callable of (output, labels) that returns a mean over rows, such as torch.nn.MSELoss()"""
+loss_fn: {found} is not an object with count(batch), such as those of ditty_di.losses, nor any \
+other callable of (output, labels) that returns a mean over rows, such as torch.nn.MSELoss()"""
 NO_SCALAR = """\
 loss_fn: {name} returned {found}; a loss returns one number, the mean over the rows of a \
 micro-batch{hint}"""
@@ -56,7 +56,7 @@ class PlainLoss(nn.Module):
 
     @property
     def counted(self) -> str:
-        """What is counted, in words."""
+        """A description of what the loss is a mean over, for messages."""
         if self._sums:
             return "summed over all rows of an optimizer step (reduction='sum')"
         if isinstance(self._ignored, int):

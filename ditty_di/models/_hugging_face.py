@@ -130,7 +130,7 @@ def rehearse(auto_class: Any, build: Callable[[str], Any], config: Any = None) -
         config: None reads that of the pretrained model at `path`.
 
     Raises:
-        ValueError: there is no such model, or it cannot be built as it is asked for.
+        ValueError: the model does not exist, or it cannot be built as it is asked for.
     """
     if config is None:
         path = build("path")

@@ -65,7 +65,7 @@ class Group:
 
 @dataclass
 class Names:
-    """What the files' tensors become.
+    """The names of the files' tensors in the model.
 
     Args:
         groups: by the name in the model, of several names the first.

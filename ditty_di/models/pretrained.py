@@ -260,7 +260,7 @@ class _Source:
         return [name for name in self._files.names() if name not in self._used]
 
     def remedy(self, lacking: list[str]) -> str:
-        """What to do about tensors that the files do not have."""
+        """Return advice for tensors that the files lack."""
         tied = getattr(self._stock, "_tied_weights_keys", None) or {}
         if any(self._plain(name) in tied for name in lacking):
             return (

@@ -56,7 +56,7 @@ class Safetensors:
 
 
 class _Pickled:
-    """What `torch.save` wrote, with the methods of safetensors' open files."""
+    """A file of `torch.save` with the methods of safetensors' open files."""
 
     def __init__(self, file: Path) -> None:
         import zipfile
@@ -94,12 +94,12 @@ def _open(file: Path) -> Any:
         except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
             why = str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"{file} is no whole file of tensors that torch.save wrote ({why}); copy or "
+                f"{file} is not a complete file of tensors that torch.save wrote ({why}); copy or "
                 f"download it again, or save the model with `save_pretrained`, as safetensors"
             ) from None
     try:
         return safe_open(file, "pt")
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is no whole safetensors file ({error}); copy or download it again"
+            f"{file} is not a complete safetensors file ({error}); copy or download it again"
         ) from None

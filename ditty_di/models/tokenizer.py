@@ -132,7 +132,7 @@ def _rendered(tokenizer: Any, turns: list[tuple[str, str]], **options: Any) -> s
 
 
 def _first_marker(tokenizer: Any, text: str) -> int | None:
-    """Return the first special token of the text, else the first added one that is no blank."""
+    """Return the first special token of the text, else the first non-blank added one."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}

@@ -52,7 +52,7 @@ def _validate(
     if _NOT_KNOWN not in (prompt, prompts) and (prompt is None) == (prompts is None):
         raise ValueError('prompt: give either prompt="..." or prompts=FILE.jsonl')
     if isinstance(prompts, str) and not Path(prompts).expanduser().is_file():
-        raise ValueError(f"prompts={prompts}: there is no such file")
+        raise ValueError(f"prompts={prompts}: no such file")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     Options(

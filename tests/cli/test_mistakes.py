@@ -131,7 +131,7 @@ MISTAKES = [
     ("+experiment=full data.path=[a,b]", "data.path=[a,b]", "'~data.path' '+data.path=[a,b]'"),
     ("steps", "'steps'", "write KEY=VALUE"),
     ("name=../../esc", "'name=../../esc': name", "without '..'"),
-    ("run=typo", "run=typo", "there is no such run"),
+    ("run=typo", "run=typo", "no such run"),
 ]
 
 

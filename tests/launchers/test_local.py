@@ -172,7 +172,7 @@ def test_sigterm_to_every_process_before_the_training_loop(folder: Folder) -> No
         os.kill(pid, signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "before it could save; there is no checkpoint" in err
+    assert "before it could save; no checkpoint exists" in err
     assert result(mine)["status"] == "interrupted"
 
 

@@ -161,7 +161,7 @@ def test_it_is_said_what_is_counted(runtime, caplog):
 def test_what_gives_no_number_is_refused(runtime):
     with pytest.raises(ValueError, match="reduction='none'"):
         PlainLoss(nn.MSELoss(reduction="none"))
-    with pytest.raises(TypeError, match="is no object with count"):
+    with pytest.raises(TypeError, match="is not an object with count"):
         trained_with(nn.MSELoss, runtime)
     with pytest.raises(ValueError, match=r"tensor of shape \[20, 1\].*take its mean"):
         trained_with(lambda output, labels: (output - labels) ** 2, runtime)

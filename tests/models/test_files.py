@@ -201,7 +201,9 @@ def test_a_file_that_was_cut_short_is_named(model):
     whole = (model / "model-2.safetensors").read_bytes()
     for size in (len(whole) - 5, 3, 0):
         (model / "model-2.safetensors").write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"model-2\.safetensors is no whole safetensors file"):
+        with pytest.raises(
+            ValueError, match=r"model-2\.safetensors is not a complete safetensors file"
+        ):
             Safetensors(ModelFiles(model).weights())
 
 
@@ -242,7 +244,9 @@ def test_tensors_that_torch_saved_are_read_and_nothing_else_is_unpickled(tmp_pat
     torch.save({"w": shutil.rmtree}, file)
     for content in (file.read_bytes(), file.read_bytes()[:-9], b"x", b""):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"pytorch_model\.bin is no whole file of tensors"):
+        with pytest.raises(
+            ValueError, match=r"pytorch_model\.bin is not a complete file of tensors"
+        ):
             Safetensors([file])
 
 

@@ -173,8 +173,8 @@ class Gives(PreProcessor):
         ),
         ({"callbacks": [EMA()]}, r"callbacks: give them names, as in \{'ema': EMA\(\)\}; got \["),
         ({"callbacks": {"ema": EMA}}, r"callbacks.ema: EMA is a class; call it"),
-        ({"loss_fn": "mse"}, r"loss_fn: 'mse' is no object with count\(batch\)"),
-        ({"loss_fn": MSELoss}, r"loss_fn: <class .* is no object with count\(batch\)"),
+        ({"loss_fn": "mse"}, r"loss_fn: 'mse' is not an object with count\(batch\)"),
+        ({"loss_fn": MSELoss}, r"loss_fn: <class .* is not an object with count\(batch\)"),
     ],
 )
 def test_what_does_not_fit_a_slot_is_named(runtime, slots, message):

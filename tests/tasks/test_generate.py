@@ -386,7 +386,7 @@ def test_a_prompt_beyond_the_models_positions_loses_its_beginning_and_it_is_said
     [
         ({"prompt": None, "prompts": None}, "^prompt: give either prompt"),
         ({"prompt": "a", "prompts": "b"}, "^prompt: give either prompt"),
-        ({"prompts": "/no/such.jsonl"}, "^prompts=/no/such.jsonl: there is no such file"),
+        ({"prompts": "/no/such.jsonl"}, "^prompts=/no/such.jsonl: no such file"),
         ({"max_new_tokens": 0}, "^max_new_tokens=0 must"),
         ({"batch_size": 0}, "^batch_size=0 must"),
     ],
