@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from ditty_di.callbacks import EMA, Callback, StopFile
 from ditty_di.checkpoint import Checkpointer, latest
 from ditty_di.data.loader import Loader
-from ditty_di.losses import CrossEntropyLoss, MSELoss
+from ditty_di.losses import CrossEntropyLoss
 from ditty_di.metrics import Validator
 from ditty_di.models.weights import hugging_face, initialize
 from ditty_di.optim.schedules import constant, cosine
@@ -502,23 +502,18 @@ def test_a_failure_in_the_update_saves_nothing_half_done(runtime, tmp_path, capl
 
 
 def test_validation_data_that_cannot_be_counted_are_found_before_the_first_step(runtime):
-    """Float labels of 50 rows in batches of 20: the last batch cannot be filled up."""
-
-    class Points(Classes):
-        def __getitem__(self, i):
-            return {"input": self.x[i]}, self.x[i, :1]
-
-    loader = partial(Loader, Points(50), 20, shuffle=False, epochs=1)
-    model = nn.Linear(2, 1)
+    """A fifth class, where the loss has weights for four."""
+    rows = Classes(16)
+    rows.y[3] = 4
+    model = nn.Linear(2, 4)
     before = [p.clone() for p in model.parameters()]
     trainer = small(
         runtime,
         model=model,
-        loss_fn=MSELoss(),
-        dataloader=partial(Loader, Points(64), 8),
-        validator=partial(Validator, loader, every=100),
+        loss_fn=nn.CrossEntropyLoss(weight=torch.ones(4)),
+        validator=partial(Validator, partial(Loader, rows, 8, shuffle=False, epochs=1), every=100),
     )
-    with pytest.raises(TypeError, match="50 rows do not divide"):
+    with pytest.raises(IndexError, match="index 4 is out of bounds"):
         trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
