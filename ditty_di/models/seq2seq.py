@@ -6,7 +6,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ditty_di.models.files import validate_pretrained
+from ditty_di.models.arguments import validate_pretrained
 from ditty_di.protocols import early_checks
 
 if TYPE_CHECKING:
