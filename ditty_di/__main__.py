@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     quiet_imports()
     limit_spinning()
-    if not {"", os.getcwd()} & set(sys.path):  # as `python -m` does: a module of one's own here
+    if not {"", os.getcwd()} & set(sys.path):  # as `python -m` does: the user's modules here
         sys.path.insert(0, os.getcwd())
     try:
         if {"--help", "-h"} & set(arguments):

@@ -32,7 +32,7 @@ def place_loss(
     """Moves a loss that is a module to the device, equal on all ranks, and sharded on request.
 
     Raises:
-        TypeError: something that is no `ditty_di.protocols.Loss`, nor any other callable.
+        TypeError: something that is neither a `ditty_di.protocols.Loss` nor another callable.
     """
     loss: Loss = as_loss(loss_fn)
     if not isinstance(loss, nn.Module):

@@ -81,7 +81,7 @@ class Graph(Configuration):
             where = Provenance.of_file(path)
             if (sources := _sources(path)).exists():
                 where.add_saved(json.loads(sources.read_text(encoding="utf-8")))
-            # Whoever wrote the resolved configuration has checked what it allows.
+            # `allow_targets` was checked when the resolved configuration was written.
             allowed = OmegaConf.select(cfg, "allow_targets") or ()
             return cls(cfg, where, allow_targets=allowed)
         except Exception as error:

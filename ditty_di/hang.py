@@ -1,4 +1,4 @@
-"""Find the rank that a collective waited for in vain, and say where it was.
+"""Find the rank that did not come to a collective, and report where it was.
 
 Each rank registers a handler (`faulthandler`) that writes its Python stack to its log on SIGUSR1;
 it answers from native code too. A rank whose collective timed out asks the others of its machine.

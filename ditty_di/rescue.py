@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Ranks that fail together come here together; one that fails alone waits in vain for the others,
-#: which are in a collective, so the wait is short.
+#: Ranks that fail together come here together; for one that fails alone the others do
+#: not come, since they are in a collective, so the wait is short.
 _AGREEMENT_SECONDS = 20.0
 
 
@@ -251,7 +251,7 @@ class Rescue:
                 f"{where} ({lost} lost: not saved, for {problem})" if lost else where,
             )
         if own is None and said is not None:
-            time.sleep(1.0)  # who failed shall be the first to report it
+            time.sleep(1.0)  # the rank that failed should report first
             rank = next((r for r, (_, _, o) in enumerate(said) if o), None)
             if rank is not None:
                 return RankFailedError(f"rank {rank}: {said[rank][2]}")

@@ -145,7 +145,7 @@ class Configuration:
     def _holds_nodes(self, place: Place, trail: tuple[Place, ...]) -> bool:
         try:
             meant, value = self.at(place)
-        except ConfigError:  # cannot be copied, so whoever refers to it keeps the reference
+        except ConfigError:  # cannot be copied: references to it stay references
             return True
         if is_node(value) or meant in trail:
             return True

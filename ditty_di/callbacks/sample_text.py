@@ -129,7 +129,7 @@ def shortened(text: str, width: int) -> str:
 
 
 def labels(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return a line for each prompt, by which somebody knows it.
+    """Return a line for each prompt that identifies it to a reader.
 
     Of a conversation it is in the user's last turn, of another text in the whole of it: the first
     line that is not the same in all prompts.

@@ -183,7 +183,7 @@ class Checkpointer:
             log.info("saved step %d in %.1f s", step, time.monotonic() - start)
 
     def _failed(self, problem: str, needed: int) -> str | None:
-        """Remove what was written of a save; what to say if it failed for want of space."""
+        """Remove the files of a failed save; return the message if it failed for lack of space."""
         explained = space.explained(problem, self.folder, needed)
         folders.remove_leftovers(self.folder)
         return explained

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's pickles without running code that somebody put into them.
+"""Read a checkpoint's pickles without running code that is in them.
 
 `torch.distributed.checkpoint` keeps its `.metadata`, and this package the entries that are not
 tensors, as pickles. Only plain data comes back: numbers, containers, arrays, tensors, dates, and

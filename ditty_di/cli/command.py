@@ -28,7 +28,7 @@ from ditty_di.rundir import RunDirectory
 DEFAULT_EXPERIMENT = "pretrain"
 
 # Said for one start of a run, and not to be said again when the run goes on. A stored
-# `allow_targets` does not count either: a run folder may come from somebody else.
+# `allow_targets` does not count either: a run folder may be of unknown origin.
 _ONCE = ("run", "resume", "load", "allow_targets")
 
 

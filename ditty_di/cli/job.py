@@ -108,7 +108,7 @@ def _check(graph: Graph, *roots: str) -> None:
 
 
 def _allowed_targets(config: DictConfig, command: Command, where: Any) -> list[str]:
-    """Return `allow_targets` as typed now; a file may come from somebody else, so it cannot allow.
+    """Return `allow_targets` as typed now; a file may be of unknown origin, so it cannot allow.
 
     Raises ConfigError when a file sets it, or when it is not a list of names.
     """

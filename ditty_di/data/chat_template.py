@@ -226,7 +226,7 @@ def _has_generation_tag(source: str) -> bool:
 
 
 def _tags(source: str) -> Iterator[str]:
-    """Yield the names of the template's tags; what stands in comments or raw text is none."""
+    """Yield the names of the template's tags, without those in comments or raw text."""
     from jinja2 import Environment
 
     opened = False

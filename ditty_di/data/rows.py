@@ -1,4 +1,4 @@
-"""Rows of one's own, and the part of them that is held out for validation."""
+"""Rows of a user's dataset, and the part of them that is held out for validation."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Records:
     """Records of one split, read anew by each iteration as pairs (where it stands, record).
 
     A line that is no JSON object comes as the exception that says so in place of the record.
-    `fingerprint()` changes with the content. `if_empty` is what to say where there are none.
+    `fingerprint()` changes with the content. `if_empty` is the message when there are none.
     """
 
     read: Callable[[], Iterator[tuple[str, Any]]]
@@ -326,7 +326,7 @@ def _records_of(files: list[Path], name: str) -> Records:
 
 
 def _record(value: Any) -> Any:
-    """Return a record, or the `ValueError` that says why it is none."""
+    """Return a record, or a `ValueError` that says why it is not valid."""
     try:
         return as_record(value)
     except ValueError as error:

@@ -289,7 +289,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _eager() -> AbstractContextManager[Any]:
-    """Compiled layers run eagerly: the probe's shapes are none to compile for."""
+    """Run compiled layers eagerly: compiling for the probe's shapes would be waste."""
     return (
         torch.compiler.set_stance("force_eager")
         if "torch._dynamo" in sys.modules
