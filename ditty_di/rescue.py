@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Ranks that fail together come here together; for one that fails alone the others do
-#: not come, since they are in a collective, so the wait is short.
+#: Ranks that fail together come here together. For one that fails alone the others do not come,
+#: since they are in a collective, so the wait is short.
 _AGREEMENT_SECONDS = 20.0
 
 

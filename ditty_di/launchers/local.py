@@ -138,7 +138,7 @@ def _death(run: RunDirectory, rank: int, code: int, kills: int | None) -> dict[s
 
 @contextmanager
 def _reserved_port() -> Iterator[int]:
-    """A free port for rank 0's store. On Linux it is reserved until then: bound, without listening,
+    """A free port for rank 0's store. On Linux it stays reserved: bound, without listening,
     which keeps others from getting it and lets a process that asks for just this port have it."""
     with ExitStack() as sockets:
         v4 = sockets.enter_context(socket.socket(socket.AF_INET))
