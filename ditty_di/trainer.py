@@ -29,6 +29,7 @@ from ditty_di.metrics.metrics import Metrics
 from ditty_di.metrics.validation import evaluating
 from ditty_di.optim.container import Optimizers, Schedulers
 from ditty_di.parallelize.pipeline import AlikeOnStages
+from ditty_di.precision.casting import release_copies
 from ditty_di.processors import PostProcessor, PreProcessor, Processors
 from ditty_di.rescue import Rescue, StepBoundary
 from ditty_di.runtime import Runtime
@@ -286,6 +287,8 @@ class Trainer(Stepping):
             self.metrics_processor.close()  # what was measured until then is worth the most now
             raise
         finally:
+            for part in self.model_parts:
+                release_copies(part)  # whoever has the model sees its own parameters
             if gc_was_enabled:
                 gc.enable()
             self.runtime.release_signals()

@@ -35,7 +35,7 @@ NEEDS = {
     "tokenizer=of_model": ["model=hf_causal_lm"],
     "validator=finetune": EXAMPLES,
     "data=documents": ["data.corpus=null"],
-    "data=text": ["data.corpus.path=texts"],
+    "data=text": ["data.corpus.path=launch/constraints.txt"],
     "lr_scheduler=power": ["lr_scheduler.seq_len=256"],
     "model=titan_llama": ["weights=torchtitan", "loss=cross_entropy"],
     "parallelize=titan_llama": ["model=titan_llama", "weights=torchtitan", "loss=cross_entropy"],

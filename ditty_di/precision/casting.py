@@ -19,7 +19,8 @@ def compute_in(model: nn.Module, dtype: torch.dtype, *, units: Iterable[nn.Modul
 
     Args:
         units: modules inside the model whose copies live for their own forward pass only. Those of
-            the rest of the model stay for the loss, which may use the output head.
+            the rest of the model stay for the loss, which may use the output head, until their
+            gradients are there or `release_copies`.
     """
     inner = {id(module) for unit in units for module in unit.modules()}
     for unit in units:
@@ -29,6 +30,14 @@ def compute_in(model: nn.Module, dtype: torch.dtype, *, units: Iterable[nn.Modul
 
 def _cast_within(unit: nn.Module, modules: list[nn.Module], dtype: torch.dtype, keep: bool) -> None:
     swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+    watched: set[int] = set()
+
+    def forget(parameter: Tensor) -> None:
+        """Drop the copies of a parameter that has its gradient: the loss needs them no more."""
+        for owner in modules:
+            for name, own in owner._parameters.items():
+                if own is parameter:
+                    owner.__dict__.pop(name, None)
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         copies: dict[int, Tensor] = {}
@@ -56,11 +65,21 @@ def _cast_within(unit: nn.Module, modules: list[nn.Module], dtype: torch.dtype, 
                 # Found before the parameter by code that says `self.weight`, and by no list of
                 # parameters, state dict or optimizer.
                 owner.__dict__[name] = copy
+                if parameter.requires_grad and id(parameter) not in watched:
+                    watched.add(id(parameter))
+                    parameter.register_post_accumulate_grad_hook(forget)
             owner._parameters[name] = parameter
         swapped.clear()
 
     unit.register_forward_pre_hook(enter, with_kwargs=True)
     unit.register_forward_hook(leave, always_call=True)
+
+
+def release_copies(model: nn.Module) -> None:
+    """Drop the copies that a forward pass without a backward pass has left for the loss."""
+    for owner in model.modules():
+        for name in owner._parameters:
+            owner.__dict__.pop(name, None)
 
 
 def computing_dtype(module: nn.Module) -> torch.dtype | None:

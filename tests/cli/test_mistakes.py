@@ -124,7 +124,7 @@ MISTAKES = [
     ("+callbacks=ema trainer.callbacks.ema.decay=2", "trainer.callbacks.ema.decay", "below 1"),
     # files
     ("+experiment=full model.path=./nowhere", "model.path", "there is no folder nowhere"),
-    ("data=text data.corpus.path=nowhere", "data.corpus.path", "no such file or folder"),
+    ("data=text data.corpus.path=nowhere", "data.corpus.path", "expected a .txt or .jsonl file"),
     ("+experiment=twice", "twice.yaml", "duplicate key steps"),
     ("+experiment=open", "open.yaml", "line 3"),
     # the command itself

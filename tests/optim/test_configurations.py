@@ -40,7 +40,11 @@ def values(config: Any, key: str) -> list[Any]:
 
 CONF = Path(__file__).parents[2] / "conf"
 OPTIMIZERS = {path.stem: path for path in sorted((CONF / "optimizer").glob("*.yaml"))}
-SCHEDULERS = {path.stem: path for path in sorted((CONF / "lr_scheduler").glob("*.yaml"))}
+SCHEDULERS = {
+    path.stem: path
+    for path in sorted((CONF / "lr_scheduler").glob("*.yaml"))
+    if path.stem != "none"  # which is null
+}
 ALL_TARGETS = {
     target
     for path in OPTIMIZERS.values()

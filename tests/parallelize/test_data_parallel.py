@@ -17,6 +17,7 @@ from ditty_di.losses import deferred_head
 from ditty_di.names import canonical_fqn
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.parallelize.recompute import full, selective
+from ditty_di.precision.casting import release_copies
 from ditty_di.runtime import Runtime
 from tests.checkpoint.ranks import run as run_ranks
 from tests.distributed.cases import make_trainer
@@ -74,6 +75,21 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(runtime):
     assert losses != exact
     assert losses == pytest.approx(exact, abs=0.05)
     assert {p.dtype for p in trainer.model_parts[0].parameters()} == {torch.float32}
+
+
+def test_copies_in_bfloat16_end_with_the_backward_pass_and_the_training(runtime):
+    """What reads `module.weight` between steps must not see the values before the update."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    shard(model, parallel_dims=runtime.parallel_dims, param_dtype="bfloat16")
+    output = model(torch.randn(4, 2))
+    assert model[0].weight.dtype == torch.bfloat16  # for a loss that uses the head
+    output.float().sum().backward()
+    assert model[0].weight is model[0]._parameters["weight"]
+    with torch.no_grad():
+        model(torch.randn(4, 2))
+    release_copies(model)
+    assert model[1].bias is model[1]._parameters["bias"]
+    copy.deepcopy(model)
 
 
 def test_the_repeated_blocks_are_found_and_can_be_named(runtime):

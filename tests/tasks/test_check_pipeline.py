@@ -101,7 +101,10 @@ def test_processors_that_a_layout_does_not_allow_are_found(checked):
 
 # -- the experiments that ship ---------------------------------------------------------------------
 
-EXPERIMENTS = sorted(path.stem for path in conf_dir().glob("experiment/*.yaml"))
+#: All but the skeleton, which says nothing of the model that a user brings.
+EXPERIMENTS = sorted(
+    path.stem for path in conf_dir().glob("experiment/*.yaml") if path.stem != "module"
+)
 #: Changes that no other stage minds, by what is changed.
 HARMLESS = {
     ("ctx.target", "removed"): "the trainer gives the loader's labels, whatever they are",
