@@ -71,10 +71,10 @@ def test_a_task_that_works_on_a_folder_leaves_no_run(folder: Folder) -> None:
     _, err = folder("task=folder", "value=3.0", code=1, env=temporary)
     (left,) = scratch.glob("ditty_di-*")
     assert "3.0 is a bad value" in err and f"{left.name}/logs" in err
-    folder("task=folder", "run=kept", env=temporary)
-    assert result(folder.path / "kept")["status"] == "finished"
     _, err = folder("task=look", code=2)
     assert "add run=FOLDER" in err and "newest" not in err
+    folder("task=folder", "run=kept", env=temporary)
+    assert result(folder.path / "kept")["status"] == "finished"
 
 
 def test_check_and_its_like_make_no_directory(folder: Folder) -> None:

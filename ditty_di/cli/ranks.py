@@ -9,11 +9,11 @@ from ditty_di.graph import ConfigError, Graph, Problem
 
 def problems(graph: Graph, root: str = "trainer") -> list[Problem]:
     """Return what does not divide among the ranks that the launcher is told to start."""
-    from ditty_di.runtime import data_degrees
-
     nproc = _number(graph, "launcher.nproc", 0)
-    if nproc < 1:  # one a GPU, or wrong, which its own check says
+    if nproc < 1 or root not in graph:  # one a GPU, or wrong, which its own check says
         return []
+    from ditty_di.runtime import data_degrees  # with torch, which a trainer imports anyway
+
     degrees = {n: _number(graph, f"{root}.runtime.{n}", 1) for n in ("cp", "tp", "pp")}
     rest = degrees["cp"] * degrees["tp"] * degrees["pp"]
     replicate = _number(graph, f"{root}.runtime.dp_replicate", 1)
