@@ -171,6 +171,39 @@ def _muon_keeps_placements() -> None:
     vars(_muon)["_zeropower_via_newtonschulz"] = as_the_gradient
 
 
+def _one_sum_of_a_shared_weight() -> None:
+    """No version ends it: FSDP2 of torch 2.15 adds the gradients of a weight's several uses (a tied
+    embedding) in float32 in the first micro-batch of a window, and in `param_dtype` in the others.
+
+    Before it, and here, all are added in `param_dtype`: losses do not depend on how a window is cut
+    into micro-batches or on whether FSDP runs at all. Over micro-batches float32 stays.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    group: Any = FSDPParamGroup
+    if not hasattr(group, "_set_unsharded_grad_dtypes"):
+        return
+    defer, post_forward = group._set_unsharded_grad_dtypes, group.post_forward
+
+    def as_computed(self: Any) -> None:
+        for fsdp_param in self._fsdp_params_with_wider_grad_dtype:
+            param = getattr(fsdp_param, "_unsharded_param", None)
+            if param is not None and param.requires_grad:
+                param.grad_dtype = None
+
+    def set_dtypes(self: Any, defer_upcast: bool) -> None:
+        defer(self, defer_upcast)
+        if defer_upcast:  # what follows the backward pass casts new gradients
+            as_computed(self)
+
+    def after_forward(self: Any, *args: Any) -> Any:
+        output = post_forward(self, *args)
+        as_computed(self)  # a loss that uses the output head comes before the group's backward
+        return output
+
+    group._set_unsharded_grad_dtypes, group.post_forward = set_dtypes, after_forward
+
+
 def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
     """No version ends it: gloo lacks the pre-multiplied sum that FSDP2 asks for by default."""
     for module in model.modules():
@@ -185,5 +218,6 @@ _pipeline_stage()
 _integers_keep_their_dtype()
 _low_bit_views_keep_their_dtype()
 _muon_keeps_placements()
+_one_sum_of_a_shared_weight()
 if PIPELINE_TAKES_MICROBATCHES:
     SPMD_BACKENDS = ("partial_dtensor", "full_dtensor", "spmd_types")

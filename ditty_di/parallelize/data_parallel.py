@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-import ditty_di.compat  # noqa: F401  (before torchtitan is imported by anyone)
+from ditty_di.compat import sum_gradients_on_gloo  # before torchtitan is imported by anyone
 from ditty_di.precision.casting import compute_in
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def shard(
         if isinstance(module, FSDPModule):
             # The loss is a sum over the global count already: gradients are added, not averaged.
             module.set_gradient_divide_factor(1.0)
+    if options["mesh"].device_type == "cpu":
+        sum_gradients_on_gloo(model)
     return model
 
 

@@ -197,9 +197,11 @@ def test_optimizer_file_says_its_rate_as_a_number(name: str) -> None:
 # -- schedulers -------------------------------------------------------------------------------
 
 
-def scheduler(name: str) -> Callable[[Optimizer], Any]:
+def scheduler(name: str) -> Callable[[Optimizer], Any] | None:
     root = OmegaConf.create({"horizon": 50, "global_batch_size": 8})
     root.node = OmegaConf.load(SCHEDULERS[name])
+    if "lr_scheduler" in root.node:  # a file of the global package
+        return root.node.lr_scheduler
     for key in OmegaConf.missing_keys(root):
         OmegaConf.update(root, key, 64)
     return instantiate(root.node, _convert_="all")
@@ -215,11 +217,11 @@ def test_scheduler_drives_a_run(name: str) -> None:
         optimizer.step()
         schedulers.step()
     assert all(0 < rate <= 3e-4 for rate in rates)
-    if name != "torch_cosine":
+    if name not in ("torch_cosine", "none"):
         assert rates[0] < rates[8], "it warms up"
     last = schedulers.get_metrics()["lr"] / 3e-4
     expected = {"constant": 1.0, "power": 1.0, "infinite": 0.5, "wsd": 0.0, "torch_cosine": 0.0}
-    assert last == pytest.approx(expected.get(name, 0.1), abs=1e-9)
+    assert last == pytest.approx((expected | {"none": 1.0}).get(name, 0.1), abs=1e-9)
 
 
 def test_every_schedule_has_a_file() -> None:
@@ -229,7 +231,7 @@ def test_every_schedule_has_a_file() -> None:
         if callable(value) and getattr(value, "__annotations__", {}).get("return") == "Schedule"
         and not name.startswith("_")
     }  # fmt: skip
-    assert ours | {"torch_cosine"} == SCHEDULERS.keys()
+    assert ours | {"torch_cosine", "none"} == SCHEDULERS.keys()
 
 
 def test_phases_follow_the_run() -> None:
