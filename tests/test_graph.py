@@ -491,6 +491,19 @@ def test_special_keys_that_say_what_happens_anyway() -> None:
         "urllib.request.urlretrieve",
         "transformers.PreTrainedModel.push_to_hub", "transformers.LlamaConfig.save_pretrained",
         "huggingface_hub.delete_repo", "datasets.Dataset.to_json",
+        # the same by other doors
+        "torch.storage._load_from_bytes", "torch.distributed.checkpoint.load", "torch.from_file",
+        "torch.distributed.distributed_c10d._tensor_to_object", "torch.FloatStorage.from_file",
+        "torch._C._load_for_lite_interpreter", "torch.utils.hipify.hipify_python.hipify",
+        "numpy.ctypeslib.load_library", "numpy.lib.format.open_memmap", "scipy.io.savemat",
+        "pandas.read_sql", "pandas.read_hdf", "pandas.io.common.get_handle",
+        "datasets.load.import_main_class", "datasets.utils.extract.Extractor.extract",
+        "transformers.utils.import_utils.direct_transformers_import",
+        "transformers.testing_utils.execute_subprocess_async", "huggingface_hub.login",
+        "huggingface_hub.run_job", "huggingface_hub.move_repo", "huggingface_hub.HfApi",
+        "multiprocess.Pool", "_thread.start_new_thread", "test.support.script_helper.assert_python_ok",
+        "rlcompleter.Completer.attr_matches", "argparse.FileType", "types.LambdaType",
+        "tkinter.Tcl", "http.client.HTTPSConnection", "mmap.mmap", "pstats.Stats",
     ],
 )  # fmt: skip
 def test_refused_targets(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,6 +570,7 @@ def test_refuses_whatever_hydra_refuses() -> None:
         ("torch.load", {"f": "x", "weights_only": "${no}"}, "weights_only=False"),
         ("numpy.load", {"file": "x", "allow_pickle": True}, "allow_pickle=True"),
         ("numpy.load", {"_args_": ["x", None, True]}, "allow_pickle=True"),
+        ("datasets.load_dataset", {"path": "pandas", "data_files": "x"}, "path='pandas'"),
         (
             "transformers.AutoTokenizer.from_pretrained",
             {"_args_": ["x"], "trust_remote_code": True},
@@ -616,7 +630,7 @@ def test_shipped_targets_and_common_libraries_are_not_refused() -> None:
     files = {*(ROOT / "conf").rglob("*.yaml")} - {*(ROOT / "conf/hydra").rglob("*.yaml")}
     text = "\n".join(file.read_text() for file in files)  # Hydra builds its own parts itself
     shipped = set(re.findall(r"_target_: *([\w.]+)", text))
-    optional = ("liger_kernel", "bitsandbytes", "transformer_engine")
+    optional = ("liger_kernel", "bitsandbytes", "transformer_engine", "hydra_plugins")
     common = """
         torch.nn.Linear torch.optim.Adam torch.compile torch.utils.data.DataLoader torch.Generator
         torch.utils.data.TensorDataset torch.utils.data.random_split
@@ -628,6 +642,11 @@ def test_shipped_targets_and_common_libraries_are_not_refused() -> None:
         numpy.array numpy.random.default_rng safetensors.torch.load_file pandas.read_csv
         sklearn.datasets.load_digits torch.utils.tensorboard.SummaryWriter builtins.range
         collections.OrderedDict itertools.chain random.Random datetime.timedelta logging.getLogger
+        sklearn.datasets.fetch_openml sklearn.preprocessing.StandardScaler scipy.io.loadmat
+        torch.profiler.profile torch.library.custom_op transformers.pipeline transformers.Trainer
+        huggingface_hub.hf_hub_download huggingface_hub.snapshot_download numpy.loadtxt
+        transformers.AutoModelForCausalLM.from_config peft.PeftModel.from_pretrained
+        torch.distributed.init_process_group json.load csv.reader PIL.Image.open wandb.init
     """
     refused = []
     for target in sorted({*shipped, *common.split()}):

@@ -20,7 +20,7 @@ from ditty_di.origins import is_users_own
 
 # Each name stands for itself and everything below it.
 _NAMES = """
-asyncio.create_subprocess_exec asyncio.create_subprocess_shell asyncio.subprocess bdb cProfile cffi
+asyncio bdb cProfile cffi
 cloudpickle codeop concurrent.futures ctypes dill doctest ensurepip frozen_importlib
 frozen_importlib_external gc imp importlib inspect logging.config marshal multiprocessing
 os pdb pexpect pickle pip pkg_resources posixsubprocess profile pty ptyprocess pydoc runpy shelve
@@ -53,13 +53,38 @@ operator.getitem operator.itemgetter operator.methodcaller operator.setitem stri
 traceback.clear_frames traceback._walk_tb_with_full_positions traceback.walk_stack traceback.walk_tb
 typing.ForwardRef typing._eval_type typing.evaluate_forward_ref typing.get_type_hints
 
-threading sched atexit signal faulthandler webbrowser idlelib lib2to3 compileall py_compile
+thread.start_new_thread thread.start_new threading sched atexit signal faulthandler webbrowser idlelib lib2to3 compileall py_compile
 zipimport site zipapp turtledemo antigravity xmlrpc http.server socketserver socket ssl ftplib
-smtplib poplib imaplib telnetlib urllib.request asyncio.run asyncio.start_server
+smtplib poplib imaplib telnetlib urllib.request
 
 builtins.open io codecs.open fileinput shutil tempfile sqlite3 dbm gdbm ndbm zipfile tarfile
 gzip bz2 lzma mailbox wave plistlib.dump linecache logging.FileHandler logging.handlers
 logging.basicConfig configparser.RawConfigParser.write csv.writer pathlib._local.Path.write_text
+
+builtins.code builtins.function copyreg rlcompleter readline pipes tkinter turtle curses mmap
+pstats test.support test.libregrtest http.client nntplib asyncore asynchat smtpd wsgiref cgi cgitb
+argparse.FileType resource.setrlimit resource.prlimit sysconfig._generate_posix_vars uu
+
+numpy.ctypeslib numpy.lib._datasource numpy.lib.npyio.DataSource numpy.lib.format.open_memmap
+pandas.read_sql pandas.read_sql_query pandas.read_sql_table pandas.read_clipboard pandas.read_hdf
+pandas.io.common.get_handle datasets.load.import_main_class datasets.utils._dill
+datasets.download.download_manager.DownloadManager datasets.utils.extract
+transformers.testing_utils transformers.utils.import_utils.direct_transformers_import
+huggingface_hub multiprocess pathos psutil.Process psutil.Popen click typer urllib3 tyro mypy
+attr.make_class attrs.make_class attr._make.make_class PIL.ImageShow PIL.Image.Image.show
+pyarrow.OSFile pyarrow.lib.OSFile pyarrow.memory_map pyarrow.lib.memory_map pyarrow.output_stream
+pyarrow.lib.output_stream pyarrow.create_memory_map pyarrow.lib.create_memory_map tensorboard.main
+torchtitan.train.main
+
+torch.from_file torch._VariableFunctionsClass.from_file builtins.StorageBase.from_file
+torch.storage.UntypedStorage.from_file torch.storage.TypedStorage.from_file torch.FloatStorage
+torch.storage._load_from_bytes torch.PyTorchFileWriter torch.utils.hipify torch.utils.file_baton
+torch._C._load_for_lite_interpreter torch._C._load_mobile_module_from_file
+torch._C.import_ir_module torch._C.import_ir_module_from_buffer torch._C.PyTorchFileWriter
+torch.distributed.FileStore torch.distributed.TCPStore torch._C._distributed_c10d.FileStore
+torch._C._distributed_c10d.TCPStore torch.distributed.nn.jit torch.distributed.checkpoint.load
+torch.distributed.checkpoint.state_dict_loader torch.distributed.checkpoint.filesystem
+torch.distributed.distributed_c10d._tensor_to_object
 
 setuptools distutils pkgutil.resolve_name pkgutil.walk_packages pytest Cython numpy.f2py
 numpy.distutils numpy.testing numpy.memmap numpy.fromregex numexpr pandas.eval pandas.io.sql
@@ -92,6 +117,9 @@ _ALLOWED_NAMES = """
 importlib.metadata.version importlib.resources io.BytesIO io.StringIO os._Environ.get os.cpu_count
 os.environ.get os.fspath os.getcwd os.getenv os.getpid os.listdir os.makedirs os.mkdir os.path
 os.process_cpu_count os.sched_getaffinity os.urandom signal.Signals sys.getrecursionlimit
+huggingface_hub.hf_hub_download huggingface_hub.file_download.hf_hub_download
+huggingface_hub.snapshot_download huggingface_hub._snapshot_download.snapshot_download
+huggingface_hub.hub_mixin huggingface_hub.PyTorchModelHubMixin
 sys.getsizeof threading.Lock threading.RLock yaml.safe_dump yaml.safe_dump_all yaml.safe_load
 yaml.safe_load_all
 """
@@ -106,6 +134,7 @@ _VERBS = re.compile(
     r"(save|write|dump|upload|urlretrieve|unlink|rmdir|rename|symlink|hardlink|link_to|chmod|lchmod"
     r"|touch|push|copyfile|copytree|extractall|to_(csv|json|parquet|pickle|sql|excel|hdf"
     r"|feather|stata|html|file))(_\w+)?|tofile|savetxt|savez\w*|delete_\w+|create_repo|hardlink_to|symlink_to"
+    r"|(im|mm|f)(save|write)|save(mat|fig|_\w+)"
 )
 _PATH_METHODS = frozenset(["open", "replace", "mkdir"])
 #: Values of arguments that turn a harmless function into one that unpickles or runs code.
@@ -116,12 +145,18 @@ UNSAFE_ARGUMENTS: Mapping[str, object] = {
     "shell": True,
     "use_pickle": True,
 }
+#: The same of single targets, by the place where they are defined: builders that unpickle.
+_UNSAFE_VALUES: Mapping[str, Mapping[str, Collection[str]]] = dict.fromkeys(
+    ("datasets.load.load_dataset", "datasets.load.load_dataset_builder"),
+    {"path": ("pandas",)},
+)
 # What a function's own code may not call, outside the user's own modules.
 _RISKY_BUILTINS = frozenset(("exec", "eval", "compile", "__import__"))
 _RISKY_MODULES = frozenset(
     ("subprocess", "pickle", "_pickle", "cloudpickle", "dill", "marshal", "runpy", "pty")
 )
 _RISKY_ATTRIBUTES = frozenset(("Popen", "popen", "system", "execv", "execve", "spawnl", "spawnv"))
+_WRITING = re.compile(r"[wax](b|t)?\+?(b|t)?|r(b|t)?\+(b|t)?")  # modes of `open`
 
 _REFUSED = frozenset(_NAMES.split())
 _ALLOWED = frozenset(_ALLOWED_NAMES.split())
@@ -219,6 +254,10 @@ def unsafe_argument(
         found = given.get(name)
         if isinstance(found, bool | int | str) and bool(found) is value:  # tested for truth
             return f"{name}={found!r}"
+    for target in identities(fn) & _UNSAFE_VALUES.keys():
+        for name, values in _UNSAFE_VALUES[target].items():
+            if given.get(name) in values:
+                return f"{name}={given[name]!r}"
     return None
 
 
@@ -269,10 +308,38 @@ def _functions(obj: Any) -> Iterator[types.FunctionType]:
 
 def _is_risky(obj: Any) -> bool:
     safeguarded = not UNSAFE_ARGUMENTS.keys().isdisjoint(_parameters(obj))
-    return not safeguarded and any(
-        _calls_what_is_refused(f.__code__, _RISKY_BUILTINS.difference(f.__globals__))
+    return any(
+        (not safeguarded and _calls_what_is_refused(f.__code__, _risky_globals(f)))
+        or _opens_to_write(f)
         for f in _functions(obj)
     )
+
+
+def _risky_globals(function: types.FunctionType) -> frozenset[str]:
+    """Names that mean something risky in a function: builtins, and what its module imported from
+    risky modules, under whatever name."""
+    names, found = function.__code__.co_names, set(_RISKY_BUILTINS.difference(function.__globals__))
+    for name in names:
+        value = function.__globals__.get(name)
+        module = value.__name__ if isinstance(value, types.ModuleType) else None
+        if callable(value):
+            module = _attribute(value, "__module__")
+        harmless = isinstance(value, type) and issubclass(value, BaseException)
+        if isinstance(module, str) and module.partition(".")[0] in _RISKY_MODULES and not harmless:
+            found.add(name)
+    return frozenset(found)
+
+
+def _opens_to_write(function: types.FunctionType) -> bool:
+    code = function.__code__
+    if "open" not in code.co_names or "open" in function.__globals__:
+        return False
+    return any(isinstance(c, str) and _WRITING.fullmatch(c) for c in _constants(code))
+
+
+def _constants(code: types.CodeType) -> Iterator[object]:
+    for constant in code.co_consts:
+        yield from _constants(constant) if isinstance(constant, types.CodeType) else (constant,)
 
 
 def _parameters(obj: Any) -> Collection[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ditty_di._graph.provenance import label
 from ditty_di._graph.suggestions import suggest
@@ -43,7 +43,7 @@ def problems(graph: Graph, config: DictConfig, command: Command) -> list[Problem
     }
     allowed = graph.build("allow_unread") if "allow_unread" in config else ()
     suspicious = {k: s for k, s in suspicious.items() if not _below(k, allowed or ())}
-    others = _other_tasks(command)
+    others = _other_tasks(config, command)
     while suspicious.keys() - read and (other := next(others, None)) is not None:
         read |= _read(other)
     if not suspicious.keys() - read:
@@ -120,22 +120,39 @@ def _read(graph: Graph) -> set[str]:
     return found
 
 
-def _other_tasks(command: Command) -> Iterator[Graph]:
+def _other_tasks(config: DictConfig, command: Command) -> Iterator[Graph]:
     """The configuration as the other tasks would have it; what does not compose is left out."""
-    from hydra import compose
-
     folders = [*searchpath.user_dirs(command.config_dirs), searchpath.conf_dir()]
     groups = searchpath.groups(folders)
+    written = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(written, dict)
+    for task in sorted(groups.get("task", {}), key=lambda task: task != "train"):  # reads most
+        file = next(f for d in folders if (f := d / "task" / f"{task}.yaml").is_file())
+        try:
+            yield _with_task(written, file) or _composed(command, groups, task)
+        except Exception:
+            continue
+
+
+def _with_task(written: dict[Any, Any], file: Path) -> Graph | None:
+    """A configuration with another file of the group `task`, which takes a tenth of composing it;
+    None for a file that must be composed."""
+    task = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    package = _package(file.read_text(encoding="utf-8"), "task")
+    if not isinstance(task, dict) or "defaults" in task or package not in ("", "task"):
+        return None
+    task = task if package == "" else {"task": task}
+    return Graph({**task, **written, "task": task.get("task")})
+
+
+def _composed(command: Command, groups: Collection[str], task: str) -> Graph:
+    from hydra import compose
+
     kept = [
         o if o[0] in "+~" or key_of(o).partition("@")[0] in groups or "=" not in o else f"++{o}"
         for o in without(command.overrides, "task")
     ]
-    tasks = sorted(groups.get("task", {}), key=lambda task: task != "train")  # reads most
-    for task in tasks:
-        try:
-            yield Graph(compose(command.config_name, [*kept, f"task={task}"]))
-        except Exception:
-            continue
+    return Graph(compose(command.config_name, [*kept, f"task={task}"]))
 
 
 def _declared(command: Command) -> tuple[set[str], set[str]]:
@@ -153,11 +170,16 @@ def _declared(command: Command) -> tuple[set[str], set[str]]:
 
 def _keys(file: Path, folder: Path) -> set[str]:
     text = file.read_text(encoding="utf-8")
-    first = text.partition("\n")[0]
-    package = ".".join(file.relative_to(folder).parent.parts)
-    if first.startswith("# @package"):
-        package = first.split()[2].replace("_global_", "").replace("_group_", package).strip(".")
+    package = _package(text, ".".join(file.relative_to(folder).parent.parts))
     return set(Provenance().add_file("", text, package).keys())
+
+
+def _package(text: str, group: str) -> str:
+    """Where the keys of a file of a group go, by its header: a dotted key, "" for the top."""
+    header = text.partition("\n")[0].split()
+    if header[:2] != ["#", "@package"] or len(header) < 3:
+        return group
+    return header[2].replace("_global_", "").replace("_group_", group).strip(".")
 
 
 def _prefixes(key: str) -> Iterator[str]:

@@ -194,6 +194,7 @@ def test_keys_that_only_others_read_are_no_mistakes(
             """
         )
     )
+    check = ["task=check", "task.rehearse=false"]
     for typed in ("+experiment=fine", "+experiment=fine adapter=none", "+experiment=flow_matching"):
-        assert main(["task=check", *typed.split()]) == 0, capsys.readouterr().err
+        assert main([*check, *typed.split()]) == 0, capsys.readouterr().err
     assert main(["task=explain", "key=steps", "+experiment=steps"]) == 0, "a look is not refused"
