@@ -22,7 +22,7 @@ from ditty_di.cli.overrides import (
     without,
 )
 from ditty_di.graph import ConfigError
-from ditty_di.rundir import RunDirectory
+from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 
 #: What `python -m ditty_di` does when no experiment and no run is named.
 DEFAULT_EXPERIMENT = "pretrain"
@@ -161,7 +161,7 @@ def _chooses(command: Command) -> bool:
 
 
 def nearest(path: Path) -> str:
-    """A hint: the runs whose folders are named most like `path`, else the newest run here."""
+    """A hint: the runs whose folders are named most like `path`, else the newest usable one."""
     folders = {Path("outputs"), path.parent, path.parent.parent}
     files = {
         f for d in folders for depth in ("*", "*/*") for f in d.glob(f"{depth}/overrides.yaml")
@@ -171,8 +171,15 @@ def nearest(path: Path) -> str:
     close = difflib.get_close_matches(wanted, runs, 3, 0.7)
     if close:
         return f"; the nearest: {', '.join(argument('run', name) for name in close)}"
-    newest = max(runs, key=lambda name: runs[name], default=None)
+    usable = [name for name in runs if _usable(RunDirectory(name))]
+    newest = max(usable, key=lambda name: runs[name], default=None)
     return f"; the newest one here is {argument('run', newest)}" if newest else ""
+
+
+def _usable(run: RunDirectory) -> bool:
+    """Whether a run has a checkpoint, or at least has not failed."""
+    result = run.read_result() or {"status": "finished"}
+    return result["status"] in GOOD_STATUSES or run.newest_step() is not None
 
 
 def _take_experiment(command: Command, chosen_config: bool) -> None:
