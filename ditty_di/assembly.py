@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ditty_di.checks import CONTRACTS
 from ditty_di.compat import sum_gradients_on_gloo
 from ditty_di.models.weights import is_meta, materialize, unset
 from ditty_di.parallelize.pipeline import Parts, WindowLoss
@@ -200,7 +201,7 @@ def place_processors(
         ValueError: an unknown `contracts`; processors where sequences are split over ranks, or
             with parameters that want to be trained.
     """
-    if contracts not in ("static", "runtime", "every_batch"):
+    if contracts not in CONTRACTS:
         raise ValueError(f"trainer.contracts={contracts}: write static, runtime or every_batch")
     report = processors.validate(**around)
     if contracts != "static":

@@ -15,6 +15,9 @@ from ditty_di.optim import trial
 if TYPE_CHECKING:
     from ditty_di.runtime import Runtime
 
+#: When the contracts of a pipeline are verified, beside the static look at them.
+CONTRACTS = ("static", "runtime", "every_batch")
+
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -39,6 +42,7 @@ def validate(
     gc_every: Any = None,
     optimizer: Any = None,
     dataloader: Any = None,
+    contracts: Any = "static",
 ) -> None:
     """Raise ValueError for arguments out of range, an optimizer whose constructor refuses its
     own arguments, and rows per step that are not a multiple of a micro-batch."""
@@ -49,6 +53,8 @@ def validate(
     wrong = [f"trainer.{line}" for line in wrong]
     if is_number(max_norm) and not max_norm > 0:
         wrong.append(f"trainer.max_norm={max_norm} must be above 0; inf clips nothing")
+    if contracts not in CONTRACTS:
+        wrong.append(f"contracts={contracts} is unknown: write {', '.join(CONTRACTS)}")
     wrong += trial.complaints(optimizer, "optimizer.")
     rows: Any = getattr(dataloader, "arguments", {}).get("batch_size")
     numbers = is_number(rows) and is_number(global_batch_size)

@@ -53,9 +53,9 @@ operator.getitem operator.itemgetter operator.methodcaller operator.setitem stri
 traceback.clear_frames traceback._walk_tb_with_full_positions traceback.walk_stack traceback.walk_tb
 typing.ForwardRef typing._eval_type typing.evaluate_forward_ref typing.get_type_hints
 
-thread.start_new_thread thread.start_new threading sched atexit signal faulthandler webbrowser idlelib lib2to3 compileall py_compile
-zipimport site zipapp turtledemo antigravity xmlrpc http.server socketserver socket ssl ftplib
-smtplib poplib imaplib telnetlib urllib.request
+thread.start_new_thread thread.start_new threading sched atexit signal faulthandler webbrowser
+idlelib lib2to3 compileall py_compile zipimport site zipapp turtledemo antigravity
+xmlrpc http.server socketserver socket ssl ftplib smtplib poplib imaplib telnetlib urllib.request
 
 builtins.open io codecs.open fileinput shutil tempfile sqlite3 dbm gdbm ndbm zipfile tarfile
 gzip bz2 lzma mailbox wave plistlib.dump linecache logging.FileHandler logging.handlers
@@ -146,10 +146,10 @@ UNSAFE_ARGUMENTS: Mapping[str, object] = {
     "use_pickle": True,
 }
 #: The same of single targets, by the place where they are defined: builders that unpickle.
-_UNSAFE_VALUES: Mapping[str, Mapping[str, Collection[str]]] = dict.fromkeys(
-    ("datasets.load.load_dataset", "datasets.load.load_dataset_builder"),
-    {"path": ("pandas",)},
-)
+_UNSAFE_VALUES: Mapping[str, Mapping[str, Collection[str]]] = {
+    "datasets.load.load_dataset": {"path": ("pandas",)},
+    "datasets.load.load_dataset_builder": {"path": ("pandas",)},
+}
 # What a function's own code may not call, outside the user's own modules.
 _RISKY_BUILTINS = frozenset(("exec", "eval", "compile", "__import__"))
 _RISKY_MODULES = frozenset(

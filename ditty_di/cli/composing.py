@@ -9,14 +9,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from ditty_di._graph.errors import ConfigError, Problem
+from ditty_di._graph.targets import TargetError, locate
 from ditty_di.cli import searchpath
 from ditty_di.cli.command import Command
+from ditty_di.cli.overrides import is_sweep, value_of, without
 
+# Launchers and sweepers, which Hydra takes from its plugins alone, and what it logs with.
+_OF_HYDRA = ("hydra_plugins.", "hydra._internal.core_plugins.", "logging.FileHandler")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -42,6 +48,8 @@ def run(command: Command, job: Callable[[DictConfig], Any]) -> Any:
     Raises whatever went wrong, in Hydra or in `job`.
     """
     register(command)
+    if _may_change_hydra(command):
+        _refuse_targets_of_hydra(command)
     outcome: dict[str, Any] = {}
     wanted = os.environ.get(_FULL_ERROR)
 
@@ -63,6 +71,56 @@ def run(command: Command, job: Callable[[DictConfig], Any]) -> Any:
     if "raised" in outcome:
         raise outcome["raised"]
     return outcome.get("returned")
+
+
+def _may_change_hydra(command: Command) -> bool:
+    """Whether files of the user, or an override, may reach Hydra's own section."""
+    typed = any("hydra" in override for override in command.overrides)
+    return typed or bool(searchpath.user_dirs(command.config_dirs))
+
+
+def _refuse_targets_of_hydra(command: Command) -> None:
+    """Refuse what Hydra would call before any job: nodes below `hydra`, such as callbacks, and the
+    factories of its logging; raises ConfigError. What does not compose, Hydra says itself."""
+    given = value_of(command.overrides, "allow_targets") or ""
+    allowed = [name.strip(" '\"") for name in given.strip("[]").split(",")]
+    kept = without(command.overrides, "allow_targets")
+    try:
+        with initialize_config_dir(str(searchpath.conf_dir()), version_base="1.3"):
+            single = [o for o in kept if not is_sweep(o)]
+            config = compose(command.config_name, single, return_hydra_config=True)
+        section = OmegaConf.to_container(config.hydra, resolve=False)
+        found = [
+            (
+                key,
+                str(OmegaConf.select(config, key.replace(".()", "[()]")) if "${" in name else name),
+            )
+            for key, name in _called(section, "hydra")
+        ]
+    except Exception:
+        return
+    problems = []
+    for key, target in found:
+        if not target.startswith(_OF_HYDRA):
+            try:
+                locate(target, allowed)
+            except TargetError as error:
+                if "refused" in str(error):
+                    problems.append(Problem(key, str(error)))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _called(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(key, name) of every callable that Hydra, or `logging.config`, is told to call."""
+    if isinstance(value, dict):
+        called = ("_target_", "()", *(("class",) if "_logging.handlers." in key else ()))
+        yield from ((f"{key}.{n}", v) for n in called if isinstance(v := value.get(n), str))
+        for name, below in value.items():
+            yield from _called(below, f"{key}.{name}")
+    elif isinstance(value, list):
+        for n, below in enumerate(value):
+            yield from _called(below, f"{key}[{n}]")
 
 
 @contextmanager

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from yaml import YAMLError
+
 from ditty_di._graph.suggestions import suggest
-from ditty_di._graph.targets import did_you_mean
+from ditty_di._graph.targets import did_you_mean, locate
 from ditty_di.cli import searchpath
 from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import key_of, without
@@ -25,6 +28,9 @@ def explain(error: Exception, command: Command) -> str:
         return re.sub(r"\nSee https://hydra.cc/\S+ for details", "", _hinted(told, command))
     if isinstance(error, ConfigError | OSError):
         return text
+    if isinstance(error, YAMLError):
+        tab = "\nindent with spaces: YAML takes no tabs" if "'\\t'" in text else ""
+        return f"this is not YAML: {text}{tab}"
     return f"{type(error).__name__}: {text}\n(debug=true shows where)"
 
 
@@ -37,6 +43,11 @@ def _hinted(text: str, command: Command) -> str:
                 f"{key[1]}=NAME, or add a node of your own with +{key[1]}={{...}}"
             )
         known = [k for k in _keys(command, key[1]) if k != key[1]]
+        typed = next((o for o in command.overrides if key_of(o) == key[1]), key[1])
+        if _is_parameter(command, key[1]):
+            return (
+                f"{text.splitlines()[0]}\nnothing sets it here; add it: {shlex.quote('+' + typed)}"
+            )
         hint = suggest(key[1], known).replace("; ", "\n")
         # without a hint, what Hydra says about adding a key with + stays
         return text.partition("\nTo append")[0] + hint if hint else text
@@ -55,6 +66,21 @@ def _hint(text: str) -> str:
             return "\nis that plugin of Hydra installed? for Optuna: pip install 'ditty_di[optuna]'"
         return did_you_mean(choice[2], re.findall(r"^\t(\S+)$", text, re.M)).replace("; ", "\n")
     return ""
+
+
+def _is_parameter(command: Command, key: str) -> bool:
+    """Whether a key is an argument that the target of the node above it takes."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    above, _, name = key.rpartition(".")
+    try:
+        with initialize_config_dir(str(searchpath.conf_dir()), version_base="1.3"):
+            config = compose(command.config_name, without(command.overrides, key))
+        target = OmegaConf.select(config, f"{above}._target_") if above else None
+        return bool(target) and name in inspect.signature(locate(target)).parameters
+    except Exception:  # something else is wrong too: then there is no hint
+        return False
 
 
 def _keys(command: Command, wrong: str) -> list[str]:

@@ -165,6 +165,12 @@ def _parsed(override: str) -> Any:
         return None
 
 
+def is_sweep(override: str) -> bool:
+    """Return whether an override gives several values, for a job each."""
+    parsed = _parsed(override)
+    return parsed is not None and parsed.is_sweep_override()
+
+
 def _broken(value: str) -> bool:
     """Return whether `${` in a value is not a reference that OmegaConf can parse."""
     from omegaconf.errors import OmegaConfBaseException

@@ -37,7 +37,7 @@ def check(
         ConfigError: everything that is wrong, one line each.
     """
     status("importing what the configuration names (torch and torchtitan take seconds) ...")
-    checked = graph.check(root, *(["launcher"] if "launcher" in graph else []))
+    checked = graph.check(root, *(key for key in ("launcher", "export") if key in graph))
     if divided := ranks.problems(graph, root):
         raise ConfigError(divided)
     print(f"ok: {len(checked.nodes)} nodes from {root}, each imported and its arguments bound")

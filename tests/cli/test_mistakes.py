@@ -28,6 +28,9 @@ FILES = {
     "open": "steps: [3",
     "unset": "steps: null",
     "helper": "mine: {deep: {er: 1}}",
+    "hook": "hydra: {callbacks: {x: {_target_: shutil.copyfile, src: a, dst: b}}}",
+    "logs": "hydra: {job_logging: {formatters: {x: {(): os.system, command: touch x}}}}",
+    "tab": "data:\n\tseq_len: 3",
 }
 UNPACKAGED = {
     "bare": "steps: 3",
@@ -130,6 +133,16 @@ MISTAKES = [
     # the command itself
     ("+experiment=full data.path=[a,b]", "data.path=[a,b]", "'~data.path' '+data.path=[a,b]'"),
     ("steps", "'steps'", "write KEY=VALUE"),
+    ("+experiment=hook", "hydra.callbacks.x._target_", "allow_targets=[shutil.copyfile]"),
+    ("+experiment=logs", "hydra.job_logging.formatters.x.()", "'os.system' is refused"),
+    ("+experiment=tab", "tab.yaml", "indent with spaces"),
+    (
+        "optimizer.optimizer.eps=-1",
+        "optimizer.optimizer.eps",
+        "'+optimizer.optimizer.eps=-1'|: +opt",
+    ),
+    ("trainer.contracts=foo", "'trainer.contracts=foo'", "write static, runtime"),
+    ("+export.foo=1", "'+export.foo=1': export.foo", "no parameter of it"),
     ("name=../../esc", "'name=../../esc': name", "without '..'"),
     ("run=typo", "run=typo", "no such run"),
 ]
