@@ -142,7 +142,7 @@ MISTAKES = [
         "'+optimizer.optimizer.eps=-1'|: +opt",
     ),
     ("trainer.contracts=foo", "'trainer.contracts=foo'", "write static, runtime"),
-    ("+export.foo=1", "'+export.foo=1': export.foo", "no parameter of it"),
+    ("+export.foo=1", "'+export.foo=1': export.foo", "'foo' is not a parameter"),
     ("name=../../esc", "'name=../../esc': name", "without '..'"),
     ("run=typo", "run=typo", "no such run"),
 ]
