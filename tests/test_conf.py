@@ -30,6 +30,7 @@ NEEDS = {
         "model._target_=torch.nn.Identity",
         "data.train._target_=builtins.list",
     ],
+    "loss=function": ["loss._target_=torch.nn.functional.mse_loss"],
     "model=module": ["model._target_=torch.nn.Identity"],
     "model=hf_seq2seq": ["model.path=folder"],
     "tokenizer=of_model": ["model=hf_causal_lm"],

@@ -46,6 +46,11 @@ KINDS = {
         "no end is learnt, so the model will not learn to stop: the last token that is learnt is "
         "not a special token"
     ),
+    "all_learnt": Kind(
+        "input_ids come without labels, so every token is learnt, inputs included; labels hold the "
+        "ids, and -100 where they are not learnt",
+        refused=False,
+    ),
     "empty": Kind("an answer holds nothing but the end of its turn"),
     "tools": Kind("the chat template does not render tools: the model is not told of them"),
     "tool_calls": Kind("the chat template does not render tool calls: they are not learnt"),

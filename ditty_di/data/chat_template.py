@@ -16,6 +16,8 @@ from ditty_di.data.conversations import (
     call_names,
     holds,
     text_of,
+    tool_forms,
+    tool_name,
 )
 
 if TYPE_CHECKING:
@@ -106,8 +108,10 @@ class ChatTemplate:
 
         Contents become text or parts, arguments of tool calls objects or JSON text: the first form
         that the template renders without an error, with the calls' names, and without Python's
-        notation of objects.
+        notation of objects. Schemas of tools are put into `{"type": "function", "function": ...}`,
+        or taken out of it, where only then the template renders their names.
         """
+        chat = self._fitted_tools(chat)
         chat = chat.with_messages([self._fitted_content(m) for m in chat.messages])
         usable: Conversation | None = None
         refused: ValueError | None = None
@@ -146,7 +150,10 @@ class ChatTemplate:
         if chat.tools and self._alike(whole, replace(chat, tools=None)):
             notes.add(Note("tools"))
         if chat.kwargs and self._alike(whole, replace(chat, kwargs={})):
-            notes.add(Note("kwargs"))
+            # Some change the generation prompt alone (enable_thinking=false).
+            asked = chat.with_messages(chat.messages[: max(chat.answers, default=0)])
+            if not asked.messages or self._prompts_alike(asked, replace(asked, kwargs={})):
+                notes.add(Note("kwargs"))
         for i, message in enumerate(chat.messages):
             if "tool_calls" in message and self._alike(whole, _without(chat, "tool_calls", i)):
                 notes.add(Note("tool_calls"))
@@ -169,6 +176,26 @@ class ChatTemplate:
             return self.render(other) == text
         except ValueError:
             return False
+
+    def _prompts_alike(self, asked: Conversation, other: Conversation) -> bool:
+        try:
+            return self.render(asked, prompt=True) == self.render(other, prompt=True)
+        except ValueError:
+            return True
+
+    def _fitted_tools(self, chat: Conversation) -> Conversation:
+        if not chat.tools:
+            return chat
+        question = self._fitted_content({"role": "user", "content": _QUESTION})
+        for tools in tool_forms(chat.tools):
+            names = [str(name) for tool in tools if (name := tool_name(tool))]
+            try:
+                text = self.render(Conversation([question], [], tools))
+            except ValueError:
+                continue
+            if all(name in text for name in names):
+                return chat if tools is chat.tools else replace(chat, tools=tools)
+        return chat
 
     def _fitted_content(self, message: dict[str, Any]) -> dict[str, Any]:
         content = message["content"]

@@ -127,6 +127,11 @@ class Turns:
             if not message["tool_calls"]:
                 del message["tool_calls"]
         content = turn.get(self.content_key)
+        if content is None and holds(turn.get("function_call")):
+            raise ValueError(
+                f'{where} has "function_call": write it as '
+                '"tool_calls": [{"type": "function", "function": {"name": ..., "arguments": ...}}]'
+            )
         if content is None and role == "assistant" and "tool_calls" not in message:
             raise ValueError(f'{where} has no "{self.content_key}": there is nothing to learn')
         message["content"] = _content(content, role, f'"{self.content_key}" of {where}')
@@ -236,6 +241,21 @@ def tools(value: Any) -> list[dict[str, Any]] | None:
         if all(isinstance(tool, dict) for tool in found):
             return found
     raise ValueError('"tools" must be a list of objects, the JSON schemas of functions')
+
+
+def tool_name(tool: Mapping[str, Any]) -> Any:
+    """Return the name of a tool, whichever form its schema has; None without one."""
+    function = tool.get("function")
+    return (function if isinstance(function, dict) else tool).get("name")
+
+
+def tool_forms(tools: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the schemas as they are, each within `{"type": "function", "function": ...}`, and each
+    as what stands in it."""
+    yield tools
+    inner = [t["function"] if isinstance(t.get("function"), dict) else t for t in tools]
+    yield [{"type": "function", "function": function} for function in inner]
+    yield inner
 
 
 def template_arguments(value: Any) -> dict[str, Any]:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ditty_di.data.audit import Note, refusal
 from ditty_di.data.cache import fingerprint
 from ditty_di.data.conversations import Conversation, Turns, holds, is_turns
-from ditty_di.data.given_tokens import SEGMENTS_KEY, TOKENIZED_KEYS, labelled, segmented
+from ditty_di.data.given_tokens import (
+    LEARNT_KEYS,
+    SEGMENTS_KEY,
+    TOKENIZED_KEYS,
+    labelled,
+    segmented,
+)
 from ditty_di.data.rendering import ASSISTANT_TURNS, ChatRenderer, Format
 from ditty_di.data.token_spans import Markers, TokenSpans
 from ditty_di.data.tokens import tokenizer_fingerprint
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raise it when the same records and options would give other ids.
-_FORMAT = 2
+_FORMAT = 3
 #: Which tokens of an input that is too long stay, named by the side where it is cut.
 TRUNCATIONS = {
     "left": lambda ids, count: ids[len(ids) - count :],
@@ -64,8 +70,10 @@ class Encoder:
     conversation of which the completion is learnt.
 
     A record with `input_ids` and `labels` is taken as it is: labels are the ids themselves, -100
-    where they are not learnt; positions whose `attention_mask` is 0 are left out. So are
-    `segments`, a list of objects with a `text` and a `label`, true where it is learnt.
+    where they are not learnt; positions whose `attention_mask` is 0 are left out, those whose
+    `completion_mask` or `assistant_masks` is 0 are not learnt. Without labels and masks all tokens
+    are learnt, if the record has nothing else to read. Taken as they are, too, are `segments`, a
+    list of objects with a `text` and a `label`, true where it is learnt.
 
     Any other record has an input and an output, formatted by `input_format` and `output_format`
     (`Format`: placeholders `__input__`, `__output__` or `__any_field__`) and tokenized apart; the
@@ -341,8 +349,12 @@ class Encoder:
     # --- records that are tokens, or segments, already -------------------------------------------
 
     def _is_tokenized(self, record: Mapping[str, Any]) -> bool:
-        ids = all(record.get(key) is not None for key in TOKENIZED_KEYS[:2])
-        return ids and not set(TOKENIZED_KEYS[:2]) & set(self._keys)
+        if record.get("input_ids") is None or {"input_ids", "labels"} & set(self._keys):
+            return False
+        if any(record.get(key) is not None for key in LEARNT_KEYS):
+            return True
+        others = (*self._keys, *_PROMPT_COMPLETION)
+        return self._defaults and all(record.get(key) is None for key in others)
 
     def _is_segmented(self, record: Mapping[str, Any]) -> bool:
         return record.get(SEGMENTS_KEY) is not None and record.get(self._keys[0]) is None
@@ -358,6 +370,8 @@ class Encoder:
         inputs = output.index(True) if True in output else len(output)
         inputs = inputs if all(output[inputs:]) else -1
         notes = {Note("unread", key) for key in self.unread(record)}
+        if self._is_tokenized(record) and all(record.get(key) is None for key in LEARNT_KEYS):
+            notes.add(Note("all_learnt"))
         learnt = [i for i, it in zip(ids, output, strict=True) if it]
         if learnt and not self._markers.ends(learnt):
             notes.add(Note("no_end_text"))

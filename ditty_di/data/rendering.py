@@ -32,7 +32,7 @@ does not begin where the model is prompted: the prompt ends in {prompt!r}, the c
 
 
 def field_text(record: Mapping[str, Any], key: str) -> str:
-    """The field as text; "" when it is missing or null.
+    """The field as text; "" when it is missing or null. Truth values are written as in JSON.
 
     Raises `ValueError` for a list or an object.
     """
@@ -41,7 +41,7 @@ def field_text(record: Mapping[str, Any], key: str) -> str:
         return ""
     if not isinstance(value, str | int | float):
         raise ValueError(f'"{key}" holds a {type(value).__name__} instead of text')
-    text = str(value)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ class PlainLoss(nn.Module):
 
     A mean over rows is multiplied by the batch's rows and divided by those of the whole optimizer
     step, so that accumulated micro-batches and several ranks give the value of one large batch. Two
-    attributes of torch's losses change what is counted:
+    options of torch's losses change what is counted, as attributes or as arguments of a function
+    (given in a partial, or its defaults, as in `torch.nn.functional.cross_entropy`):
 
     * `ignore_index`: the mean is over the other labels (weighted by the class weights `weight`);
     * `reduction="sum"`: the value is a sum, which is added up as it is.
@@ -46,13 +48,14 @@ class PlainLoss(nn.Module):
         called = getattr(loss, "func", loss)  # of a partial
         name = getattr(called, "__name__", type(loss).__name__)
         self.name = snake_case(str(name))
-        self._sums = getattr(loss, "reduction", "mean") == "sum"
-        if getattr(loss, "reduction", "mean") == "none":
+        reduction = _option(loss, "reduction")
+        self._sums = reduction == "sum"
+        if reduction == "none":
             raise ValueError(
                 f"loss_fn: {name} has reduction='none', which gives no single number to minimise; "
                 f"give reduction='mean'"
             )
-        self._ignored = getattr(loss, "ignore_index", None)
+        self._ignored = _option(loss, "ignore_index")
 
     @property
     def counted(self) -> str:
@@ -69,7 +72,7 @@ class PlainLoss(nn.Module):
         whole = isinstance(labels, Tensor) and not labels.is_floating_point()
         if isinstance(self._ignored, int) and not self._sums and whole:
             valid = labels != self._ignored
-            weights = getattr(self.loss, "weight", None)
+            weights = _option(self.loss, "weight")
             if weights is None:
                 return valid.sum().cpu()
             return weights.detach()[labels[valid].to(weights.device)].double().sum().cpu()
@@ -92,7 +95,7 @@ class PlainLoss(nn.Module):
         value, metrics = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
         if not isinstance(value, Tensor) or value.numel() != 1 or not isinstance(metrics, dict):
             shown = type(value).__name__
-            hint = "; see the attribute reduction" if hasattr(self.loss, "reduction") else ""
+            hint = "; see its reduction" if _option(self.loss, "reduction") is not None else ""
             if isinstance(value, Tensor):
                 shown = f"a tensor of shape {list(value.shape)}"
                 hint = hint or "; take its mean()"
@@ -131,6 +134,17 @@ def as_loss(loss: Any) -> Loss:
     plain = PlainLoss(loss)
     log.info("loss %s has no count(batch): its value is taken as %s", plain.name, plain.counted)
     return plain
+
+
+def _option(loss: Any, name: str) -> Any:
+    """Return an option of a loss: its attribute, or what a function gets without being told."""
+    if isinstance(loss, nn.Module) or hasattr(loss, name):
+        return getattr(loss, name, None)
+    try:
+        parameter = inspect.signature(loss).parameters.get(name)
+    except (TypeError, ValueError):  # some builtins have no signature
+        return None
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def _first_tensor(output: Any) -> Tensor:

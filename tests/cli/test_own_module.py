@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -36,9 +35,6 @@ FILLED = ["model._target_=mine.Net", "data.train._target_=mine.rows"]
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("own")
     (path / "mine.py").write_text(MINE)
-    (path / "conf" / "loss").mkdir(parents=True)
-    loss = "_target_: mine.loss\n_partial_: true\n"
-    (path / "conf" / "loss" / "mine.yaml").write_text(textwrap.dedent(loss))
     return path
 
 
@@ -68,9 +64,15 @@ def test_a_misspelt_module_is_corrected_by_one_that_is_there(folder):
 
 
 def test_it_trains_with_a_function_as_its_loss(folder):
-    code, said = run(folder, *FILLED, "loss=mine", "steps=3", "run=outputs/own")
+    loss = ["loss=function", "loss._target_=mine.loss"]
+    code, said = run(folder, *FILLED, *loss, "steps=3", "run=outputs/own")
     assert code == 0, said
     assert "loss has no count(batch): its value is taken as a mean over rows" in said
     result = json.loads((folder / "outputs/own/result.json").read_text())
     assert result["status"] == "finished" and 0 < result["objective"] < 2
     assert (folder / "outputs/own/export/model.safetensors").is_file()
+
+
+def test_a_class_of_torch_is_a_loss_by_its_name_alone(folder):
+    code, said = run(folder, *FILLED, "loss._target_=torch.nn.SmoothL1Loss", "task=check")
+    assert code == 0, said

@@ -220,3 +220,32 @@ def test_a_border_within_a_token_is_told_and_left(tokenizer):
     assert not isinstance(example, ValueError), "nothing is wrong with it"
     ((example,),) = Encoder(tokenizer)([{"input": "a:", "output": " b"}])
     assert not example.notes
+
+
+@pytest.mark.parametrize("path", ["tool.function", "tool"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_schemas_of_tools_come_in_the_form_that_the_template_takes(texts, path, wrapped):
+    shows = f"{{% for tool in tools or [] %}}<{{% set f = {path} %}}{{{{ f.name }}}}>{{% endfor %}}"
+    tool = {"name": "weather", "description": "d", "parameters": {}}
+    tools = [{"type": "function", "function": tool} if wrapped else tool]
+    found, notes = texts({"messages": [user("a"), bot("b")], "tools": tools}, shows + t.CHATML)
+    assert found[0].startswith("<weather><|im_start|>user")
+    assert not notes
+
+
+def test_arguments_that_change_the_generation_prompt_alone_are_read(texts):
+    template = t.CHATML.replace(
+        "assistant\n{% endif %}",
+        "assistant\n{% if think is false %}<think></think>{% endif %}{% endif %}",
+    )
+    assert "think" in template
+    record = {"messages": [user("a"), bot("<think></think>b")]}
+    for arguments, kinds in (({"think": False}, set()), ({"other": 1}, {"kwargs"})):
+        _, notes = texts(record | {"chat_template_kwargs": arguments}, template)
+        assert {note.kind for note in notes} - {"border"} == kinds
+
+
+def test_a_function_call_is_told_its_place(texts):
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    with pytest.raises(ValueError, match=r'"function_call": write it as "tool_calls"'):
+        texts({"messages": [user("a"), call]})

@@ -205,3 +205,24 @@ def test_a_prompt_is_what_stands_before_the_output():
     ((example,),) = encoder([AB])
     assert encoder.prompt({"input": "a b"}) == example.ids[: example.inputs]
     assert encoder.prompt_text(example) == "a b\nanswer:", "the tokenizer adds BOS again"
+
+
+def test_token_ids_say_by_their_masks_what_is_learnt():
+    ids = word_tokenizer().convert_tokens_to_ids([*"abcd"])
+    row = {"input_ids": ids}
+    assert encode(row | {"completion_mask": [0, 0, 1, 1]}) == "ab[cd]"
+    assert encode(row | {"labels": ids, "assistant_masks": [0, 1, 0, 0]}) == "a[b]cd"
+    assert encode(row | {"labels": [-100, *ids[1:]], "completion_mask": [1, 1, 1, 0]}) == "a[bc]d"
+    with pytest.raises(ValueError, match='"completion_mask" holds other values'):
+        encode(row | {"completion_mask": [0, 0, 2, 1]})
+    with pytest.raises(ValueError, match='"assistant_masks" is not a list as long'):
+        encode(row | {"assistant_masks": [1]})
+
+
+def test_token_ids_without_labels_are_learnt_and_it_is_said():
+    tokenizer = word_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids([*"abc"])
+    ((example,),) = Encoder(tokenizer)([{"input_ids": ids, "attention_mask": [1, 1, 0]}])
+    assert shown(example, tokenizer) == "[ab]"
+    assert "all_learnt" in {note.kind for note in example.notes}
+    assert encode(AB | {"input_ids": ids}) == "a b[c d<eos>]"  # what can be read is

@@ -46,6 +46,10 @@ def test_zero_and_false_are_text():
     assert Format(["__a__", "__b__"], {})({"a": 0, "b": "other"}) == "0"
 
 
+def test_truth_values_are_written_as_in_json():
+    assert Format("__a__ __b__", {})({"a": True, "b": False}) == "true false"
+
+
 def test_names_with_underscores():
     assert Format("__long_name____b__", {})({"long_name": "x", "b": "y"}) == "xy"
 

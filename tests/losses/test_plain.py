@@ -48,6 +48,12 @@ LOSSES = {
     "metrics": (lambda: with_metrics, regression),
     "CrossEntropyLoss": (nn.CrossEntropyLoss, classes),
     "weighted": (partial(nn.CrossEntropyLoss, weight=WEIGHTS), classes),
+    "cross_entropy": (lambda: nn.functional.cross_entropy, classes),
+    "cross_entropy weighted": (
+        lambda: partial(nn.functional.cross_entropy, weight=WEIGHTS, ignore_index=-100),
+        classes,
+    ),
+    "mse_loss sum": (lambda: partial(nn.functional.mse_loss, reduction="sum"), regression),
 }
 
 
