@@ -27,7 +27,9 @@ MARK = "DITTY_DI_CHAOS"  # in the environment of every process of the run, whoev
 SURVIVAL_SECONDS = 5.0
 
 MODULE = """
+import random
 import time
+import numpy as np
 import torch
 from torch import nn
 
@@ -49,7 +51,8 @@ class Rows:
     def __getitem__(self, index):
         time.sleep(self.seconds)
         x = torch.randn(8, generator=torch.Generator().manual_seed(index))
-        return {"input": x}, x[:4].sin()
+        noise = torch.rand(8) * random.random() * np.random.random()  # augmentation
+        return {"input": x + noise}, x[:4].sin()
 """
 
 DATA = """
