@@ -184,7 +184,7 @@ def strike(chaos: Chaos, kill: tuple[str, signal.Signals, int, tuple[int, ...]],
     begun, step = time.monotonic(), chaos.step()
     wait, there = chaos.random.uniform(0.0, 3.0), float("inf")
     target = step + chaos.random.randint(2, 12)
-    while process.poll() is None and time.monotonic() - begun < 120:
+    while process.poll() is None and time.monotonic() - begun < 600:
         if when == "start":  # while it imports, or a little later
             if there == float("inf") and chaos.roles()[whom]:
                 there = time.monotonic()
