@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
 import random
 import time
@@ -25,10 +26,33 @@ log = logging.getLogger(__name__)
 #: Ranks that fail together come here together. For one that fails alone the others do not come,
 #: since they are in a collective, so the wait is short.
 _AGREEMENT_SECONDS = 20.0
+#: 624 words and the position among them, each of 32 bits.
+_MT19937_BYTES = 4 * 625
 
 
 class RankFailedError(RuntimeError):
     """Another rank failed; the message says which and how."""
+
+
+class NumPyState:
+    """The state of NumPy's global generator, copied only when it was drawn from since the last
+    copy: `get_state` takes longer than the rest of a mark."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        self._words = b""
+
+    def read(self) -> Any:
+        """As `np.random.get_state()`."""
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        if not isinstance(generator, np.random.MT19937):
+            return np.random.get_state()
+        words = ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+        # A normal number that is kept back for the next call is taken without a trace in the words.
+        kept_back = self._state is not None and self._state[3]
+        if words != self._words or kept_back:
+            self._state, self._words = np.random.get_state(), words
+        return self._state
 
 
 class HeldPosition:
@@ -72,6 +96,7 @@ class StepBoundary:
     ) -> None:
         self.position = HeldPosition(dataloader)
         self._states, self._device = states, device
+        self._numpy = NumPyState()
         self._modules = list(modules)
         self._versions: dict[tuple[int, str], tuple[int, int | None, str]] = {}
         self._moving: list[tuple[nn.Module, str, Tensor]] | None = None
@@ -85,7 +110,7 @@ class StepBoundary:
         self.position.held = None
         self._data = copy.deepcopy(self.position.state_dict())
         self._noted = {name: dict(s.state_dict()) for name, s in self._states.items()}
-        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._random = random.getstate(), self._numpy.read(), torch.get_rng_state()
         if self._device.type != "cpu":
             self._device_random = torch.get_device_module(self._device).get_rng_state(self._device)
         if self._marks < 2:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ditty_di.data.cache import fingerprint
+
 _SECONDS = 1.0
 _TWICE = 8
 
@@ -112,11 +114,19 @@ def _torch() -> Any:
     return torch
 
 
+def fingerprint_with(rows: Any, *parts: str | bytes) -> str | None:
+    """Return the fingerprint of what is made of `rows` with `parts`; None if they have none."""
+    own = getattr(rows, "fingerprint", None)
+    digest = own() if callable(own) else None
+    return None if digest is None else fingerprint(str(digest), *parts)
+
+
 class DataContent:
     """The content of a loader's dataset, as a state of a checkpoint; another one is refused.
 
-    A dataset's own `fingerprint()` is taken, else `rows_digest` of its rows. A loader without a
-    `dataset`, a dataset whose rows are random, and a checkpoint of an earlier version say nothing.
+    A dataset's own `fingerprint()` is taken; where there is none, or it is None, `rows_digest` of
+    its rows. A loader without a `dataset`, a dataset whose rows are random, and a checkpoint of an
+    earlier version say nothing.
     """
 
     def __init__(self, dataloader: Any) -> None:
@@ -142,8 +152,11 @@ class DataContent:
         saved = state_dict.get("content") or {}
         if not saved:
             return
-        self._known = here = self._measure(saved.get("rows"))
-        if saved.get("digest") and here.get("digest") and saved["digest"] != here["digest"]:
+        rows = saved.get("rows")
+        here = self._measured_rows(rows) if rows else self._measure(None)
+        alike = ("rows" in saved) == ("rows" in here)  # an earlier version may have read other rows
+        self._known = here if alike else None
+        if alike and here.get("digest") and saved.get("digest") != here["digest"]:
             raise ValueError(
                 "the training data have another content than when the checkpoint was saved, though "
                 "the number of rows is the same: give it the data that it began with; "
@@ -153,7 +166,10 @@ class DataContent:
 
     def _measure(self, rows: int | None) -> dict[str, Any]:
         own = getattr(self._dataset, "fingerprint", None)
-        if callable(own):
-            return {"digest": str(own())}
+        if callable(own) and (digest := own()) is not None:
+            return {"digest": str(digest)}
+        return self._measured_rows(rows)
+
+    def _measured_rows(self, rows: int | None) -> dict[str, Any]:
         found = None if self._dataset is None else rows_digest(self._dataset, rows)
         return {} if found is None else {"rows": found[0], "digest": found[1]}

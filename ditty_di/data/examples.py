@@ -15,7 +15,7 @@ import numpy as np
 
 from ditty_di.data.audit import Findings
 from ditty_di.data.cache import build_once, cache_folder, counted, fingerprint
-from ditty_di.data.content import array_digest
+from ditty_di.data.content import array_digest, fingerprint_with
 from ditty_di.data.encoding import Encoded, Encoder
 from ditty_di.data.sources import Records
 
@@ -217,6 +217,11 @@ class Seq2SeqExamples:
             )
         labels = np.where(learnt, ids, self.examples.ignore_index)[inputs:]
         return {"input": torch.from_numpy(ids[:inputs].copy())}, torch.from_numpy(labels)
+
+    def fingerprint(self) -> str | None:
+        """Of the examples, and where their outputs begin."""
+        inputs = np.ascontiguousarray(self.examples._inputs)
+        return fingerprint_with(self.examples, inputs.tobytes())
 
 
 def label_tokens(examples: Examples) -> np.ndarray:

@@ -5,23 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
-import random
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from ditty_di import parent_death, stop_signals
 from ditty_di.data.order import Order
+from ditty_di.data.row_seeds import FILLING, SeededRows, draws, preserved_generators, preserving
 from ditty_di.protocols import early_checks
 
 if TYPE_CHECKING:
     from ditty_di.protocols import Batch
 
-_FILLING = -1
 _STOP_SIGNALS = stop_signals.SIGNALS
 
 
@@ -66,8 +63,12 @@ class Loader:
     a true attribute `fills` takes None for each row that fills up, and so may give labels of any
     shape. `order` makes the order of rows: None is `Order`; a partial of `LengthGrouped` is
     another.
-    Workers ignore SIGTERM and SIGINT, which are the trainer's to answer. Their Python, NumPy and
-    torch generators are seeded from (seed, rank, worker, position); this process' are not touched.
+    Workers ignore SIGTERM and SIGINT, which are the trainer's to answer.
+    What a row draws from Python's, NumPy's and torch's global CPU generators follows from the seed
+    and its place in the stream, on any layout and with any number of workers; what `collate_fn`
+    draws, from the place of the micro-batch's first row (`SeededRows`). The generators of this
+    process are not touched. A generator of the dataset's own is not known, and starts anew with a
+    resume.
 
     `state_dict()` counts the rows, over all ranks, of the micro-batches that were yielded: a
     loader with another `batch_size`, `dp_world_size` or `num_workers` takes it and goes on with
@@ -129,6 +130,7 @@ class Loader:
             )
         self._drop_last = drop_last
         self._spread = False  # the last micro-batch is spread over the ranks, not filled up
+        self._draws: bool | None = None  # whether rows take random numbers; None is not known yet
         self._start = self._consumed = 0  # of the newest iterator; both are places in the stream
         self._resuming = False
 
@@ -183,42 +185,48 @@ class Loader:
 
     def _rows_at(self, place: int) -> list[int]:
         """This rank's rows of the global micro-batch at `place`: fewer at the very end."""
+        return self._order.between(*self._span(place))
+
+    def _span(self, place: int) -> tuple[int, int]:
+        """First and last + 1 of the places of those rows."""
         if self._spread and self._end is not None and place + self._step > self._end:
             left = self._end - place
             # Rounded up, so that the first ranks have the most: rank 0's state is what is saved.
             first, last = (place - -left * (self.dp_rank + n) // self.dp_world_size for n in (0, 1))
-            return self._order.between(first, last)
+            return first, last
         first = place + self.dp_rank * self.batch_size
         last = first + self.batch_size
-        return self._order.between(first, last if self._end is None else min(last, self._end))
+        return first, last if self._end is None else min(last, self._end)
 
-    def _indices(self, start: int) -> Iterator[list[int]]:
+    def _indices(self, start: int) -> Iterator[list[tuple[int, int]]]:
+        """This rank's micro-batches as (place, row), those that fill up included."""
         for place in self._places(start):
-            rows = self._rows_at(place)
+            first, rows = self._span(place)[0], self._rows_at(place)
             if not self._spread:
-                rows += [_FILLING if self._fills else 0] * (self.batch_size - len(rows))
+                rows += [FILLING if self._fills else 0] * (self.batch_size - len(rows))
             if rows:
-                yield rows
+                yield list(enumerate(rows, first))
 
     def _batches(self, start: int) -> Iterator[Batch]:
         import torch
         from torch.utils.data import DataLoader
 
         self._spread = self._must_spread(start)
+        seeded = self.num_workers > 0 or self._rows_draw()
         loader: DataLoader[Any] = DataLoader(
-            _Filled(self.dataset) if self._fills else self.dataset,  # type: ignore[arg-type]  # no
+            SeededRows(self.dataset, self.seed if seeded else None),  # type: ignore[arg-type]
             batch_sampler=self._indices(start),  # type: ignore[arg-type]  # no length: may not end
             num_workers=self.num_workers,
             collate_fn=self.collate_fn,
             pin_memory=self.pin_memory,
             # Its own: from the global generator, resuming would shift dropout.
             generator=torch.Generator(),
-            worker_init_fn=partial(
-                _start_worker, self.seed, self.dp_rank, start, parent_death.in_main_thread()
-            ),
+            worker_init_fn=partial(_start_worker, parent_death.in_main_thread()),
         )
         with _stop_signals_blocked():
-            batches = iter(loader)
+            batches: Iterator[Any] = iter(loader)
+        if seeded and not self.num_workers:
+            batches = preserving(batches)
         filled = not (self._fills or self._spread)
         for batch, place in zip(batches, self._places(start), strict=not self._spread):
             inputs, labels = _pair(batch)
@@ -238,13 +246,11 @@ class Loader:
         import torch
         from torch.utils.data import default_collate
 
-        from ditty_di.metrics.validation import preserved_rng
-
         if self._end is None or self._drop_last or self._fills:
             return False
         if (self._end - start) % self._step == 0 or start >= self._end:
             return False
-        with preserved_rng(torch.device("cpu")):
+        with preserved_generators():
             row = self.dataset[self._order.between(start, start + 1)[0]]
             _, labels = _pair((self.collate_fn or default_collate)([row]))
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -253,18 +259,12 @@ class Loader:
             return True
         return labels.ndim == 0 or len(labels) != 1
 
+    def _rows_draw(self) -> bool:
+        from torch.utils.data import default_collate
 
-class _Filled:
-    """A dataset with None as the row that fills up."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        return None if index == _FILLING else self._dataset[index]
+        if self._draws is None:
+            self._draws = draws(self.dataset, self.collate_fn or default_collate)
+        return self._draws
 
 
 def _validate_horizon(*, steps: Any = ..., epochs: Any = ..., global_batch_size: Any = ...) -> None:
@@ -362,16 +362,10 @@ def _stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(seed: int, dp_rank: int, start: int, of_main: bool, worker: int) -> None:
-    import torch
-
+def _start_worker(of_main: bool, worker: int) -> None:
     if of_main:  # a thread that ends before the process would take the worker along
         parent_death.die_with_parent_thread()
 
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    sequence = np.random.SeedSequence([seed, dp_rank, worker, start])
-    random.seed(int(sequence.generate_state(1, np.uint64)[0]))
-    torch.manual_seed(int(sequence.generate_state(2, np.uint64)[1]))
-    np.random.seed(sequence.generate_state(8, np.uint32))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ditty_di.data.content import fingerprint_with
 from ditty_di.data.order import permutation
 
 if TYPE_CHECKING:
@@ -135,6 +136,12 @@ class Packed:
             at = end
         positions[at:] = torch.arange(self.seq_len - at)
         return {"input": ids, "position_ids": positions}, labels
+
+    def fingerprint(self) -> str | None:
+        """Of the examples and which of them share a row; None if the examples have none."""
+        layout = (self._bounds, self._members)
+        options = f"{self.seq_len} {self.pad_id} {self.ignore_index}"
+        return fingerprint_with(self.examples, options, *(a.tobytes() for a in layout))
 
     def members(self, index: int) -> list[int]:
         """The examples of a row, in their order within it."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
+from ditty_di.data.content import fingerprint_with
 from ditty_di.data.loader import Dataset
 from ditty_di.data.order import permutation
 from ditty_di.protocols import early_checks
@@ -30,6 +33,10 @@ class Rows:
 
     def __getitem__(self, index: int) -> Any:
         return self.rows[int(self.indices[index])]
+
+    def fingerprint(self) -> str | None:
+        """Of the data set and the choice of its rows; None if the data set has none."""
+        return fingerprint_with(self.rows, np.asarray(self.indices, np.int64).tobytes())
 
 
 def _validate(*, validation_fraction: float | None = None, seed: int | None = None) -> None:

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from ditty_di.data import Encoder, Examples, Packed, Seq2SeqExamples, in_memory
 from ditty_di.data.content import DataContent, array_digest, rows_digest
+from ditty_di.data.rows import Rows as Chosen
+from tests.data.words import word_tokenizer
 
 
 class Rows:
@@ -72,3 +75,40 @@ def test_the_digest_of_an_array_is_of_its_blocks_when_it_is_large():
     assert digest == array_digest(array.copy(), block=1000, blocks=4)
     array[-1] += 1
     assert digest != array_digest(array, block=1000, blocks=4)
+
+
+def tokenized(folder, words):
+    records = [{"input": "a b", "output": word} for word in words]
+    return Examples(in_memory(records), Encoder(word_tokenizer()), cache_dir=folder)
+
+
+WRAPPERS = [
+    lambda examples: Packed(examples, 16),
+    Seq2SeqExamples,
+    lambda examples: Chosen(examples, range(0, len(examples), 3)),
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_one_changed_example_is_noticed_through_what_is_made_of_the_examples(tmp_path, wrap):
+    words = ["c"] * 300
+    saved = DataContent(Loads(wrap(tokenized(tmp_path, words)))).state_dict()
+    assert "rows" not in saved["content"], "all of the tokens are known, not a sample of rows"
+    DataContent(Loads(wrap(tokenized(tmp_path, words)))).load_state_dict(saved)
+    words[150] = "d"
+    with pytest.raises(ValueError, match="another content"):
+        DataContent(Loads(wrap(tokenized(tmp_path, words)))).load_state_dict(saved)
+
+
+def test_rows_without_a_fingerprint_below_are_read(tmp_path):
+    chosen = DataContent(Loads(Chosen(Rows(APPLES), range(7)))).state_dict()["content"]
+    assert chosen["rows"] == 7 and chosen["digest"]
+
+
+def test_a_checkpoint_with_a_sample_of_rows_is_compared_with_rows(tmp_path):
+    examples = tokenized(tmp_path, ["c", "d", "e"])
+    rows, digest = rows_digest(examples)
+    content = DataContent(Loads(examples))
+    content.load_state_dict({"content": {"rows": rows, "digest": digest}})
+    with pytest.raises(ValueError, match="another content"):
+        content.load_state_dict({"content": {"rows": rows, "digest": digest[::-1]}})

@@ -366,7 +366,7 @@ def draws(**arguments):
     return [tuple(inputs["input"].flatten().tolist()) for inputs, _ in loader]
 
 
-def test_workers_have_their_own_reproducible_seeds():
+def test_rows_draw_reproducible_numbers_of_their_own():
     base = draws()
     assert base == draws()
     ranks = [draws(dp_rank=rank, dp_world_size=65) for rank in (0, 64)]
@@ -376,14 +376,51 @@ def test_workers_have_their_own_reproducible_seeds():
     next(iter(far))
     seen = [*base, *draws(seed=1), ranks[1][0]]
     for generator in zip(*seen, strict=True):
-        assert len(set(generator)) == len(seen), "no two workers, ranks, seeds draw the same"
+        assert len(set(generator)) == len(seen), "no two places, ranks, seeds draw the same"
 
 
-def test_a_resumed_worker_does_not_repeat_its_draws():
-    loader = Loader(WorkerFacts(8), 1, epochs=1, num_workers=2)
-    loader.load_state_dict({**loader.state_dict(), "consumed": 4})
-    resumed = [tuple(inputs["input"].flatten().tolist()) for inputs, _ in loader]
-    assert not set(resumed) & set(draws())
+def drawn(loader):
+    """What the rows of each micro-batch drew, by their place in the stream."""
+    return [row for inputs, _ in loader for row in inputs["input"].tolist()]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_resume_draws_the_same_numbers_with_any_workers_and_batches(workers, batch_size):
+    whole = drawn(Loader(WorkerFacts(8), 4, epochs=2))
+    assert len({tuple(row) for row in whole}) == 16, "every row of every epoch draws its own"
+    before = rng_states()
+    loader = Loader(WorkerFacts(8), batch_size, epochs=2, num_workers=workers)
+    loader.load_state_dict({**loader.state_dict(), "consumed": 6})
+    assert drawn(loader)[:10] == whole[6:]
+    assert rng_states() == before
+
+
+class Whole(WorkerFacts):
+    """Rows that are read a micro-batch at a time."""
+
+    def __getitems__(self, indices):
+        assert len(indices) == 2
+        return [self[index] for index in indices]
+
+
+def mask_some(rows):
+    values, labels = zip(*rows, strict=True)
+    mask = torch.rand(len(rows), 3) * np.random.random() + random.random()
+    inputs = torch.stack([value["input"] for value in values]) + mask
+    return {"input": inputs}, torch.stack(labels)
+
+
+@pytest.mark.parametrize("dataset", [Rows(8), Whole(8)])
+def test_a_resume_draws_the_same_numbers_in_collations_and_rows_read_together(dataset):
+    def numbers(workers, consumed=0):
+        loader = Loader(dataset, 2, epochs=2, num_workers=workers, collate_fn=mask_some)
+        loader.load_state_dict({**loader.state_dict(), "consumed": consumed})
+        return drawn(loader)
+
+    whole = numbers(0)
+    assert numbers(1) == whole and numbers(0, 6) == numbers(2, 6) == whole[6:]
+    assert len(set(map(tuple, whole))) == 16
 
 
 signal_newborn = False

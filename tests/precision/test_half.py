@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import torch
 
 from tests.checkpoint.ranks import run
 from tests.precision import cases
@@ -83,3 +86,18 @@ def test_the_loss_scale_goes_on_where_it_was(tmp_path):
     for rank in run(cases.resumed, 2, str(tmp_path), "fp16", timeout=300):
         assert rank["second"] == rank["first"]
         assert rank["first"]["scaler"]["scale"] != 2.0**8
+
+
+def test_adapters_that_a_learning_rate_has_killed_are_told_of(runtime, caplog):
+    optimizer = partial(torch.optim.AdamW, lr=1e9)
+    model = cases.llama("bfloat16", adapter=cases.lora)
+    trainer, _ = cases.training(cases.BF16, 16, model=model, optimizer=optimizer)
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        assert "is not finite" in str(error)
+    else:
+        assert "the gradient norm has been exactly 0 for 10 steps" in caplog.text
+        assert "learning rate" in caplog.text
+    finally:
+        trainer.close()

@@ -1,0 +1,112 @@
+"""A run that goes on: what a start that fails leaves behind, changed data, more steps than before;
+each command in a process forked from one that has imported torch."""
+
+import json
+import multiprocessing
+import os
+import shutil
+
+import pytest
+
+MINE = """
+import json
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, width), torch.nn.Linear(width, 1))
+
+    def forward(self, x):
+        return self.layers(x)
+
+def rows():
+    return [(torch.tensor(x), torch.tensor(y)) for x, y in json.load(open("rows.json"))]
+"""
+ROWS = [[[i / 64, 1 - i / 64], [i / 32]] for i in range(64)]
+ONE = ["model._target_=mine.Net", "data.train._target_=mine.rows", "+model.width=8"]
+OPTIONS = [
+    "steps=4",
+    "global_batch_size=8",
+    "data.loader.batch_size=8",
+    "checkpointer.every=2",
+    "export=none",
+]
+OPTIONS += ["lr_scheduler=linear", "validator=none"]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["ditty_di.launchers.warm_imports"])
+
+
+def _command(folder, arguments):
+    os.chdir(folder)
+    with open("said.txt", "wb") as said:
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
+    from ditty_di.__main__ import main
+    from ditty_di.worker import leave
+
+    leave(main(arguments))
+
+
+def ditty_di(folder, *arguments):
+    """(exit code, standard output and error) of a command in a folder."""
+    process = _context.Process(target=_command, args=(folder, arguments))
+    process.start()
+    process.join(300)
+    return process.exitcode, (folder / "said.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A folder with a run of four steps."""
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "mine.py").write_text(MINE)
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    code, said = ditty_di(folder, "+experiment=module", *ONE, *OPTIONS, "run=r")
+    assert code == 0, said
+    return folder
+
+
+@pytest.fixture
+def folder(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "work")
+
+
+def files(run):
+    """The content of every file of a run, without what is said about the last start."""
+    return {
+        str(file.relative_to(run)): file.read_bytes()
+        for file in run.rglob("*")
+        if file.is_file()
+        and file.parent.name != "logs"
+        and file.name not in (".lock", "result.json")
+    }
+
+
+def test_a_resume_that_cannot_load_leaves_no_trace_and_more_steps_go_on(folder):
+    before = files(folder / "r")
+    code, said = ditty_di(
+        folder, "run=r", "model.width=16", "resume.allow=[model.width]", "steps=6"
+    )
+    assert code != 0 and "shape" in said, said
+    assert files(folder / "r") == before
+    code, said = ditty_di(folder, "run=r", "steps=6")
+    assert code == 0, said
+    assert "the run had steps=4 before; its learning rate goes on at" in said
+    assert json.loads((folder / "r/result.json").read_text())["step"] == 6
+
+
+def test_data_changed_in_place_are_refused_until_told_otherwise(folder):
+    (folder / "rows.json").write_text(json.dumps([*ROWS[:40], [[0.5, 0.5], [9.0]], *ROWS[41:]]))
+    before = files(folder / "r")
+    code, said = ditty_di(folder, "run=r", "steps=6")
+    assert code != 0 and "another content" in said and "load.content=false" in said, said
+    assert files(folder / "r") == before
+    code, said = ditty_di(folder, "run=r", "steps=6", "load.content=false")
+    assert code == 0, said
+
+
+def test_fewer_steps_are_another_run(folder):
+    code, said = ditty_di(folder, "run=r", "steps=3")
+    assert code == 2 and "steps: 4 -> 3" in said and "resume.allow=[steps]" in said, said
