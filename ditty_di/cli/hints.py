@@ -78,7 +78,7 @@ def _is_parameter(command: Command, key: str) -> bool:
         with initialize_config_dir(str(searchpath.conf_dir()), version_base="1.3"):
             config = compose(command.config_name, without(command.overrides, key))
         target = OmegaConf.select(config, f"{above}._target_") if above else None
-        return bool(target) and name in inspect.signature(locate(target)).parameters
+        return target is not None and name in inspect.signature(locate(str(target))).parameters
     except Exception:  # something else is wrong too: then there is no hint
         return False
 

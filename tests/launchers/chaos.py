@@ -223,7 +223,7 @@ def strike(chaos: Chaos, kill: tuple[str, signal.Signals, int, tuple[int, ...]],
 
 
 def state(checkpoint: Path) -> dict[str, Any]:
-    """Everything that a checkpoint holds, but the digest of as many rows as a second sufficed for."""
+    """Everything in a checkpoint but the digest of as many rows as a second sufficed for."""
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
