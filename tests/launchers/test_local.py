@@ -22,10 +22,15 @@ def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
 
 
+def told(err: str) -> str:
+    """Standard error without the line that says what a start is doing."""
+    return "".join(line for line in err.splitlines(True) if not line.startswith("importing what "))
+
+
 def test_two_ranks_share_a_directory_and_rank_0_has_the_console(folder: Folder) -> None:
     out, err = folder(TWO, "task=finish", "run=mine")
     assert out.count("rank 0 says 1.0") == 1 and "rank 1" not in out
-    assert err == ""
+    assert told(err) == ""
     logs = folder.path / "mine/logs"
     assert "rank 0 says 1.0" in (logs / "rank-0.log").read_text()
     assert "rank 1 says 1.0" in (logs / "rank-1.log").read_text()
@@ -37,7 +42,7 @@ def test_a_rank_that_raises_ends_the_others_in_their_collective(folder: Folder) 
     _, err = folder(folder.task("collective", fails_on=1), TWO, "run=mine", code=1)
     assert time.monotonic() - began < 60
     assert "this rank cannot go on" in err and err.count("failed") == 1
-    assert "Traceback" not in err and "torch" not in err
+    assert "Traceback" not in err and "torch" not in told(err)
     said = result(folder.path / "mine")
     assert (said["status"], said["rank"]) == ("failed", 1)
 
@@ -73,7 +78,7 @@ def test_a_second_ctrl_c_kills_every_rank_and_says_what_is_left(folder: Folder) 
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    first, last = err.splitlines()[:2]
+    first, last = told(err).splitlines()[:2]
     assert first.endswith("and saving; press Ctrl-C again to quit without saving")
     assert last == "interrupted: quit without saving; the run goes on from step 20"
     assert all(gone(int((mine / f"ready-{rank}").read_text())) for rank in (0, 1))
@@ -109,7 +114,7 @@ def test_a_signal_before_the_training_loop_ends_a_single_rank(folder: Folder) ->
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err.startswith("interrupted: ") and "Traceback" not in err
+    assert told(err).startswith("interrupted: ") and "Traceback" not in err
     assert result(folder.path / "mine")["status"] == "interrupted"
 
 
