@@ -71,7 +71,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     weights: WeightsFn | None = None,
     *,
-    prompt: str | float | None = None,
+    prompt: str | None = None,
     prompts: str | None = None,
     output: str | None = None,
     encoder: Encoder | None = None,

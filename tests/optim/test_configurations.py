@@ -231,7 +231,7 @@ def test_every_schedule_has_a_file() -> None:
         if callable(value) and getattr(value, "__annotations__", {}).get("return") == "Schedule"
         and not name.startswith("_")
     }  # fmt: skip
-    assert ours | {"torch_cosine", "none"} == SCHEDULERS.keys()
+    assert ours | {"torch_cosine"} == SCHEDULERS.keys()
 
 
 def test_phases_follow_the_run() -> None:
