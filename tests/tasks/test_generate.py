@@ -231,7 +231,7 @@ def test_conversations_end_where_the_model_is_to_answer(model, tokenizer, tmp_pa
     assert first["text"] == second["text"] and first["messages"] == turns
     with pytest.raises(ValueError, match="no turn that the assistant could answer"):
         Prompts(chat).ids(asking[2])
-    with pytest.raises(ValueError, match="no list of objects"):
+    with pytest.raises(ValueError, match="not a list of objects"):
         Prompts(chat).ids({"messages": "hi"})
 
 
