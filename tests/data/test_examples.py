@@ -70,7 +70,8 @@ def test_examples_without_a_token_to_learn_are_dropped_and_counted(tmp_path, cap
         assert len(dataset) == 2
         examples(tmp_path, max_tokens=5)
     told = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
-    (line, again) = told
+    (work, line, again) = told
+    assert work == "tokenizing records ...", "once: the second time they come from the cache"
     assert "2 examples of 3 records: 7 tokens, the longest 5" in line
     assert "0 cut to fit, 1 dropped without a token to learn" in line
     assert line == again, "also when it comes from the cache"
