@@ -33,6 +33,8 @@ def test_every_snippet_runs(tmp_path):
         "OMP_NUM_THREADS": "1",
         "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": "1",
+        # inductor links a kernel wrongly now and then, and keeps it for all who share its cache
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"),
     }
     done = subprocess.run(
         [sys.executable, "program.py"],

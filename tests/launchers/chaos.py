@@ -218,7 +218,8 @@ def strike(chaos: Chaos, kill: tuple[str, signal.Signals, int, tuple[int, ...]],
     row["exit"] = code = process.wait(timeout=240)
     row["ok"] = not left and (not victims or when == "start" or code in (*codes, 0))
     for pid in left:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(pid, signal.SIGKILL)
     return row
 
 
