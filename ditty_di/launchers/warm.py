@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import time
@@ -115,8 +116,5 @@ def _job(arguments: list[str], env: dict[str, str]) -> None:
         sys.exit(1)  # the sweep ended meanwhile
     os.environ.update(env)
     os.environ.setdefault(QUIET, "1")
-    from ditty_di.__main__ import main
-    from ditty_di.worker import leave, own_process
-
-    own_process()
-    leave(main(arguments))
+    sys.argv = ["ditty_di", *arguments]
+    runpy.run_module("ditty_di", run_name="__main__", alter_sys=True)
