@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from torch import nn
@@ -14,6 +17,8 @@ from ditty_di.optim import trial
 
 if TYPE_CHECKING:
     from ditty_di.runtime import Runtime
+
+P = ParamSpec("P")
 
 #: When the contracts of a pipeline are verified, beside the static look at them.
 CONTRACTS = ("static", "runtime", "every_batch")
@@ -105,3 +110,21 @@ def require_finite_parameters(step: int, modules: Iterable[Any], runtime: Runtim
             f"step {step}: {len(bad)} parameters are not finite ({which}), so it is not "
             f"saved; a lower learning rate may help"
         )
+
+
+def known_arguments(init: Callable[P, None]) -> Callable[P, None]:
+    """Let a constructor name the parameter that a misspelt one may mean, as `task=check` does.
+
+    The signature stays that of `init`. The constructor raises TypeError for unknown arguments.
+    """
+    known = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        for name in kwargs.keys() - known.keys():
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{init.__qualname__}: {name!r} is not a parameter of it{hint}")
+        init(*args, **kwargs)
+
+    return checked

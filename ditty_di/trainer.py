@@ -78,6 +78,7 @@ class Trainer(Stepping):
     validate = staticmethod(checks.validate)
     rehearse = staticmethod(rehearse)
 
+    @checks.known_arguments
     def __init__(
         self,
         *,

@@ -633,3 +633,9 @@ def test_garbage_collection_is_given_back(runtime):
     assert gc.isenabled()
     small(runtime).train()
     assert gc.isenabled()
+
+
+def test_a_misspelt_argument_names_the_one_that_is_meant():
+    with pytest.raises(TypeError, match=r"'stepz' is not a parameter of it; did you mean 'steps'"):
+        Trainer(model=nn.Linear(2, 2), stepz=3)
+    assert "steps" in inspect.signature(Trainer).parameters, "as task=check reads it"
