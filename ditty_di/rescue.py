@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Ranks that fail together come here together. For one that fails alone the others do not come,
-#: since they are in a collective, so the wait is short.
-_AGREEMENT_SECONDS = 20.0
+#: since they are in a collective, so the wait is short: a run one of whose processes is killed has
+#: to end within five seconds.
+_AGREEMENT_SECONDS = 3.0
+_EXCHANGE_SECONDS = 20.0
 #: 624 words and the position among them, each of 32 bits.
 _MT19937_BYTES = 4 * 625
 
@@ -191,7 +193,7 @@ class Agreement:
         self._group = None
         if self.ranks > 1:
             self._group = dist.new_group(
-                backend="gloo", timeout=timedelta(seconds=_AGREEMENT_SECONDS)
+                backend="gloo", timeout=timedelta(seconds=_EXCHANGE_SECONDS)
             )
 
     def gather(self, message: Any) -> list[Any] | None:
