@@ -190,9 +190,9 @@ class Agreement:
 
     def __init__(self) -> None:
         self.ranks = dist.get_world_size()
-        self._group = None
+        self.group = None
         if self.ranks > 1:
-            self._group = dist.new_group(
+            self.group = dist.new_group(
                 backend="gloo", timeout=timedelta(seconds=_EXCHANGE_SECONDS)
             )
 
@@ -201,17 +201,17 @@ class Agreement:
         if self.ranks == 1:
             return [message]
         try:
-            dist.monitored_barrier(self._group, timedelta(seconds=_AGREEMENT_SECONDS))
+            dist.monitored_barrier(self.group, timedelta(seconds=_AGREEMENT_SECONDS))
             messages: list[Any] = [None] * self.ranks
-            dist.all_gather_object(messages, message, group=self._group)
+            dist.all_gather_object(messages, message, group=self.group)
         except Exception:
             return None
         return messages
 
     def close(self) -> None:
-        if self._group is not None and dist.is_initialized():
-            dist.destroy_process_group(self._group)
-        self._group = None
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+        self.group = None
 
 
 class Progress(Protocol):

@@ -397,11 +397,15 @@ class Trainer(Stepping):
             self.windows.fail(error)
 
     def _save_at_failure(self) -> None:
-        self._save(force=True, tell=False)
         if self.checkpointer:
+            use_group = getattr(self.checkpointer, "use_group", None)
+            if use_group and self.rescue.agreement.group is not None:
+                use_group(self.rescue.agreement.group)
+            if self.checkpointer.save(self.step, force=True):
+                self.saved_step = self.step
             self.checkpointer.close()
 
-    def _save(self, *, force: bool = False, tell: bool = True) -> None:
+    def _save(self, *, force: bool = False) -> None:
         if self.checkpointer:
             with self.metrics_processor.pause():
                 due = force or not self.step % (getattr(self.checkpointer, "every", None) or 1)
@@ -410,8 +414,7 @@ class Trainer(Stepping):
                     checks.require_finite_parameters(self.step, modules, self.runtime)
                 if self.checkpointer.save(self.step, force=force):
                     self.saved_step = self.step
-                    if tell:
-                        self._call("checkpoint_saved")
+                    self._call("checkpoint_saved")
 
     def _validate(self, *, last: bool) -> None:
         """Validates when it is due; a stop request that comes meanwhile ends both."""

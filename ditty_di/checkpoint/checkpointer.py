@@ -84,6 +84,7 @@ class Checkpointer:
         # Its own group: a background save must not meet the training's collectives. A large
         # checkpoint on a slow disk may take longer than a training step ever should.
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        self._own_group = self._group
         self._rank_key = f"rank-{self._rank}"
         self._writer: Thread | None = None
         self._failure: BaseException | None = None
@@ -153,9 +154,9 @@ class Checkpointer:
         try:
             self._wait()
         finally:
-            if self._group is not None and dist.is_initialized():
-                dist.destroy_process_group(self._group)  # local: waits for no other rank
-            self._group = None
+            if self._own_group is not None and dist.is_initialized():
+                dist.destroy_process_group(self._own_group)  # local: waits for no other rank
+            self._group = self._own_group = None
 
     def _entries(self) -> dict[str, Entries]:
         from ditty_di.checkpoint.entries import pack, staged, to_save
@@ -253,6 +254,13 @@ class Checkpointer:
             raise CheckpointError(f"in the background: {failure}") from failure
 
     # -- loading ------------------------------------------------------------------------------
+
+    def use_group(self, group: Any) -> None:
+        """Agree over another process group from here on.
+
+        An exception in the middle of a save leaves ranks in different collectives of the own one.
+        """
+        self._group = group
 
     def load(self) -> int | None:
         """Restores the newest whole checkpoint, the one that rank 0 finds.
