@@ -93,8 +93,8 @@ def require_space(checkpointer: Any) -> None:
         require()
 
 
-def require_finite_parameters(step: int, modules: Iterable[Any], runtime: Runtime) -> None:
-    """Raise FloatingPointError, on all ranks: parameters that no training can go on from."""
+def non_finite_parameters(modules: Iterable[Any]) -> str | None:
+    """Return which trained parameters of this rank are not finite; None when all are."""
     named = [
         (name, local(p.detach()))
         for part in modules
@@ -104,10 +104,16 @@ def require_finite_parameters(step: int, modules: Iterable[Any], runtime: Runtim
     ]
     finite = [p.isfinite().all() for _, p in named]
     bad = [] if not finite else torch.stack(finite).logical_not().nonzero().flatten().tolist()
-    if runtime.any(bool(bad)):
-        which = ", ".join(named[i][0] for i in bad[:3]) or "some on another rank"
+    which = ", ".join(named[i][0] for i in bad[:3])
+    return f"{len(bad)} parameters are not finite ({which})" if bad else None
+
+
+def require_finite_parameters(step: int, modules: Iterable[Any], runtime: Runtime) -> None:
+    """Raise FloatingPointError, on all ranks: parameters that no training can go on from."""
+    problem = non_finite_parameters(modules)
+    if runtime.any(problem is not None):
         raise FloatingPointError(
-            f"step {step}: {len(bad)} parameters are not finite ({which}), so it is not "
+            f"step {step}: {problem or 'parameters of another rank are not finite'}, so it is not "
             f"saved; a lower learning rate may help"
         )
 

@@ -192,9 +192,8 @@ class Agreement:
         self.ranks = dist.get_world_size()
         self.group = None
         if self.ranks > 1:
-            self.group = dist.new_group(
-                backend="gloo", timeout=timedelta(seconds=_EXCHANGE_SECONDS)
-            )
+            timeout = timedelta(seconds=_EXCHANGE_SECONDS)
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
 
     def gather(self, message: Any) -> list[Any] | None:
         """Every rank's message; None when a rank does not come, which then never can again."""
@@ -228,6 +227,9 @@ class Rescue:
         boundary: undoes the step that failed.
         progress: the trainer; restoring the boundary sets its step.
         save: saves the current step and waits until it is written; None without a checkpointer.
+            Ranks may agree only over the group that it is given: an exception in the middle of a
+            collective leaves every other group's ranks in different ones.
+        unfit: why this rank's values are not to be saved, or None.
         rank: rank 0 logs where the training goes on.
     """
 
@@ -236,10 +238,12 @@ class Rescue:
         boundary: StepBoundary,
         *,
         progress: Progress,
-        save: Callable[[], None] | None,
+        save: Callable[[Any], None] | None,
+        unfit: Callable[[], str | None],
         rank: int,
     ) -> None:
         self.boundary, self.progress, self.save, self.rank = boundary, progress, save, rank
+        self.unfit = unfit
         self.agreement = Agreement()
 
     def close(self) -> None:
@@ -254,7 +258,7 @@ class Rescue:
         progress = self.progress
         failed = progress.step
         error.training_step = failed  # type: ignore[attr-defined]
-        problem = self.boundary.restore()
+        problem = self.boundary.restore() or self.unfit()
         own = None if isinstance(error, RankFailedError) else f"{type(error).__name__}: {error}"
         said = self.agreement.gather((progress.step, problem, own))
         if said is None:
@@ -265,7 +269,7 @@ class Rescue:
                 problem = "the ranks failed in different steps"
         if problem is None and self.save and progress.step > progress.saved_step:
             try:
-                self.save()
+                self.save(self.agreement.group)
             except Exception as second:
                 problem = f"{type(second).__name__}: {second}"
         done = progress.step - self.boundary.in_step

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -199,10 +200,12 @@ class Trainer(Stepping):
             ],
             device=self.device,
         )
+        self.trained = (*self.model_parts, loss_fn)
         self.rescue = Rescue(
             self.boundary,
             progress=self,
             save=self._save_at_failure if checkpointer else None,
+            unfit=partial(checks.non_finite_parameters, self.trained),
             rank=runtime.rank,
         )
         self.saved_step = 0
@@ -396,22 +399,20 @@ class Trainer(Stepping):
                 log.error("%s, step %d: %s: %s", moment, self.step, type(error).__name__, error)
             self.windows.fail(error)
 
-    def _save_at_failure(self) -> None:
-        if self.checkpointer:
-            use_group = getattr(self.checkpointer, "use_group", None)
-            if use_group and self.rescue.agreement.group is not None:
-                use_group(self.rescue.agreement.group)
-            if self.checkpointer.save(self.step, force=True):
-                self.saved_step = self.step
-            self.checkpointer.close()
+    def _save_at_failure(self, group: Any) -> None:
+        checkpointer: Any = self.checkpointer
+        if group is not None and hasattr(checkpointer, "use_group"):
+            checkpointer.use_group(group)
+        if checkpointer.save(self.step, force=True):
+            self.saved_step = self.step
+        checkpointer.close()
 
     def _save(self, *, force: bool = False) -> None:
         if self.checkpointer:
             with self.metrics_processor.pause():
                 due = force or not self.step % (getattr(self.checkpointer, "every", None) or 1)
                 if due and self.step > self.saved_step:
-                    modules = (*self.model_parts, self.loss_fn)
-                    checks.require_finite_parameters(self.step, modules, self.runtime)
+                    checks.require_finite_parameters(self.step, self.trained, self.runtime)
                 if self.checkpointer.save(self.step, force=force):
                     self.saved_step = self.step
                     self._call("checkpoint_saved")

@@ -79,7 +79,7 @@ def _is_parameter(command: Command, key: str) -> bool:
             config = compose(command.config_name, without(command.overrides, key))
         target = OmegaConf.select(config, f"{above}._target_") if above else None
         return target is not None and name in inspect.signature(locate(str(target))).parameters
-    except Exception:  # something else is wrong too: then there is no hint
+    except Exception:  # something else is wrong too, and told by itself
         return False
 
 
@@ -94,7 +94,7 @@ def _keys(command: Command, wrong: str) -> list[str]:
         with initialize_config_dir(str(searchpath.conf_dir()), version_base="1.3"):
             config = compose(command.config_name, without(command.overrides, wrong))
         keys += _dotted(OmegaConf.to_container(config))
-    except Exception:  # something else is wrong too: then there is no hint
+    except Exception:  # something else is wrong too, and told by itself
         pass
     return keys
 
