@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ditty_di.data.cache import fingerprint
+from ditty_di.data.row_seeds import preserved_generators
 
 _SECONDS = 1.0
 _TWICE = 8
@@ -26,33 +27,27 @@ def rows_digest(dataset: Any, sampled: int | None = None) -> tuple[int, str] | N
     Args:
         sampled: how many rows to read; None reads as many as a second allows, up to all.
     """
-    python, numpy, torch_state = random.getstate(), np.random.get_state(), _torch().get_rng_state()
     try:
-        return _rows_digest(dataset, sampled)
+        with preserved_generators():
+            return _rows_digest(dataset, sampled)
     except Exception:  # not to be read here; training will say what is wrong with it
         return None
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        _torch().set_rng_state(torch_state)
 
 
 def _rows_digest(dataset: Any, sampled: int | None) -> tuple[int, str] | None:
     rows = len(dataset)
-    deadline = time.monotonic() + _SECONDS
-    if sampled is None:
-        # Spread first over the whole, then ever finer: any number of rows is a sample.
-        sampled = 0
-        while sampled < rows and time.monotonic() < deadline:
-            _row(dataset, _spread(sampled, rows))
-            sampled += 1
     digest = hashlib.sha256(str(rows).encode())
-    for n in range(min(sampled, rows)):
-        row = _row(dataset, index := _spread(n, rows))
-        if n < _TWICE and row != _row(dataset, index):
+    deadline, read = time.monotonic() + _SECONDS, 0
+    # Spread first over the whole, then ever finer: any number of rows is a sample.
+    while read < (rows if sampled is None else min(sampled, rows)):
+        if sampled is None and time.monotonic() > deadline:
+            break
+        row = _row(dataset, index := _spread(read, rows))
+        if read < _TWICE and row != _row(dataset, index):
             return None
         digest.update(row)
-    return sampled, digest.hexdigest()
+        read += 1
+    return read, digest.hexdigest()
 
 
 def _spread(n: int, rows: int) -> int:

@@ -100,14 +100,11 @@ class PlainLoss(nn.Module):
                 shown = f"a tensor of shape {list(value.shape)}"
                 hint = hint or "; take its mean()"
             raise ValueError(NO_SCALAR.format(name=self.name, found=shown, hint=hint))
-        value = value.reshape(())
-        if self._sums:
-            return value, {}
-        share = self._share(output, labels, global_count)
-        value = torch.where(
-            share == 0, 0.0 * value.nan_to_num(), value
-        )  # 0 / 0 where all is ignored
-        return value * share, {
+        value, share = value.reshape(()), self._share(output, labels, global_count)
+        if not self._sums:
+            # 0 / 0 where all is ignored
+            value = share * torch.where(share == 0, 0.0 * value.nan_to_num(), value)
+        return value, {
             key: torch.as_tensor(number, device=share.device).detach() * share
             for key, number in metrics.items()
         }
