@@ -213,15 +213,16 @@ class RunDirectory:
     def write_text(self, file: Path, text: str) -> None:
         _replace(file, text)
 
-    def write_result(self, result: dict[str, Any]) -> None:
-        """Write `result.json`; on the console what it would hold, where it cannot be written."""
+    def write_result(self, result: dict[str, Any], *, tell: bool = True) -> None:
+        """Write `result.json`; where it cannot be written, `tell` on the console what it would
+        hold."""
         text = json.dumps(_plain(result), indent=2)
         try:
             _replace(self.result, text + "\n")
         except OSError as error:
-            print(
-                f"{self.result} cannot be written ({error}); it would be\n{text}", file=sys.stderr
-            )
+            told = f"{self.result} cannot be written ({error}); it would be\n{text}"
+            if tell:
+                print(told, file=sys.stderr)
 
     def read_result(self) -> dict[str, Any] | None:
         return _read_json(self.result)

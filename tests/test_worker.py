@@ -177,3 +177,5 @@ def test_a_result_that_cannot_be_written_is_on_the_console(tmp_path, capsys):
     run.write_result({"status": "failed", "error": "no space"})
     said = capsys.readouterr().err
     assert "cannot be written" in said and '"error": "no space"' in said
+    run.write_result({"status": "failed", "error": "another"}, tell=False)
+    assert capsys.readouterr().err == ""

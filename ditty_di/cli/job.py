@@ -77,8 +77,9 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
         if result is None and code == 0:
             result = {"status": "finished"}  # it could not be written, and was said instead
         if result is None:
-            result = {"status": "failed", "error": f"no rank said why; exit code {code}"}
-            run.write_result(result)
+            error = f"all ranks exited without a result; exit code {code}"
+            result = {"status": "failed", "error": error}
+            run.write_result(result, tell=False)  # on a full disk a rank has told its own
         if code:
             run.unstage()
     except BaseException:
