@@ -49,16 +49,18 @@ class Console:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
         root = logging.getLogger()
-        self._logging = root.handlers, root.level
+        own = logging.getLogger("ditty_di")
+        self._logging = root.handlers, root.level, own.level
         root.handlers = [handler]  # Hydra's would print everything a second time
         root.setLevel(logging.WARNING)
-        logging.getLogger("ditty_di").setLevel(logging.INFO)
+        own.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *error: object) -> None:
         root = logging.getLogger()
-        root.handlers, level = self._logging
+        root.handlers, level, own = self._logging
         root.setLevel(level)
+        logging.getLogger("ditty_di").setLevel(own)
         sys.stdout, sys.stderr = self._before
         for tee in self._tees:
             tee.detach()

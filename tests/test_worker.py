@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ditty_di import worker
-from ditty_di.console import Tee
+from ditty_di.console import Console, Tee
 from ditty_di.failure import describe
 from ditty_di.rundir import RunDirectory
 from tests.toy import result
@@ -81,6 +81,15 @@ def test_a_progress_bar_is_one_line_in_the_log(tmp_path: Path) -> None:
         tee.detach()
         tee.write("after the end")  # by a library that kept the stream
     assert (tmp_path / "log").read_text() == "step 99\nnext\nlast\n"
+
+
+def test_a_console_leaves_loggers_as_they_were(tmp_path: Path) -> None:
+    """What tests and notebooks that go on in this process log must not change."""
+    ours, root = logging.getLogger("ditty_di"), logging.getLogger()
+    before = ours.level, root.level, list(root.handlers)
+    with Console(tmp_path / "log", show=False):
+        assert ours.level == logging.INFO
+    assert (ours.level, root.level, list(root.handlers)) == before
 
 
 def test_a_closed_console_does_not_end_a_run(tmp_path: Path) -> None:
