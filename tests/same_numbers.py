@@ -3,8 +3,8 @@
     launch/numbers before.json
     launch/numbers after.json --against before.json      # exit code 1 where anything differs
 
-Of each experiment, on one rank and on two: losses and gradient norms of 20 steps, validation losses,
-names, shapes and dtypes in the checkpoint, and the files of the export with their hashes.
+Of each experiment, on one rank and on two: losses and gradient norms of 20 steps, validation
+losses, names, shapes and dtypes in the checkpoint, and the files of the export with their hashes.
 """
 
 from __future__ import annotations
@@ -46,13 +46,12 @@ def record(experiment: str, ranks: int, steps: int, folder: Path) -> dict[str, A
     if done.returncode:
         return {"failed": done.stderr[-2000:]}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timings = ("seconds", "tokens_per_second", "step_ms")
     return {
         "training": [[r["step"], r["loss"], r["grad_norm"], r["lr"]] for r in rows if "loss" in r],
         "validation": [
             {k: v for k, v in r.items() if k == "step" or k.startswith("validation/")}
             for r in rows
-            if any(k.startswith("validation/") and k not in timings for k in r)
+            if any(k.startswith("validation/") for k in r)
         ],
         "checkpoint": _names_and_shapes(max((run / "checkpoints").iterdir())),
         "export": {
