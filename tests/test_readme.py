@@ -1,135 +1,175 @@
-"""What the README says can be run, run: small, in an empty folder."""
+"""Run what the READMEs show: every command, configuration and program, small, in an empty folder.
+
+Of each README.md of the project: `bash` lines that begin with `python -m ditty_di` run one by one;
+`yaml` blocks that begin with a `# conf/...` line are files of the working folder; `console` blocks
+are such a command behind `$` and what it prints, where `[...]` stands for anything; the `python`
+blocks are one program, from top to bottom.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-FEW = "trainer.callbacks.sample_text.max_new_tokens=2"
-#: Makes a training of seconds; goes behind what the README says, before its own values.
-SMALL = (
-    f"steps=3 data.seq_len=96 validator.max_batches=1 {FEW} model.{{layers}}=1 global_batch_size=16"
-)
+READMES = sorted(
+    path for path in [ROOT / "README.md", *(ROOT / "ditty_di").rglob("README.md")]
+)  # fmt: skip
+SAMPLE = "trainer.callbacks.sample_text.max_new_tokens=2"
+#: A pretraining of seconds. Put before what a README says, which then counts.
+SMALL = f"steps=3 data.seq_len=96 validator.max_batches=1 global_batch_size=16 {SAMPLE}"
+#: A fine-tuning, or any other experiment, of seconds. Put behind what a README says.
+SHORT = "steps=2 validator.max_batches=1"
+
+#: Experiments that log no generated text.
+NO_SAMPLES = ("seq2seq", "diffusion", "flow_matching", "classification", "two_heads", "module")
+#: What makes some of them cheaper.
+FEW = {"diffusion": " export.samples=10", "flow_matching": " export.samples=10"}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def run(command: list[str], folder: Path) -> str:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT).parent)
+
+
+def commands(path: Path) -> list[str]:
+    lines = "".join(blocks(path, "bash")).replace("\\\n", " ").splitlines()
+    texts = [re.split(r"\s#\s", line)[0].strip() for line in lines]
+    return [
+        text
+        for text in texts
+        if text.startswith("python -m ditty_di ") or text == "python -m ditty_di"
+    ]
+
+
+COMMANDS = [(path, command) for path in READMES for command in commands(path)]
+
+
+def run(arguments: list[str], folder: Path, **env: str) -> str:
+    everything = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+    done = warm.run(arguments, cwd=folder, env=everything)
+    assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 def ditty_di(arguments: str, folder: Path) -> str:
-    return run([sys.executable, "-m", "ditty_di", *shlex.split(arguments)], folder)
+    return run(["-m", "ditty_di", *shlex.split(arguments)], folder)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A working folder with the README's own experiments in conf/, and one run."""
+    """Return a working folder with the configurations, texts and examples that READMEs use."""
     folder = tmp_path_factory.mktemp("readme")
-    for text in blocks("yaml"):
-        file = folder / re.search(r"^# (conf/\S+)", text, re.MULTILINE)[1]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+    for path in READMES:
+        for text in blocks(path, "yaml"):
+            if named := re.search(r"^# (conf/\S+)$", text, re.MULTILINE):
+                file = folder / named[1]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text)
     (folder / "my_texts").mkdir()
     (folder / "my_texts" / "a.txt").write_text("one two three four five six seven\n" * 99)
     (folder / "my_texts" / "b.txt").write_text("seven six five four three two one\n" * 99)
-    small = SMALL.format(layers="config.num_hidden_layers")
-    assert "run=RUN task=generate" in ditty_di(f"+experiment=pretrain run=RUN {small}", folder)
+    (folder / "asked.jsonl").write_text('{"id": 1, "input": "def f(x):\\n    return x"}\n')
+    records = [{"input": f"{i} + 1 =", "output": f" {i + 1}"} for i in range(40)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return folder
 
 
-FINE_TUNING, ANY_MODEL, VERBS = (
-    [line.split("#")[0].strip() for line in block.splitlines()] for block in blocks("bash")
-)
-#: A fine-tuning of seconds.
-SHORT = "steps=2 validator.max_batches=1 global_batch_size=16 checkpointer.every=null"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("line", VERBS)
-def test_every_verb_runs(folder, line):
-    arguments = line.removeprefix("python -m ditty_di").strip()
-    if "task=" not in arguments and "run=" not in arguments:
-        titan = "titan" in arguments
-        layers = "n_layers" if titan else "config.num_hidden_layers"
-        arguments = f"{SMALL.format(layers=layers)} {arguments.replace('steps=100', '')}"
-    ditty_di(arguments, folder)
+@pytest.fixture(scope="module")
+def trained(folder):
+    ditty_di(f"+experiment=pretrain run=RUN {SMALL} model.config.num_hidden_layers=1", folder)
 
 
 @pytest.fixture(scope="module")
 def tuned(folder):
-    """One fine-tuned run, and what the README asks it."""
-    (folder / "asked.jsonl").write_text('{"id": 1, "input": "def f(x):\\n    return x"}\n')
-    ditty_di(f"+experiment=qlora run=TUNED {SHORT} {FEW}", folder)
-    return folder
+    ditty_di(f"+experiment=qlora run=TUNED {SHORT} {SAMPLE}", folder)
+    ditty_di("run=TUNED task=export export=merged export.path=merged", folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", FINE_TUNING)
-def test_every_way_of_fine_tuning_runs(tuned, line):
-    arguments = line.removeprefix("python -m ditty_di").strip()
-    if "experiment=" in arguments:
-        sample = "" if "seq2seq" in arguments else FEW
-        arguments = f"{arguments} {SHORT} {sample}"
-    if "folder=merged" in arguments and not (tuned / "merged").exists():
-        ditty_di("run=TUNED task=export export=merged export.path=merged", tuned)
-    ditty_di(arguments, tuned)
+@pytest.mark.parametrize("path, command", COMMANDS, ids=lambda value: str(value)[-70:])
+def test_every_command_runs(path, command, folder, request):
+    arguments = command.removeprefix("python -m ditty_di").strip()
+    needed = {"RUN": "trained", "TUNED": "tuned", "merged": "tuned"}
+    for name, fixture in needed.items():
+        if re.search(rf"\b{name}\b", arguments):
+            request.getfixturevalue(fixture)
+    if "--help" in arguments or "task=" in arguments:
+        pass
+    elif "experiment=" in arguments:
+        sampling = any(key in arguments for key in NO_SAMPLES)
+        arguments = f"{arguments} {SHORT} {'' if sampling else SAMPLE}"
+        arguments += "".join(few for name, few in FEW.items() if f"={name}" in arguments)
+    elif "run=" not in arguments:
+        arguments = f"{SMALL} model.config.num_hidden_layers=1 {arguments}"
+    said = ditty_di(arguments, folder)
     if "answers.jsonl" in arguments:
-        assert '"id": 1' in (tuned / "answers.jsonl").read_text()
+        assert '"id": 1' in (folder / "answers.jsonl").read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("line", ANY_MODEL)
-def test_every_other_model_runs(folder, line):
-    pytest.importorskip("sklearn")
-    arguments = line.removeprefix("python -m ditty_di").strip()
-    if "task=check" in arguments:
-        (pipeline,) = (text for text in blocks("text") if text.startswith("the pipeline of"))
-        assert pipeline in ditty_di(arguments, folder)
-        return
-    few = {
-        "diffusion": "export.samples=10",
-        "flow_matching": "export.samples=10",
-        "distillation": f"{FEW} validator.max_batches=1",
-    }.get(arguments.removeprefix("+experiment="), "")
-    said = ditty_di(f"{arguments} steps=2 run=other-{ANY_MODEL.index(line)} {few}", folder)
-    assert "finished, step 2" in said
+@pytest.mark.parametrize(
+    "shown", [text for path in READMES for text in blocks(path, "console")], ids=lambda v: v[:60]
+)
+def test_what_a_command_is_said_to_print_is_printed(shown, folder):
+    command, _, output = shown.partition("\n")
+    said = ditty_di(command.removeprefix("$ python -m ditty_di"), folder)
+    pattern = ".*".join(map(re.escape, output.rstrip().split("[...]")))
+    assert re.search(pattern, said, re.DOTALL), said
 
 
-def test_the_experiments_shown_are_sound(folder):
-    names = {path.stem for path in (folder / "conf" / "experiment").iterdir()}
-    assert names == {"small", "mine"}
+def test_the_configurations_shown_are_sound(folder):
+    names = sorted(path.stem for path in (folder / "conf" / "experiment").iterdir())
+    assert {"mine", "small"} <= set(names)
     for name in names:
         assert "ok:" in ditty_di(f"task=check +experiment={name}", folder)
 
 
-def test_the_python_shown_trains(folder):
-    program = blocks("python")[0]
-    assert float(run([sys.executable, "-c", program], folder)) < 0.6
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in READMES if blocks(p, "python")], ids=name_of)
+def test_every_program_runs(path, tmp_path):
+    texts = [{"text": f"def f{i}(x):\n    return x + {i}" if i % 4 else "short"} for i in range(40)]
+    (tmp_path / "my_texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    (tmp_path / "program.py").write_text("\n".join(blocks(path, "python")))
+    run(
+        ["program.py"],
+        tmp_path,
+        HF_DATASETS_CACHE=str(tmp_path / "cache"),
+        # inductor links a kernel wrongly now and then, and keeps it for all who share its cache
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"),
+    )
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)]+)\)", README))
-def test_what_is_linked_is_there(path):
-    assert (ROOT / path).exists()
+def linked(path: Path) -> list[str]:
+    text = path.read_text()
+    files = re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", text)
+    roots = "tests|examples|conf|ditty_di|launch"
+    return files + [
+        os.path.relpath(ROOT / name, path.parent)
+        for name in re.findall(rf"`((?:{roots})/[\w/.]+)`", text)
+    ]
 
 
-@pytest.mark.parametrize(
-    "path", re.findall(r"`((?:tests|examples|conf|ditty_di)/[\w/.]+)`", README)
-)
-def test_what_is_named_is_there(path):
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize("path", [*READMES, ROOT / ".github" / "CONTRIBUTING.md"], ids=name_of)
+def test_what_is_linked_or_named_exists(path):
+    missing = [name for name in linked(path) if not (path.parent / name).exists()]
+    assert not missing
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert len((ROOT / "ditty_di" / "README.md").read_text().splitlines()) <= 120
+
+
+def test_every_folder_of_the_package_has_a_readme():
+    packages = {path.parent for path in (ROOT / "ditty_di").rglob("*.py")}
+    assert sorted(str(p) for p in packages if not (p / "README.md").exists()) == []
