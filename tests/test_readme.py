@@ -112,7 +112,7 @@ def test_every_command_runs(path, command, folder, request):
         arguments += "".join(few for name, few in FEW.items() if f"={name}" in arguments)
     elif "run=" not in arguments:
         arguments = f"{SMALL} model.config.num_hidden_layers=1 {arguments}"
-    said = ditty_di(arguments, folder)
+    ditty_di(arguments, folder)
     if "answers.jsonl" in arguments:
         assert '"id": 1' in (folder / "answers.jsonl").read_text()
 
