@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ditty_di.runtime import Runtime
-    from ditty_di.trainer import Trainer
+    from ditty_di.training.trainer import Trainer
 
 __version__ = "0.1.0"
 __all__ = ["Runtime", "Trainer", "__version__"]
 
 # Imported on first use: the command line must answer without torch.
-_EXPORTS = {"Runtime": "ditty_di.runtime", "Trainer": "ditty_di.trainer"}
+_EXPORTS = {"Runtime": "ditty_di.runtime", "Trainer": "ditty_di.training.trainer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,12 @@
-"""What each slot of the trainer must be callable with, and nothing else.
+"""The signatures of the trainer's slots.
 
 A *factory* slot receives a partial (YAML: `_partial_: true`; Python: `functools.partial` or any
 function) that the trainer completes with exactly the arguments written here: positional where the
 protocol says positional (`/`), by keyword where it says keyword (`*`). `Graph.check` reads these
 signatures too, so a typo inside a partial is found before anything is built.
 
-Any target may find its own mistakes early, before anything is built, by two static methods (of a
-class) or attributes (of a function: see `early_checks`):
+Any target may find its own mistakes before anything is built, by two static methods (of a class) or
+attributes (of a function: see `early_checks`):
 
 `validate(*, steps=None, config=None)`: keyword-only parameters named like those of the constructor,
 each with a default that means "not known" (or not given). `Graph.check`, and so `task=check` and
@@ -19,7 +19,7 @@ function, so that plain Python gets the same message. A class that has a method 
 names it `validate_arguments`.
 
 `rehearse(build) -> list[str]`: called by `task=check` once all static checks have passed.
-`build("name")` gives the argument `name` of that node, built through the graph (shared objects
+`build("name")` returns the argument `name` of that node, built through the graph (shared objects
 once, defaults of the signature included); `build("loader.collate_fn")` builds that part of an
 argument alone, None where it is not written. It does a cheap, early part of what the constructor or
 the training would do, raises ValueError for what would fail (messages as above) and returns
@@ -32,19 +32,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+# The command line imports this module and must start without torch.
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from torch.optim.lr_scheduler import LRScheduler
     from torchtitan.distributed import ParallelDims
 
+    from ditty_di.batch import Batch
     from ditty_di.runtime import Runtime
 
-    #: One micro-batch: the model's inputs, and the labels.
-    #:
-    #: `inputs["input"]` is the model's first positional argument (`[batch, seq]` token ids for a
-    #: language model); every other entry goes to `forward` under its own name.
-    Batch = tuple[dict[str, Tensor], Tensor]
+    #: What a loader yields: the model's inputs, and the labels. `inputs["input"]` is the model's
+    #: first positional argument (`[batch, seq]` token ids for a language model); every other entry
+    #: is passed to `forward` by name. The trainer makes a `ditty_di.batch.Batch` of it.
+    LoadedBatch = tuple[dict[str, Tensor], Tensor]
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -55,7 +56,12 @@ def early_checks(
     validate: Callable[..., None] | None = None,
     rehearse: Callable[[Callable[[str], Any]], list[str]] | None = None,
 ) -> Callable[[_F], _F]:
-    """Give a function that is used as a target its `validate` and `rehearse`."""
+    """Return a decorator that gives a function used as a target its early checks.
+
+    Args:
+        validate: checks arguments that are known without building.
+        rehearse: tries a cheap part of the work.
+    """
 
     def attach(function: _F) -> _F:
         given = {"validate": validate, "rehearse": rehearse}
@@ -66,56 +72,66 @@ def early_checks(
 
 
 class Stateful(Protocol):
-    """Something a checkpoint holds."""
+    """An object that a checkpoint saves."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state to save."""
+        ...
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        ...
 
 
 class DataLoader(Protocol):
-    """Yields this rank's micro-batches. `batch_size` is in rows a micro-batch, per rank.
+    """Yields this rank's micro-batches.
 
-    A loader that belongs to one of several data-parallel ranks also has `dp_rank` and
-    `dp_world_size`; one that can be resumed also has `state_dict` and `load_state_dict`.
+    A loader for one of several data-parallel ranks also has `dp_rank` and `dp_world_size`; one that
+    can be resumed also has `state_dict` and `load_state_dict`.
     """
 
     batch_size: int
+    """Rows per micro-batch and rank."""
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Iterator[LoadedBatch | Batch]: ...
 
 
 class DataLoaderFactory(Protocol):
+    """Make the loader of one data-parallel rank."""
+
     def __call__(self, *, dp_rank: int, dp_world_size: int) -> DataLoader: ...
 
 
 class Loss(Protocol):
-    """A loss that knows, from the batch alone, how much it will weigh.
+    """A sum over valid elements (tokens, elements, rows), divided by their global number.
 
-    `count(batch)` is a tensor on the CPU, shape `[]` (or `[parts]` for a composite): valid tokens,
-    elements, ... The trainer sums it over the whole window (accumulation and data-parallel ranks)
-    before any backward pass and hands the sum back as `global_count`; the loss returns its *sum*
-    divided by `global_count`, so that N micro-batches equal one and many ranks equal one.
+    `num_valid(batch)` counts the valid elements of a batch before the model runs, as a tensor of
+    shape `[]` (or `[parts]` for a composite). The trainer sums it over all micro-batches and
+    data-parallel ranks of an optimizer step and passes the sum to the call, which returns the loss
+    and metrics, shapes `[]`. So N micro-batches equal one, and many ranks equal one. A base class
+    is `ditty_di.losses.Loss`.
     """
 
-    def count(self, batch: Batch, /) -> Tensor: ...
+    def num_valid(self, batch: Batch, /) -> Tensor:
+        """Return the number of valid elements in a batch."""
+        ...
 
     def __call__(
-        self, output: Any, labels: Tensor, global_count: Tensor, /
+        self, output: Any, batch: Batch, num_valid_global: Tensor, /
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 class LossFunction(Protocol):
     """Any other loss: returns a mean over the rows of a micro-batch (`ditty_di.losses.PlainLoss`).
 
-    The trainer counts rows, or what the attributes `ignore_index` and `reduction` tell.
+    The trainer counts rows, or what its attributes `ignore_index` and `reduction` say.
     """
 
     def __call__(self, output: Any, labels: Any, /) -> Tensor: ...
 
 
 class OptimizerFactory(Protocol):
-    """Receives every trainable parameter of every model part, with its fully qualified name."""
+    """Make the optimizer of all trainable parameters, given with fully qualified names."""
 
     def __call__(
         self, named_parameters: list[tuple[str, nn.Parameter]], /
@@ -123,29 +139,37 @@ class OptimizerFactory(Protocol):
 
 
 class SchedulerFactory(Protocol):
+    """Make the learning-rate scheduler of an optimizer."""
+
     def __call__(self, optimizer: torch.optim.Optimizer, /) -> LRScheduler: ...
 
 
-class ModelTransform(Protocol):
-    """Changes a model before it is parallelised: quantises, adds adapters, converts layers.
+class GradScalerFactory(Protocol):
+    """Make the gradient scaler for a device type, such as `cuda`."""
 
-    The model is on meta, or has its values; what comes back is the same module or one around it.
+    def __call__(self, *, device: str) -> torch.amp.GradScaler: ...
+
+
+class ModelTransform(Protocol):
+    """Change a model before it is parallelized: quantize, add adapters, convert layers.
+
+    The model is on meta, or has its values. The same module or one around it is returned.
     """
 
     def __call__(self, model: nn.Module, /) -> nn.Module: ...
 
 
 class ParallelizeFn(Protocol):
-    """Shards, wraps, compiles: returns the module to train (usually the same one)."""
+    """Shard, wrap or compile; return the module to train (usually the same one)."""
 
     def __call__(self, model: nn.Module, /, *, parallel_dims: ParallelDims) -> nn.Module: ...
 
 
 class PipelineFn(Protocol):
-    """Splits the model into stages: `(schedule, model_parts, has_first_stage, has_last_stage)`.
+    """Split the model into stages: `(schedule, model_parts, has_first_stage, has_last_stage)`.
 
-    The schedule runs a window's micro-batches (as many as gradient accumulation steps) and must
-    not scale gradients by their number (`scale_grads=False`): `loss_fn` has divided already.
+    The schedule runs as many micro-batches as gradient accumulation steps and must not scale
+    gradients by their number (`scale_grads=False`): `loss_fn` has divided already.
     """
 
     def __call__(
@@ -161,9 +185,9 @@ class PipelineFn(Protocol):
 
 
 class WeightsFn(Protocol):
-    """Fills a parallelised model in place, on any layout, with the same values.
+    """Fill a parallelized model in place, with the same values on any layout.
 
-    The parameters are already on `device` and uninitialised. One that also has
+    The parameters are on `device` and uninitialized. A function that also has
     `identity() -> dict[str, Any]` (which base it reads: path, revision, hash) can fill the same
     frozen parameters again, so checkpoints leave them out.
     """
@@ -172,25 +196,27 @@ class WeightsFn(Protocol):
 
 
 class MissingWeightsFn(Protocol):
-    """Gives values to parameters that a pretrained base does not have, such as adapters.
+    """Initialize parameters that a pretrained base does not have, such as adapters.
 
-    `names` are fully qualified in `model`, whose other parameters have their values by then.
+    `names` are fully qualified in `model`, whose other parameters already have their values.
     """
 
     def __call__(self, model: nn.Module, names: list[str], /, *, device: torch.device) -> None: ...
 
 
 class Validator(Protocol):
+    """Computes metrics on held-out data."""
+
     def should_validate(self, step: int) -> bool:
-        """Also asked for step 0, before the first."""
+        """Return whether to validate after a step; step 0 is before training starts."""
         ...
 
     def report(self) -> str:
-        """What to tell when training has ended; may be empty."""
+        """Return text for the end of the training; may be empty."""
         ...
 
     def validate(self, step: int) -> dict[str, float]:
-        """Metrics of the held-out data, the same on every rank: `"loss"` and any others.
+        """Return `"loss"` and any other metrics, the same on every rank.
 
         Empty when a stop was requested meanwhile.
         """
@@ -198,17 +224,18 @@ class Validator(Protocol):
 
 
 class ValidatorFactory(Protocol):
-    """`forward(inputs)` runs the model as the training step does, on the runtime's device.
+    """Make the validator.
 
-    `prepare(batch)` is what preprocessors make of the loader's batch, or None; `loss_fn` takes the
-    model's output through the postprocessors.
+    `prepare(batch)` runs the preprocessors and returns None for a rejected batch; `forward(batch)`
+    returns the model's output for a prepared batch on the runtime's device, after the
+    postprocessors.
     """
 
     def __call__(
         self,
         *,
         model_parts: list[nn.Module],
-        forward: Callable[[dict[str, Tensor]], Any],
+        forward: Callable[[Batch], Any],
         loss_fn: Loss,
         runtime: Runtime,
         prepare: Callable[[Batch], Batch | None],
@@ -216,26 +243,31 @@ class ValidatorFactory(Protocol):
 
 
 class Checkpointer(Protocol):
+    """Saves and loads checkpoints."""
+
     def load(self) -> int | None:
-        """Restores the newest whole checkpoint; its step, or None when there is none."""
+        """Restore the newest whole checkpoint; return its step, or None when there is none."""
         ...
 
     def save(self, step: int, *, force: bool = False) -> bool:
-        """Saves when `step` is due, or `force`; True when a checkpoint was started."""
+        """Save when `step` is due, or `force`; return True when a checkpoint was started."""
         ...
 
     def maybe_wait_for_staging(self) -> None:
-        """Called before every update: returns once parameters may change under a save."""
+        """Return once parameters may change under a save; called before every update."""
         ...
 
     def close(self) -> None:
-        """Waits for what is being written; raises what went wrong in the background."""
+        """Wait for the checkpoint being written; raise what went wrong in the background."""
         ...
 
 
 class CheckpointerFactory(Protocol):
-    """`states` are one logical object over all ranks (sharded or replicated); `rank_states` are
-    each rank's own (random number generators)."""
+    """Make the checkpointer.
+
+    `states` are one logical object over all ranks (sharded or replicated); `rank_states` are each
+    rank's own (random number generators).
+    """
 
     def __call__(
         self, *, states: dict[str, Stateful], rank_states: dict[str, Stateful]
@@ -243,8 +275,10 @@ class CheckpointerFactory(Protocol):
 
 
 class Metrics(Protocol):
-    """Collects and writes. `ntokens_since_last_log` and `data_loading_times` are filled by the
-    batch generator that the trainer inherits from torchtitan."""
+    """Collects metrics and writes them.
+
+    The trainer's batch generator adds to `ntokens_since_last_log` and `data_loading_times`.
+    """
 
     ntokens_since_last_log: int
     data_loading_times: list[float]
@@ -252,28 +286,36 @@ class Metrics(Protocol):
     def start(
         self, *, model_parts: list[nn.Module], total_steps: int, runtime: Runtime, step: int
     ) -> None:
-        """Called once, after the weights are in place and a checkpoint of `step` was loaded."""
+        """Start, once the weights are set and a checkpoint of `step` was loaded."""
         ...
 
-    def should_log(self, step: int) -> bool: ...
+    def should_log(self, step: int) -> bool:
+        """Return whether the metrics of a step are logged."""
+        ...
 
     def pause(self) -> AbstractContextManager[None]:
-        """Time within it (validation, saving) is not training time."""
+        """Exclude the time within the context (validation, saving) from training time."""
         ...
 
-    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write metrics of a step."""
+        ...
 
-    def text(self, step: int, name: str, text: str) -> None: ...
+    def text(self, step: int, name: str, text: str) -> None:
+        """Write text of a step."""
+        ...
 
     def summary(self) -> dict[str, float]:
-        """What a run is judged by when it ends: tokens_per_second, peak_memory_gib, ..."""
+        """Return metrics of the whole run: tokens_per_second, peak_memory_gib, ..."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close all writers."""
+        ...
 
 
-#: What a callback has (`ditty_di.callbacks.Callback`): the moments at which it is called, in their
-#: order, and what it has to tell at the end.
+#: Methods of a callback (`ditty_di.callbacks.Callback`): the moments at which it is called, in
+#: order, and the text for the end.
 CALLBACK_METHODS = (
     *("train_start", "step_end", "validation_end", "checkpoint_saved", "train_end"),
     "report",
@@ -293,21 +335,21 @@ class Training(Protocol):
     metrics_processor: Metrics
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
-        """The model's output for one micro-batch of inputs, moved to the device."""
+        """Return the model's output for one micro-batch of inputs."""
         ...
 
     def stop(self, reason: str) -> None:
-        """Ends the training after this step, as if it had been the last; called on all ranks."""
+        """End the training after this step, as if it had been the last; call on all ranks."""
         ...
 
 
 class ProfilerFactory(Protocol):
-    """A context manager whose value has `step()`; `torchtitan.tools.profiler.Profiler` is one."""
+    """Make a context manager with a method `step()`, as `torchtitan.tools.profiler.Profiler`."""
 
     def __call__(self, *, global_step: int) -> Any: ...
 
 
 class GraphTask(Protocol):
-    """A root node that is a partial works on the configuration itself, in the parent process."""
+    """A root node that is a partial: it works on the configuration, in the parent process."""
 
     def __call__(self, graph: Any, /) -> None: ...

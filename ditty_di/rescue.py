@@ -122,6 +122,18 @@ class StepBoundary:
             self._moving = [(m, name, _buffer(m, name).clone()) for m, name, _ in self._moving]
         self.changed, self.in_step = None, True
 
+    def updating(self, what: str) -> None:
+        """Note that the step changes parameters or schedule from here on, and cannot be undone.
+
+        Args:
+            what: the part that is updated, for the message.
+        """
+        self.changed = f"the update of {what} failed"
+
+    def complete(self) -> None:
+        """Note that the step is over, or did not begin."""
+        self.changed, self.in_step = None, False
+
     def restore(self) -> str | None:
         """Go back to the last `mark`; why that cannot be done, or None."""
         if self.changed is not None:

@@ -11,13 +11,13 @@ from ditty_di.optim import cosine
 
 
 class Absolute:
-    """A loss of one's own says what it weighs, and divides its sum by what all of it weighs."""
+    """A loss counts its valid elements, and divides its sum by their number in the whole step."""
 
-    def count(self, batch):
-        return torch.tensor(batch[1].numel())
+    def num_valid(self, batch):
+        return torch.tensor(batch.labels.numel())
 
-    def __call__(self, output, labels, global_count):
-        return (output - labels).abs().sum() / global_count, {}
+    def __call__(self, output, batch, num_valid_global):
+        return (output - batch.labels).abs().sum() / num_valid_global, {}
 
 
 x = torch.randn(4096, 8)

@@ -10,7 +10,7 @@ import torch
 from ditty_di.data import Loader
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.runtime import Runtime
-from ditty_di.trainer import Trainer
+from ditty_di.training.trainer import Trainer
 
 pytest.importorskip("accelerate")
 STEPS, ROWS, ACCUMULATION, VOCAB = 50, 2, 4, 96

@@ -38,7 +38,7 @@ def small(runtime):
 
 
 def weights_of(trainer):
-    parameters = [*trainer.parameters, *trainer.loss_parameters.trained]
+    parameters = [*trainer.parts.parameters(), *trainer.loss_parameters.trained]
     return [p.detach().clone() for p in parameters]
 
 
@@ -117,16 +117,16 @@ def test_without_processors_a_batch_goes_the_plain_way():
     seen = []
 
     class Look(CrossEntropyLoss):
-        def forward(self, output, labels, global_count):
-            seen.append(labels)
-            return super().forward(output, labels, global_count)
+        def forward(self, output, batch, num_valid_global):
+            seen.append(batch)
+            return super().forward(output, batch, num_valid_global)
 
     loss = Look(output="logits")
     trainer, recorder = make_trainer(None, loss_fn=loss, steps=1, accumulation=2)
     assert trainer.loss_fn is loss  # nothing around it
-    assert trainer.windows.prepare is None  # and no second reduction a window
+    assert trainer.accumulation.prepare is None  # and no second reduction per step
     trainer.train()
-    assert [type(labels) for labels in seen] == [torch.Tensor] * 2
+    assert [dict(batch.context) for batch in seen] == [{}, {}]
     assert "rejected_batches" not in recorder.rows[0]
 
 

@@ -60,7 +60,7 @@ def trained(folder, *, rows=None, callbacks=None):
     from ditty_di.data import Loader
     from ditty_di.parallelize.data_parallel import shard
     from ditty_di.runtime import Runtime
-    from ditty_di.trainer import Trainer
+    from ditty_di.training.trainer import Trainer
 
     torch.manual_seed(0)
     trainer = Trainer(

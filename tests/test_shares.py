@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from ditty_di.gradients import Shares
 from ditty_di.runtime import Runtime
+from ditty_di.training.gradients import MetricAccumulator
 from tests.checkpoint import ranks
 
 
 def of_a_rank():
     runtime = Runtime()
-    shares = Shares(runtime)
+    metrics = MetricAccumulator(runtime)
     half, rare = torch.tensor(0.5), torch.tensor(7.0)
-    shares.add({"a": half} if runtime.rank == 0 else {"rare": rare, "a": half})
-    found = shares.metrics()
-    shares.clear()
-    empty = shares.metrics()
+    metrics.add({"a": half} if runtime.rank == 0 else {"rare": rare, "a": half})
+    found = metrics.metrics()
+    metrics.clear()
+    empty = metrics.metrics()
     runtime.close()
     return found, empty
 

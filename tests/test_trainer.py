@@ -29,8 +29,9 @@ from ditty_di.losses import CrossEntropyLoss
 from ditty_di.metrics import Validator
 from ditty_di.models.weights import hugging_face, initialize
 from ditty_di.optim.schedules import constant, cosine
+from ditty_di.processors import ContractError
 from ditty_di.runtime import Runtime, seed_everything
-from ditty_di.trainer import InheritedConfig, Trainer
+from ditty_di.training.trainer import Trainer
 from tests.distributed.cases import Ragged, Recorder, make_trainer, tiny_llama
 
 
@@ -99,7 +100,7 @@ def test_the_first_20_losses_are_those_of_a_hand_written_loop_bit_for_bit(runtim
     assert recorder.losses() == losses
 
 
-def test_the_inherited_methods_read_nothing_else_from_the_config():
+def test_the_inherited_methods_read_nothing_else_from_the_config(runtime):
     """torchtitan's own code is parsed: a new field that it reads fails here, not in a run."""
     import torchtitan.trainer
 
@@ -119,8 +120,8 @@ def test_the_inherited_methods_read_nothing_else_from_the_config():
             text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
             if text.startswith("self.config.") and text.count(".") == 3:
                 read.add(text.removeprefix("self.config."))
-    assert "parallelism.spmd_backend" in read
-    config = InheritedConfig()
+    assert "training.steps" in read
+    config = small(runtime).config
     for path in read:
         section, field = path.split(".")
         assert hasattr(getattr(config, section), field), f"torchtitan now reads config.{path}"
@@ -214,8 +215,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_rows(ru
 
 def test_an_infinite_loss_with_finite_gradients_is_found_too(runtime):
     class Infinite(CrossEntropyLoss):
-        def forward(self, output, labels, global_count):
-            loss, metrics = super().forward(output, labels, global_count)
+        def forward(self, output, batch, num_valid_global):
+            loss, metrics = super().forward(output, batch, num_valid_global)
             return loss + math.inf, metrics
 
     with pytest.raises(FloatingPointError, match="step 1 is not finite"):
@@ -257,8 +258,8 @@ def test_gradients_are_unscaled_before_they_are_clipped(runtime):
 
 def test_an_overflow_lowers_the_scale_and_is_no_skipped_step(runtime):
     class Steep(CrossEntropyLoss):
-        def forward(self, output, labels, global_count):
-            return super().forward(output, labels, global_count / 1000)
+        def forward(self, output, batch, num_valid_global):
+            return super().forward(output, batch, num_valid_global / 1000)
 
     scaler = torch.amp.GradScaler("cpu", init_scale=3e38, growth_interval=10_000)
     trainer = small(runtime, loss_fn=Steep(), grad_scaler=scaler, steps=25)
@@ -369,11 +370,11 @@ class BadLoss(CrossEntropyLoss):
         super().__init__()
         self.calls, self.fails_at = 0, None
 
-    def forward(self, output, labels, global_count):
+    def forward(self, output, batch, num_valid_global):
         self.calls += 1
         if self.calls == self.fails_at:
             raise OSError("the loss is unwell")
-        return super().forward(output, labels, global_count)
+        return super().forward(output, batch, num_valid_global)
 
 
 class At(Callback):
@@ -571,7 +572,7 @@ def test_the_objective_of_a_stopped_run_is_not_that_of_the_time_before_training(
     [
         ({"steps": 0}, "trainer.steps=0"),
         ({"max_norm": 0}, "trainer.max_norm=0 must be above 0"),
-        ({"global_batch_size": 12}, r"global_batch_size=12 is no multiple of 8"),
+        ({"global_batch_size": 12}, r"global_batch_size=12 is not a multiple of 8"),
         ({"global_batch_size": 0}, r"global_batch_size=0"),
         ({"model": tiny_llama(), "weights": None}, "weights: the model is on the meta device"),
         (
@@ -602,6 +603,35 @@ def test_an_optimizer_of_other_parameters_is_refused(runtime):
     stale = nn.Linear(2, 4)
     with pytest.raises(ValueError, match="not trainable parameters of the model"):
         small(runtime, optimizer=lambda named: torch.optim.SGD(stale.parameters(), lr=1.0))
+
+
+def test_a_model_brings_its_own_weights_and_contract(runtime):
+    def zeros(model, /, *, device):
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.zero_()
+
+    def slots(**attributes):
+        model = tiny_llama()
+        for name, value in attributes.items():
+            setattr(model, name, value)
+        return {"model": model, "loss_fn": CrossEntropyLoss(output="logits")}
+
+    filled = small(runtime, **slots(default_weights=zeros))
+    assert not any(p.any() for p in filled.model_parts[0].parameters())
+    random = partial(initialize, init=hugging_face)
+    other = small(runtime, **slots(default_weights=zeros), weights=random)
+    assert any(p.any() for p in other.model_parts[0].parameters())
+    assert small(runtime, model=nn.Linear(2, 4)).train()["step"] == 5
+    with pytest.raises(ContractError, match="logits"):
+        small(runtime, **slots(default_weights=zeros, contract="0:2:i64 -> odd:3:f"))
+
+
+def test_a_scaler_may_be_a_partial_that_lacks_the_device(runtime):
+    scaler = partial(torch.amp.GradScaler, init_scale=8.0, growth_interval=2)
+    trainer = small(runtime, grad_scaler=scaler, steps=4)
+    trainer.train()
+    assert trainer.grad_scaler.get_scale() == 32.0
 
 
 def test_weights_that_leave_a_tensor_unset_are_refused(runtime):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ditty_di.protocols import Batch
+    from ditty_di.protocols import LoadedBatch
 
     Row = tuple[dict[str, Tensor], Tensor]
 
@@ -34,7 +34,7 @@ class PaddedCollate:
     fills = True
     contract = "-> input:2:i64 | ctx.target:2:i64"
 
-    def __call__(self, rows: Sequence[Row | None]) -> Batch:
+    def __call__(self, rows: Sequence[Row | None]) -> LoadedBatch:
         given = _given(rows)
         length = _padded_length([len(labels) for _, labels in given], self.pad_to_multiple_of)
         inputs = _stacked([row["input"] for row, _ in given], len(rows), length, self.pad_id or 0)
@@ -78,7 +78,7 @@ class PaddingFreeCollate(_Documents):
     varlen: bool = True
     fills = True
 
-    def __call__(self, rows: Sequence[Row | None]) -> Batch:
+    def __call__(self, rows: Sequence[Row | None]) -> LoadedBatch:
         import torch
 
         given = _given(rows)
@@ -105,7 +105,7 @@ class PackedCollate(_Documents):
 
     varlen: bool = True
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[Row]) -> LoadedBatch:
         import torch
 
         inputs = {key: torch.stack([row[key] for row, _ in rows]) for key in rows[0][0]}
@@ -129,7 +129,7 @@ class Seq2SeqCollate:
     fills = True
     contract = "-> input:2:i64, attention_mask:2:i64, decoder_input_ids:2:i64 | ctx.target:2:i64"
 
-    def __call__(self, rows: Sequence[Row | None]) -> Batch:
+    def __call__(self, rows: Sequence[Row | None]) -> LoadedBatch:
         import torch
 
         given, pad = _given(rows), self.pad_id or 0

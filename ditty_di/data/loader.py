@@ -17,7 +17,7 @@ from ditty_di.data.row_seeds import FILLING, SeededRows, draws, preserved_genera
 from ditty_di.protocols import early_checks
 
 if TYPE_CHECKING:
-    from ditty_di.protocols import Batch
+    from ditty_di.protocols import LoadedBatch
 
 _STOP_SIGNALS = stop_signals.SIGNALS
 
@@ -94,7 +94,7 @@ class Loader:
         shuffle: bool = True,
         epochs: float | None = None,
         num_workers: int = 0,
-        collate_fn: Callable[[list[Any]], Batch] | None = None,
+        collate_fn: Callable[[list[Any]], LoadedBatch] | None = None,
         ignore_index: int = -100,
         pin_memory: bool = False,
         drop_last: bool = False,
@@ -141,7 +141,7 @@ class Loader:
             raise TypeError("a loader with epochs=None never ends: it has no length")
         return self._end // self._step if self._drop_last else -(-self._end // self._step)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         self._start = self._consumed = self._consumed if self._resuming else 0
         self._resuming = False
         return self._batches(self._start)
@@ -207,7 +207,7 @@ class Loader:
             if rows:
                 yield list(enumerate(rows, first))
 
-    def _batches(self, start: int) -> Iterator[Batch]:
+    def _batches(self, start: int) -> Iterator[LoadedBatch]:
         import torch
         from torch.utils.data import DataLoader
 
@@ -321,7 +321,7 @@ def _in_words(values: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
-def _pair(batch: Any) -> Batch:
+def _pair(batch: Any) -> LoadedBatch:
     """`(inputs, labels)` of what a collation gave; labels of none are int64 `[rows, 0]`."""
     import torch
 

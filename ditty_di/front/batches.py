@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ditty_di.data import Loader
 
 if TYPE_CHECKING:
-    from ditty_di.protocols import Batch, DataLoader, DataLoaderFactory
+    from ditty_di.protocols import DataLoader, DataLoaderFactory, LoadedBatch
 
 NO_BATCH = """\
 collate_fn: it returned {found}, which the trainer cannot take apart; return one of
@@ -44,7 +44,7 @@ class Pairs:
     def fills(self) -> bool:
         return bool(getattr(self.collate_fn, "fills", False))
 
-    def __call__(self, rows: list[Any]) -> Batch:
+    def __call__(self, rows: list[Any]) -> LoadedBatch:
         import torch
 
         batch = self.collate_fn(rows)

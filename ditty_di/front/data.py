@@ -13,7 +13,7 @@ from ditty_di._graph.targets import did_you_mean
 from ditty_di.data import LengthGrouped, Loader, PaddedCollate
 
 if TYPE_CHECKING:
-    from ditty_di.protocols import Batch, DataLoaderFactory
+    from ditty_di.protocols import DataLoaderFactory, LoadedBatch
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class CausalCollate:
     contract = "-> input:2:i64 | ctx.target:2:i64"
     fills = True
 
-    def __call__(self, rows: list[Mapping[str, Any] | None]) -> Batch:
+    def __call__(self, rows: list[Mapping[str, Any] | None]) -> LoadedBatch:
         pad = PaddedCollate(pad_id=self.pad_id, ignore_index=self.ignore_index)
         return pad([None if row is None else self._shifted(row) for row in rows])
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ditty_di.batch import Batch
 from ditty_di.isolation.positions import check_positions, holds_several, position_limit
 from ditty_di.isolation.probe import Isolation, NotIsolated
 from ditty_di.losses.plain import PlainLoss, as_loss
@@ -26,7 +27,7 @@ from ditty_di.processors.workflow import Processors
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ditty_di.protocols import Batch, DataLoader, DataLoaderFactory
+    from ditty_di.protocols import DataLoader, DataLoaderFactory
     from ditty_di.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -113,9 +114,8 @@ def isolation_of(
         if not before:
             return forward(inputs)
         states = [(s, copy.deepcopy(s.state_dict())) for s in before.states().values()]
-        batch: Batch = (inputs, inputs["input"])
         given = before.prepare(
-            batch,
+            Batch(inputs, inputs["input"]),
             epoch=0,
             step=0,
             total_steps=1,
@@ -126,9 +126,8 @@ def isolation_of(
             processor.load_state_dict(state)
         if given is None:
             return {}
-        inputs, ctx = given
-        written = {name: value for name, value in ctx.items() if name not in own}
-        return {"output": forward(inputs), **written}
+        written = {name: value for name, value in given.context.items() if name not in own}
+        return {"output": forward(given.inputs), **written}
 
     return Isolation(
         module,
@@ -153,7 +152,9 @@ def rehearse(build: Callable[[str], Any]) -> list[str]:
     warnings = []
     loss = as_loss(build("loss_fn"))
     if isinstance(loss, PlainLoss):
-        warnings.append(f"loss_fn: {loss.name} has no count(batch); it is taken as {loss.counted}")
+        warnings.append(
+            f"loss_fn: {loss.name} has no num_valid(batch); it is taken as {loss.counted}"
+        )
     collate, length = build("dataloader.collate_fn"), build("dataloader.dataset.seq_len")
     packs = getattr(collate, "packs_documents", False)
     if not packs and not isinstance(length, int):

@@ -1,9 +1,13 @@
-"""Losses that know from the batch alone how much they will weigh (`protocols.Loss`)."""
+"""Losses that are normalised by the number of valid elements of a whole optimizer step."""
 
-from ditty_di.losses.calculator import CrossEntropyCalculator, LossCalculator, LossOutput
-from ditty_di.losses.classification import ClassificationLoss
+from ditty_di.losses.base import Loss
+from ditty_di.losses.calculator import LossCalculator, LossOutput
 from ditty_di.losses.composite import CompositeLoss
-from ditty_di.losses.cross_entropy import CrossEntropyLoss
+from ditty_di.losses.cross_entropy import (
+    ClassificationLoss,
+    CrossEntropyCalculator,
+    CrossEntropyLoss,
+)
 from ditty_di.losses.deferred import deferred_head
 from ditty_di.losses.distillation import DistillationLoss
 from ditty_di.losses.elementwise import HuberLoss, L1Loss, MSELoss
@@ -22,6 +26,7 @@ __all__ = [
     "L1Loss",
     "LigerLinearCrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "Loss",
     "LossCalculator",
     "LossOutput",
     "MSELoss",

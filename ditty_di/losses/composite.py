@@ -1,46 +1,46 @@
-"""Several losses of one output, each over what it counts itself."""
+"""A weighted sum of losses, each normalised by its own count."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ditty_di.losses.calculator import as_context, labels_for
+from ditty_di import protocols
+from ditty_di.batch import Batch
+from ditty_di.losses.base import Loss
 from ditty_di.losses.plain import as_loss
 from ditty_di.processors.base import as_contract, snake_case
 from ditty_di.processors.contracts import Contract
 
-if TYPE_CHECKING:
-    from ditty_di.protocols import Batch, Loss
+#: Prefix of the attributes that hold the parts, so that modules among them are registered.
+_PART = "part_"
 
 
-class CompositeLoss(nn.Module):
+class CompositeLoss(Loss):
     """The weighted sum of losses, each divided by its own global count.
 
     Args:
-        losses: pairs of a loss and its weight. One of weight 0 is left out: neither counted nor
-            computed nor trained. Parts may be composites, and losses on labels alone
-            (`CrossEntropyLoss`, `LinearCrossEntropyLoss`), which get the context's `target`.
-        name: what its metrics are called within another composite.
-        contract: what it takes beside what its parts' contracts say.
+        losses: pairs of a loss and its weight. A loss of weight 0 is left out: neither counted nor
+            computed nor trained. Parts may be composites.
+        name: prefix of its metrics within another composite; None is the class name in snake case.
+        contract: what it reads beside what the contracts of its parts say.
 
-    Metrics: `{part}/loss`, unweighted, `{part}/...` of each part's own, and `total`. A part is
-    called by its name, or its class's in snake case; of equal ones the second has `_2`.
+    Metrics: `{part}/loss`, unweighted, `{part}/...` of each part's own, and `total`. A part's name
+    is its attribute `name`, or its class name in snake case; of equal names the second has `_2`.
 
     Raises:
-        ValueError: no part has a weight, or one is negative or not finite.
+        ValueError: no part has a weight above 0, or a weight is negative or not finite.
     """
 
-    takes_context = True
     contract: Any = None
     parts_argument = "losses"
 
     def __init__(
         self,
-        losses: Sequence[tuple[Loss, float]],
+        losses: Sequence[tuple[protocols.Loss, float]],
         *,
         name: str | None = None,
         contract: str | Contract | None = None,
@@ -49,94 +49,101 @@ class CompositeLoss(nn.Module):
         self.name = name or snake_case(type(self).__name__)
         self.contract = as_contract(contract if contract is not None else type(self).contract)
         self.weights: dict[str, float] = {}
-        for called, loss, weight in _named(
-            [(as_loss(loss), weight) for loss, weight in _pairs(losses)]
-        ):
+        built = [(as_loss(loss), weight) for loss, weight in _pairs(losses)]
+        for part_name, loss, weight in _named(built):
             if not 0 <= weight < float("inf"):
-                raise ValueError(f"loss: {called} has weight {weight}; write 0 or more")
+                raise ValueError(f"loss: {part_name} has weight {weight}; write 0 or more")
             if weight:
-                # As an attribute, so that a module in it is registered as one.
-                setattr(self, _PART + called, loss)
-                self.weights[called] = float(weight)
+                setattr(self, _PART + part_name, loss)
+                self.weights[part_name] = weight
         if not self.weights:
             raise ValueError("loss: a composite needs a part whose weight is not 0")
-        #: How many numbers `count` gives.
-        self.counts = sum(getattr(part, "counts", 1) for _, part in self.parts)
+        self.num_counts = sum(getattr(part, "num_counts", None) or 1 for _, part in self.parts)
 
     @classmethod
     def parts_for(cls, *, losses: Any = (), **others: Any) -> list[tuple[str, Any]]:
-        """The parts by name, of what `losses` may be before they are built."""
-        return [(called, loss) for called, loss, weight in _named(losses) if weight]
+        """Return the parts by name, of an argument `losses` that may hold nodes not yet built."""
+        return [(name, loss) for name, loss, weight in _named(losses) if weight]
 
     @property
-    def parts(self) -> list[tuple[str, Loss]]:
-        """The parts that are computed, by their unique names."""
-        return [(called, getattr(self, _PART + called)) for called in self.weights]
+    def parts(self) -> list[tuple[str, protocols.Loss]]:
+        """The parts that are computed, by unique name."""
+        return [(name, getattr(self, _PART + name)) for name in self.weights]
 
-    def count(self, batch: Batch, /) -> Tensor:
-        """What each part counts, on the CPU, float64; shape `[parts]`."""
-        inputs, labels = batch
-        return torch.cat(
-            [
-                part.count((inputs, labels_for(part, labels))).cpu().double().reshape(-1)
-                for _, part in self.parts
-            ]
-        )
+    def num_valid(self, batch: Batch, /) -> Tensor:
+        """Return what each part counts, on the CPU in float64, shape `[parts]`."""
+        counts = [part.num_valid(batch).cpu().double().reshape(-1) for _, part in self.parts]
+        return torch.cat(counts)
 
     def forward(
-        self, output: Any, labels: Any, global_count: Tensor, /
+        self, output: Any, batch: Batch, num_valid_global: Tensor, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the parts' shares, shape `[]`."""
+        """Return the weighted sum of the parts, shape `[]`."""
         total: Any = 0.0
         metrics: dict[str, Tensor] = {}
-        for called, part, count in self.counted(global_count):
-            loss, own = self.call(part, output, labels, count)
-            total = total + self.weights[called] * loss
-            metrics |= part_metrics(called, loss, own)
+        for name, part, count in self.counted(num_valid_global):
+            loss, own = part(output, batch, count)
+            total = total + self.weights[name] * loss
+            metrics |= part_metrics(name, loss, own)
         return total, {**metrics, "total": total.detach()}
 
-    def call(
-        self, part: Loss, output: Any, labels: Any, count: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A part's share of its mean, and its metrics."""
-        return part(output, labels_for(part, labels), count)
+    def counted(self, num_valid_global: Tensor) -> Iterator[tuple[str, protocols.Loss, Tensor]]:
+        """Yield each part's name, loss and own global count, with 1 in place of 0.
 
-    def counted(self, global_count: Tensor) -> Iterator[tuple[str, Loss, Tensor]]:
-        """Each part with its own global count; nothing to count is no reason to divide by 0."""
-        counts = torch.where(global_count == 0, 1, global_count)
-        at = 0
-        for called, part in self.parts:
-            size = getattr(part, "counts", None)  # of a composite
-            yield called, part, counts[at] if size is None else counts[at : at + size]
-            at += size or 1
+        Args:
+            num_valid_global: shape `[parts]`.
+        """
+        counts = torch.where(num_valid_global == 0, 1, num_valid_global)
+        first = 0
+        for name, part in self.parts:
+            size = getattr(part, "num_counts", None)
+            yield name, part, counts[first] if size is None else counts[first : first + size]
+            first += size or 1
 
-    def share(self, labels: Any, global_count: Tensor) -> Tensor:
-        """Which part of `global_count` the batch is, for each part; shape `[parts]`."""
-        return torch.stack(
-            [share(part, labels, count) for _, part, count in self.counted(global_count)]
-        )
+    def share(self, batch: Batch, num_valid_global: Tensor) -> Tensor:
+        """Return the batch's fraction of the valid elements, averaged over the parts."""
+        counted = self.counted(num_valid_global)
+        return torch.stack([share(part, batch, count) for _, part, count in counted]).mean()
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{called}={weight:g}" for called, weight in self.weights.items())
+        """Return the weights."""
+        return ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
 
 
-_PART = "part_"
+def part_metrics(name: str, loss: Tensor, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a part's loss and metrics under its name.
+
+    Args:
+        name: of the part.
+        loss: of the part, unweighted.
+        own: metrics of the part.
+    """
+    return {f"{name}/{key}": value.detach() for key, value in {**own, "loss": loss}.items()}
 
 
-def part_metrics(called: str, loss: Tensor, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A part's metrics under its name."""
-    named = {f"{called}/{key}": value.detach() for key, value in own.items()}
-    return {**named, f"{called}/loss": loss.detach()}
+def share(part: protocols.Loss, batch: Batch, num_valid_global: Tensor) -> Tensor:
+    """Return the batch's fraction of what a part counts; see `Loss.share`.
+
+    Args:
+        part: any loss.
+        batch: the batch.
+        num_valid_global: what the part counted over the optimizer step.
+    """
+    own = part.share if isinstance(part, Loss) else Loss.share.__get__(part)
+    return own(batch, num_valid_global)  # type: ignore[no-any-return]
 
 
 def _named(losses: Any) -> Iterator[tuple[str, Any, float]]:
-    """(unique name, loss, weight) of pairs whose losses may be nodes of a configuration."""
+    """Yield (unique name, loss, weight) of pairs whose losses may be configuration nodes."""
     used: set[str] = set()
     for loss, weight in _pairs(losses):
-        name = _name(loss)
-        if "." in name or "/" in name:
-            raise ValueError(f"loss: {name!r} is no name for a part; leave out dots and slashes")
-        unique, n = name, 1
+        if isinstance(loss, Mapping):
+            name = loss.get("name") or snake_case(str(loss["_target_"]).rpartition(".")[2])
+        else:
+            name = getattr(loss, "name", None) or snake_case(type(loss).__name__)
+        unique, n = str(name), 1
+        if "." in unique or "/" in unique:
+            raise ValueError(f"loss: {unique!r} cannot name a part; leave out dots and slashes")
         while unique in used:
             n += 1
             unique = f"{name}_{n}"
@@ -153,20 +160,3 @@ def _pairs(losses: Any) -> Iterator[tuple[Any, float]]:
             raise ValueError(
                 f"loss: a composite takes pairs of a loss and its weight; got {pair!r:.80}"
             ) from None
-
-
-def _name(loss: Any) -> str:
-    if isinstance(loss, Mapping):
-        return str(loss.get("name") or snake_case(str(loss["_target_"]).rpartition(".")[2]))
-    return str(getattr(loss, "name", None) or snake_case(type(loss).__name__))
-
-
-def share(part: Loss, labels: Any, global_count: Tensor) -> Tensor:
-    """Which part of `global_count` a batch is, shape `[]`: over a window 1, or 0 if all is 0."""
-    own: Any = getattr(part, "share", None)
-    if own is not None:
-        return own(as_context(labels), global_count).mean()  # type: ignore[no-any-return]
-    ctx = as_context(labels)
-    inputs = ctx["original_batch"][0] if "original_batch" in ctx else {}
-    count = part.count((inputs, labels_for(part, ctx))).to(global_count.device)
-    return (count / global_count).float()

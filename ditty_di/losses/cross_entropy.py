@@ -1,75 +1,120 @@
-"""Cross-entropy over tokens or classes, normalised by the whole window's valid labels."""
+"""Cross-entropy over tokens or classes."""
 
 from __future__ import annotations
 
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ditty_di.processors.base import contract_of_class
-
-if TYPE_CHECKING:
-    from ditty_di.protocols import Batch
+from ditty_di.batch import Batch, Context
+from ditty_di.losses.calculator import LossCalculator, LossOutput
 
 
-class CrossEntropyLoss(nn.Module):
-    """Cross-entropy in nats a valid label.
+@dataclass(eq=False, repr=False, kw_only=True)
+class CrossEntropyCalculator(LossCalculator):
+    """Cross-entropy in nats per valid label, as a part of a composite, with the metric `ce`.
 
     Args:
-        output: attribute of the model's output that holds the logits (`logits` for Hugging Face
-            models); None when the output is the logits.
         shift: compare position t with label t + 1, for labels that are a copy of the input.
-        ignore_index: labels with this value weigh nothing.
+        ignore_index: label value excluded from the loss.
+        output_index: see `LossCalculator`, as for the other arguments.
+        target_key: context key of the labels.
+        mask_key: context key of a mask; labels are excluded where it is 0.
+        name: prefix of its metrics.
+        contract: what it reads.
+
+    Shapes: logits `[batch, ..., classes]`; labels, and the mask if there is one, `[batch, ...]`.
+    """
+
+    contract_template: ClassVar[str | None] = (
+        "{output_index}:n+1:f | ctx.{target_key}:n:i64{mask} -> loss:0:f"
+    )
+
+    shift: bool = False
+    ignore_index: int = -100
+
+    def count_valid(self, ctx: Context) -> Tensor:
+        """Return the number of valid labels, shape `[]`, int64."""
+        return self._count(self._labels(ctx))
+
+    def compute(self, model_output: Any, ctx: Context) -> LossOutput:
+        """Return the mean cross-entropy over the valid labels."""
+        labels = self._labels(ctx)
+        total = self._summed(self.get_prediction(model_output, ctx), labels)
+        loss = total / self._count(labels).clamp(min=1)
+        return LossOutput(loss, {"ce": loss})
+
+    def _labels(self, ctx: Context) -> Tensor:
+        """Return the labels `[batch, ...]`, with `ignore_index` where the mask is 0."""
+        labels, mask = self.get_target(ctx), self.get_mask(ctx)
+        if mask is None:
+            return labels  # type: ignore[no-any-return]
+        if mask.shape != labels.shape:
+            raise ValueError(
+                f"{self.name}: ctx.{self.mask_key} has shape {list(mask.shape)}, but the labels "
+                f"that it masks have {list(labels.shape)}"
+            )
+        return labels.masked_fill(mask == 0, self.ignore_index)
+
+    def _count(self, labels: Tensor) -> Tensor:
+        labels = labels[:, 1:] if self.shift else labels
+        return (labels != self.ignore_index).sum()
+
+    def _summed(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the summed cross-entropy in float32, shape `[]`."""
+        if self.shift:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return F.cross_entropy(
+            logits.flatten(0, -2).float(),  # [tokens, classes]
+            labels.flatten(),  # [tokens]
+            ignore_index=self.ignore_index,
+            reduction="sum",
+        )
+
+
+class CrossEntropyLoss(CrossEntropyCalculator):
+    """Cross-entropy in nats per valid label.
+
+    Args:
+        output: name of the logits in the model's output (`logits` for Hugging Face models); None
+            for an output that is the logits.
+        shift: compare position t with label t + 1, for labels that are a copy of the input.
+        ignore_index: label value excluded from the loss.
 
     Shapes: logits `[batch, seq, vocab]` or `[batch, classes]`; labels `[batch, seq]` or `[batch]`.
     """
 
-    contract: Any = None
-
     def __init__(
         self, *, output: str | None = None, shift: bool = False, ignore_index: int = -100
     ) -> None:
-        super().__init__()
-        self.shift, self.ignore_index = shift, ignore_index
-        self._logits = attrgetter(output) if output else _itself
-        self.contract = contract_of_class(type(self), {"output": output})
+        super().__init__(output_index=output or 0, shift=shift, ignore_index=ignore_index)
 
     @classmethod
-    def contract_for(cls, *, output: str | None = None, **others: Any) -> str | None:
-        """See `ditty_di.processors.contracts`; an `output` further inside has no name there."""
-        if output and "." in output:
-            return None
-        return f"{output or 0}:n+1:f | ctx.target:n:i64 -> loss:0:f"
-
-    def count(self, batch: Batch, /) -> Tensor:
-        """Valid labels of the batch, shape `[]`, int64."""
-        labels = batch[1]
-        labels = labels[:, 1:] if self.shift else labels
-        return (labels != self.ignore_index).sum()
+    def contract_for(cls, *, output: str | None = None, **arguments: Any) -> str | None:
+        """Return the contract of a loss with these arguments."""
+        return super().contract_for(**{**arguments, "output_index": output or 0})
 
     def forward(
-        self, output: Any, labels: Tensor, global_count: Tensor, /
+        self, output: Any, batch: Batch, num_valid_global: Tensor, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The summed cross-entropy over `global_count`, shape `[]`, in float32."""
-        try:
-            logits = self._logits(output)
-        except AttributeError as error:
-            raise LookupError(
-                f"loss: the model returned {type(output).__name__}, and {error}; write in `output` "
-                f"what it calls its logits, or null where it returns them"
-            ) from None
-        if self.shift:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        loss = F.cross_entropy(
-            logits.flatten(0, -2).float(),
-            labels.flatten(),
-            ignore_index=self.ignore_index,
-            reduction="sum",
-        )
-        return loss / global_count, {}
+        """Return the summed cross-entropy over `num_valid_global`, shape `[]`, in float32."""
+        labels = self._labels(batch.full_context())
+        return self._summed(self.get_prediction(output), labels) / num_valid_global, {}
 
 
-def _itself(output: Any) -> Any:
-    return output
+@dataclass(eq=False, repr=False, kw_only=True)
+class ClassificationLoss(CrossEntropyCalculator):
+    """Cross-entropy with the metrics `ce` and `accuracy` of the most probable class, 0 to 1.
+
+    Arguments are those of `CrossEntropyCalculator`.
+    """
+
+    def compute(self, model_output: Any, ctx: Context) -> LossOutput:
+        """Return the mean cross-entropy, and the accuracy over the valid labels."""
+        computed = super().compute(model_output, ctx)
+        labels = self._labels(ctx)
+        right = self.get_prediction(model_output, ctx).argmax(-1) == labels
+        valid = (labels != self.ignore_index).sum().clamp(min=1)
+        return LossOutput(computed.loss, {**computed.metrics, "accuracy": right.sum() / valid})

@@ -1,15 +1,15 @@
-"""Logits on demand: a language model whose forward pass stops before its output projection.
+"""Fused linear cross-entropy: a language model whose forward pass stops before its LM head.
 
 `[batch, seq, vocab]` logits are often the largest tensor of a training step. With `deferred_head`
-in the `model.head` slot a model returns its last hidden states and the way from there to logits, so
-that a loss can go that way for a few tokens at a time.
+in the `model.head` slot a model returns its last hidden states and a function from hidden states to
+logits, so that a loss can compute logits for a few tokens at a time.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -19,28 +19,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-#: Marks a `forward` that defers.
+#: Attribute of a `forward` that defers the head.
 DEFERS = "_defers_the_head"
 
-#: Element by element, so they may as well be done to a few tokens at a time.
+#: Elementwise operations, which can be applied to a few tokens at a time.
 ELEMENTWISE = frozenset(
     ("add", "clone", "contiguous", "div", "float", "mul", "neg", "sub", "tanh", "to", "true_divide")
 )
 
 
 def deferred_head(model: nn.Module, /) -> nn.Module:
-    """Makes a Hugging Face language model return a `DeferredOutput`; names stay as they are.
+    """Make a Hugging Face language model return a `DeferredOutput`; parameter names do not change.
 
-    The model's own `forward` runs, with its output projection put off: what it does to the logits
-    afterwards (soft-capping, scaling, a bias) is recorded and done later. Calls that want more
-    than that get the ordinary output: with `labels`, `logits_to_keep`, `return_dict=False`, or a
-    key-value cache (`use_cache`, `past_key_values`), as `generate` makes them.
+    The model's own `forward` runs without its output projection: operations on the logits
+    (soft-capping, scaling, a bias) are recorded and applied later. Calls that need logits get the
+    ordinary output: with `labels`, `logits_to_keep`, `return_dict=False`, or a key-value cache
+    (`use_cache`, `past_key_values`), as `generate` calls it.
 
     Apply it last, around adapters.
 
+    Args:
+        model: the language model, which is changed in place.
+
     Raises:
         ValueError: the model has no output embeddings, or its head is deferred already.
-        NotImplementedError: (in `forward`) the model does to its logits what cannot be put off.
+        NotImplementedError: (in `forward`) an operation on the logits cannot be deferred.
     """
     kind = type(model).__name__
     projection = getattr(model, "get_output_embeddings", lambda: None)()
@@ -50,7 +53,7 @@ def deferred_head(model: nn.Module, /) -> nn.Module:
             f"none); leave model.head out and choose a loss on logits, such as loss=causal_lm"
         )
     if hasattr(model.forward, DEFERS):
-        raise ValueError(f"model.head: the head of this {kind} is deferred already; once will do")
+        raise ValueError(f"model.head: the head of this {kind} is deferred already")
     replaced = vars(model).get("forward")
     ordinary = type(model).forward if replaced is None else _without_self(replaced)
 
@@ -59,7 +62,7 @@ def deferred_head(model: nn.Module, /) -> nn.Module:
         if _wants_logits(**kwargs):
             return ordinary(self, *args, **kwargs)
         projection = self.get_output_embeddings()
-        with _put_off(projection):
+        with _replaced(projection):
             output = ordinary(self, *args, **kwargs)
         logits = output.logits
         if not isinstance(logits, _DeferredLogits):
@@ -80,9 +83,19 @@ def deferred_head(model: nn.Module, /) -> nn.Module:
     return model
 
 
+LOGITS = object()
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Something done to logits: `function(*arguments)`, with the logits in place of `LOGITS`."""
+    """A recorded operation on logits: `function(*arguments, **keywords)`.
+
+    Args:
+        name: name of the operation.
+        function: the operation.
+        arguments: positional arguments, with `LOGITS` in place of the logits.
+        keywords: keyword arguments.
+    """
 
     name: str
     function: Callable[..., Tensor]
@@ -90,19 +103,20 @@ class Step:
     keywords: dict[str, Any]
 
     def __call__(self, logits: Tensor) -> Tensor:
+        """Apply the operation."""
         arguments = [logits if a is LOGITS else a for a in self.arguments]
         return self.function(*arguments, **self.keywords)
 
 
-LOGITS = object()
-
-
 @dataclass(frozen=True, eq=False)
 class Head:
-    """From hidden states `[..., hidden]` to logits `[..., vocab]`, as `model` does it.
+    """The function from hidden states `[..., hidden]` to logits `[..., vocab]`.
 
-    `projection` is called as the module it is, with adapters, bias and quantisation, and under the
-    autocast of the forward pass.
+    Args:
+        model: the language model.
+        projection: its output projection, called as a module with adapters, bias and quantisation.
+        steps: operations on the logits after the projection.
+        autocast: makes the autocast context of the forward pass.
     """
 
     model: nn.Module
@@ -111,8 +125,10 @@ class Head:
     autocast: Callable[[], AbstractContextManager[Any]]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        # One that is sharded by itself would be gathered and reduced with every call, and ranks
-        # need not make equally many: `gather` has done it, and FSDP reduces at backward's end.
+        """Return the logits `[..., vocab]` of hidden states `[..., hidden]`."""
+        # A projection that is an FSDP module of its own would be gathered and reduced with every
+        # call, and ranks need not make equally many: `gather` has unsharded it, and FSDP reduces
+        # gradients at the end of the backward pass.
         sharded = hasattr(self.projection, "unshard")
         with self.autocast():
             logits = (self.projection.forward if sharded else self.projection)(hidden)
@@ -121,7 +137,7 @@ class Head:
         return logits
 
     def gather(self) -> None:
-        """Makes sharded parameters whole, where FSDP has freed them after the forward pass."""
+        """Unshard parameters that FSDP has freed after the forward pass."""
         for module in (self.model, self.projection):
             unshard: Any = getattr(module, "unshard", None)
             if unshard is not None:
@@ -130,11 +146,10 @@ class Head:
 
 @dataclass(eq=False)
 class DeferredOutput:
-    """What a model with a deferred head returns.
+    """The output of a model with a deferred head.
 
     Args:
-        last_hidden_state: what the output projection would have been given,
-            `[batch, seq, hidden]`.
+        last_hidden_state: input of the output projection, `[batch, seq, hidden]`.
         others: the model's output without logits; its attributes are found here too.
         head: from hidden states to logits.
     """
@@ -145,7 +160,7 @@ class DeferredOutput:
 
     @property
     def logits(self) -> Tensor:
-        """`[batch, seq, vocab]`, computed whenever it is asked for."""
+        """`[batch, seq, vocab]`, computed at every access."""
         self.head.gather()
         return self.head(self.last_hidden_state)
 
@@ -159,16 +174,11 @@ class DeferredOutput:
         return self.logits if name == "logits" else self.others[name]
 
 
-def _unflatten(children: Iterable[Any], head: Any) -> DeferredOutput:
-    hidden, others = children
-    return DeferredOutput(hidden, others, head)
-
-
 # FSDP looks for an output's tensors in dataclasses or pytrees, depending on torch's version.
 pytree.register_pytree_node(
     DeferredOutput,
     lambda output: ([output.last_hidden_state, output.others], output.head),
-    _unflatten,
+    lambda children, head: DeferredOutput(children[0], children[1], head),
     serialized_type_name="ditty_di.losses.deferred.DeferredOutput",
 )
 
@@ -201,7 +211,7 @@ def _without_self(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
-    """What makes contexts like the one that is active now."""
+    """Return a function that makes contexts like the autocast context active now."""
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext
     enabled = torch.is_autocast_enabled(device_type)
@@ -210,8 +220,8 @@ def _autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
 
 
 @contextmanager
-def _put_off(projection: nn.Module) -> Iterator[None]:
-    """Within it, calling `projection` gives what it was called with, as `_DeferredLogits`."""
+def _replaced(projection: nn.Module) -> Iterator[None]:
+    """Make `projection` return its input as `_DeferredLogits` within the context."""
     before = vars(projection).get("forward")
     projection.forward = _DeferredLogits  # type: ignore[method-assign]
     try:
@@ -223,7 +233,7 @@ def _put_off(projection: nn.Module) -> Iterator[None]:
 
 
 class _DeferredLogits:
-    """Stands for logits while the rest of a model's forward pass works on them."""
+    """Record elementwise operations while a model's forward pass works on its logits."""
 
     def __init__(self, hidden: Tensor, steps: tuple[Step, ...] = ()) -> None:
         self.hidden, self.steps = hidden, steps
@@ -239,7 +249,7 @@ class _DeferredLogits:
         return logits._then(name, func, *args, **(kwargs or {}))
 
     def _then(self, name: str, func: Any, *args: Any, **kwargs: Any) -> _DeferredLogits:
-        """The logits after one more step."""
+        """Return the logits after one more operation."""
         if name.removeprefix("r") not in ELEMENTWISE and name not in ELEMENTWISE:
             raise _cannot(name)
         arguments = tuple(LOGITS if a is self else _for_any_token(a, name) for a in args)
@@ -281,7 +291,7 @@ class _DeferredLogits:
 
 
 def _for_any_token(argument: Any, name: str) -> Any:
-    """What logits are combined with, `[vocab]` or `[]`, so that it fits any number of tokens."""
+    """Return an operand of shape `[vocab]` or `[]`, so that it fits any number of tokens."""
     if not isinstance(argument, Tensor):
         return argument
     if argument.numel() != argument.shape[-1:].numel():

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ditty_di.losses.linear_cross_entropy import labelled
-
-if TYPE_CHECKING:
-    from ditty_di.losses.deferred import DeferredOutput, Head
-    from ditty_di.protocols import Batch
+from ditty_di.batch import Batch
+from ditty_di.losses.deferred import DeferredOutput, Head
+from ditty_di.losses.linear_cross_entropy import LinearCrossEntropyLoss, labelled
 
 
-class LigerLinearCrossEntropyLoss(nn.Module):
-    """Cross-entropy in nats a valid label, of a model with `ditty_di.losses.deferred_head`.
+class LigerLinearCrossEntropyLoss(LinearCrossEntropyLoss):
+    """Cross-entropy in nats per valid label, of a model with `ditty_di.losses.deferred_head`.
 
     Liger computes the gradients in the forward pass, chunk by chunk, and so computes each logit
     once. It multiplies by the projection's weight itself: the projection must be a plain linear
     layer. Soft-capping is done by the kernel, and scaling by a number before it.
 
     Args:
-        ignore_index: labels with this value weigh nothing.
-        accum_dtype: name of the torch dtype that sums the weight's gradient over chunks; None is
-            the weight's own.
+        ignore_index: label value excluded from the loss.
+        accum_dtype: name of the torch dtype in which the weight's gradient is summed over chunks;
+            None is the weight's own.
 
     Shapes: hidden states `[batch, seq, hidden]`, labels `[batch, seq]`.
 
@@ -33,11 +31,8 @@ class LigerLinearCrossEntropyLoss(nn.Module):
         RuntimeError: there is no accelerator for its kernels.
     """
 
-    contract = "logits:* | ctx.target:2:i64 -> loss:0:f"
-
     def __init__(self, *, ignore_index: int = -100, accum_dtype: str | None = None) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
+        super().__init__(ignore_index=ignore_index)
         if not torch.accelerator.is_available():
             raise RuntimeError(
                 "loss: Liger's kernels need a CUDA device, and this machine has none; "
@@ -53,21 +48,17 @@ class LigerLinearCrossEntropyLoss(nn.Module):
         self._dtype = getattr(torch, accum_dtype) if accum_dtype else None
         self._fused: Any = LigerFusedLinearCrossEntropyLoss
 
-    def count(self, batch: Batch, /) -> Tensor:
-        """Valid labels of the batch, shape `[]`, int64."""
-        return (batch[1] != self.ignore_index).sum()
-
     def forward(
-        self, output: DeferredOutput, labels: Tensor, global_count: Tensor, /
+        self, output: DeferredOutput, batch: Batch, num_valid_global: Tensor, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The summed cross-entropy over `global_count`, shape `[]`, in float32.
+        """Return the summed cross-entropy over `num_valid_global`, shape `[]`, in float32.
 
         Raises:
             TypeError: the model returns logits.
-            ValueError: the projection is no plain linear layer, or the model does to its logits
-                what the kernel cannot.
+            ValueError: the projection is not a plain linear layer, or the model changes its logits
+                in a way that the kernel does not support.
         """
-        hidden, labels, head = labelled(self, output, labels, self.ignore_index)
+        hidden, labels, head = labelled(self, output, batch.target, self.ignore_index)
         weight, bias = plain_linear(head.projection)
         scale, softcap = scale_and_softcap(head)
         if scale != 1.0:
@@ -81,11 +72,14 @@ class LigerLinearCrossEntropyLoss(nn.Module):
             softcap=softcap,
             accum_dtype=self._dtype,
         )
-        return fused(weight, hidden, labels, bias).float() / global_count, {}
+        return fused(weight, hidden, labels, bias).float() / num_valid_global, {}
 
 
 def plain_linear(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight `[vocab, hidden]` and bias `[vocab]` of a projection that has nothing else.
+    """Return the weight `[vocab, hidden]` and bias `[vocab]` of a plain linear layer.
+
+    Args:
+        projection: the output projection.
 
     Raises:
         ValueError: it has adapters, or a quantised weight.
@@ -102,12 +96,15 @@ def plain_linear(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def scale_and_softcap(head: Head) -> tuple[float, float | None]:
-    """The factor on the logits and then their soft cap, when that is all a model does to them.
+    """Return the factor on the logits and then their soft cap.
 
     Soft-capping is `c * tanh(logits / c)` (Gemma 2, arXiv:2408.00118).
 
+    Args:
+        head: the recorded head of the model.
+
     Raises:
-        ValueError: it does something else.
+        ValueError: the model does something else to its logits.
     """
     names = tuple(step.name for step in head.steps)
     numbers = [
@@ -122,7 +119,7 @@ def scale_and_softcap(head: Head) -> tuple[float, float | None]:
     if names:
         done = ", ".join(step.name for step in head.steps)
         raise ValueError(
-            f"loss: the model does this to its logits: {done}. Liger's kernel can multiply by a "
+            f"loss: the model applies {done} to its logits. Liger's kernel can only multiply by a "
             f"number and soft-cap; use loss=chunked"
         )
     return scale, cap

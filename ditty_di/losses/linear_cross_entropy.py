@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from ditty_di.losses.deferred import DeferredOutput, Head
-    from ditty_di.protocols import Batch
+from ditty_di.batch import Batch
+from ditty_di.losses.base import Loss
+from ditty_di.losses.deferred import DeferredOutput, Head
 
 
-class LinearCrossEntropyLoss(nn.Module):
-    """Cross-entropy in nats a valid label, of a model with `ditty_di.losses.deferred_head`.
+class LinearCrossEntropyLoss(Loss):
+    """Cross-entropy in nats per valid label, of a model with `ditty_di.losses.deferred_head`.
 
     Logits are computed for `chunk_tokens` tokens at a time, in the forward pass and once more in
     the backward pass: `chunk_tokens * vocab` of them exist at once instead of
@@ -25,9 +25,12 @@ class LinearCrossEntropyLoss(nn.Module):
 
     Args:
         chunk_tokens: tokens whose logits exist at once.
-        ignore_index: labels with this value weigh nothing.
+        ignore_index: label value excluded from the loss.
 
     Shapes: hidden states `[batch, seq, hidden]`, labels `[batch, seq]`.
+
+    Raises:
+        ValueError: `chunk_tokens` is below 1.
     """
 
     contract = "logits:* | ctx.target:2:i64 -> loss:0:f"
@@ -38,37 +41,46 @@ class LinearCrossEntropyLoss(nn.Module):
             raise ValueError(f"loss.chunk_tokens={chunk_tokens} must be at least 1")
         self.chunk_tokens, self.ignore_index = chunk_tokens, ignore_index
 
-    def count(self, batch: Batch, /) -> Tensor:
-        """Valid labels of the batch, shape `[]`, int64."""
-        return (batch[1] != self.ignore_index).sum()
+    def num_valid(self, batch: Batch, /) -> Tensor:
+        """Return the number of valid labels, shape `[]`, int64."""
+        return (batch.target != self.ignore_index).sum()  # type: ignore[no-any-return]
 
     def forward(
-        self, output: DeferredOutput, labels: Tensor, global_count: Tensor, /
+        self, output: DeferredOutput, batch: Batch, num_valid_global: Tensor, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The summed cross-entropy over `global_count`, shape `[]`, in float32.
+        """Return the summed cross-entropy over `num_valid_global`, shape `[]`, in float32.
 
         Raises:
             TypeError: the model returns logits.
         """
-        hidden, labels, head = labelled(self, output, labels, self.ignore_index)
+        hidden, labels, head = labelled(self, output, batch.target, self.ignore_index)
         chunks = zip(hidden.split(self.chunk_tokens), labels.split(self.chunk_tokens), strict=True)
         total = torch.stack(
             [checkpoint(self._summed, head, h, y, use_reentrant=False) for h, y in chunks]
         ).sum()
-        return total / global_count, {}
+        return total / num_valid_global, {}
 
     def _summed(self, head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = head(hidden).float()
+        logits = head(hidden).float()  # [chunk_tokens, vocab]
         return F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
 
 
 def labelled(
-    loss_fn: nn.Module, output: Any, labels: Tensor, ignore_index: int
+    loss_fn: Loss, output: Any, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Head]:
-    """Hidden states `[n, hidden]` that have a valid label, the labels `[n]`, and the gathered head.
+    """Return the tokens that have a valid label, and the gathered head.
 
-    Without any valid label there is still one token, so that every rank runs the head, and its
-    gradients are 0 and not missing, where others have some to reduce.
+    Without any valid label one token is left, so that every rank runs the head, and its gradients
+    are 0 and not missing where other ranks have some to reduce.
+
+    Args:
+        loss_fn: named in the error.
+        output: the model's output.
+        labels: `[batch, seq]`.
+        ignore_index: label value of excluded tokens.
+
+    Returns:
+        Hidden states `[tokens, hidden]`, labels `[tokens]`, and the head.
 
     Raises:
         TypeError: the model returns logits.
@@ -83,7 +95,7 @@ def labelled(
             f"a loss on logits, such as loss=causal_lm"
         ) from None
     head.gather()
-    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()  # [batch * seq, hidden]
     index = (labels != ignore_index).nonzero()[:, 0]
     if index.numel() == 0:
         index = index.new_zeros(1)

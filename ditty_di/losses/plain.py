@@ -5,83 +5,88 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ditty_di import protocols
+from ditty_di.batch import Batch
+from ditty_di.losses.base import Loss
 from ditty_di.processors.base import snake_case
-
-if TYPE_CHECKING:
-    from ditty_di.protocols import Batch, Loss
 
 log = logging.getLogger(__name__)
 
 NO_LOSS = """\
-loss_fn: {found} is not an object with count(batch), such as those of ditty_di.losses, nor any \
+loss_fn: {found} is not an object with num_valid(batch), such as those of ditty_di.losses, nor any \
 other callable of (output, labels) that returns a mean over rows, such as torch.nn.MSELoss()"""
 NO_SCALAR = """\
 loss_fn: {name} returned {found}; a loss returns one number, the mean over the rows of a \
 micro-batch{hint}"""
 
 
-class PlainLoss(nn.Module):
-    """A callable `(output, labels) -> loss` whose value is a mean, over what the batch counts.
+class PlainLoss(Loss):
+    """A callable `(output, labels) -> loss` whose value is a mean over rows or valid labels.
 
-    A mean over rows is multiplied by the batch's rows and divided by those of the whole optimizer
-    step, so that accumulated micro-batches and several ranks give the value of one large batch. Two
-    options of torch's losses change what is counted, as attributes or as arguments of a function
-    (given in a partial, or its defaults, as in `torch.nn.functional.cross_entropy`):
+    The mean is multiplied by the rows of the micro-batch and divided by those of the whole
+    optimizer step, so that micro-batches and ranks give the value of one large batch. Two options
+    of torch's losses change what is counted, as attributes or as arguments of a function (given in
+    a partial, or its defaults, as in `torch.nn.functional.cross_entropy`):
 
     * `ignore_index`: the mean is over the other labels (weighted by the class weights `weight`);
     * `reduction="sum"`: the value is a sum, which is added up as it is.
 
-    A dictionary beside the loss, `(loss, {"accuracy": ...})`, is reported; it holds means too.
+    Metrics may be returned beside the loss, `(loss, {"accuracy": ...})`, as means too.
 
-    Raises, when called:
-        ValueError: the value is not one number; prediction and target would be broadcast.
+    Args:
+        loss: the callable.
+
+    Raises:
+        ValueError: `reduction="none"`. When called: the value is not one number, or prediction and
+            target would be broadcast.
     """
 
     def __init__(self, loss: Any) -> None:
         super().__init__()
         self.loss = loss
-        called = getattr(loss, "func", loss)  # of a partial
-        name = getattr(called, "__name__", type(loss).__name__)
+        function = getattr(loss, "func", loss)  # of a partial
+        name = getattr(function, "__name__", type(loss).__name__)
         self.name = snake_case(str(name))
-        reduction = _option(loss, "reduction")
+        reduction, ignored = _option(loss, "reduction"), _option(loss, "ignore_index")
         self._sums = reduction == "sum"
         if reduction == "none":
             raise ValueError(
                 f"loss_fn: {name} has reduction='none', which gives no single number to minimise; "
                 f"give reduction='mean'"
             )
-        self._ignored = _option(loss, "ignore_index")
+        self._ignored = ignored if isinstance(ignored, int) and not self._sums else None
 
     @property
     def counted(self) -> str:
         """A description of what the loss is a mean over, for messages."""
         if self._sums:
             return "summed over all rows of an optimizer step (reduction='sum')"
-        if isinstance(self._ignored, int):
+        if self._ignored is not None:
             return f"a mean over labels other than ignore_index={self._ignored}"
         return "a mean over rows"
 
-    def count(self, batch: Batch, /) -> Tensor:
-        """Rows, or valid labels where the loss ignores some; on the CPU, shape `[]`."""
-        inputs, labels = batch
-        whole = isinstance(labels, Tensor) and not labels.is_floating_point()
-        if isinstance(self._ignored, int) and not self._sums and whole:
-            valid = labels != self._ignored
-            weights = _option(self.loss, "weight")
-            if weights is None:
-                return valid.sum().cpu()
-            return weights.detach()[labels[valid].to(weights.device)].double().sum().cpu()
-        return torch.tensor(len(inputs["input"]), dtype=torch.int64)
+    def num_valid(self, batch: Batch, /) -> Tensor:
+        """Return the number of rows, or of valid labels where some are ignored, shape `[]`."""
+        labels = batch.target
+        is_classes = isinstance(labels, Tensor) and not labels.is_floating_point()
+        if self._ignored is None or not is_classes:
+            return torch.tensor(len(batch.inputs["input"]), dtype=torch.int64)
+        valid = labels != self._ignored
+        weights = _option(self.loss, "weight")
+        if weights is None:
+            return valid.sum()  # type: ignore[no-any-return]
+        return weights.detach()[labels[valid].to(weights.device)].double().sum()  # type: ignore[no-any-return]
 
     def forward(
-        self, output: Any, labels: Any, global_count: Tensor, /
+        self, output: Any, batch: Batch, num_valid_global: Tensor, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """This batch's share of the mean over `global_count`, and of each metric; shapes `[]`."""
+        """Return this batch's part of the mean, and of each metric, shapes `[]`."""
+        labels = batch.target
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Using a target size")
             try:
@@ -100,7 +105,7 @@ class PlainLoss(nn.Module):
                 shown = f"a tensor of shape {list(value.shape)}"
                 hint = hint or "; take its mean()"
             raise ValueError(NO_SCALAR.format(name=self.name, found=shown, hint=hint))
-        value, share = value.reshape(()), self._share(output, labels, global_count)
+        value, share = value.reshape(()), self.share(batch, num_valid_global)
         if not self._sums:
             # 0 / 0 where all is ignored
             value = share * torch.where(share == 0, 0.0 * value.nan_to_num(), value)
@@ -109,32 +114,31 @@ class PlainLoss(nn.Module):
             for key, number in metrics.items()
         }
 
-    def _share(self, output: Any, labels: Any, global_count: Tensor) -> Tensor:
-        rows = labels if isinstance(labels, Tensor) and labels.dim() else _first_tensor(output)
-        count = self.count(({"input": rows}, labels)).to(global_count.device)
-        return (count / global_count).float()
-
     def extra_repr(self) -> str:
+        """Return the name, and what is counted."""
         return f"{self.name}: {self.counted}"
 
 
-def as_loss(loss: Any) -> Loss:
-    """Return a `Loss`, made of any other callable by `PlainLoss`; one line says so.
+def as_loss(loss: Any) -> protocols.Loss:
+    """Return a loss that counts valid elements; another callable is wrapped in `PlainLoss`.
+
+    Args:
+        loss: an object with `num_valid(batch)`, or any callable of output and labels.
 
     Raises:
         TypeError: something that cannot be called, or a class in place of an object.
     """
     if isinstance(loss, type) or not callable(loss):
         raise TypeError(NO_LOSS.format(found=f"{loss!r:.80}"))
-    if callable(getattr(loss, "count", None)):
+    if callable(getattr(loss, "num_valid", None)):
         return loss  # type: ignore[no-any-return]
     plain = PlainLoss(loss)
-    log.info("loss %s has no count(batch): its value is taken as %s", plain.name, plain.counted)
+    log.info("loss %s has no num_valid(batch): its value is taken as %s", plain.name, plain.counted)
     return plain
 
 
 def _option(loss: Any, name: str) -> Any:
-    """Return an option of a loss: its attribute, or what a function gets without being told."""
+    """Return an option of a loss: its attribute, or the default of a function's parameter."""
     if isinstance(loss, nn.Module) or hasattr(loss, name):
         return getattr(loss, name, None)
     try:
@@ -142,9 +146,3 @@ def _option(loss: Any, name: str) -> Any:
     except (TypeError, ValueError):  # some builtins have no signature
         return None
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
-
-
-def _first_tensor(output: Any) -> Tensor:
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, dict) else output))
-    return output

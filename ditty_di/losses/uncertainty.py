@@ -1,22 +1,21 @@
-"""Losses weighed by how uncertain each of them turns out to be."""
+"""Losses weighted by a learned uncertainty of each task."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ditty_di import protocols
+from ditty_di.batch import Batch
 from ditty_di.losses.composite import CompositeLoss, part_metrics, share
 from ditty_di.processors.contracts import Contract
 
-if TYPE_CHECKING:
-    from ditty_di.protocols import Loss
-
 
 class UncertaintyWeightedLoss(CompositeLoss):
-    """The negative log likelihood of several tasks, each with a noise that is learned.
+    """The negative log likelihood of several tasks, each with a learned noise.
 
     With `s_i = log(sigma_i^2)`, the parameters `log_variances`, and the losses `L_i`,
 
@@ -27,40 +26,40 @@ class UncertaintyWeightedLoss(CompositeLoss):
     for a cross-entropy (a softmax of temperature `sigma_i^2`). The sum may become negative.
 
     Args:
-        losses: pairs of a loss and its `w_i`; one of 0 is left out.
-        log_variance: where every `s_i` starts.
-        name, contract: as in `CompositeLoss`.
+        losses: pairs of a loss and its `w_i`; a loss of weight 0 is left out.
+        log_variance: initial value of every `s_i`.
+        name: prefix of its metrics, as in `CompositeLoss`.
+        contract: what it reads, as in `CompositeLoss`.
 
     Metrics: as in `CompositeLoss`, and `{part}/log_variance`.
     """
 
     def __init__(
         self,
-        losses: Sequence[tuple[Loss, float]],
+        losses: Sequence[tuple[protocols.Loss, float]],
         *,
         log_variance: float = 0.0,
         name: str | None = None,
         contract: str | Contract | None = None,
     ) -> None:
         super().__init__(losses, name=name, contract=contract)
-        start = torch.full((len(self.parts),), float(log_variance))
         #: `[parts]`, in float32.
-        self.log_variances = nn.Parameter(start)
+        self.log_variances = nn.Parameter(torch.full((len(self.parts),), float(log_variance)))
 
     def forward(
-        self, output: Any, labels: Any, global_count: Tensor, /
+        self, output: Any, batch: Batch, num_valid_global: Tensor, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """This batch's share of L, shape `[]`.
+        """Return this batch's part of L, shape `[]`.
 
-        Each `s_i / 2` is shared out among a window's batches as their part's count is.
+        Each `s_i / 2` is divided among the micro-batches like the count of its part.
         """
         total: Any = 0.0
         metrics: dict[str, Tensor] = {}
-        for n, (called, part, count) in enumerate(self.counted(global_count)):
-            loss, own = self.call(part, output, labels, count)
+        for n, (name, part, count) in enumerate(self.counted(num_valid_global)):
+            loss, own = part(output, batch, count)
             log_variance = self.log_variances[n]
-            here = share(part, labels, count)
-            weight = self.weights[called]
+            here = share(part, batch, count)
+            weight = self.weights[name]
             total = total + weight * torch.exp(-log_variance) * loss + log_variance / 2 * here
-            metrics |= part_metrics(called, loss, {**own, "log_variance": log_variance * here})
+            metrics |= part_metrics(name, loss, {**own, "log_variance": log_variance * here})
         return total, {**metrics, "total": total.detach()}

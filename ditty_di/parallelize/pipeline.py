@@ -1,87 +1,127 @@
-"""The model as one rank trains it, and pipeline parallelism on every torch."""
+"""The model as one rank trains it, and pipeline parallelism on every torch version."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ditty_di.batch import Batch
 from ditty_di.compat import PIPELINE_TAKES_MICROBATCHES
 from ditty_di.metrics.validation import preserved_rng
-from ditty_di.runtime import seed_everything
-
-if TYPE_CHECKING:
-    from ditty_di.protocols import Loss
-    from ditty_di.runtime import Runtime
+from ditty_di.protocols import Loss
+from ditty_di.runtime import Runtime, seed_everything
 
 
-class WindowLoss:
-    """What a pipeline schedule calls with a micro-batch's output and its number in the window.
+class PipelineLoss:
+    """The loss function of a pipeline schedule, called with an output and a micro-batch number.
 
-    Schedules take tensors as targets, those of older torch cut them into pieces, and they cannot
-    pass the window's count to the loss: so the labels (or contexts) and the count are kept here.
+    Schedules take tensors as targets, those of older torch versions split them, and they cannot
+    pass the global count to the loss: so batches and count are kept here.
+
+    Args:
+        loss_fn: the training loss.
+        finish: `Processors.finish`, which runs the postprocessors.
     """
 
-    def __init__(self, loss_fn: Loss) -> None:
-        self.loss_fn = loss_fn
-        self.labels: list[Any] = []
+    def __init__(self, loss_fn: Loss, finish: Callable[[Any, Batch, Loss], Any]) -> None:
+        self.loss_fn, self.finish = loss_fn, finish
+        self.batches: list[Batch] = []
         self.metrics: dict[int, dict[str, Tensor]] = {}
-        self.global_count: Tensor | None = None
+        self.num_valid_global: Tensor | None = None
 
-    def begin(self, labels: list[Any], global_count: Tensor) -> None:
-        """A window."""
-        self.labels, self.metrics, self.global_count = labels, {}, global_count
+    def begin(self, batches: list[Batch], num_valid_global: Tensor) -> None:
+        """Start an optimizer step.
+
+        Args:
+            batches: its micro-batches.
+            num_valid_global: what the loss counted over the step.
+        """
+        self.batches, self.metrics, self.num_valid_global = batches, {}, num_valid_global
 
     def __call__(self, output: Any, number: Tensor, **ignored: Any) -> Tensor:
-        assert self.global_count is not None
+        """Return the loss of a micro-batch, shape `[]`."""
+        assert self.num_valid_global is not None
         n = int(number)
-        if n >= len(self.labels):  # only fills up the window
+        if n >= len(self.batches):  # pads a step with fewer micro-batches
             tensors = [x for x in tree_leaves(output) if torch.is_tensor(x) and x.requires_grad]
             return torch.stack([0.0 * x.sum() for x in tensors]).sum()
-        loss, metrics = self.loss_fn(output, self.labels[n], self.global_count)
-        self.metrics[n] = metrics  # the last call counts: before the first window shapes are tried
+        batch = self.batches[n]
+        output = self.finish(output, batch, self.loss_fn)
+        loss, metrics = self.loss_fn(output, batch, self.num_valid_global)
+        # The last call counts: before the first step a schedule may run one to infer shapes.
+        self.metrics[n] = metrics
         return loss
 
 
 @dataclass
-class Parts:
-    """The model as this rank trains it: one module, or its stages of a pipeline."""
+class ModelParts:
+    """The model as this rank trains it: one module, or its pipeline stages.
+
+    Args:
+        modules: the module, or this rank's stages.
+        schedule: pipeline schedule; None without pipeline parallelism.
+        pipeline_loss: the loss that the schedule calls.
+        has_first_stage: whether this rank has the first stage.
+        has_last_stage: whether this rank has the last stage, and so the loss.
+    """
 
     modules: list[nn.Module]
     schedule: Any = None
-    window_loss: WindowLoss | None = None
+    pipeline_loss: PipelineLoss | None = None
     has_first_stage: bool = True
     has_last_stage: bool = True
 
-    def sync_gradients(self, now: bool) -> None:
-        """Whether the next backward pass reduces gradients over the data-parallel ranks."""
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of all modules."""
+        return [p for module in self.modules for p in module.parameters()]
+
+    def forward(self, inputs: dict[str, Any]) -> Any:
+        """Return the output of the model.
+
+        Args:
+            inputs: its arguments on the device; `"input"` is the positional one.
+        """
+        keywords = {name: value for name, value in inputs.items() if name != "input"}
+        return self.modules[0](inputs["input"], **keywords)
+
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
+        """Set whether the next backward pass reduces gradients over the data-parallel ranks.
+
+        Args:
+            requires_gradient_sync: as in `torch.distributed.fsdp.FSDPModule`.
+        """
         for module in self.modules:
             set_sync: Any = getattr(module, "set_requires_gradient_sync", None)
             if set_sync is not None:
-                set_sync(now)
+                set_sync(requires_gradient_sync)
 
     def run_schedule(
-        self, window: list[tuple[Tensor, Any, dict[str, Any]]], global_count: Tensor, size: int
+        self, batches: list[Batch], num_valid_global: Tensor, size: int
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Forward and backward of a window's micro-batches (input, labels, keywords of forward).
+        """Run forward and backward of an optimizer step's micro-batches.
 
-        A schedule runs `size` of them, always: a shorter window is filled up with its first one,
-        weightless.
+        Args:
+            batches: the micro-batches on the device.
+            num_valid_global: what the loss counted over the step.
+            size: number of micro-batches of the schedule. Fewer are padded with the first one,
+                whose loss is then 0.
 
         Returns:
             The loss, shape `[]`, and each micro-batch's metrics on the rank of the last stage; 0
             and nothing on the others.
         """
-        assert self.window_loss is not None
-        self.window_loss.begin([labels for _, labels, _ in window], global_count)
-        filled = window + window[:1] * (size - len(window))
-        inputs, _, keywords = map(list, zip(*filled, strict=True))
+        assert self.pipeline_loss is not None
+        self.pipeline_loss.begin(batches, num_valid_global)
+        padded = [batch.inputs for batch in batches + batches[:1] * (size - len(batches))]
+        inputs = [one["input"] for one in padded]
+        keywords = [{k: v for k, v in one.items() if k != "input"} for one in padded]
         numbers = torch.arange(size)
         losses: list[Tensor] | None = [] if self.has_last_stage else None
         if PIPELINE_TAKES_MICROBATCHES:
@@ -93,7 +133,7 @@ class Parts:
                 return_outputs=False,
             )
         else:
-            # The schedule cuts the whole window again, into the same micro-batches.
+            # The schedule splits the concatenated step again, into the same micro-batches.
             self.schedule.step(
                 *([torch.cat(inputs)] if self.has_first_stage else []),
                 target=numbers if self.has_last_stage else None,
@@ -102,17 +142,20 @@ class Parts:
                 **{key: torch.cat([k[key] for k in keywords]) for key in keywords[0]},
             )
         if losses is None:
-            return torch.zeros_like(global_count.sum()), []
+            return torch.zeros_like(num_valid_global.sum()), []
         total = torch.stack([loss.detach() for loss in losses]).sum()
-        return total.to(global_count.device), list(self.window_loss.metrics.values())
+        return total.to(num_valid_global.device), list(self.pipeline_loss.metrics.values())
 
 
-class AlikeOnStages:
-    """Gives all stages of a pipeline the same random numbers while they prepare a micro-batch.
+class SyncedPPRNG:
+    """Use the same random numbers on all pipeline stages while preprocessors run.
 
     Otherwise each stage has its own: the first would get the input that a preprocessor made, and
     the last the target that it made with other noise. Numbers differ between steps, micro-batches
-    and data-parallel ranks; the streams of training go on as if nothing had been drawn.
+    and data-parallel ranks; the generators of the training are restored afterwards.
+
+    Args:
+        runtime: seed, device and data-parallel rank.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -121,6 +164,11 @@ class AlikeOnStages:
 
     @contextmanager
     def __call__(self, step: int) -> Iterator[None]:
+        """Seed the generators for the next micro-batch of an optimizer step.
+
+        Args:
+            step: optimizer step.
+        """
         self._number = self._number + 1 if step == self._step else 0
         self._step = step
         runtime = self.runtime

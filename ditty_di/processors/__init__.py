@@ -1,8 +1,8 @@
-"""What is composed around a model: `batch -> preprocessors -> model -> postprocessors -> loss`."""
+"""Processors around a model: `batch -> preprocessors -> model -> postprocessors -> loss`."""
 
+from ditty_di.batch import Context
 from ditty_di.processors.base import PostProcessor, PreProcessor
 from ditty_di.processors.chain import Report, Stage, examine
-from ditty_di.processors.context import Context
 from ditty_di.processors.contracts import Contract, ContractError
 from ditty_di.processors.keep_input import KeepInput
 from ditty_di.processors.stages import contract_of, pipeline

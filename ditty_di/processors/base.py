@@ -1,4 +1,4 @@
-"""What stands before and behind the model: one method, and text for people."""
+"""Base classes for preprocessors and postprocessors."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ditty_di.batch import Context
 from ditty_di.processors.contracts import Contract
-
-if TYPE_CHECKING:
-    from ditty_di.processors.context import Context
 
 _WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 def snake_case(name: str) -> str:
-    """`MSELoss` as `mse_loss`."""
+    """Return `MSELoss` as `mse_loss`."""
     return _WORD.sub("_", name).lower()
 
 
 def as_contract(contract: Any) -> Contract | None:
-    """A contract of its text, or the contract that it is already.
+    """Return the contract that a text describes; a contract or None is returned as it is.
+
+    Args:
+        contract: text, `Contract` or None.
 
     Raises:
-        ContractError: the text cannot be read.
+        ContractError: the text cannot be parsed.
     """
     if contract is None or isinstance(contract, Contract):
         return contract
@@ -33,11 +34,15 @@ def as_contract(contract: Any) -> Contract | None:
 
 
 def contract_of_class(cls: type, arguments: Mapping[str, Any]) -> Contract | None:
-    """The contract of `cls(**arguments)`: what its `contract_for(**arguments)` makes, or the text
-    of its attribute `contract`; of both, the one that is nearer to the class among its bases.
+    """Return the contract of `cls(**arguments)`, or None for a class without one.
+
+    Args:
+        cls: class with a class method `contract_for(**arguments)` or an attribute `contract`; of
+            both, the one that comes first in the method resolution order is used.
+        arguments: arguments of its constructor.
 
     Raises:
-        ContractError: the text cannot be read.
+        ContractError: the text cannot be parsed.
     """
     for base in inspect.getmro(cls):
         if isinstance(vars(base).get("contract"), str | Contract):
@@ -47,28 +52,40 @@ def contract_of_class(cls: type, arguments: Mapping[str, Any]) -> Contract | Non
     return None
 
 
-class Processor(ABC):
-    """Both kinds of processor.
+class Configured:
+    """Record the constructor's arguments; find name and contract from them.
 
-    Args:
-        contract: what it takes and gives (`ditty_di.processors.contracts`); a class may have the
-            text as its attribute `contract`, or a class method `contract_for`, instead. None
-            leaves the stage unchecked.
-        name: what messages and pictures call it; None is the class's name in snake case.
+    This happens in `__new__`, so that a class which does not call `super().__init__`, such as a
+    dataclass, has them too.
     """
 
-    #: The text in a class; in an object, the `Contract` or None.
+    #: Text in a class; in an object, the `Contract` or None.
     contract: Any = None
     name: str
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # Here and not in `__init__`, so that a class which does not call it (a dataclass) has them.
+        """Record the arguments before `__init__` runs."""
         self = super().__new__(cls)
         given = given_arguments(cls, args, kwargs)
         values = {"name": snake_case(cls.__name__), "contract": contract_of_class(cls, given)}
         for key, value in {**values, "_given": given}.items():
-            object.__setattr__(self, key, value)  # a module would want to be initialised first
+            object.__setattr__(self, key, value)  # nn.Module.__setattr__ needs its __init__
         return self
+
+    def config(self) -> dict[str, Any]:
+        """Return the arguments that the object was constructed with."""
+        return dict(vars(self)["_given"])
+
+
+class Processor(Configured, ABC):
+    """Base class of preprocessors and postprocessors.
+
+    Args:
+        contract: what it reads and writes (`ditty_di.processors.contracts`); None is the class
+            attribute `contract`, or what the class method `contract_for` returns. Without any the
+            processor is not checked.
+        name: name in messages; None is the class name in snake case.
+    """
 
     def __init__(self, *, contract: str | Contract | None = None, name: str | None = None) -> None:
         super().__init__()
@@ -77,40 +94,49 @@ class Processor(ABC):
         if name is not None:
             self.name = name
 
-    def config(self) -> dict[str, Any]:
-        """The arguments that it was made with."""
-        return dict(vars(self)["_given"])
-
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={_short(value)}" for key, value in self.config().items())
         return f"{self.name}({arguments})"
 
 
 class PreProcessor(Processor):
-    """Changes a batch before the model gets it, and the context as it likes."""
+    """Change a batch, and the context, before the model is called."""
 
     @abstractmethod
     def process(self, batch: Any, ctx: Context) -> tuple[Any, Context] | None:
-        """The batch for the next stage and the context; None rejects the batch.
+        """Return the batch for the next stage and the context, or None to reject the batch.
 
-        `batch` is `inputs["input"]` of the loader, or what the processor before made of it; the
-        model's other arguments are in `ctx["forward_kwargs"]`. Tensors are on `ctx["device"]`.
+        Args:
+            batch: `inputs["input"]` of the loader, or what the processor before returned. The
+                model's other arguments are in `ctx["forward_kwargs"]`.
+            ctx: the batch's context. Tensors are on `ctx["device"]`.
         """
 
 
 class PostProcessor(Processor):
-    """Changes the model's output before the loss gets it, and the context as it likes."""
+    """Change the model's output, and the context, before the loss is computed."""
 
     @abstractmethod
     def process(self, output: Any, ctx: Context) -> tuple[Any, Context]:
-        """The output for the next stage, and the context."""
+        """Return the output for the next stage and the context.
+
+        Args:
+            output: the model's output, or what the processor before returned.
+            ctx: the batch's context.
+        """
 
 
 def given_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What `cls(*args, **kwargs)` is given, by name."""
+    """Return the arguments of `cls(*args, **kwargs)` by name, without defaults.
+
+    Args:
+        cls: the class.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
     try:
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)  # type: ignore[misc]
-    except (TypeError, ValueError):  # calling `__init__` will say what is wrong with them
+    except (TypeError, ValueError):  # calling `__init__` reports what is wrong
         return dict(kwargs)
     given: dict[str, Any] = {}
     for name, value in list(bound.arguments.items())[1:]:

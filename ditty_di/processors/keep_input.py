@@ -1,27 +1,25 @@
-"""A batch as the target of what reconstructs it."""
+"""Keep the batch as the target of a loss that reconstructs it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from ditty_di.batch import Context
 from ditty_di.processors.base import PreProcessor
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ditty_di.processors.context import Context
 
 
 class KeepInput(PreProcessor):
-    """Writes the batch into the context, as it is at this place.
+    """Write the batch into the context, as it is at this position among the preprocessors.
 
     Args:
-        key: of the context.
-        flat: as `[batch, features]`.
-        mask: where to write which rows count, bool `[batch, 1, ...]` with as many dimensions as
-            what is kept: not those that only fill up the last batch, whose labels are all
-            `ignore_index`. None writes none, and such rows count as others do.
-        ignore_index: as in the loader.
+        key: context key to write.
+        flat: write it as `[batch, features]`.
+        mask: context key to write which rows count, bool `[batch, 1, ...]` with as many dimensions
+            as the kept batch: rows that only pad the last batch have no label other than
+            `ignore_index` and do not count. None writes no mask, and such rows count as well.
+        ignore_index: label value of rows that do not count, as in the loader.
     """
 
     def __init__(
@@ -39,14 +37,16 @@ class KeepInput(PreProcessor):
     def contract_for(
         cls, *, key: str = "image", flat: bool = False, mask: str | None = None, **others: Any
     ) -> str:
+        """Return the contract of a processor with these arguments."""
         rank = 2 if flat else "n"
         labels, rows = (" | ctx.target:*", f", ctx.{mask}:{rank}:b") if mask else ("", "")
         return f"0:n:f{labels} -> | ctx.{key}:{rank}:f{rows}"
 
     def process(self, batch: Tensor, ctx: Context) -> tuple[Any, Context]:
+        """Write the batch, and the mask if there is one; the batch goes on unchanged."""
         kept = batch.flatten(1) if self.flat else batch
         ctx[self.key] = kept
         if self.mask is not None:
-            rows = (ctx["target"] != self.ignore_index).reshape(len(batch), -1).any(1)
-            ctx[self.mask] = rows.reshape(-1, *[1] * (kept.dim() - 1))
+            rows = (ctx["target"] != self.ignore_index).reshape(len(batch), -1).any(1)  # [batch]
+            ctx[self.mask] = rows.reshape(-1, *[1] * (kept.dim() - 1))  # [batch, 1, ...]
         return batch, ctx

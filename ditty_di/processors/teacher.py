@@ -1,39 +1,43 @@
-"""A frozen model beside the one that is trained."""
+"""A frozen teacher model beside the trained one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
+
+from ditty_di.batch import Context
+from ditty_di.models.weights import materialize
 from ditty_di.processors.base import PreProcessor
+from ditty_di.processors.contracts import Contract
 from ditty_di.processors.outputs import predicted
+from ditty_di.protocols import WeightsFn
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ditty_di.processors.context import Context
-    from ditty_di.processors.contracts import Contract
-    from ditty_di.protocols import WeightsFn
-
-SAME = """\
-{name}: its model shares parameters with the model that is trained, so it would teach itself and \
-freeze its pupil; give it a model of its own (in a configuration: a node of its own)"""
+SHARED_PARAMETERS = """\
+{name}: teacher and student share parameters; pass a separate model (in a configuration: a node of \
+its own)"""
 
 
 class Teacher(PreProcessor):
-    """Writes what a frozen model makes of the batch, for a distillation loss.
+    """Write the output of a frozen model into the context, for a distillation loss.
 
-    The model gets what the trained one will get (batch and `ctx["forward_kwargs"]`), so this is the
-    last preprocessor. It is in evaluation mode, has no gradients, is in no optimizer and no
-    checkpoint, and every rank has the whole of it, on its device.
+    The model is called as the trained one will be (batch and `ctx["forward_kwargs"]`), so this is
+    the last preprocessor. It is in evaluation mode, without gradients, in no optimizer and in no
+    checkpoint; every rank has all of it on its device.
 
     Args:
-        model: another module than the one that is trained; its parameters are frozen.
-        output: where its logits are: an index, or a name such as `logits` for Hugging Face models.
-        key: the context key to write.
+        model: a model other than the trained one; its parameters are frozen.
+        output: position or name of the logits in its output, such as `logits` for Hugging Face
+            models.
+        key: context key to write.
         weights: fills a model that is on the meta device.
+        contract: what it reads and writes; None is a tensor written as `key`.
+        name: name in messages; None is the class name in snake case.
 
     Raises:
-        ValueError: the model has parameters without values, or (in `process`) ones of the student.
+        ValueError: the model is on the meta device without `weights`, or (in `process`) it shares
+            parameters with the student.
     """
 
     def __init__(
@@ -56,32 +60,30 @@ class Teacher(PreProcessor):
         self.model = model.requires_grad_(False).eval()
         self.output, self.key = output, key
         self._weights = weights if on_meta else None
-        self._placed = False
+        self._is_set_up = False
 
     @classmethod
     def contract_for(cls, *, key: str = "teacher_logits", **others: Any) -> str:
+        """Return the contract of a teacher with these arguments."""
         return f"-> | ctx.{key}:*:f"
 
     def process(self, batch: Any, ctx: Context) -> tuple[Any, Context]:
-        import torch
-
-        if not self._placed:
-            self._place(ctx)
-        self.model.eval()  # somebody may have set a module around it to training
+        """Write the teacher's output; the batch goes on unchanged."""
+        if not self._is_set_up:
+            self._set_up(ctx)
+        self.model.eval()  # a module around it may have been set to training mode
         with torch.no_grad():
             output = self.model(batch, **ctx["forward_kwargs"])
         ctx[self.key] = predicted(output, self.output)
         return batch, ctx
 
-    def _place(self, ctx: Context) -> None:
-        pupil: Any = ctx["model"]
+    def _set_up(self, ctx: Context) -> None:
+        student: Any = ctx["model"]
         own = {id(parameter) for parameter in self.model.parameters()}
-        if pupil is not None and any(id(p) in own for p in pupil.parameters()):
-            raise ValueError(SAME.format(name=self.name))
+        if student is not None and any(id(p) in own for p in student.parameters()):
+            raise ValueError(SHARED_PARAMETERS.format(name=self.name))
         if self._weights is not None:
-            from ditty_di.models.weights import materialize
-
             materialize(self.model, ctx["device"])
             self._weights(self.model, device=ctx["device"])
         self.model.to(ctx["device"])
-        self._placed = True
+        self._is_set_up = True

@@ -1,23 +1,20 @@
-"""The way of a batch to the model, and of the model's output to the loss."""
+"""Preprocessors between loader and model, postprocessors between model and loss."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from ditty_di.batch import Batch, Context
+from ditty_di.processors.base import PostProcessor, PreProcessor
 from ditty_di.processors.chain import POST, PRE, Report, Stage, examine
-from ditty_di.processors.context import Context
 from ditty_di.processors.contracts import Contract
 from ditty_di.processors.picture import drawn
 from ditty_di.processors.stages import pipeline
 from ditty_di.processors.tensors import BatchChecks, TensorChecks
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from ditty_di.processors.base import PostProcessor, PreProcessor
-    from ditty_di.protocols import Batch, Loss, Stateful
+from ditty_di.protocols import Loss, Stateful
 
 NO_PAIR = """\
 {name}.process returned {found}; it must return (batch, ctx), and a preprocessor may return None \
@@ -26,20 +23,27 @@ to reject the batch"""
 NO_KWARGS = """\
 the preprocessors left forward_kwargs={found} in the context; it must be a mapping of the model's \
 other arguments, without "input", which is the batch. Return the context that process was given"""
-WEIGHT_CHANGED = """\
-a postprocessor has changed what the batch weighs in the loss, from {before} to {now}: that is \
-counted before the model runs, over the whole window, so let a preprocessor write the target, its \
-labels to ignore and its mask"""
+NUM_VALID_CHANGED = """\
+a postprocessor has changed the number of valid elements that the loss counts, from {before} to \
+{now}. It is summed over the optimizer step before the model runs, so target, ignored labels and \
+mask must be written by a preprocessor"""
 SPLIT_SEQUENCES = """\
 with runtime.cp > 1 each rank has a part of every sequence, and what processors make of a whole \
 batch cannot be split; use cp=1"""
 
 
 class Processors:
-    """Pre- and postprocessors in their order.
+    """Preprocessors and postprocessors in order.
 
-    Without any it is false, and `prepare` and `finish` return what they are given; otherwise a
-    `Context` takes the place of the batch's labels.
+    Without any (and without checks of tensors) the object is false, `prepare` returns the batch it
+    is given, and `finish` the output.
+
+    Args:
+        preprocessors: called in order on a batch before the model.
+        postprocessors: called in order on the model's output before the loss.
+
+    Raises:
+        TypeError: something that is not a list of processors.
     """
 
     def __init__(
@@ -47,8 +51,8 @@ class Processors:
         preprocessors: Sequence[PreProcessor] = (),
         postprocessors: Sequence[PostProcessor] = (),
     ) -> None:
-        self.preprocessors = _several("preprocessors", preprocessors)
-        self.postprocessors = _several("postprocessors", postprocessors)
+        self.preprocessors = _as_processors("preprocessors", preprocessors)
+        self.postprocessors = _as_processors("postprocessors", postprocessors)
         self._active = bool(self.preprocessors or self.postprocessors)
         self._checks: TensorChecks | None = None
 
@@ -68,20 +72,31 @@ class Processors:
         total_steps: int,
         device: torch.device,
         model: Any,
-    ) -> Any:
-        """The loader's batch as `(inputs, ctx)` on the device; None when a preprocessor rejects it.
+    ) -> Batch | None:
+        """Run the preprocessors.
+
+        Args:
+            batch: the loader's batch; it is not changed.
+            epoch: see `ditty_di.batch.Context`, as for the other arguments.
+            step: optimizer step, from 1.
+            total_steps: number of optimizer steps.
+            device: device that the batch is moved to first.
+            model: the trained module.
+
+        Returns:
+            A batch with context on the device, or None when a preprocessor rejects it.
 
         Raises:
-            TypeError: a processor returned something else than `(batch, ctx)`.
-            ContractError: a tensor is not what a contract says, where tensors are checked.
+            TypeError: a processor returned something other than `(batch, ctx)`.
+            ContractError: a tensor differs from a contract, where tensors are checked.
         """
         if not self._active:
             return batch
-        inputs = {name: _moved(value, device) for name, value in batch[0].items()}
-        target = _moved(batch[1], device)
+        batch = batch.to(device)
+        inputs, labels = batch.inputs, batch.labels
         ctx = Context(
-            original_batch=(inputs, target),
-            target=target,
+            original_batch=(inputs, labels),
+            target=labels,
             forward_kwargs={name: value for name, value in inputs.items() if name != "input"},
             epoch=epoch,
             step=step,
@@ -102,38 +117,56 @@ class Processors:
             raise TypeError(NO_KWARGS.format(found=f"{kwargs!r:.80}"))
         if checks is not None and on is not None:
             on.takes(checks.model, value, ctx)
-            ctx.checks, checks.done = on, True
-        return {"input": value, **kwargs}, ctx
+            checks.done = True
+        return Batch({"input": value, **kwargs}, labels, ctx, checks=on)
 
-    def finish(self, output: Any, ctx: Any) -> Any:
-        """The model's output as the loss gets it; postprocessors may have written into `ctx`.
+    def finish(self, output: Any, batch: Batch, loss_fn: Loss | None = None) -> Any:
+        """Run the postprocessors on the model's output.
+
+        Args:
+            output: the model's output.
+            batch: the batch it was computed from; its context becomes what they return.
+            loss_fn: loss that counted `batch.num_valid`; None does not compare the count.
+
+        Returns:
+            The output for the loss.
 
         Raises:
-            TypeError, ContractError: as in `prepare`.
+            TypeError: a processor returned something other than `(output, ctx)`.
+            ContractError: a tensor differs from a contract, where tensors are checked.
+            ValueError: a postprocessor changed the number of valid elements.
         """
         if not self._active:
             return output
-        checks, on = self._checks, ctx.checks
+        checks, on, before = self._checks, batch.checks, batch.context
         if checks is not None and on is not None:
-            on.gives(checks.model, output, ctx)
+            on.gives(checks.model, output, before)
         stages = checks.postprocessors if checks else ()
-        result = _run(self.postprocessors, stages, output, ctx, on)
+        # What changed is seen by identity and version, without waiting for the device.
+        had = [(k, v, _version(v)) for k, v in before.items()] if self.postprocessors else []
+        result = _run(self.postprocessors, stages, output, before, on)
         if result is None:
-            name = type(self).__name__
-            raise TypeError(f"{name}: a postprocessor returned None; only a batch can be rejected")
-        output, given = result
-        if given is not ctx:  # the caller hands its own context to the loss
-            written = dict(given)
-            ctx.clear()
-            ctx.update(written)
+            raise TypeError("a postprocessor returned None; only a batch can be rejected")
+        output, ctx = result
+        batch.context = ctx
         if checks is not None and on is not None:
             on.takes(checks.loss, output, ctx)
-            ctx.checks = None
+            batch.checks = None
+        changed = any(ctx.get(k) is not v or _version(v) != version for k, v, version in had)
+        if changed and loss_fn is not None and batch.num_valid is not None:
+            now = loss_fn.num_valid(batch)  # on an accelerator this waits for the device
+            if not torch.equal(batch.num_valid.cpu(), now.cpu()):
+                raise ValueError(
+                    NUM_VALID_CHANGED.format(before=batch.num_valid.tolist(), now=now.tolist())
+                )
         return output
 
     def states(self) -> dict[str, Stateful]:
-        """What a checkpoint holds of those that have a state, as `preprocessor_<name>` or
-        `postprocessor_<name>` (of equal names the second has `_2`); on all ranks it is the same."""
+        """Return the processors that have a state to save, by checkpoint key.
+
+        Keys are `preprocessor_<name>` and `postprocessor_<name>`; of equal names the second has
+        `_2`.
+        """
         found: dict[str, Any] = {}
         for kind, several in ((PRE, self.preprocessors), (POST, self.postprocessors)):
             for processor in several:
@@ -146,10 +179,6 @@ class Processors:
                     found[name] = processor
         return found
 
-    def before(self, loss_fn: Loss) -> Loss:
-        """The loss as the trainer calls it: it takes what the postprocessors leave."""
-        return _Finished(self, loss_fn) if self._active else loss_fn
-
     # --------------------------------------------------------------------------------- contracts
     def stages(
         self,
@@ -159,7 +188,14 @@ class Processors:
         loss: Any = None,
         model_contract: str | Contract | None = None,
     ) -> list[Stage]:
-        """The whole pipeline; see `ditty_di.processors.stages.pipeline`."""
+        """Return the stages from loader to loss; see `ditty_di.processors.stages.pipeline`.
+
+        Args:
+            loader: the data loader, or None.
+            model: the model, or None.
+            loss: the loss, or None.
+            model_contract: the model's contract; None is its attribute `contract`.
+        """
         return pipeline(
             loader=loader,
             preprocessors=self.preprocessors,
@@ -170,77 +206,50 @@ class Processors:
         )
 
     def validate(self, *, strict: bool = False, **around: Any) -> Report:
-        """What the contracts tell; `around` as in `stages`.
+        """Check the contracts from loader to loss.
+
+        Args:
+            strict: also raise for what no contract proves.
+            around: loader, model, loss and model_contract, as in `stages`.
 
         Raises:
-            ContractError: all that does not fit, at once; `strict`, what no contract proves too.
+            ContractError: all mismatches at once.
         """
         report = examine(self.stages(**around))
         report.verify(strict=strict)
         return report
 
     def picture(self, **around: Any) -> str:
-        """The pipeline as text, problems marked; `around` as in `stages`."""
+        """Return the stages as text, with mismatches marked.
+
+        Args:
+            around: loader, model, loss and model_contract, as in `stages`.
+        """
         return drawn(examine(self.stages(**around)))
 
     def check_tensors(self, *, every: bool = False, **around: Any) -> None:
-        """Compares tensors with contracts from now on: of one batch, or of `every` one.
+        """Compare tensors with contracts from now on, also without any processor.
 
-        `prepare` and `finish` then have to be called also where there is no processor.
+        Args:
+            every: check every batch, instead of the first that is not rejected.
+            around: loader, model, loss and model_contract, as in `stages`.
         """
         self._checks = TensorChecks(self.stages(**around), every=every)
         self._active = True
 
 
-def _several(slot: str, processors: Any) -> tuple[Any, ...]:
-    """Raises TypeError for what is no sequence of processors."""
+def _as_processors(slot: str, processors: Any) -> tuple[Any, ...]:
+    """Return the processors of a slot, or raise TypeError."""
     if hasattr(processors, "process") or not isinstance(processors, Iterable):
         raise TypeError(f"{slot}: it must be a list of processors; got {processors!r:.80}")
     found = tuple(processors)
     for n, processor in enumerate(found):
         if isinstance(processor, type) or not hasattr(processor, "process"):
             raise TypeError(
-                f"{slot}.{n}: {processor!r:.80} is no processor; give an object of a class that "
+                f"{slot}.{n}: {processor!r:.80} is not a processor; give an object of a class that "
                 f"inherits from ditty_di.processors.PreProcessor or PostProcessor"
             )
     return found
-
-
-class _Finished:
-    """A loss behind postprocessors.
-
-    One that says `takes_context` gets the context, any other the target in it as its labels.
-    """
-
-    def __init__(self, processors: Processors, loss_fn: Loss) -> None:
-        self._processors, self._loss_fn = processors, loss_fn
-        self._takes_context = getattr(loss_fn, "takes_context", False)
-
-    def count(self, batch: Batch, /) -> Tensor:
-        inputs, ctx = batch
-        assert isinstance(ctx, Context)
-        count = self._loss_fn.count((inputs, self._labels(ctx)))
-        ctx.counted = inputs, count
-        return count
-
-    def __call__(
-        self, output: Any, ctx: Any, global_count: Tensor, /
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        had = [*ctx.items()] if self._processors.postprocessors else []
-        before = [(key, value, _version(value)) for key, value in had]
-        output = self._processors.finish(output, ctx)
-        changed = any(ctx.get(k) is not v or _version(v) != version for k, v, version in before)
-        # What is new could not be counted. A second count waits for the device, so it is for those
-        # alone who have changed something.
-        if changed and ctx.counted is not None:
-            inputs, count = ctx.counted
-            now = self._loss_fn.count((inputs, self._labels(ctx)))
-            if not count.equal(now):
-                raise ValueError(WEIGHT_CHANGED.format(before=count.tolist(), now=now.tolist()))
-        return self._loss_fn(output, self._labels(ctx), global_count)
-
-    def _labels(self, ctx: Any) -> Any:
-        return ctx if self._takes_context else ctx["target"]
 
 
 def _run(
@@ -250,7 +259,7 @@ def _run(
     ctx: Context,
     on: BatchChecks | None,
 ) -> tuple[Any, Context] | None:
-    """One after the other; None when one of them rejects what it is given."""
+    """Run processors in order; return None when one of them rejects the batch."""
     for n, processor in enumerate(processors):
         if on is not None:
             on.takes(stages[n], value, ctx)
@@ -275,10 +284,5 @@ def _run(
 
 
 def _version(value: Any) -> int:
-    """How often a tensor was changed in place."""
-    return value._version if hasattr(type(value), "_version") else 0  # type: ignore[no-any-return]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """A tensor on the device, and anything else as it is."""
-    return value.to(device, non_blocking=True) if hasattr(value, "layout") else value
+    """Return how often a tensor was changed in place; 0 for other values."""
+    return value._version if isinstance(value, torch.Tensor) else 0

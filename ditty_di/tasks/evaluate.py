@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
+    from ditty_di.batch import Batch
     from ditty_di.processors import PostProcessor, PreProcessor
-    from ditty_di.protocols import Batch, Loss, ParallelizeFn, ValidatorFactory, WeightsFn
+    from ditty_di.protocols import Loss, ParallelizeFn, ValidatorFactory, WeightsFn
     from ditty_di.runtime import Runtime
 
 
@@ -40,15 +41,15 @@ def evaluate(
     """
     if validator is None:
         raise ValueError("evaluate: this run has no validator; add validator=default, or loss_only")
-    from ditty_di.assembly import place_model, place_processors, to_device
-    from ditty_di.gradients import place_loss
+    from ditty_di.batch import Batch
     from ditty_di.isolation import check_rows, isolation_of
     from ditty_di.losses.plain import as_loss
     from ditty_di.processors import Processors
     from ditty_di.runtime import Runtime
+    from ditty_di.training.setup import setup_loss, setup_model, setup_processors
 
     runtime = runtime or Runtime()
-    processors = place_processors(
+    processors = setup_processors(
         Processors(preprocessors, postprocessors),
         runtime=runtime,
         contracts="static",
@@ -57,32 +58,35 @@ def evaluate(
     loss_fn = as_loss(loss_fn)
     if loss_weights is not None:
         loss_weights(loss_fn)
-    loss_fn = processors.before(place_loss(loss_fn, runtime))
-    parts = place_model(
+    loss_fn = setup_loss(loss_fn, runtime)
+    parts = setup_model(
         model,
         runtime=runtime,
         loss_fn=loss_fn,
         weights=weights,
         parallelize_fn=parallelize_fn,
         pipeline_fn=None,
-    ).modules
+    )
 
-    def forward(inputs: dict[str, Tensor]) -> Any:
-        inputs = to_device(runtime.device, inputs)
-        return parts[0](inputs["input"], **{k: v for k, v in inputs.items() if k != "input"})
+    def forward(batch: Batch) -> Any:
+        return processors.finish(parts.forward(batch.inputs), batch, loss_fn)
 
     def prepare(batch: Batch) -> Batch | None:
-        return processors.prepare(  # type: ignore[no-any-return]
-            batch, epoch=0, step=0, total_steps=1, device=runtime.device, model=parts[0]
+        return processors.prepare(
+            batch, epoch=0, step=0, total_steps=1, device=runtime.device, model=parts.modules[0]
         )
 
     made = validator(
-        model_parts=parts, forward=forward, loss_fn=loss_fn, runtime=runtime, prepare=prepare
+        model_parts=parts.modules,
+        forward=forward,
+        loss_fn=loss_fn,
+        runtime=runtime,
+        prepare=prepare,
     )
     isolation = isolation_of(
-        parts[0],
+        parts.modules[0],
         config=getattr(model, "config", None),
-        forward=forward,
+        forward=lambda inputs: parts.forward(Batch(inputs, None).to(runtime.device).inputs),
         processors=processors,
         runtime=runtime,
     )

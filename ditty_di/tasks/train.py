@@ -12,7 +12,7 @@ from ditty_di.rundir import RunDirectory
 if TYPE_CHECKING:
     from torch import nn
 
-    from ditty_di.trainer import Trainer
+    from ditty_di.training.trainer import Trainer
 
 
 def train(

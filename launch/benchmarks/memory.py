@@ -53,7 +53,7 @@ PROCESSES.set_forkserver_preload(
         "transformers.models.llama.modeling_llama",
         "ditty_di",
         "ditty_di.adapters",
-        "ditty_di.assembly",
+        "ditty_di.training.setup",
         "ditty_di.losses",
         "ditty_di.models.pretrained",
         "ditty_di.parallelize.data_parallel",
@@ -94,13 +94,13 @@ def build(base: str, *, quantize: str, adapters: bool, dtype: str) -> nn.Module:
 def place(model: nn.Module, base: str) -> nn.Module:
     from ditty_di import Runtime
     from ditty_di.adapters import initialize
-    from ditty_di.assembly import place_model
     from ditty_di.losses import CrossEntropyLoss
     from ditty_di.models.pretrained import Pretrained
     from ditty_di.parallelize.data_parallel import shard
+    from ditty_di.training.setup import setup_model
 
     runtime = Runtime()
-    (placed,) = place_model(
+    (placed,) = setup_model(
         model,
         runtime=runtime,
         loss_fn=CrossEntropyLoss(output="logits"),

@@ -67,7 +67,7 @@ def test_it_trains_with_a_function_as_its_loss(folder):
     loss = ["loss=function", "loss._target_=mine.loss"]
     code, said = run(folder, *FILLED, *loss, "steps=3", "run=outputs/own")
     assert code == 0, said
-    assert "loss has no count(batch): its value is taken as a mean over rows" in said
+    assert "loss has no num_valid(batch): its value is taken as a mean over rows" in said
     result = json.loads((folder / "outputs/own/result.json").read_text())
     assert result["status"] == "finished" and 0 < result["objective"] < 2
     assert (folder / "outputs/own/export/model.safetensors").is_file()

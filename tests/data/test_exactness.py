@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ditty_di.batch import Batch
 from ditty_di.data import Packed, PackedCollate, PaddedCollate, PaddingFreeCollate
 from ditty_di.losses import CrossEntropyLoss
 from tests.data.ragged import VOCAB, Documents, make_model, run
@@ -15,12 +16,12 @@ def alone(model):
     """Loss, its gradients, and the logits of each document, one at a time."""
     loss_fn, total = CrossEntropyLoss(output=None), None
     rows = [PaddedCollate()([DOCUMENTS[i]]) for i in range(len(DOCUMENTS))]
-    count = sum(loss_fn.count(row) for row in rows)
+    count = sum(loss_fn.num_valid(Batch(*row)) for row in rows)
     logits = []
     for inputs, labels in rows:
         found = run(model, inputs)
         logits.append(found[0].detach())
-        loss = loss_fn(found, labels, count)[0]
+        loss = loss_fn(found, Batch(inputs, labels), count)[0]
         total = loss if total is None else total + loss
     total.backward()
     return total.item(), gradients(model), logits
@@ -62,8 +63,8 @@ def test_logits_loss_and_gradients_are_those_of_each_document_alone(architecture
     for row, start, document in places:
         mine = found[row, start : start + len(logits[document])].detach()
         torch.testing.assert_close(mine, logits[document], atol=1e-5, rtol=0)
-    loss_fn = CrossEntropyLoss()
-    total = loss_fn(found, labels, loss_fn.count((inputs, labels)))[0]
+    loss_fn, batch = CrossEntropyLoss(), Batch(inputs, labels)
+    total = loss_fn(found, batch, loss_fn.num_valid(batch))[0]
     assert total.item() == pytest.approx(loss, rel=1e-5)
     total.backward()
     for name, value in gradients(model).items():

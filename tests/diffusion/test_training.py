@@ -28,7 +28,7 @@ from ditty_di.metrics import Metrics, Validator
 from ditty_di.models.weights import initialize
 from ditty_di.optim import schedules
 from ditty_di.runtime import Runtime
-from ditty_di.trainer import Trainer
+from ditty_di.training.trainer import Trainer
 from tests.distributed.cases import Recorder
 from tests.toy import REPOSITORY
 

@@ -25,7 +25,7 @@ from ditty_di.models.weights import hugging_face, initialize
 from ditty_di.optim.schedules import cosine
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime
-from ditty_di.trainer import Trainer
+from ditty_di.training.trainer import Trainer
 
 STEPS, RESUME_AT, VOCAB, ROWS = 20, 8, 64, 16
 

@@ -17,7 +17,7 @@ from ditty_di.losses import CrossEntropyLoss
 from ditty_di.metrics.metrics import Metrics
 from ditty_di.optim.schedules import constant
 from ditty_di.runtime import Runtime
-from ditty_di.trainer import Trainer
+from ditty_di.training.trainer import Trainer
 from tests.distributed.cases import VOCAB, Ragged, Recorder
 
 

@@ -26,7 +26,7 @@ from ditty_di.optim.schedules import constant
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.processors import Context, PostProcessor, PreProcessor
 from ditty_di.runtime import Runtime
-from ditty_di.trainer import Trainer
+from ditty_di.training.trainer import Trainer
 from tests.distributed.cases import Recorder
 from tests.distributed.pipelined import Staged, split
 
@@ -157,7 +157,7 @@ def trained(runtime: Runtime, **options: Any) -> dict[str, Any]:
     result = trainer.train()
     trainer.close()
     out: dict[str, Any] = {**runtime.broadcast(curves(recorder)), "result": result}
-    out["weights"] = [float(_whole(p).double().sum()) for p in trainer.parameters]
+    out["weights"] = [float(_whole(p).double().sum()) for p in trainer.parts.parameters()]
     out["loss_weights"] = [_whole(p).tolist() for p in trainer.loss_parameters.trained]
     return out
 

@@ -11,7 +11,6 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from ditty_di.adapters import add, initialize
-from ditty_di.assembly import place_model
 from ditty_di.export import AdapterExport, HuggingFaceExport, MergedExport
 from ditty_di.losses import CrossEntropyLoss, deferred_head
 from ditty_di.models import causal_lm, seq2seq
@@ -20,6 +19,7 @@ from ditty_di.parallelize.data_parallel import shard
 from ditty_di.parallelize.recompute import full
 from ditty_di.quantization import nf4
 from ditty_di.runtime import Runtime
+from ditty_di.training.setup import setup_model
 
 
 def main(folder, bases):
@@ -28,7 +28,7 @@ def main(folder, bases):
     sharding = partial(shard, recompute=full, reshard_after_forward=False)
 
     def placed(model, base):
-        parts = place_model(
+        parts = setup_model(
             model,
             runtime=runtime,
             loss_fn=CrossEntropyLoss(output="logits"),

@@ -14,6 +14,7 @@ from ditty_di.losses import (
     LinearCrossEntropyLoss,
     deferred_head,
 )
+from tests.losses import as_batch
 from tests.losses.families import batch, build
 
 pytestmark = [
@@ -40,7 +41,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(family, dtype, make):
     inputs, labels = batch(family)
     inputs, labels = {k: v.cuda() for k, v in inputs.items()}, labels.cuda()
     whole, loss_fn = CrossEntropyLoss(output="logits"), make()
-    count = whole.count(({}, labels))
+    count = whole.num_valid(as_batch(labels))
     losses = []
     for model, function in ((plain, whole), (deferred, loss_fn)):
         loss, _ = function(model(**inputs), labels, count)
@@ -66,7 +67,7 @@ def test_the_logits_never_exist_as_a_whole(make):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            loss_fn(model(ids), ids, count)[0].backward()
+            loss_fn(model(ids), as_batch(ids), count)[0].backward()
         return torch.cuda.max_memory_allocated() - before
 
     whole = peak(model, CrossEntropyLoss(output="logits"))

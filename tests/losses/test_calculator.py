@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from ditty_di.losses import CrossEntropyCalculator, CrossEntropyLoss, LossCalculator, LossOutput
-from ditty_di.losses.calculator import labels_for, predicted
 from ditty_di.processors import Context
+from ditty_di.processors.outputs import predicted
+from tests.losses import as_batch
 
 
 class RowMean(LossCalculator):
@@ -22,11 +23,12 @@ class RowMean(LossCalculator):
 def test_a_user_s_mean_weighs_by_rows():
     loss_fn = RowMean()
     prediction, target = torch.randn(7, 3), torch.randn(7, 3)
-    count = loss_fn.count(({}, target))
+    count = loss_fn.num_valid(as_batch(target))
     assert (count, count.shape) == (7, ())
-    whole, metrics = loss_fn(prediction, Context(target=target), count)
+    whole, metrics = loss_fn(prediction, as_batch(Context(target=target)), count)
     parts = [
-        loss_fn(prediction[a:b], Context(target=target[a:b]), count) for a, b in ((0, 2), (2, 7))
+        loss_fn(prediction[a:b], as_batch(Context(target=target[a:b])), count)
+        for a, b in ((0, 2), (2, 7))
     ]
     torch.testing.assert_close(parts[0][0] + parts[1][0], whole)
     torch.testing.assert_close(parts[0][1]["own"] + parts[1][1]["own"], metrics["own"])
@@ -38,8 +40,8 @@ def test_rows_of_the_input_where_the_target_is_not_there_yet():
     loss_fn = RowMean(target_key="made_later")
     inputs = {"input": torch.ones(5, 2)}
     ctx = Context(target=torch.ones(5), original_batch=(inputs, torch.ones(5)))
-    assert loss_fn.count((inputs, ctx)) == 5
-    assert loss_fn.count((inputs, torch.ones(4))) == 5  # labels, but no such target
+    assert loss_fn.num_valid(as_batch(ctx, inputs)) == 5
+    assert loss_fn.num_valid(as_batch(torch.ones(4), inputs)) == 5  # labels, but no such target
 
 
 def test_plain_labels_are_the_target():
@@ -47,12 +49,12 @@ def test_plain_labels_are_the_target():
     prediction, target = torch.randn(4, 3), torch.randn(4, 3)
     count = torch.tensor(4.0)
     assert (
-        loss_fn(prediction, target, count)[0]
-        == loss_fn(prediction, Context(target=target), count)[0]
+        loss_fn(prediction, as_batch(target), count)[0]
+        == loss_fn(prediction, as_batch(Context(target=target)), count)[0]
     )
-    assert labels_for(loss_fn, Context(target=target))["target"] is target
-    assert labels_for(CrossEntropyLoss(), Context(target=target)) is target
-    assert labels_for(CrossEntropyLoss(), target) is target
+    batch = as_batch(target)
+    assert batch.context == {} and batch.full_context()["target"] is target
+    assert batch.target is target and as_batch(Context(target=target)).target is target
 
 
 def test_where_the_prediction_is():
@@ -100,7 +102,7 @@ def test_missing_targets_and_masks_are_named():
 
 def test_a_loss_without_compute_says_so():
     with pytest.raises(NotImplementedError, match="LossCalculator has no compute"):
-        LossCalculator()(torch.ones(1), torch.ones(1), torch.tensor(1))
+        LossCalculator()(torch.ones(1), as_batch(torch.ones(1)), torch.tensor(1))
     with pytest.raises(ValueError, match="from the front"):
         RowMean(output_index=-1)
 
@@ -114,12 +116,12 @@ def test_cross_entropy_of_the_second_output_by_valid_labels():
     labels[0, :3] = -100
     ctx = Context(words=labels)
     loss_fn = CrossEntropyCalculator(output_index=1, target_key="words")
-    count = loss_fn.count(({}, ctx))
+    count = loss_fn.num_valid(as_batch(ctx))
     assert count == 12
-    loss, metrics = loss_fn((None, logits), ctx, count)
+    loss, metrics = loss_fn((None, logits), as_batch(ctx), count)
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten()))
     torch.testing.assert_close(metrics["ce"], loss)
-    plain, _ = CrossEntropyLoss()(logits, labels, count)
+    plain, _ = CrossEntropyLoss()(logits, as_batch(labels), count)
     torch.testing.assert_close(loss, plain)
 
 
@@ -130,22 +132,22 @@ def test_cross_entropy_shifted_and_masked():
     mask[0, :4] = False
     loss_fn = CrossEntropyCalculator(shift=True, mask_key="mask")
     ctx = Context(target=tokens, mask=mask)
-    count = loss_fn.count(({}, ctx))
+    count = loss_fn.num_valid(as_batch(ctx))
     assert count == 2 + 5
     expected = F.cross_entropy(
         logits[:, :-1].flatten(0, 1),
         tokens.masked_fill(~mask, -100)[:, 1:].flatten(),
     )
-    torch.testing.assert_close(loss_fn(logits, ctx, count)[0], expected)
+    torch.testing.assert_close(loss_fn(logits, as_batch(ctx), count)[0], expected)
     with pytest.raises(ValueError, match=r"ctx.mask has shape \[2, 5\]"):
-        loss_fn.count(({}, Context(target=tokens, mask=mask[:, 1:])))
+        loss_fn.num_valid(as_batch(Context(target=tokens, mask=mask[:, 1:])))
 
 
 def test_a_batch_without_a_valid_label_weighs_nothing():
     labels = torch.full((2, 3), -100)
     loss_fn = CrossEntropyCalculator()
     logits = torch.randn(2, 3, 4, requires_grad=True)
-    loss, _ = loss_fn(logits, labels, torch.tensor(5.0))
+    loss, _ = loss_fn(logits, as_batch(labels), torch.tensor(5.0))
     loss.backward()
     assert loss == 0
     assert not logits.grad.any()

@@ -8,6 +8,7 @@ from torch import nn
 
 from ditty_di.losses import CompositeLoss, CrossEntropyCalculator, CrossEntropyLoss, L1Loss, MSELoss
 from ditty_di.processors import Context
+from tests.losses import as_batch
 
 
 class Learned(MSELoss):
@@ -51,13 +52,13 @@ def two_headed(kind=CompositeLoss, **options):
 
 def check_splits(loss_fn, output, ctx, splits, tolerance=1e-6):
     """N x 1 equals 1 x N: loss, every metric, every gradient."""
-    count = loss_fn.count(({}, ctx))
+    count = loss_fn.num_valid(as_batch(ctx))
     trained = [*output, *loss_fn.parameters()]
-    loss, metrics = loss_fn(output, ctx, count)
+    loss, metrics = loss_fn(output, as_batch(ctx), count)
     gradients = torch.autograd.grad(loss, trained)
     parts = [cut(output, ctx, rows) for rows in splits]
-    torch.testing.assert_close(sum(loss_fn.count(({}, c)) for _, c in parts), count)
-    shares = [loss_fn(o, c, count) for o, c in parts]
+    torch.testing.assert_close(sum(loss_fn.num_valid(as_batch(c)) for _, c in parts), count)
+    shares = [loss_fn(o, as_batch(c), count) for o, c in parts]
     summed = torch.autograd.grad(sum(share for share, _ in shares), trained)
     options = {"rtol": tolerance, "atol": tolerance}
     torch.testing.assert_close(sum(share for share, _ in shares), loss, **options)
@@ -89,7 +90,7 @@ def test_token_cross_entropy_and_element_wise_mse_split_any_way(splits, seed):
 
 def test_each_part_is_divided_by_what_it_counts_itself():
     _, ctx = heads()
-    count = two_headed().count(({}, ctx))
+    count = two_headed().num_valid(as_batch(ctx))
     assert count.tolist() == [(ctx["target"] != -100).sum(), ctx["mask"].sum() * 5]
     assert count.device.type == "cpu"
 
@@ -98,8 +99,8 @@ def test_a_part_with_nothing_to_count_in_the_whole_window_adds_nothing():
     output, ctx = heads()
     ctx["target"] = torch.full_like(ctx["target"], -100)
     loss_fn = two_headed()
-    count = loss_fn.count(({}, ctx))
-    loss, metrics = loss_fn(output, ctx, count)
+    count = loss_fn.num_valid(as_batch(ctx))
+    loss, metrics = loss_fn(output, as_batch(ctx), count)
     torch.testing.assert_close(loss, 0.5 * metrics["mse_loss/mse"])
     loss.backward()
     assert not output[0].grad.any()
@@ -110,7 +111,7 @@ def test_losses_of_one_class_keep_their_metrics_apart():
     assert [name for name, _ in loss_fn.parts] == [
         "mse_loss", "mse_loss_2", "a", "a_2", "a_2_2", "mse_loss_3"
     ]  # fmt: skip
-    _, metrics = loss_fn(torch.ones(3), torch.zeros(3), torch.full((6,), 3.0))
+    _, metrics = loss_fn(torch.ones(3), as_batch(torch.zeros(3)), torch.full((6,), 3.0))
     assert len([name for name in metrics if name.endswith("/mse")]) == 6
 
 
@@ -124,31 +125,36 @@ def test_parameters_of_parts_are_those_of_the_composite():
     other.load_state_dict(loss_fn.state_dict())
     assert other.parts[0][1].scale == 7
     check = torch.randn(4, requires_grad=True)
-    loss_fn(check, torch.zeros(4), torch.full((3,), 4.0))[0].backward()
+    loss_fn(check, as_batch(torch.zeros(4)), torch.full((3,), 4.0))[0].backward()
     assert all(p.grad is not None for p in loss_fn.parameters())
 
 
 def test_a_weight_of_0_skips_the_part_entirely():
     class Never(Learned):
-        def count(self, batch):
+        def num_valid(self, batch):
             raise AssertionError
 
-        forward = compute = count
+        forward = compute = num_valid
 
     loss_fn = CompositeLoss([(Never(), 0), (MSELoss(), 1)])
     assert not list(loss_fn.parameters())
-    assert loss_fn.count(({}, torch.ones(3))).tolist() == [3]
-    _, metrics = loss_fn(torch.ones(3), torch.zeros(3), torch.tensor([3.0]))
+    assert loss_fn.num_valid(as_batch(torch.ones(3))).tolist() == [3]
+    _, metrics = loss_fn(torch.ones(3), as_batch(torch.zeros(3)), torch.tensor([3.0]))
     assert set(metrics) == {"mse_loss/loss", "mse_loss/mse", "total"}
 
 
 def test_losses_on_labels_alone_get_the_target():
     output, ctx = heads()
     plain = CompositeLoss([(CrossEntropyLoss(), 1.0)])
-    count = plain.count(({}, ctx))
+    count = plain.num_valid(as_batch(ctx))
     logits = output[0]
-    assert plain(logits, ctx, count)[0] == CrossEntropyLoss()(logits, ctx["target"], count[0])[0]
-    assert plain(logits, ctx["target"], count)[0] == plain(logits, ctx, count)[0]
+    assert (
+        plain(logits, as_batch(ctx), count)[0]
+        == CrossEntropyLoss()(logits, as_batch(ctx["target"]), count[0])[0]
+    )
+    assert (
+        plain(logits, as_batch(ctx["target"]), count)[0] == plain(logits, as_batch(ctx), count)[0]
+    )
 
 
 @pytest.mark.parametrize("splits", ROWS)
@@ -157,7 +163,7 @@ def test_composites_within_composites(splits):
     inner = two_headed(name="inner")
     l1 = L1Loss(output_index=1, target_key="values")
     loss_fn = CompositeLoss([(l1, 1.0), (inner, 3.0), (CompositeLoss([(l1, 2.0)]), 1.0)])
-    assert loss_fn.count(({}, ctx)).shape == (4,)
+    assert loss_fn.num_valid(as_batch(ctx)).shape == (4,)
     metrics = check_splits(loss_fn, output, ctx, splits)
     assert "inner/mse_loss/mse" in metrics
     expected = 3 * metrics["l1_loss/l1"] + 3 * metrics["inner/total"]
@@ -173,7 +179,7 @@ def test_composites_within_composites(splits):
         ([(MSELoss(), float("nan"))], "has weight nan"),
         ([MSELoss()], "pairs of a loss and its weight"),
         ([(MSELoss(), "much")], "pairs of a loss and its weight"),
-        ([(MSELoss(name="a.b"), 1)], "'a.b' is no name"),
+        ([(MSELoss(name="a.b"), 1)], "'a.b' cannot name a part"),
     ],
 )
 def test_what_is_no_composite(losses, says):

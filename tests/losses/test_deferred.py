@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ditty_di.generation.sampling import logits_of
 from ditty_di.losses import CrossEntropyLoss, LinearCrossEntropyLoss, deferred_head
+from tests.losses import as_batch
 from tests.losses.families import FAMILIES, batch, build
 
 
@@ -24,11 +25,11 @@ def test_loss_and_gradients_are_those_of_whole_logits(family):
     plain, deferred = pair(family)
     inputs, labels = batch(family)
     whole, chunked = CrossEntropyLoss(output="logits"), LinearCrossEntropyLoss(chunk_tokens=4)
-    count = whole.count(({}, labels))
-    assert chunked.count(({}, labels)) == count
+    count = whole.num_valid(as_batch(labels))
+    assert chunked.num_valid(as_batch(labels)) == count
     losses = []
     for model, loss_fn in ((plain, whole), (deferred, chunked)):
-        loss, metrics = loss_fn(model(**inputs), labels, count)
+        loss, metrics = loss_fn(model(**inputs), as_batch(labels), count)
         loss.backward()
         losses.append(loss.detach())
         assert metrics == {}
@@ -48,11 +49,13 @@ def test_logits_are_there_for_whoever_asks(family):
     assert torch.equal(logits_of(output), expected.logits)
     count = torch.tensor(9.0)
     loss_fn = CrossEntropyLoss(output="logits")
-    assert loss_fn(output, labels, count)[0] == loss_fn(expected, labels, count)[0]
+    assert (
+        loss_fn(output, as_batch(labels), count)[0] == loss_fn(expected, as_batch(labels), count)[0]
+    )
     with torch.no_grad():
         torch.testing.assert_close(
-            LinearCrossEntropyLoss(chunk_tokens=5)(deferred(**inputs), labels, count)[0],
-            loss_fn(plain(**inputs), labels, count)[0],
+            LinearCrossEntropyLoss(chunk_tokens=5)(deferred(**inputs), as_batch(labels), count)[0],
+            loss_fn(plain(**inputs), as_batch(labels), count)[0],
         )
 
 
@@ -124,9 +127,9 @@ def test_around_adapters_the_projection_is_called_with_its_own():
     deferred = deferred_head(copy.deepcopy(plain))
     inputs, labels = batch("llama")
     whole, chunked = CrossEntropyLoss(output="logits"), LinearCrossEntropyLoss(chunk_tokens=4)
-    count = whole.count(({}, labels))
+    count = whole.num_valid(as_batch(labels))
     for peft_model, loss_fn in ((plain, whole), (deferred, chunked)):
-        loss_fn(peft_model(**inputs), labels, count)[0].backward()
+        loss_fn(peft_model(**inputs), as_batch(labels), count)[0].backward()
     trained = [n for n, p in deferred.named_parameters() if p.requires_grad]
     assert any("lm_head" in name for name in trained)
     for name in trained:
@@ -153,7 +156,7 @@ def test_dropout_in_the_projection_is_the_same_when_it_is_computed_again():
     def loss(chunk_tokens: int) -> torch.Tensor:
         torch.manual_seed(3)
         loss_fn = LinearCrossEntropyLoss(chunk_tokens=chunk_tokens)
-        return loss_fn(model(**inputs), labels, torch.tensor(20.0))[0]
+        return loss_fn(model(**inputs), as_batch(labels), torch.tensor(20.0))[0]
 
     (found,) = torch.autograd.grad(loss(6), weight)
     # The derivative along the gradient, by finite differences with the same dropped elements.
@@ -190,7 +193,7 @@ def test_the_head_computes_under_the_autocast_of_the_forward_pass(family):
     assert output.logits.dtype == expected.logits.dtype == torch.bfloat16
     assert torch.equal(output.logits, expected.logits)
     for loss_fn, out in ((whole, expected), (chunked, output)):
-        loss_fn(out, labels, torch.tensor(20.0))[0].backward()
+        loss_fn(out, as_batch(labels), torch.tensor(20.0))[0].backward()
     for found, wanted in zip(deferred.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-2, atol=1e-4)
 
@@ -278,8 +281,8 @@ def test_what_is_done_to_each_element_is_done_later(change, shape):
     assert torch.equal(output.logits, expected.logits)
     count = torch.tensor(3.0)
     torch.testing.assert_close(
-        LinearCrossEntropyLoss(chunk_tokens=4)(output, labels, count)[0],
-        CrossEntropyLoss(output="logits")(expected, labels, count)[0],
+        LinearCrossEntropyLoss(chunk_tokens=4)(output, as_batch(labels), count)[0],
+        CrossEntropyLoss(output="logits")(expected, as_batch(labels), count)[0],
     )
 
 

@@ -19,6 +19,7 @@ from ditty_di.parallelize.recompute import full
 from ditty_di.runtime import Runtime
 from tests.checkpoint import ranks
 from tests.distributed.cases import make_trainer, tiny_llama
+from tests.losses import as_batch
 
 pytestmark = pytest.mark.slow
 
@@ -125,7 +126,9 @@ def one_rank_without_labels() -> tuple[float, float]:
     initialize(model, device=runtime.device, init=hugging_face)
     ids = torch.arange(20).reshape(2, 10)
     labels = torch.full_like(ids, -100 if dist.get_rank() else 5)
-    loss, _ = LinearCrossEntropyLoss(chunk_tokens=7)(model(ids), labels, torch.tensor(20.0))
+    loss, _ = LinearCrossEntropyLoss(chunk_tokens=7)(
+        model(ids), as_batch(labels), torch.tensor(20.0)
+    )
     loss.backward()
     norms = [p.grad.full_tensor().norm() for p in model.parameters()]  # type: ignore[union-attr]
     return float(loss.detach()), float(torch.stack(norms).norm())

@@ -6,6 +6,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from ditty_di.losses import CompositeLoss, CrossEntropyCalculator, DistillationLoss
 from ditty_di.processors import Context
+from tests.losses import as_batch
 from tests.losses.test_composite import ROWS, check_splits
 
 
@@ -29,9 +30,9 @@ def test_the_divergences_are_those_of_torch_s_distributions(temperature, weights
     loss_fn = DistillationLoss(
         forward_weight=weights[0], backward_weight=weights[1], temperature=temperature
     )
-    count = loss_fn.count(({}, ctx))
+    count = loss_fn.num_valid(as_batch(ctx))
     assert count == valid.sum()
-    loss, metrics = loss_fn(student, ctx, count)
+    loss, metrics = loss_fn(student, as_batch(ctx), count)
     expected = temperature**2 * (weights[0] * forward + weights[1] * backward)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     for name, value, weight in zip(("forward_kl", "backward_kl"), (forward, backward), weights,
@@ -57,14 +58,14 @@ def test_without_labels_every_position_weighs():
     student, ctx = batch()
     del ctx["target"]
     loss_fn = DistillationLoss(labels=False)
-    assert loss_fn.count(({}, ctx)) == 24
+    assert loss_fn.num_valid(as_batch(ctx)) == 24
     masked = DistillationLoss(labels=False, mask_key="mask", shift=True)
     ctx["mask"] = torch.ones(6, 4)
     ctx["mask"][0] = 0
-    assert masked.count(({}, ctx)) == 5 * 3
+    assert masked.num_valid(as_batch(ctx)) == 5 * 3
     whole = DistillationLoss(labels=False, shift=True)
-    assert whole.count(({}, ctx)) == 6 * 3
-    loss, _ = loss_fn(student, ctx, torch.tensor(24.0))
+    assert whole.num_valid(as_batch(ctx)) == 6 * 3
+    loss, _ = loss_fn(student, as_batch(ctx), torch.tensor(24.0))
     p, q = Categorical(logits=ctx["teacher_logits"]), Categorical(logits=student)
     torch.testing.assert_close(loss, kl_divergence(p, q).mean())
 
@@ -75,16 +76,18 @@ def test_shifted_labels_weigh_the_position_before():
     padding = torch.full((6, 1), -100)
     shifted["target"] = torch.cat([ctx["target"][:, 1:], padding], 1)
     inside, outside = DistillationLoss(shift=True), DistillationLoss()
-    count = inside.count(({}, ctx))
-    assert count == outside.count(({}, shifted))
-    torch.testing.assert_close(inside(student, ctx, count), outside(student, shifted, count))
+    count = inside.num_valid(as_batch(ctx))
+    assert count == outside.num_valid(as_batch(shifted))
+    torch.testing.assert_close(
+        inside(student, as_batch(ctx), count), outside(student, as_batch(shifted), count)
+    )
 
 
 def test_no_gradient_reaches_the_teacher():
     student, ctx = batch()
     ctx["teacher_logits"].requires_grad_()
     loss_fn = DistillationLoss(backward_weight=1.0)
-    loss_fn(student, ctx, loss_fn.count(({}, ctx)))[0].backward()
+    loss_fn(student, as_batch(ctx), loss_fn.num_valid(as_batch(ctx)))[0].backward()
     assert ctx["teacher_logits"].grad is None
     assert student.grad.any()
 
@@ -92,9 +95,9 @@ def test_no_gradient_reaches_the_teacher():
 def test_errors():
     student, ctx = batch()
     with pytest.raises(ValueError, match=r"\[6, 4, 6\] and the teacher's \[6, 4, 7\]"):
-        DistillationLoss()(student[..., :6], ctx, torch.tensor(1.0))
+        DistillationLoss()(student[..., :6], as_batch(ctx), torch.tensor(1.0))
     with pytest.raises(KeyError, match="no 'teacher_logits'"):
-        DistillationLoss()(student, ctx["target"], torch.tensor(1.0))
+        DistillationLoss()(student, as_batch(ctx["target"]), torch.tensor(1.0))
     with pytest.raises(ValueError, match="temperature=0"):
         DistillationLoss(temperature=0)
     with pytest.raises(ValueError, match="not 0 for both"):

@@ -9,6 +9,7 @@ import torch
 
 from ditty_di.losses import CrossEntropyLoss, LigerLinearCrossEntropyLoss, deferred_head
 from ditty_di.losses.liger import plain_linear, scale_and_softcap
+from tests.losses import as_batch
 from tests.losses.families import batch, build
 
 
@@ -34,7 +35,7 @@ def test_what_a_model_does_to_its_logits_is_recognised(family, changes, expected
 
 def test_anything_else_is_refused_and_not_left_out():
     output = deferred_head(build("bart"))(**batch("bart")[0])
-    with pytest.raises(ValueError, match=r"add\. .*loss=chunked"):
+    with pytest.raises(ValueError, match=r"applies .*add to its logits.*loss=chunked"):
         scale_and_softcap(output.head)
 
 
@@ -59,10 +60,10 @@ def test_on_cuda_loss_and_gradients_are_those_of_whole_logits(family):
     inputs, labels = batch(family)
     inputs, labels = {k: v.cuda() for k, v in inputs.items()}, labels.cuda()
     whole, fused = CrossEntropyLoss(output="logits"), LigerLinearCrossEntropyLoss()
-    count = whole.count(({}, labels))
+    count = whole.num_valid(as_batch(labels))
     losses = []
     for model, loss_fn in ((plain, whole), (deferred, fused)):
-        loss, _ = loss_fn(model(**inputs), labels, count)
+        loss, _ = loss_fn(model(**inputs), as_batch(labels), count)
         loss.backward()
         losses.append(loss.detach())
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)

@@ -157,7 +157,8 @@ def test_it_is_said_what_is_counted(runtime, caplog):
     with caplog.at_level(logging.INFO, logger="ditty_di"):
         trained("MSELoss", micro=20, runtime=runtime)
     assert (
-        "loss mse_loss has no count(batch): its value is taken as a mean over rows" in caplog.text
+        "loss mse_loss has no num_valid(batch): its value is taken as a mean over rows"
+        in caplog.text
     )
     built = {"loss_fn": nn.CrossEntropyLoss()}
     (said,) = Trainer.rehearse(built.get)
@@ -167,7 +168,7 @@ def test_it_is_said_what_is_counted(runtime, caplog):
 def test_what_gives_no_number_is_refused(runtime):
     with pytest.raises(ValueError, match="reduction='none'"):
         PlainLoss(nn.MSELoss(reduction="none"))
-    with pytest.raises(TypeError, match="is not an object with count"):
+    with pytest.raises(TypeError, match="is not an object with num_valid"):
         trained_with(nn.MSELoss, runtime)
     with pytest.raises(ValueError, match=r"tensor of shape \[20, 1\].*take its mean"):
         trained_with(lambda output, labels: (output - labels) ** 2, runtime)

@@ -7,6 +7,7 @@ import torch
 
 from ditty_di.losses import MSELoss, UncertaintyWeightedLoss
 from ditty_di.processors import Context
+from tests.losses import as_batch
 from tests.losses.test_composite import ROWS, check_splits, heads, two_headed
 
 
@@ -15,7 +16,7 @@ def test_the_formula():
     loss_fn = two_headed(UncertaintyWeightedLoss)
     with torch.no_grad():
         loss_fn.log_variances.copy_(torch.tensor([0.3, -0.7]))
-    loss, metrics = loss_fn(output, ctx, loss_fn.count(({}, ctx)))
+    loss, metrics = loss_fn(output, as_batch(ctx), loss_fn.num_valid(as_batch(ctx)))
     expected = (
         math.exp(-0.3) * metrics["cross_entropy_calculator/loss"]
         + 0.5 * math.exp(0.7) * metrics["mse_loss/loss"]
@@ -37,7 +38,7 @@ def test_the_learned_variance_is_that_of_the_residuals():
     target = 3.0 * torch.randn(2000)
     loss_fn = UncertaintyWeightedLoss([(MSELoss(), 0.5)])
     for _ in range(100):
-        loss, _ = loss_fn(torch.zeros(2000), target, torch.tensor([2000.0]))
+        loss, _ = loss_fn(torch.zeros(2000), as_batch(target), torch.tensor([2000.0]))
         (gradient,) = torch.autograd.grad(loss, [loss_fn.log_variances])
         with torch.no_grad():
             loss_fn.log_variances -= 0.5 * gradient
@@ -57,6 +58,6 @@ def test_a_part_without_anything_to_count_leaves_its_variance_alone():
     output, ctx = heads()
     ctx["target"] = torch.full_like(ctx["target"], -100)
     loss_fn = two_headed(UncertaintyWeightedLoss)
-    loss_fn(output, Context(ctx), loss_fn.count(({}, ctx)))[0].backward()
+    loss_fn(output, as_batch(Context(ctx)), loss_fn.num_valid(as_batch(ctx)))[0].backward()
     assert loss_fn.log_variances.grad[0] == 0
     assert loss_fn.log_variances.grad[1] != 0

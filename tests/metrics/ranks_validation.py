@@ -71,7 +71,7 @@ def main(layout):
             loader,
             every=1,
             model_parts=[model],
-            forward=lambda inputs: model(inputs["input"]),
+            forward=lambda batch: model(batch.inputs["input"]),
             loss_fn=CrossEntropyLoss(),
             runtime=runtime,
         )

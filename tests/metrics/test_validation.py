@@ -53,7 +53,7 @@ def validator(runtime, model, data, **options):
         data,
         **{"every": 10} | options,
         model_parts=[model],
-        forward=lambda inputs: model(inputs["input"]),
+        forward=lambda batch: model(batch.inputs["input"]),
         loss_fn=CrossEntropyLoss(),
         runtime=runtime,
     )
@@ -112,13 +112,15 @@ def test_before_the_first_step_when_asked_and_reported_beside_the_last(runtime, 
 
 def test_parts_of_a_composite_are_divided_by_their_own_counts(runtime, model):
     class Composite:
-        def count(self, batch):
-            return torch.stack([(batch[1] != -100).sum(), torch.tensor(batch[1].numel())])
+        def num_valid(self, batch):
+            labels = batch.labels
+            return torch.stack([(labels != -100).sum(), torch.tensor(labels.numel())])
 
-        def __call__(self, output, labels, global_count):
+        def __call__(self, output, batch, num_valid_global):
+            labels = batch.labels
             first = F.cross_entropy(output.flatten(0, 1), labels.flatten(), reduction="sum")
             second = output.square().mean(-1).sum()
-            parts = {"ce": first / global_count[0], "z": second / global_count[1]}
+            parts = {"ce": first / num_valid_global[0], "z": second / num_valid_global[1]}
             return parts["ce"] + 0.1 * parts["z"], parts
 
     data = batches()
@@ -193,7 +195,7 @@ def test_a_loader_with_a_position_starts_over_each_time(runtime, model):
 def test_what_cannot_be_averaged_is_refused(runtime, model):
     with pytest.raises(ValueError, match="yields no batch"):
         validator(runtime, model, []).validate(10)
-    with pytest.raises(ValueError, match="not one label of the validation data counts"):
+    with pytest.raises(ValueError, match="the validation data has no valid label"):
         validator(runtime, model, batches([0, 0])).validate(10)
     shrinking = batches([9, 4])
     made = validator(runtime, model, shrinking)
@@ -207,11 +209,11 @@ def test_a_signal_ends_validation_early(runtime, model):
     seen = []
     runtime.catch_signals()
 
-    def forward(inputs):
+    def forward(batch):
         seen.append(1)
         if len(seen) == 2:
             signal.raise_signal(signal.SIGTERM)
-        return model(inputs["input"])
+        return model(batch.inputs["input"])
 
     made = validator(runtime, model, batches([9] * 6))
     made.forward = forward

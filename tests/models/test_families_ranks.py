@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ditty_di.adapters import add
 from ditty_di.adapters import initialize as initialize_adapters
-from ditty_di.assembly import place_model
 from ditty_di.export import AdapterExport, HuggingFaceExport
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.models import causal_lm, seq2seq
@@ -21,6 +20,7 @@ from ditty_di.models.weights import hugging_face, initialize, materialize
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.quantization import nf4
 from ditty_di.runtime import Runtime
+from ditty_di.training.setup import setup_model
 from tests.checkpoint import ranks
 from tests.models.families import CAUSAL, SEQ2SEQ, config
 from tests.models.test_families import logits, save
@@ -36,7 +36,7 @@ LORA = partial(add, config=LoraConfig(r=4, target_modules="all-linear"))
 
 
 def placed(model, weights, runtime):
-    (part,) = place_model(
+    (part,) = setup_model(
         model,
         runtime=runtime,
         loss_fn=CrossEntropyLoss(output="logits"),

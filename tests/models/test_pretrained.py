@@ -369,13 +369,13 @@ def test_a_bias_of_the_logits_grows_with_zeros(tmp_path):
 
 def grown(path):
     """The embedding and the head with 9 new rows, read by each rank for its shard."""
-    from ditty_di.assembly import place_model
     from ditty_di.losses import CrossEntropyLoss
     from ditty_di.parallelize.data_parallel import shard
     from ditty_di.runtime import Runtime
+    from ditty_di.training.setup import setup_model
 
     runtime = Runtime()
-    (model,) = place_model(
+    (model,) = setup_model(
         causal_lm.from_pretrained(path, vocab_size=70),
         runtime=runtime,
         loss_fn=CrossEntropyLoss(output="logits"),

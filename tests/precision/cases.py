@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ditty_di.batch import Batch
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.models.causal_lm import from_config
 from ditty_di.optim.schedules import constant
@@ -137,12 +138,12 @@ class Overflowing(CrossEntropyLoss):
         super().__init__(output="logits")
         self.at, self.calls = at, 0
 
-    def forward(self, output: Any, labels: Tensor, global_count: Tensor, /) -> Any:
+    def forward(self, output: Any, batch: Batch, num_valid_global: Tensor, /) -> Any:
         last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         if self.calls == self.at and last:
             output.logits.register_hook(lambda grad: grad * float("inf"))
         self.calls += 1
-        return super().forward(output, labels, global_count)
+        return super().forward(output, batch, num_valid_global)
 
 
 def facts() -> dict[str, Any]:
@@ -157,8 +158,7 @@ def facts() -> dict[str, Any]:
         ("fp32", {}, {}),
         ("fp16", FP16, {"grad_scaler": scaler(init_scale=2.0**10)}),
     ):
-        trainer, recorder = training(options, **sgd, **own)
-        trainer.max_norm = 0.01
+        trainer, recorder = training(options, **sgd, **own, max_norm=0.01)
         before = whole(trainer)
         trainer.train()
         moved = [b - a for a, b in zip(before, whole(trainer), strict=True)]
@@ -183,7 +183,7 @@ def facts() -> dict[str, Any]:
     ]
     later, _ = run(2, 5)
     out["moved_on"] = not torch.equal(whole(later)[0], whole(overflowed)[0])
-    out["scale"], out["skipped"] = later.grad_scaler.get_scale(), later.skips.skipped
+    out["scale"], out["skipped"] = later.grad_scaler.get_scale(), later.guard.skipped
     return out
 
 

@@ -22,7 +22,7 @@ from ditty_di.losses import (
 from ditty_di.metrics import Metrics, Validator
 from ditty_di.optim import constant
 from ditty_di.processors import Context, KeepInput, PostProcessor, PreProcessor
-from ditty_di.trainer import Trainer
+from ditty_di.training.trainer import Trainer
 from tests.distributed.cases import Recorder
 
 
@@ -65,11 +65,11 @@ def points(*processors, loss=None, callbacks=None, **slots):
     return trainer, recorder
 
 
-def test_a_postprocessor_may_change_a_target_but_not_what_it_weighs(runtime):
+def test_a_postprocessor_may_change_a_target_but_not_how_many_elements_are_valid(runtime):
     (plain,) = points()[1].losses()
     (halved,) = points(Rewrite(lambda y: y / 2))[1].losses()
     assert halved != plain
-    with pytest.raises(ValueError, match=r"changed what the batch weighs .* from 12 to 36"):
+    with pytest.raises(ValueError, match=r"changed the number of valid elements .* from 12 to 36"):
         points(Rewrite(lambda y: y.repeat(3, 1)))
     ignored = CrossEntropyLoss(ignore_index=7)
     rows = [({"input": x}, torch.tensor(1)) for x in torch.randn(8, 4)]
@@ -165,8 +165,14 @@ class Gives(PreProcessor):
     "slots, message",
     [
         ({"preprocessors": Gives(None)}, r"preprocessors: it must be a list of processors; got gi"),
-        ({"preprocessors": [Gives]}, r"preprocessors.0: <class .* is no processor; give an object"),
-        ({"postprocessors": [len]}, r"postprocessors.0: <built-in function len> is no processor"),
+        (
+            {"preprocessors": [Gives]},
+            r"preprocessors.0: <class .* is not a processor; give",
+        ),
+        (
+            {"postprocessors": [len]},
+            r"postprocessors.0: <built-in function len> is not a proc",
+        ),
         ({"preprocessors": [Gives({"a": 1})]}, r"left forward_kwargs=None in the context"),
         (
             {"preprocessors": [Gives({"forward_kwargs": {"input": 1}})]},
@@ -174,8 +180,8 @@ class Gives(PreProcessor):
         ),
         ({"callbacks": [EMA()]}, r"callbacks: give them names, as in \{'ema': EMA\(\)\}; got \["),
         ({"callbacks": {"ema": EMA}}, r"callbacks.ema: EMA is a class; call it"),
-        ({"loss_fn": "mse"}, r"loss_fn: 'mse' is not an object with count\(batch\)"),
-        ({"loss_fn": MSELoss}, r"loss_fn: <class .* is not an object with count\(batch\)"),
+        ({"loss_fn": "mse"}, r"loss_fn: 'mse' is not an object with num_valid\(batch\)"),
+        ({"loss_fn": MSELoss}, r"loss_fn: <class .* is not an object with num_valid\(batch\)"),
     ],
 )
 def test_what_does_not_fit_a_slot_is_named(runtime, slots, message):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ditty_di.batch import Batch
 from ditty_di.models.weights import initialize, torch_reset
 from ditty_di.processors import Processors, Teacher
 
@@ -23,11 +24,11 @@ class Model(nn.Module):
 
 def run(teacher, pupil=None, scale=None):
     kwargs = {} if scale is None else {"scale": torch.tensor(scale)}
-    inputs, ctx = Processors([teacher]).prepare(
-        ({"input": torch.ones(2, 4), **kwargs}, torch.zeros(2)),
+    batch = Processors([teacher]).prepare(
+        Batch({"input": torch.ones(2, 4), **kwargs}, torch.zeros(2)),
         epoch=0, step=1, total_steps=1, device=CPU, model=pupil or Model(),
     )  # fmt: skip
-    return inputs, ctx
+    return batch.inputs, batch.context
 
 
 def test_the_teacher_is_frozen_in_evaluation_mode_and_without_gradients():
@@ -44,7 +45,7 @@ def test_the_teacher_is_frozen_in_evaluation_mode_and_without_gradients():
 
 def test_a_pupil_cannot_be_its_own_teacher():
     model = Model()
-    with pytest.raises(ValueError, match="teach itself"):
+    with pytest.raises(ValueError, match="share parameters"):
         run(Teacher(model, output="logits"), pupil=nn.Sequential(model))
 
 

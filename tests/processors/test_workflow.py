@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from ditty_di.batch import Batch
 from ditty_di.losses import CompositeLoss, CrossEntropyCalculator, MSELoss
 from ditty_di.processors import Context, ContractError, PostProcessor, PreProcessor, Processors
 
@@ -42,7 +43,7 @@ class Lambda(PreProcessor):
 
 
 def batch(rows=3):
-    return {"input": torch.ones(rows, 2), "mask": torch.ones(rows)}, torch.arange(rows)
+    return Batch({"input": torch.ones(rows, 2), "mask": torch.ones(rows)}, torch.arange(rows))
 
 
 def prepare(processors, given=None, step=1):
@@ -54,18 +55,20 @@ def prepare(processors, given=None, step=1):
 def test_the_way_through():
     processors = Processors([Double()], [Flip()])
     given = batch()
-    inputs, ctx = prepare(processors, given)
+    prepared = prepare(processors, given)
+    inputs, ctx = prepared.inputs, prepared.context
     assert torch.equal(inputs["input"], torch.full((3, 2), 2.0))
     assert set(inputs) == {"input", "mask", "t"}
-    assert set(given[0]) == {"input", "mask"}  # the loader's own is untouched
-    assert ctx["original_batch"][0]["input"] is given[0]["input"]
+    assert set(given.inputs) == {"input", "mask"}  # the loader's own is untouched
+    assert given.context == {}
+    assert ctx["original_batch"][0]["input"] is given.inputs["input"]
     assert {key: ctx[key] for key in ("epoch", "step", "total_steps", "device", "model")} == {
         "epoch": 0, "step": 1, "total_steps": 9, "device": CPU, "model": None
     }  # fmt: skip
-    assert torch.equal(ctx["target"], given[1])
+    assert torch.equal(ctx["target"], given.labels)
     assert "mask" not in ctx
-    assert torch.equal(processors.finish(inputs["input"], ctx), torch.full((3, 2), -2.0))
-    assert ctx["sign"] == -1
+    assert torch.equal(processors.finish(inputs["input"], prepared), torch.full((3, 2), -2.0))
+    assert prepared.context["sign"] == -1
 
 
 def test_without_processors_a_batch_is_what_it_was():
@@ -73,7 +76,7 @@ def test_without_processors_a_batch_is_what_it_was():
     assert not processors
     assert prepare(processors, given) is given
     output = object()
-    assert processors.finish(output, given[1]) is output
+    assert processors.finish(output, given) is output
     assert Processors(postprocessors=[Flip()])
 
 
@@ -95,9 +98,9 @@ def test_what_is_no_pair_is_named(result, found):
     post = Flip()
     post.process = lambda output, ctx: None
     processors = Processors(postprocessors=[post])
-    _, ctx = prepare(processors)
+    prepared = prepare(processors)
     with pytest.raises(TypeError, match="only a batch can be rejected"):
-        processors.finish(1, ctx)
+        processors.finish(1, prepared)
 
 
 def test_an_error_tells_in_which_processor():
@@ -110,10 +113,10 @@ def test_a_plain_dict_becomes_a_context_and_reaches_the_loss():
     post = Flip()
     post.process = lambda output, ctx: (output, {**ctx, "more": 1})
     processors = Processors([Lambda(lambda b, c: (b, {**c, "own": 2}))], [post])
-    inputs, ctx = prepare(processors)
-    assert type(ctx) is Context and ctx["own"] == 2
-    processors.finish(inputs["input"], ctx)
-    assert ctx["more"] == 1
+    prepared = prepare(processors)
+    assert type(prepared.context) is Context and prepared.context["own"] == 2
+    processors.finish(prepared.inputs["input"], prepared)
+    assert type(prepared.context) is Context and prepared.context["more"] == 1
 
 
 def test_two_trivial_processors_cost_less_than_20_microseconds_a_call():
@@ -131,8 +134,8 @@ def test_two_trivial_processors_cost_less_than_20_microseconds_a_call():
     gc.disable()
     for _ in range(2000):
         start = time.perf_counter()
-        inputs, ctx = prepare(processors, given)
-        processors.finish(inputs["input"], ctx)
+        prepared = prepare(processors, given)
+        processors.finish(prepared.inputs["input"], prepared)
         times.append(time.perf_counter() - start)
     gc.enable()
     # Both calls; the fastest tenth, for other processes share the machine.
@@ -171,11 +174,10 @@ def test_validation_covers_all_stages_and_parts():
 
 
 def run(processors, given=None, output=None):
-    result = prepare(processors, given)
-    if result is None:
+    prepared = prepare(processors, given)
+    if prepared is None:
         return None
-    inputs, ctx = result
-    return processors.finish(inputs["input"] if output is None else output, ctx)
+    return processors.finish(prepared.inputs["input"] if output is None else output, prepared)
 
 
 def test_tensors_that_are_as_the_contracts_say_pass():
@@ -188,22 +190,22 @@ def test_tensors_that_are_as_the_contracts_say_pass():
     "given, output, says",
     [
         (
-            ({"input": torch.ones(3, 2, 1), "mask": torch.ones(3)}, torch.arange(3)),
+            Batch({"input": torch.ones(3, 2, 1), "mask": torch.ones(3)}, torch.arange(3)),
             None,
             "loader gives x: expected rank 2, dtype f; found rank 3, dtype f32 (shape [3, 2, 1])",
         ),
         (
-            ({"input": torch.ones(3, 2).long(), "mask": torch.ones(3)}, torch.arange(3)),
+            Batch({"input": torch.ones(3, 2).long(), "mask": torch.ones(3)}, torch.arange(3)),
             None,
             "loader gives x: expected rank 2, dtype f; found rank 2, dtype i64",
         ),
         (
-            ({"input": torch.ones(3, 2)}, torch.arange(3)),
+            Batch({"input": torch.ones(3, 2)}, torch.arange(3)),
             None,
             "loader gives mask: expected rank 1, dtype f; found nothing",
         ),
         (
-            ({"input": torch.ones(3, 2), "mask": torch.ones(3)}, torch.arange(3).int()),
+            Batch({"input": torch.ones(3, 2), "mask": torch.ones(3)}, torch.arange(3).int()),
             None,
             "loader writes ctx.target: expected rank 1, dtype i64; found rank 1, dtype i32",
         ),
@@ -265,13 +267,14 @@ def test_batches_of_a_window_are_checked_apart():
     loss = MSELoss(target_key="noise")
     processors.check_tensors(model_contract="x:n:f, t:1:i64 -> eps:n:f", loss=loss, every=True)
     window = [
-        prepare(processors, ({"input": torch.ones(2, *[1] * n)}, torch.arange(2))) for n in (1, 2)
+        prepare(processors, Batch({"input": torch.ones(2, *[1] * n)}, torch.arange(2)))
+        for n in (1, 2)
     ]
-    for inputs, ctx in window:
-        processors.finish(inputs["input"], ctx.to(CPU))
-    inputs, ctx = prepare(processors)
+    for prepared in window:
+        processors.finish(prepared.inputs["input"], prepared.to(CPU))
+    prepared = prepare(processors)
     with pytest.raises(ContractError, match=r"expected rank n, dtype f \(n is 2: model takes x\)"):
-        processors.finish(inputs["input"][0], ctx)
+        processors.finish(prepared.inputs["input"][0], prepared)
 
 
 def outputs():
@@ -292,16 +295,16 @@ def test_outputs_by_name_and_by_position():
         processors = Processors(postprocessors=[taker])
         loss = CrossEntropyCalculator(output_index=index, target_key="labels")
         processors.check_tensors(model_contract=f"x:2 -> {names}", loss=loss)
-        _, ctx = prepare(processors)
-        ctx["labels"] = torch.zeros(2, 3, dtype=torch.long)
+        prepared = prepare(processors)
+        prepared.context["labels"] = torch.zeros(2, 3, dtype=torch.long)
         taker.process = lambda output, ctx: (output, {**ctx, "sign": 1})
-        processors.finish(output, ctx)
+        processors.finish(output, prepared)
 
 
 def test_checks_work_without_any_processor():
     processors = Processors()
     processors.check_tensors(model_contract="x:2:f -> y:2:f", loss=MSELoss())
     assert processors
-    inputs, ctx = prepare(processors)
+    prepared = prepare(processors)
     with pytest.raises(ContractError, match=r"mse_loss reads ctx.target: expected rank n"):
-        processors.finish(inputs["input"], ctx)
+        processors.finish(prepared.inputs["input"], prepared)

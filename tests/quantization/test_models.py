@@ -149,12 +149,12 @@ def two_ranks(folder):
     """One process group for all of it: processes are slow to start."""
     import torch.distributed.checkpoint as dcp
 
-    from ditty_di.assembly import place_model
     from ditty_di.checkpoint.states import ModelState
     from ditty_di.losses import CrossEntropyLoss
     from ditty_di.parallelize.data_parallel import shard
     from ditty_di.parallelize.recompute import full
     from ditty_di.runtime import Runtime
+    from ditty_di.training.setup import setup_model
 
     runtime = Runtime()
     layout = {
@@ -165,7 +165,7 @@ def two_ranks(folder):
     }
 
     def place(quantize, **options):
-        (model,) = place_model(
+        (model,) = setup_model(
             causal_lm.from_pretrained(folder, quantize=quantize),
             parallelize_fn=partial(shard, **options),
             **layout,

@@ -1,0 +1,111 @@
+"""Checks of the trainer's arguments, and of what can fail before the first step."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec
+
+from ditty_di.metrics.validation import evaluating
+from ditty_di.optim import trial
+
+P = ParamSpec("P")
+
+#: Values of the trainer's argument `contracts`.
+CONTRACTS = ("static", "runtime", "every_batch")
+
+
+def validate(
+    *,
+    steps: Any = None,
+    max_norm: Any = None,
+    global_batch_size: Any = None,
+    max_skipped_steps: Any = None,
+    gc_every: Any = None,
+    optimizer: Any = None,
+    dataloader: Any = None,
+    contracts: Any = "static",
+) -> None:
+    """Check arguments that are known before anything is built; those of `Trainer`.
+
+    Raises:
+        ValueError: arguments out of range, an optimizer whose constructor rejects its own
+            arguments, or rows per step that are not a multiple of a micro-batch.
+    """
+    at_least_1 = {"steps": steps, "global_batch_size": global_batch_size, "gc_every": gc_every}
+    limits = [(name, value, 1) for name, value in at_least_1.items()]
+    wrong = [
+        f"trainer.{name}={value} must be at least {limit}"
+        for name, value, limit in [*limits, ("max_skipped_steps", max_skipped_steps, 0)]
+        if _is_number(value) and not value >= limit
+    ]
+    if _is_number(max_norm) and not max_norm > 0:
+        wrong.append(f"trainer.max_norm={max_norm} must be above 0; inf does not clip")
+    if contracts not in CONTRACTS:
+        wrong.append(f"contracts={contracts} is unknown: write {', '.join(CONTRACTS)}")
+    wrong += trial.complaints(optimizer, "optimizer.")
+    rows: Any = getattr(dataloader, "arguments", {}).get("batch_size")
+    numbers = _is_number(rows) and _is_number(global_batch_size)
+    if not wrong and numbers and rows > 0 and global_batch_size % rows:
+        wrong.append(
+            f"global_batch_size={global_batch_size} is not a multiple of the {rows} rows of a "
+            f"micro-batch (the loader's batch_size)"
+        )
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def try_first_validation(validator: Any, modules: Iterable[Any]) -> None:
+    """Call the validator's `try_first_batch`, if it has one.
+
+    Args:
+        validator: the trainer's, or None.
+        modules: other modules that take part; they are set to evaluation mode.
+
+    Raises:
+        ValueError: validation data that yields no batch, or whose labels cannot be counted.
+    """
+    if try_batch := getattr(validator, "try_first_batch", None):
+        with evaluating(modules):
+            try_batch()
+
+
+def require_space(checkpointer: Any) -> None:
+    """Call the checkpointer's `require_space`, if it has one.
+
+    Args:
+        checkpointer: the trainer's, or None.
+
+    Raises:
+        CheckpointError: there is no disk space for a checkpoint.
+    """
+    if require := getattr(checkpointer, "require_space", None):
+        require()
+
+
+def known_arguments(init: Callable[P, None]) -> Callable[P, None]:
+    """Make a constructor suggest a parameter for a misspelled argument, as `task=check` does.
+
+    Args:
+        init: the constructor; its signature is kept.
+
+    Returns:
+        A constructor that raises TypeError for unknown arguments.
+    """
+    known = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        for name in kwargs.keys() - known.keys():
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{init.__qualname__}: {name!r} is not a parameter of it{hint}")
+        init(*args, **kwargs)
+
+    return checked

@@ -1,0 +1,168 @@
+"""Between backward pass and update: gradients of the loss's parameters, clipping, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import ditty_di.compat  # noqa: F401
+
+# isort: split
+import torchtitan.distributed.utils as dist_utils
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from ditty_di.protocols import Loss
+from ditty_di.runtime import Runtime
+
+
+class LossParameters:
+    """The trainable parameters of a loss beside those of a model, which may be sharded.
+
+    The loss computes with plain tensors, which every rank has whole. Beside a sharded model the
+    optimizer holds each as a replicated `DTensor` of the same memory instead: optimizers and
+    gradient scalers cannot take both kinds at once. Parameters that are also the model's, or
+    sharded themselves, stay as they are.
+
+    Args:
+        loss_fn: the loss; one that is not a module has no parameters.
+        model_parts: the modules as this rank trains them.
+        runtime: mesh of the ranks.
+
+    Attributes:
+        named: name and parameter for the optimizer; names begin with `loss.`, unlike the model's.
+        trained: the same parameters without names.
+    """
+
+    def __init__(self, loss_fn: Loss, model_parts: Iterable[nn.Module], runtime: Runtime) -> None:
+        of_model = {id(p): p for part in model_parts for p in part.parameters()}
+        meshes = (p.device_mesh for p in of_model.values() if isinstance(p, DTensor))
+        self._mesh = mesh = next(meshes, None)
+        self.named: list[tuple[str, nn.Parameter]] = []
+        self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        of_loss = loss_fn.named_parameters() if isinstance(loss_fn, nn.Module) else ()
+        for name, own in of_loss:
+            if not own.requires_grad or id(own) in of_model:
+                continue
+            held = own
+            if not isinstance(own, DTensor):
+                held = own if mesh is None else nn.Parameter(_replicated(own.detach(), mesh))
+                self._pairs.append((own, held))
+            self.named.append((f"loss.{name}", held))
+        self.trained = [parameter for _, parameter in self.named]
+        self._meshes = loss_meshes(runtime)
+
+    def reduce(self) -> None:
+        """Sum the gradients of the optimizer step over the ranks, for the optimizer's tensors.
+
+        A rank whose micro-batches did not reach a parameter contributes zeros.
+        """
+        for own, held in self._pairs:
+            gradient = torch.zeros_like(own) if own.grad is None else own.grad
+            for mesh in self._meshes:
+                dist.all_reduce(gradient, group=mesh.get_group())
+            own.grad = None
+            held.grad = gradient if held is own else _replicated(gradient, self._mesh)
+
+
+def loss_meshes(runtime: Runtime) -> list[DeviceMesh]:
+    """Return the meshes over which a loss is summed: data-parallel and pipeline ranks.
+
+    Args:
+        runtime: the layout.
+    """
+    meshes = map(runtime.parallel_dims.get_optional_mesh, ("loss", "pp"))
+    return [mesh for mesh in meshes if mesh is not None]
+
+
+def _replicated(tensor: Tensor, mesh: DeviceMesh | Any) -> DTensor:
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def clip_grad_norm(
+    model: Sequence[Tensor],
+    loss: Sequence[Tensor],
+    max_norm: float,
+    *,
+    pp_mesh: DeviceMesh | None,
+    ep_enabled: bool,
+) -> Tensor:
+    """Clip the gradients of model and loss to one global L2 norm.
+
+    Args:
+        model: parameters of the model, sharded and split into stages or not.
+        loss: parameters of the loss, whose gradients are the same on all ranks and stages.
+        max_norm: largest norm; `inf` only computes it.
+        pp_mesh: mesh of the pipeline stages, or None.
+        ep_enabled: whether experts are split over ranks.
+
+    Returns:
+        The norm before clipping, shape `[]`.
+    """
+    options: dict[str, Any] = {"foreach": True, "pp_mesh": pp_mesh, "ep_enabled": ep_enabled}
+    if not loss:
+        return dist_utils.clip_grad_norm_(model, max_norm, **options)
+    # Clipping to infinity computes the norm over all shards and stages and changes nothing.
+    norms = [dist_utils.clip_grad_norm_(model, float("inf"), **options)]
+    norms.append(dist_utils.clip_grad_norm_(loss, float("inf"), foreach=True))
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+    for parameters in (model, loss):
+        # Separately: foreach kernels cannot take sharded tensors of several meshes at once.
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, total, foreach=True)
+    return total
+
+
+class MetricAccumulator:
+    """Add up the parts of a loss and of its metrics over micro-batches and ranks.
+
+    Args:
+        runtime: device and layout.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.device = runtime.device
+        self._meshes = loss_meshes(runtime)
+        self._metrics: dict[str, Tensor | float] = {}
+
+    def clear(self) -> None:
+        """Forget all metrics, before an optimizer step."""
+        self._metrics = {}
+
+    def add(self, *metrics: dict[str, Tensor]) -> None:
+        """Add metrics of micro-batches; a name that others lack counts as 0 there.
+
+        Args:
+            metrics: name and value, shape `[]`.
+        """
+        for name, value in (item for one in metrics for item in one.items()):
+            self._metrics[name] = self._metrics.get(name, 0.0) + value.detach()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum over the ranks in float32, on the device; collective.
+
+        Args:
+            value: this rank's part.
+        """
+        total = value.detach().to(self.device, torch.float32, copy=True)
+        for mesh in self._meshes:
+            dist.all_reduce(total, group=mesh.get_group())
+        return total
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics added since `clear`, summed over the ranks; collective."""
+        names = list(self._metrics)
+        if (ranks := dist.get_world_size()) > 1:
+            # Only the last pipeline stage has a loss, and a loss may report what only some batches
+            # have: summed by position, numbers would get each other's names.
+            gathered: list[Any] = [None] * ranks
+            dist.all_gather_object(gathered, names)
+            names = sorted(set().union(*gathered))
+        if not names:
+            return {}
+        mine = [self._metrics.get(name, 0.0) for name in names]
+        stacked = torch.stack([torch.as_tensor(v, device=self.device).float() for v in mine])
+        return dict(zip(names, self.sum(stacked).tolist(), strict=True))

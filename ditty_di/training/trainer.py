@@ -1,0 +1,636 @@
+"""The trainer: torchtitan's, with all components injected."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+import ditty_di.compat  # noqa: F401
+
+# isort: split
+import torchtitan.distributed.utils as dist_utils
+import torchtitan.trainer
+from torchtitan.components.dataloader import DataloaderExhaustedError
+from torchtitan.distributed import full_dtensor
+from torchtitan.distributed.context_parallel import prepare_context_parallel_input
+from torchtitan.distributed.spmd_types import annotate_input_spmd_types
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.tools.utils import GarbageCollection
+
+from ditty_di import protocols
+from ditty_di.batch import Batch
+from ditty_di.callbacks import Callback, Callbacks
+from ditty_di.checkpoint import CheckpointError
+from ditty_di.isolation import check_rows, isolation_of, rehearse
+from ditty_di.metrics.metrics import Metrics
+from ditty_di.metrics.validation import evaluating
+from ditty_di.optim.container import Optimizers, Schedulers
+from ditty_di.parallelize.pipeline import SyncedPPRNG
+from ditty_di.precision.casting import release_copies
+from ditty_di.processors import PostProcessor, PreProcessor, Processors
+from ditty_di.rescue import Rescue, StepBoundary
+from ditty_di.runtime import Runtime
+from ditty_di.training import checks, setup
+from ditty_di.training.accumulation import GradientAccumulation
+from ditty_di.training.gradients import LossParameters
+from ditty_di.training.non_finite import (
+    NonFiniteGuard,
+    non_finite_parameters,
+    require_finite_parameters,
+)
+from ditty_di.training.step import TrainStep
+
+log = logging.getLogger(__name__)
+
+
+class Trainer(torchtitan.trainer.Trainer):
+    """Train an injected model with injected components.
+
+    An optimizer step accumulates the gradients of `gradient_accumulation_steps` micro-batches on
+    every data-parallel rank. What the loss counts in them (`loss_fn.num_valid`) is summed over all
+    of them before the first backward pass, so that any split of the same rows gives the same
+    gradients.
+
+    Args:
+        model: any `nn.Module`, on meta (then `weights` fills it) or with its values.
+        loss_fn: see `ditty_di.protocols.Loss`. Any other callable of output and labels is taken as
+            a mean over rows (`ditty_di.losses.PlainLoss`).
+        optimizer: called with the named trainable parameters.
+        dataloader: a loader, or a factory that takes this rank's coordinates.
+        steps: optimizer steps in total, including those of a resumed run before it stopped.
+        lr_scheduler: called with the optimizer; None keeps the learning rate constant.
+        runtime: device, ranks and seeds; None is `Runtime()`.
+        weights: fills a model on meta; None is the model's attribute `default_weights`.
+        parallelize_fn: shards, wraps or compiles the model.
+        pipeline_fn: splits the model into pipeline stages.
+        validator: computes the loss on held-out data.
+        checkpointer: saves and loads.
+        metrics: collects and writes what is logged.
+        grad_scaler: `torch.amp.GradScaler` for float16, or a partial of it that lacks `device`;
+            its overflows do not count as skipped steps.
+        profiler: a partial of `torchtitan.tools.profiler.Profiler`, started with the first step.
+        preprocessors: run on a batch before the model (`ditty_di.processors`).
+        postprocessors: run on the model's output before the loss.
+        model_contract: inputs and outputs of the model; None is its attribute `contract`, if any.
+        contracts: `static` checks the contracts from loader to loss before anything is built;
+            `runtime` also compares them with the tensors of the first batch, and `every_batch` with
+            those of all batches.
+        parallelize_loss_fn: shards the parameters of a loss; None keeps them whole on every rank.
+        callbacks: by name, called in order (`ditty_di.callbacks`).
+        global_batch_size: rows per optimizer step over all ranks; None is one micro-batch per rank.
+        max_norm: largest global L2 norm of the gradients; `inf` only computes it.
+        max_skipped_steps: optimizer steps that may be skipped, on all ranks, for non-finite loss or
+            gradients or for lack of a valid label, before training fails.
+        gc_every: optimizer steps between collections of Python's garbage, the same on all ranks.
+
+    Raises:
+        ValueError: a component does not fit the others; the message names the slot.
+        TypeError: an unknown argument, or an object of the wrong kind in a slot.
+    """
+
+    validate = staticmethod(checks.validate)
+    rehearse = staticmethod(rehearse)
+
+    @checks.known_arguments
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        loss_fn: protocols.Loss | protocols.LossFunction,
+        optimizer: protocols.OptimizerFactory,
+        dataloader: protocols.DataLoaderFactory | protocols.DataLoader,
+        steps: int,
+        lr_scheduler: protocols.SchedulerFactory | None = None,
+        runtime: Runtime | None = None,
+        weights: protocols.WeightsFn | None = None,
+        parallelize_fn: protocols.ParallelizeFn | None = None,
+        pipeline_fn: protocols.PipelineFn | None = None,
+        validator: protocols.ValidatorFactory | None = None,
+        checkpointer: protocols.CheckpointerFactory | None = None,
+        metrics: protocols.Metrics | None = None,
+        grad_scaler: torch.amp.GradScaler | protocols.GradScalerFactory | None = None,
+        profiler: protocols.ProfilerFactory | None = None,
+        preprocessors: Sequence[PreProcessor] = (),
+        postprocessors: Sequence[PostProcessor] = (),
+        model_contract: str | None = None,
+        contracts: Literal["static", "runtime", "every_batch"] = "static",
+        parallelize_loss_fn: protocols.ParallelizeFn | None = None,
+        callbacks: Mapping[str, Callback | None] | None = None,
+        global_batch_size: int | None = None,
+        max_norm: float = 1.0,
+        max_skipped_steps: int = 0,
+        gc_every: int = 1000,
+    ) -> None:
+        if steps is None:
+            raise ValueError(
+                "trainer.steps=None: give the number of optimizer steps, such as steps=1000; "
+                "ditty_di.data.horizon computes it from epochs"
+            )
+        self.validate(
+            steps=steps,
+            max_norm=max_norm,
+            global_batch_size=global_batch_size,
+            max_skipped_steps=max_skipped_steps,
+            gc_every=gc_every,
+        )
+        if grad_scaler and runtime and runtime.parallel_dims.pp_enabled:
+            raise ValueError("grad_scaler: a pipeline does not scale its loss; use precision=bf16")
+        self.runtime = runtime = runtime or Runtime()
+        self.device, self.parallel_dims = runtime.device, runtime.parallel_dims
+        # What inherited methods read of torchtitan's configuration.
+        self.config = SimpleNamespace(
+            training=SimpleNamespace(steps=steps, disable_cuda_graphs=True)
+        )
+        self.gc_every, self.profiler = gc_every, profiler
+        self.step = self.saved_step = self.ntokens_seen = 0
+        self.objective: float | None = None
+        self.objective_step: int | None = None
+        self.last_loss: float | None = None
+        self.stopped: str | None = None
+        self.callbacks = Callbacks(callbacks or {})
+
+        # -- model, loss and what runs between them
+        around = {"model": model, "model_contract": model_contract, "loss": loss_fn}
+        self.processors = setup.setup_processors(
+            Processors(preprocessors, postprocessors),
+            runtime=runtime,
+            contracts=contracts,
+            around={"loader": dataloader, **around},
+        )
+        self.loss_fn = loss_fn = setup.setup_loss(loss_fn, runtime, parallelize_loss_fn)
+        self.model_config = getattr(model, "config", None)
+        weights = setup.weights_of(model, weights)
+        self.parts = setup.setup_model(
+            model,
+            runtime=runtime,
+            loss_fn=loss_fn,
+            weights=weights,
+            parallelize_fn=parallelize_fn,
+            pipeline_fn=pipeline_fn,
+            processors=self.processors,
+        )
+        self.model_parts = self.parts.modules
+        around_model = (loss_fn, *self.processors.preprocessors, *self.processors.postprocessors)
+        self._around_model = around_model
+        self._trained = (*self.model_parts, loss_fn)
+
+        # -- optimizer
+        self.loss_parameters = LossParameters(loss_fn, self.model_parts, runtime)
+        self.optimizers = Optimizers(optimizer, self.model_parts, self.loss_parameters.named)
+        self.optimizer = self.optimizers.optimizer
+        self.lr_schedulers = Schedulers(lr_scheduler, self.optimizer)
+        if callable(grad_scaler):
+            grad_scaler = grad_scaler(device=self.device.type)
+        self.grad_scaler = grad_scaler or torch.amp.GradScaler(self.device.type, enabled=False)
+
+        # -- data
+        self.dataloader = setup.setup_dataloader(dataloader, runtime)
+        self.guard = NonFiniteGuard(
+            max_skipped_steps,
+            scaler=self.grad_scaler,
+            rank=runtime.rank,
+            dataloader=self.dataloader,
+        )
+        self.gradient_accumulation_steps = setup.accumulation_steps(
+            global_batch_size, dataloader=self.dataloader, runtime=runtime
+        )
+        self.accumulation = GradientAccumulation(
+            self.gradient_accumulation_steps,
+            loss_fn=loss_fn,
+            runtime=runtime,
+            prepare=self.prepare if self.processors else None,
+        )
+        self.optimizer_step = TrainStep(
+            parts=self.parts,
+            loss_fn=loss_fn,
+            optimizer=self.optimizer,
+            runtime=runtime,
+            scaler=self.grad_scaler,
+            max_norm=max_norm,
+            processors=self.processors,
+            loss_parameters=self.loss_parameters,
+            prepare_inputs=self._prepare_inputs,
+            pp_size=self.gradient_accumulation_steps,
+            before_update=self._before_update,
+            on_non_finite=self._skip_step,
+        )
+        self.synced_pp_rng = SyncedPPRNG(runtime)
+        self.metrics_processor = metrics or Metrics()
+
+        # -- checkpoints, and the last complete step when an exception ends the training
+        if checkpointer:
+            setup.require_state(self.dataloader)
+        states: dict[str, Any] = {"train_state": self, "windows": self.accumulation}
+        modules = (*self.model_parts, *around_model)
+        self.boundary = StepBoundary(
+            dataloader=self.dataloader if checkpointer else None,
+            states=states,
+            modules=[module for module in modules if isinstance(module, nn.Module)],
+            device=self.device,
+        )
+        self.rescue = Rescue(
+            self.boundary,
+            progress=self,
+            save=self._save_at_failure if checkpointer else None,
+            unfit=partial(non_finite_parameters, self._trained),
+            rank=runtime.rank,
+        )
+        self.checkpointer = checkpointer and setup.setup_checkpointer(
+            checkpointer,
+            model_parts=self.model_parts,
+            weights=weights,
+            loss_fn=loss_fn,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_schedulers.scheduler,
+            dataloader=self.boundary.position,
+            grad_scaler=self.grad_scaler,
+            others={**states, **self.callbacks.states(), **self.processors.states()},
+        )
+
+        # -- validation
+        self.validator: protocols.Validator | None = None
+        if validator:
+            self.validator = validator(
+                model_parts=self.model_parts,
+                forward=self.optimizer_step.forward,
+                loss_fn=loss_fn,
+                runtime=runtime,
+                prepare=self.prepare,
+            )
+        isolation = isolation_of(
+            self.model_parts[0],
+            config=self.model_config,
+            forward=self.forward,
+            processors=self.processors,
+            runtime=runtime,
+        )
+        for loader in (self.dataloader, getattr(self.validator, "dataloader", None)):
+            check_rows(loader, isolation=isolation, runtime=runtime)
+
+    # ------------------------------------------------------------------------------- training
+    def train(self, *, restored: Callable[[], None] | None = None) -> dict[str, Any]:
+        """Train from the newest checkpoint, or from the start, to `steps`.
+
+        An exception of a step, a callback or the validator is raised after the last complete step
+        has been saved, if all ranks can agree on it.
+
+        Args:
+            restored: called on every rank once the checkpoint is loaded, or there is none.
+
+        Returns:
+            status (`finished` or `preempted`), step, objective (the last validation loss, else
+            the last training loss), objective_step, skipped_steps, stopped (why `stop` was called,
+            else None), rejected_batches with processors, and the metrics' summary.
+        """
+        self.runtime.catch_signals()
+        gc_was_enabled = gc.isenabled()
+        self.gc_handler = GarbageCollection(gc_freq=self.gc_every)  # disables automatic collection
+        try:
+            self.callbacks.call("train_start", self)
+            self._restore()
+            if restored is not None:
+                restored()
+            if self.should_continue_training():  # fail now rather than after the first steps
+                checks.try_first_validation(self.validator, self._around_model)
+                checks.require_space(self.checkpointer)
+            self.metrics_processor.start(
+                model_parts=self.model_parts,
+                total_steps=self.config.training.steps,
+                runtime=self.runtime,
+                step=self.step,
+            )
+            profiling = self.profiler(global_step=self.step) if self.profiler else nullcontext()
+            with profiling as profiler:
+                exhausted = self._run_rescued(profiler)
+            if self.stopped or exhausted:
+                log.warning("ended after step %d: %s", self.step, self.stopped or "no more data")
+            self._save(force=True)
+            if self.checkpointer:
+                self.checkpointer.maybe_wait_for_staging()  # a callback may change the weights
+            self.callbacks.call("train_end", self)
+        except BaseException as error:
+            if not hasattr(error, "training_step"):  # for `ditty_di.failure`
+                error.training_step = self.step  # type: ignore[attr-defined]
+            self.metrics_processor.close()  # keep what was logged until then
+            raise
+        finally:
+            for part in self.model_parts:
+                release_copies(part)  # the injected model gets its own parameters back
+            if gc_was_enabled:
+                gc.enable()
+            self.runtime.release_signals()
+        finished = exhausted or not self.should_continue_training()
+        if not finished and self.step and not self.objective_step and self.last_loss is not None:
+            # Stopped before it validated what it learned: report its training loss.
+            self.objective, self.objective_step = self.last_loss, self.step
+        return {
+            "status": "finished" if finished else "preempted",
+            "step": self.step,
+            "objective": self.objective,
+            "objective_step": self.objective_step,
+            "skipped_steps": self.guard.skipped,
+            "stopped": self.stopped,
+            **self.accumulation.get_metrics(),
+            **self.metrics_processor.summary(),
+        }
+
+    def train_step(self, data_iterator: Iterator[Batch]) -> None:
+        """Do one optimizer step on the next micro-batches, on all ranks or on none.
+
+        Args:
+            data_iterator: this rank's batches, as `batch_generator` yields them.
+        """
+        micro_batches, num_valid_global = self.accumulation.next_micro_batches(data_iterator)
+        learning_rates = self.lr_schedulers.get_metrics()
+        loss_metrics = self.optimizer_step.metrics
+        loss_metrics.clear()
+        values: dict[str, float] = {}
+        if micro_batches:  # preprocessors may have rejected all of them
+            values = self.optimizer_step(micro_batches, num_valid_global)
+            self.last_loss = values["loss"]
+            self.guard.watch(self.step, values["grad_norm"])
+        self.boundary.updating("the learning rate")
+        self.lr_schedulers.step()
+        self.boundary.complete()
+        if self.metrics_processor.should_log(self.step):
+            # Where a loss's own metric has the name of one of these, these win.
+            own = loss_metrics.metrics() | self.accumulation.get_metrics()
+            (tokens,) = self.runtime.sum([self.ntokens_seen])
+            logged = own | learning_rates | values | {"tokens_seen": tokens}
+            self.metrics_processor.log(self.step, logged)
+
+    def forward(self, inputs: dict[str, Any]) -> Any:
+        """Return the model's output for one micro-batch of inputs.
+
+        Args:
+            inputs: the model's arguments on any device; `"input"` is the positional one.
+        """
+        return self.optimizer_step.run_model(Batch(inputs, None).to(self.device).inputs)
+
+    def prepare(self, batch: Batch) -> Batch | None:
+        """Run the preprocessors on a batch of the loader; return None if one rejects it.
+
+        Args:
+            batch: the loader's batch.
+        """
+        pp = self.parallel_dims.pp_enabled
+        with self.synced_pp_rng(self.step) if pp else nullcontext():
+            return self.processors.prepare(
+                batch,
+                epoch=getattr(self.dataloader, "epoch", 0),
+                step=self.step,
+                total_steps=self.config.training.steps,
+                device=self.device,
+                model=self.model_parts[0],
+            )
+
+    def stop(self, reason: str) -> None:
+        """End the training after this step, as if it had been the last.
+
+        Args:
+            reason: logged, and returned by `train`. All ranks must call this at the same step
+                (`runtime.any` returns whether any rank wants to).
+        """
+        self.stopped = reason
+
+    def should_continue_training(self) -> bool:
+        """Return whether steps are left and `stop` was not called."""
+        return self.stopped is None and super().should_continue_training()
+
+    def close(self) -> None:
+        """Wait for the checkpoint being written, and close the loggers."""
+        super().close()
+        self.rescue.close()
+
+    def _run_rescued(self, profiler: Any) -> bool:
+        """Run the steps; save the last complete one after an exception."""
+        try:
+            exhausted = self._run_steps(profiler)
+            self.accumulation.raise_failure()
+        except CheckpointError:
+            raise  # saving is what failed
+        except Exception as error:
+            if (cause := self.rescue.after(error)) is error:
+                raise
+            raise cause from None
+        return exhausted
+
+    def _run_steps(self, profiler: Any) -> bool:
+        """Run steps until the end or a stop request; return whether the data ended first."""
+        data = self.batch_generator(self.dataloader)
+        first = self.step + 1
+        if self.step == 0:
+            self._validate(last=False)
+        elif self.validator and self.objective_step != self.step == self.config.training.steps:
+            self._validate(last=True)  # the run failed in this validation
+        while self.should_continue_training() and not self.accumulation.stopping:
+            if self.checkpointer:
+                self.boundary.mark()
+            self.step += 1
+            self.gc_handler.run(self.step)
+            try:
+                self.train_step(data)
+            except DataloaderExhaustedError:
+                self.step -= 1
+                self.boundary.complete()
+                if self.step == 0:
+                    raise ValueError("dataloader: it yields no batch on some rank") from None
+                self._validate(last=True)
+                return True
+            self._call("step_end")
+            self._validate(last=not self.should_continue_training())
+            self._save()
+            if profiler:
+                profiler.step()
+            if self.step == first:
+                # Lazy initialisation and compilation are over: a slower collective now hangs.
+                timeout = timedelta(seconds=self.runtime.train_timeout)
+                dist_utils.set_pg_timeouts(timeout, self.parallel_dims)
+                if self.should_continue_training():
+                    checks.require_space(self.checkpointer)  # the optimizer has its state now
+        return False
+
+    def _before_update(self) -> None:
+        if self.checkpointer:
+            self.checkpointer.maybe_wait_for_staging()
+        self.boundary.updating("the parameters")
+
+    def _skip_step(self, values: dict[str, float], num_valid_global: Tensor) -> None:
+        self.guard.skip(self.step, values, num_valid_global, self.accumulation.taken)
+
+    def _call(self, moment: str) -> None:
+        """Call the callbacks.
+
+        A rank that fails there tells the others with the next step's reduction: they may not be in
+        a collective now.
+        """
+        try:
+            self.callbacks.call(moment, self)
+        except Exception as error:
+            if self.runtime.world_size > 1:
+                log.error("%s, step %d: %s: %s", moment, self.step, type(error).__name__, error)
+            self.accumulation.fail(error)
+
+    def _validate(self, *, last: bool) -> None:
+        """Validate when it is due; a stop request during validation ends the training too."""
+        if self.validator is None:
+            self.objective, self.objective_step = self.last_loss, self.step
+        elif not self.accumulation.stopping and (last or self.validator.should_validate(self.step)):
+            with self.metrics_processor.pause(), evaluating(self._around_model):
+                values = self.validator.validate(self.step)
+            if not values:
+                self.accumulation.stop()
+                return
+            self.objective, self.objective_step = values["loss"], self.step
+            named = {f"validation/{name}": value for name, value in values.items()}
+            self.metrics_processor.log(self.step, named)
+            with self.metrics_processor.pause():
+                self._call("validation_end")
+
+    # ---------------------------------------------------------------------------- checkpoints
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters that a checkpoint saves."""
+        return {
+            "step": self.step,
+            "tokens_seen": self.ntokens_seen * self.runtime.dp_world_size,
+            "skipped_steps": self.guard.skipped,
+            "objective": self.objective,
+            "objective_step": self.objective_step,
+            "steps": self.config.training.steps,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.step, self.guard.skipped = state_dict["step"], state_dict["skipped_steps"]
+        self.ntokens_seen = state_dict["tokens_seen"] // self.runtime.dp_world_size
+        self.objective = state_dict["objective"]
+        # Earlier versions have neither of these.
+        self.objective_step = state_dict.get("objective_step", self.step)
+        self._steps_before = state_dict.get("steps")
+
+    def _restore(self) -> None:
+        steps, self._steps_before = self.config.training.steps, None
+        if not self.checkpointer or self.checkpointer.load() is None:
+            return
+        self.saved_step = self.step
+        if self.step > steps:
+            log.warning(
+                "the checkpoint is at step %d, and steps=%d: nothing to do", self.step, steps
+            )
+            return
+        log.info("resumed after step %d of %d", self.step, steps)
+        if self._steps_before not in (None, steps):
+            log.info(
+                "the run had steps=%s before; its learning rate continues at %.3g",
+                self._steps_before,
+                self.lr_schedulers.get_metrics()["lr"],
+            )
+
+    def _save(self, *, force: bool = False) -> None:
+        if self.checkpointer:
+            with self.metrics_processor.pause():
+                due = force or not self.step % (getattr(self.checkpointer, "every", None) or 1)
+                if due and self.step > self.saved_step:
+                    require_finite_parameters(self.step, self._trained, self.runtime)
+                if self.checkpointer.save(self.step, force=force):
+                    self.saved_step = self.step
+                    self._call("checkpoint_saved")
+
+    def _save_at_failure(self, group: Any) -> None:
+        checkpointer: Any = self.checkpointer
+        if group is not None and hasattr(checkpointer, "use_group"):
+            checkpointer.use_group(group)
+        if checkpointer.save(self.step, force=True):
+            self.saved_step = self.step
+        checkpointer.close()
+
+    # ------------------------------------------------------------------ torchtitan's interface
+    def batch_generator(self, data_iterable: Iterable[Any]) -> Iterator[Batch]:
+        """Yield the loader's batches on the CPU, and count tokens and loading time.
+
+        Args:
+            data_iterable: yields `Batch` objects or pairs `(inputs, labels)`.
+
+        Raises:
+            DataloaderExhaustedError: the data has ended.
+        """
+        metrics, data_iterator = self.metrics_processor, iter(data_iterable)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = Batch.of(next(data_iterator))
+            except StopIteration as error:
+                raise DataloaderExhaustedError from error
+            metrics.ntokens_since_last_log += batch.labels.numel()
+            metrics.data_loading_times.append(time.perf_counter() - start)
+            yield batch
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Any], labels: Any
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """Return the model's input, the labels and the model's keyword arguments.
+
+        Attention masks of torchtitan models are built here, sequences are split for context
+        parallelism, tensors are annotated or distributed for the SPMD backend, and tokens counted.
+        A subclass may override it.
+
+        Args:
+            input_dict: the model's arguments on the device; `"input"` is the positional one.
+            labels: labels on the device.
+        """
+        keywords = {name: value for name, value in input_dict.items() if name != "input"}
+        inputs, positions, dims = input_dict["input"], keywords.get("positions"), self.parallel_dims
+        if isinstance(self.model_config, Decoder.Config) and positions is not None:
+            attention = getattr(self.model_config.first_attention, "inner_attention", None)
+            if isinstance(attention, FlexAttention.Config | VarlenAttention.Config):
+                decoder: Any = self.model_parts[0]
+                keywords["attention_masks"] = decoder.get_attention_masks(positions=positions)
+        if dims.cp_enabled:
+            inputs, labels, keywords = prepare_context_parallel_input(
+                inputs, labels, keywords, dims.get_mesh("cp"), self.device, None, None
+            )
+        self.ntokens_seen += labels.numel()
+        if dims.spmd_backend == "full_dtensor":
+            return full_dtensor.parallelize_inputs(dims, inputs, labels, keywords)
+        if dims.spmd_backend == "spmd_types":
+            return annotate_input_spmd_types(dims, inputs, labels, keywords)
+        return inputs, labels, keywords
+
+    def _prepare_inputs(self, batch: Batch) -> Batch:
+        inputs, labels, keywords = self.post_dataloading_process(batch.inputs, batch.labels)
+        return replace(batch, inputs={"input": inputs, **keywords}, labels=labels)
+
+    def forward_backward_step(
+        self, *, input_dict: Any, labels: Any, global_valid_tokens: Tensor
+    ) -> Tensor:
+        """Accumulate the gradients of a micro-batch, or of a list of them; return the loss.
+
+        Args:
+            input_dict: the model's arguments by name, or a list of such.
+            labels: labels, or a list of them.
+            global_valid_tokens: valid elements of the whole optimizer step, on the device.
+        """
+        several = isinstance(input_dict, list)
+        pairs = zip(input_dict, labels, strict=True) if several else [(input_dict, labels)]
+        batches = [Batch(*pair) for pair in pairs]
+        return self.optimizer_step.forward_backward(batches, global_valid_tokens)
+
+    def pp_forward_backward_step(self, **ignored: Any) -> NoReturn:
+        """Raise NotImplementedError: `forward_backward_step` runs the pipeline schedule too."""
+        raise NotImplementedError("call forward_backward_step, which runs the pipeline schedule")
+
+    def init_distributed(self) -> NoReturn:
+        """Raise NotImplementedError: a `Runtime` initialises the process group."""
+        raise NotImplementedError("pass runtime=ditty_di.Runtime(...), which sets up the ranks")
