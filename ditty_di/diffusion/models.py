@@ -62,7 +62,7 @@ class DiT(nn.Module):
 
     @classmethod
     def contract_for(cls, *, classes: int = 10, **others: Any) -> str:
-        """What `forward` takes and gives (`ditty_di.processors.contracts`)."""
+        """What `forward` takes and gives (`ditty_di.contracts.grammar`)."""
         labels = " class_labels:1:i64" if classes else ""
         return f"0:4:f timestep:1{labels} -> prediction:4:f"
 

@@ -8,15 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ditty_di.contracts.grammar import Contract, as_contract
+from ditty_di.contracts.stages import contract_of_class, given_arguments, snake_case
 from ditty_di.losses.cross_entropy import CrossEntropyLoss
-from ditty_di.processors.base import (
-    as_contract,
-    contract_of_class,
-    given_arguments,
-    snake_case,
-)
 from ditty_di.processors.context import Context, MissingKey
-from ditty_di.processors.contracts import Contract
 from ditty_di.processors.outputs import predicted
 
 if TYPE_CHECKING:
@@ -54,7 +49,7 @@ class LossCalculator(nn.Module):
         target_key: the context's key, or path (`"forward_kwargs.t"`), of the target.
         mask_key: the same of the mask; None for no mask.
         name: what its metrics are called in a composite; None is the class's in snake case.
-        contract: what it takes (`ditty_di.processors.contracts`); a class may have the text as its
+        contract: what it takes (`ditty_di.contracts.grammar`); a class may have the text as its
             attribute `contract`, or a class method `contract_for`, instead.
     """
 

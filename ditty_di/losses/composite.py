@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ditty_di.contracts.grammar import Contract, as_contract
+from ditty_di.contracts.stages import snake_case
 from ditty_di.losses.calculator import as_context, labels_for
 from ditty_di.losses.plain import as_loss
-from ditty_di.processors.base import as_contract, snake_case
-from ditty_di.processors.contracts import Contract
 
 if TYPE_CHECKING:
     from ditty_di.protocols import Batch, Loss

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditty_di.processors.base import contract_of_class
+from ditty_di.contracts.stages import contract_of_class
 
 if TYPE_CHECKING:
     from ditty_di.protocols import Batch
@@ -38,7 +38,7 @@ class CrossEntropyLoss(nn.Module):
 
     @classmethod
     def contract_for(cls, *, output: str | None = None, **others: Any) -> str | None:
-        """See `ditty_di.processors.contracts`; an `output` further inside has no name there."""
+        """See `ditty_di.contracts.grammar`; an `output` further inside has no name there."""
         if output and "." in output:
             return None
         return f"{output or 0}:n+1:f | ctx.target:n:i64 -> loss:0:f"

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditty_di.contracts.grammar import Contract
 from ditty_di.losses.calculator import LossCalculator, LossOutput
 from ditty_di.processors.context import Context
-from ditty_di.processors.contracts import Contract
 
 
 class DistillationLoss(LossCalculator):

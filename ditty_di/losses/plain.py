@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ditty_di.processors.base import snake_case
+from ditty_di.contracts.stages import snake_case
 
 if TYPE_CHECKING:
     from ditty_di.protocols import Batch, Loss

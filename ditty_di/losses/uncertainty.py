@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ditty_di.contracts.grammar import Contract
 from ditty_di.losses.composite import CompositeLoss, part_metrics, share
-from ditty_di.processors.contracts import Contract
 
 if TYPE_CHECKING:
     from ditty_di.protocols import Loss

@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ditty_di.processors.contracts import Contract
+from ditty_di.contracts.grammar import Contract, as_contract
+from ditty_di.contracts.stages import contract_of_class, given_arguments, snake_case
 
 if TYPE_CHECKING:
     from ditty_di.processors.context import Context
-
-_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-
-
-def snake_case(name: str) -> str:
-    """`MSELoss` as `mse_loss`."""
-    return _WORD.sub("_", name).lower()
-
-
-def as_contract(contract: Any) -> Contract | None:
-    """A contract of its text, or the contract that it is already.
-
-    Raises:
-        ContractError: the text cannot be read.
-    """
-    if contract is None or isinstance(contract, Contract):
-        return contract
-    return Contract.parse(contract)
-
-
-def contract_of_class(cls: type, arguments: Mapping[str, Any]) -> Contract | None:
-    """The contract of `cls(**arguments)`: what its `contract_for(**arguments)` makes, or the text
-    of its attribute `contract`; of both, the one that is nearer to the class among its bases.
-
-    Raises:
-        ContractError: the text cannot be read.
-    """
-    for base in inspect.getmro(cls):
-        if isinstance(vars(base).get("contract"), str | Contract):
-            return as_contract(vars(base)["contract"])
-        if "contract_for" in vars(base):
-            return as_contract(cls.contract_for(**arguments))  # type: ignore[attr-defined]
-    return None
 
 
 class Processor(ABC):
     """Both kinds of processor.
 
     Args:
-        contract: what it takes and gives (`ditty_di.processors.contracts`); a class may have the
+        contract: what it takes and gives (`ditty_di.contracts.grammar`); a class may have the
             text as its attribute `contract`, or a class method `contract_for`, instead. None
             leaves the stage unchecked.
         name: what messages and pictures call it; None is the class's name in snake case.
@@ -104,19 +69,6 @@ class PostProcessor(Processor):
     @abstractmethod
     def process(self, output: Any, ctx: Context) -> tuple[Any, Context]:
         """The output for the next stage, and the context."""
-
-
-def given_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What `cls(*args, **kwargs)` is given, by name."""
-    try:
-        bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)  # type: ignore[misc]
-    except (TypeError, ValueError):  # calling `__init__` will say what is wrong with them
-        return dict(kwargs)
-    given: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[1:]:
-        kind = bound.signature.parameters[name].kind
-        given.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
-    return given
 
 
 def _short(value: Any) -> str:

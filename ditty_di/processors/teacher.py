@@ -10,8 +10,8 @@ from ditty_di.processors.outputs import predicted
 if TYPE_CHECKING:
     from torch import nn
 
+    from ditty_di.contracts.grammar import Contract
     from ditty_di.processors.context import Context
-    from ditty_di.processors.contracts import Contract
     from ditty_di.protocols import WeightsFn
 
 SAME = """\

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ditty_di.processors.chain import POST, PRE, Report, Stage, examine
+from ditty_di.contracts.check import Report, examine
+from ditty_di.contracts.grammar import Contract
+from ditty_di.contracts.render import drawn
+from ditty_di.contracts.runtime import BatchChecks, TensorChecks
+from ditty_di.contracts.stages import POST, PRE, Stage, pipeline
 from ditty_di.processors.context import Context
-from ditty_di.processors.contracts import Contract
-from ditty_di.processors.picture import drawn
-from ditty_di.processors.stages import pipeline
-from ditty_di.processors.tensors import BatchChecks, TensorChecks
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +159,7 @@ class Processors:
         loss: Any = None,
         model_contract: str | Contract | None = None,
     ) -> list[Stage]:
-        """The whole pipeline; see `ditty_di.processors.stages.pipeline`."""
+        """The whole pipeline; see `ditty_di.contracts.stages.pipeline`."""
         return pipeline(
             loader=loader,
             preprocessors=self.preprocessors,
