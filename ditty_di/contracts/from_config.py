@@ -30,7 +30,7 @@ def check(graph: Any, root: str = "trainer", *, strict: bool = False) -> Report:
     if (argument(runtime, "cp") or 1) > 1:
         wrong += [(s, f"{s}: {SPLIT_SEQUENCES}") for s in chain if s.kind in (PRE, POST)]
     problems = [Problem(s.key, message, written_at(graph, s.key)) for s, message in wrong]
-    components = [
+    components: list[tuple[str, Any, tuple[str, ...]]] = [
         (f"{root}.{slot}.{n}", value, ("process",))
         for slot in ("preprocessors", "postprocessors")
         for n, value in enumerate(_slot(graph, root, slot) or ())

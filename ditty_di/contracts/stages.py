@@ -19,7 +19,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ditty_di._graph.targets import SPECIAL, TargetError, locate
 from ditty_di.contracts.grammar import Contract, as_contract
@@ -99,43 +99,27 @@ def _stage(kind: str, value: Any, key: str, contract: Any = None, name: str = ""
     parts: tuple[Stage, ...] = ()
     error = ""
     try:
-        call = _call(value)
-        name = name or _name(value, call)
+        source = _source(value)
+        name = name or _name(source)
         if kind == LOSS:
-            owner, inside = (value, getattr(value, "parts", None)) if call is None else call
-            if call is not None:
-                inside = owner.parts_for(**inside) if hasattr(owner, "parts_for") else ()
-            within = getattr(owner, "parts_argument", None)
+            inside, within = _parts(source)
             inner = f"{key}.{within}" if within else key
-            parts = tuple(_stage(kind, part, inner, name=called) for called, part in inside or ())
-        if contract is not None:
-            found = as_contract(contract)
-        elif call is not None:
-            found = _contract_of_call(*call)
-        elif isinstance(own := getattr(value, "contract", None), str | Contract):
-            found = as_contract(own)
+            parts = tuple(_stage(kind, part, inner, name=called) for called, part in inside)
+        found = _contract(source) if contract is None else as_contract(contract)
     except (ValueError, TypeError, TargetError) as failure:
         error = str(failure)
     return Stage(kind, name, found, parts, key, error)
 
 
-def _name(value: Any, call: tuple[Any, dict[str, Any]] | None) -> str:
-    """Return what messages call a component."""
-    if value is None:
-        return ""
-    given = getattr(value, "name", None) if call is None else call[1].get("name")
-    if isinstance(given, str):
-        return given
-    if call is None:
-        return type(value).__name__
-    target = call[0]
-    name: str = getattr(target, "__name__", type(target).__name__)
-    named = any(hasattr(target, method) for method in ("process", "contract_for", "parts_for"))
-    return snake_case(name) if named else name
+class _Call(NamedTuple):
+    """What a node or a partial will call."""
+
+    target: Any
+    arguments: dict[str, Any]
 
 
-def _call(value: Any) -> tuple[Any, dict[str, Any]] | None:
-    """Return what a node or a partial will call, and its arguments by name; None for an object."""
+def _source(value: Any) -> Any:
+    """Return the `_Call` of a node or a partial, and an object as it is."""
     if isinstance(value, functools.partial):
         target, args, kwargs = value.func, value.args, value.keywords
     elif is_node(value):
@@ -143,21 +127,52 @@ def _call(value: Any) -> tuple[Any, dict[str, Any]] | None:
         target = locate(path, allowed=(path,))  # the graph has checked it
         args, kwargs = value.get("_args_", ()), value
     else:
-        return None
+        return value
     owner = getattr(target, "__self__", target)  # `Model.from_pretrained` builds a Model
     target = owner if inspect.isclass(owner) else target
-    return target, _arguments(target, args, kwargs)
+    return _Call(target, _arguments(target, args, kwargs))
+
+
+def _get(source: Any, name: str) -> Any:
+    if isinstance(source, _Call):
+        return source.arguments.get(name)
+    return getattr(source, name, None)
+
+
+def _name(source: Any) -> str:
+    """Return what messages call a component."""
+    given = _get(source, "name")
+    if source is None or isinstance(given, str):
+        return given or ""
+    if not isinstance(source, _Call):
+        return type(source).__name__
+    target = source.target
+    name: str = getattr(target, "__name__", type(target).__name__)
+    named = any(hasattr(target, method) for method in ("process", "contract_for", "parts_for"))
+    return snake_case(name) if named else name
+
+
+def _parts(source: Any) -> tuple[Iterable[tuple[str, Any]], str | None]:
+    """Return the parts of a loss by name, and the argument that has them."""
+    if not isinstance(source, _Call):
+        return getattr(source, "parts", None) or (), getattr(source, "parts_argument", None)
+    parts_for = getattr(source.target, "parts_for", None)
+    parts = parts_for(**source.arguments) if parts_for else ()
+    return parts, getattr(source.target, "parts_argument", None)
+
+
+def _contract(source: Any) -> Contract | None:
+    own = _get(source, "contract")
+    if not isinstance(source, _Call):  # any object may have an attribute of this name
+        return as_contract(own) if isinstance(own, str | Contract) else None
+    if own is None and inspect.isclass(source.target):
+        return contract_of_class(source.target, source.arguments)
+    return as_contract(own)
 
 
 def _arguments(target: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in kwargs.items() if name not in SPECIAL}
     return given_arguments(target, args, given, defaults=True)
-
-
-def _contract_of_call(target: Any, arguments: dict[str, Any]) -> Contract | None:
-    if arguments.get("contract") is not None:
-        return as_contract(arguments["contract"])
-    return contract_of_class(target, arguments) if inspect.isclass(target) else None
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:
@@ -173,8 +188,7 @@ def argument(value: Any, name: str) -> Any:
         value: the component.
         name: of the argument or attribute.
     """
-    call = _call(value)
-    return getattr(value, name, None) if call is None else call[1].get(name)
+    return _get(_source(value), name)
 
 
 def contract_of(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> Contract | None:
@@ -187,7 +201,7 @@ def contract_of(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> Contra
     Raises:
         ContractError: it cannot be parsed.
     """
-    return _contract_of_call(target, _arguments(target, kwargs.get("_args_", ()), kwargs))
+    return _contract(_Call(target, _arguments(target, kwargs.get("_args_", ()), kwargs)))
 
 
 def contract_of_class(cls: type, arguments: Mapping[str, Any]) -> Contract | None:
