@@ -120,17 +120,16 @@ class _Call(NamedTuple):
 
 def _source(value: Any) -> Any:
     """Return the `_Call` of a node or a partial, and an object as it is."""
-    if isinstance(value, functools.partial):
-        target, args, kwargs = value.func, value.args, value.keywords
-    elif is_node(value):
+    if is_node(value):
         path = str(value["_target_"])
+        kwargs = {name: inner for name, inner in value.items() if name not in SPECIAL}
         target = locate(path, allowed=(path,))  # the graph has checked it
-        args, kwargs = value.get("_args_", ()), value
-    else:
+        value = functools.partial(target, *value.get("_args_", ()), **kwargs)
+    if not isinstance(value, functools.partial):
         return value
-    owner = getattr(target, "__self__", target)  # `Model.from_pretrained` builds a Model
-    target = owner if inspect.isclass(owner) else target
-    return _Call(target, _arguments(target, args, kwargs))
+    owner = getattr(value.func, "__self__", value.func)  # `Model.from_pretrained` builds a Model
+    target = owner if inspect.isclass(owner) else value.func
+    return _Call(target, given_arguments(target, value.args, value.keywords, defaults=True))
 
 
 def _get(source: Any, name: str) -> Any:
@@ -170,11 +169,6 @@ def _contract(source: Any) -> Contract | None:
     return as_contract(own)
 
 
-def _arguments(target: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    given = {name: value for name, value in kwargs.items() if name not in SPECIAL}
-    return given_arguments(target, args, given, defaults=True)
-
-
 def _parameters(function: Callable[..., Any]) -> set[str]:
     """Return the names of the parameters that can be given by name."""
     parameters = inspect.signature(function).parameters.values()
@@ -201,7 +195,8 @@ def contract_of(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> Contra
     Raises:
         ContractError: it cannot be parsed.
     """
-    return _contract(_Call(target, _arguments(target, kwargs.get("_args_", ()), kwargs)))
+    given = {name: value for name, value in kwargs.items() if name != "_args_"}
+    return _contract(_source(functools.partial(target, *kwargs.get("_args_", ()), **given)))
 
 
 def contract_of_class(cls: type, arguments: Mapping[str, Any]) -> Contract | None:
