@@ -235,25 +235,30 @@ def snake_case(name: str) -> str:
 
 
 def given_arguments(
-    cls: type, args: Iterable[Any], kwargs: Mapping[str, Any], *, defaults: bool = False
+    target: Callable[..., Any],
+    args: Iterable[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    defaults: bool = False,
 ) -> dict[str, Any]:
-    """Return the arguments of `cls(*args, **kwargs)` by name.
+    """Return the arguments of `target(*args, **kwargs)` by name.
 
     Args:
-        cls: a class, or any callable.
+        target: a class, or any callable.
         args: positional arguments.
         kwargs: keyword arguments.
         defaults: include the defaults of the signature.
     """
-    function, first = (cls.__init__, [None]) if inspect.isclass(cls) else (cls, [])
+    own = [None] if inspect.isclass(target) else []  # self
+    function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
     try:
-        bound = inspect.signature(function).bind_partial(*first, *args, **kwargs)
+        bound = inspect.signature(function).bind_partial(*own, *args, **kwargs)
     except (TypeError, ValueError):  # the call itself will raise a better message
         return dict(kwargs)
     if defaults:
         bound.apply_defaults()
     found: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[len(first) :]:
+    for name, value in list(bound.arguments.items())[len(own) :]:
         kind = bound.signature.parameters[name].kind
         found.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
     return found
