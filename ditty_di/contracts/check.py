@@ -131,8 +131,11 @@ def examine(stages: Iterable[Stage]) -> Report:
 
 
 class _Given(NamedTuple):
-    """What is known of a name: its entry (without letters), which stage gave it, and how many
-    processors without a contract there were before."""
+    """What is known of a name.
+
+    Its entry (without letters), the stage that gave it, and the number of processors without a
+    contract before that.
+    """
 
     entry: Entry
     by: str
