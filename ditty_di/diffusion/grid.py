@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ditty_di.export.gather import is_first_rank, only_part
 from ditty_di.metrics.validation import evaluating
 
 
+@dataclass(eq=False, repr=False)
 class SampleGrid:
     """Sample every class after training; an `export` of `ditty_di.tasks.train.train`.
 
@@ -44,29 +46,24 @@ class SampleGrid:
         ValueError: `samples` does not divide by `classes`.
     """
 
-    def __init__(
-        self,
-        path: str,
-        sampler: Sampler,
-        *,
-        shape: tuple[int, int, int],
-        classes: int,
-        samples: int = 500,
-        columns: int = 10,
-        guidance: float = 1.0,
-        no_class: int = -1,
-        seed: int = 0,
-        batch_size: int | None = 500,
-        ema: EMA | None = None,
-        judge: Callable[[Tensor, Tensor], dict[str, float]] | None = None,
-        enlarge: int = 4,
-    ) -> None:
-        if samples < 1 or samples % classes:
-            raise ValueError(f"samples={samples} must be a multiple of classes={classes}")
-        self.path, self.sampler, self.shape = path, sampler, tuple(shape)
-        self.classes, self.samples, self.columns = classes, samples, columns
-        self.guidance, self.no_class, self.seed = guidance, no_class, seed
-        self.batch_size, self.ema, self.judge, self.enlarge = batch_size, ema, judge, enlarge
+    path: str
+    sampler: Sampler
+    _: KW_ONLY
+    shape: tuple[int, int, int]
+    classes: int
+    samples: int = 500
+    columns: int = 10
+    guidance: float = 1.0
+    no_class: int = -1
+    seed: int = 0
+    batch_size: int | None = 500
+    ema: EMA | None = None
+    judge: Callable[[Tensor, Tensor], dict[str, float]] | None = None
+    enlarge: int = 4
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.samples % self.classes:
+            raise ValueError(f"samples={self.samples} must be a multiple of classes={self.classes}")
 
     def __call__(self, model_parts: list[nn.Module]) -> dict[str, float]:
         """Write the picture; return the metrics, `{}` on ranks other than 0.
@@ -85,7 +82,7 @@ class SampleGrid:
                 model,
                 self.sampler,
                 labels,
-                shape=self.shape,
+                shape=tuple(self.shape),
                 guidance=self.guidance,
                 no_class=self.no_class,
                 seed=self.seed,

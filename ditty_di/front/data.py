@@ -59,6 +59,7 @@ def _shifted(row: Mapping[str, Any]) -> Any:
     return {"input": ids[:-1]}, labels[1:]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Data:
     """Load a dataset, change it by its own methods, and make a loader of it.
 
@@ -85,50 +86,40 @@ class Data:
         ValueError: not exactly one of `load_kwargs` and `dataset`; no such split.
     """
 
-    def __init__(
-        self,
-        *,
-        load_kwargs: Mapping[str, Any] | None = None,
-        dataset: Any = None,
-        tokenizer: Any = None,
-        seed: int = 0,
-        batch_size: int = 4,
-        grad_accum: int = 1,
-        split: str = "train",
-        group_by_length: bool = False,
-        length_column_name: str | None = None,
-        collator: Callable[[list[Any]], Any] | None = None,
-        remove_unused_columns: bool = True,
-        shuffle: bool = True,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        drop_last: bool = False,
-    ) -> None:
-        if (load_kwargs is None) == (dataset is None):
+    load_kwargs: Mapping[str, Any] | None = None
+    dataset: Any = None
+    tokenizer: Any = None
+    seed: int = 0
+    batch_size: int = 4
+    grad_accum: int = 1
+    split: str = "train"
+    group_by_length: bool = False
+    length_column_name: str | None = None
+    collator: Callable[[list[Any]], Any] | None = None
+    remove_unused_columns: bool = True
+    shuffle: bool = True
+    num_workers: int = 0
+    pin_memory: bool = False
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.load_kwargs is None) == (self.dataset is None):
             raise ValueError("Data: write either load_kwargs={'path': ...} or dataset=")
-        if load_kwargs is not None:
+        if self.load_kwargs is not None:
             from datasets import load_dataset
 
-            dataset = load_dataset(**load_kwargs)
-        if isinstance(dataset, Mapping):  # a DatasetDict
-            if split not in dataset:
+            self.dataset = load_dataset(**self.load_kwargs)
+        if isinstance(self.dataset, Mapping):  # a DatasetDict
+            if self.split not in self.dataset:
+                hint = did_you_mean(self.split, self.dataset)
                 raise ValueError(
-                    f"Data: there is no split={split!r}{did_you_mean(split, dataset)}; the dataset "
-                    f"has {', '.join(map(repr, dataset))}"
+                    f"Data: there is no split={self.split!r}{hint}; the dataset has "
+                    f"{', '.join(map(repr, self.dataset))}"
                 )
-            dataset = dataset[split]
-        self.dataset = dataset
-        pad_id = None if tokenizer is None else tokenizer.pad_token_id
-        self.collator = collator or CausalCollate(pad_id=pad_id)
-        self.seed, self.batch_size, self.grad_accum = seed, batch_size, grad_accum
-        self.group_by_length, self.length_column_name = group_by_length, length_column_name
-        self.remove_unused_columns = remove_unused_columns
-        self.options: dict[str, Any] = {
-            "shuffle": shuffle,
-            "num_workers": num_workers,
-            "pin_memory": pin_memory,
-            "drop_last": drop_last,
-        }
+            self.dataset = self.dataset[self.split]
+        if self.collator is None:
+            pad_id = None if self.tokenizer is None else self.tokenizer.pad_token_id
+            self.collator = CausalCollate(pad_id=pad_id)
 
     def prepare(self, operations: Sequence[Sequence[Any]] = ()) -> DataLoaderFactory:
         """Return the loader of the changed dataset, for the trainer or a pipeline to complete.
@@ -169,7 +160,10 @@ class Data:
             seed=self.seed,
             collate_fn=self.collator,
             order=order,
-            **self.options,
+            shuffle=self.shuffle,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            drop_last=self.drop_last,
         )
 
 
