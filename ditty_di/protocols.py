@@ -42,11 +42,11 @@ if TYPE_CHECKING:
     from ditty_di.batch import Batch
     from ditty_di.runtime import Runtime
 
-    #: What a loader yields: the model's inputs, and the labels. `inputs["input"]` is the model's
-    #: first positional argument (`[batch, seq]` token ids for a language model); every other entry
-    #: is passed to `forward` by name. The trainer makes a `ditty_di.batch.Batch` of it.
-    LoadedBatch = tuple[dict[str, Tensor], Tensor]
 
+#: What a loader yields: the model's inputs, and the labels. `inputs["input"]` is the model's first
+#: positional argument (`[batch, seq]` token ids for a language model); every other entry is passed
+#: to `forward` by name. The trainer makes a `ditty_di.batch.Batch` of it.
+LoadedBatch = tuple[dict[str, Any], Any]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
-def require_sklearn() -> Any:
-    """The module; ImportError says how to install it."""
-    try:
-        import sklearn
-    except ImportError as error:
-        raise ImportError(
-            "digits: the images come with scikit-learn: pip install 'ditty_di[examples]'"
-        ) from error
-    return sklearn
+MISSING = "digits: the images come with scikit-learn: pip install 'ditty_di[examples]'"
 
 
 class Digits(torch.utils.data.Dataset):
@@ -38,10 +27,11 @@ class Digits(torch.utils.data.Dataset):
     contract = "-> input:4:f32 | ctx.target:1:i64"
 
     def __init__(self, split: str, *, validation_rows: int = 297, seed: int = 0) -> None:
-        require_sklearn()
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
+        try:
+            import sklearn.datasets
+        except ImportError as error:
+            raise ImportError(MISSING) from error
+        digits = sklearn.datasets.load_digits()
         order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(seed))
         if not 0 < validation_rows < len(order):
             raise ValueError(
@@ -63,10 +53,11 @@ class Digits(torch.utils.data.Dataset):
 
 
 class Recognition:
-    """How often a classifier of real images sees in samples what was asked for.
+    """Measure how often a classifier of real images recognizes the class of a sample.
 
     Args:
-        train, held_out: real images with `images` `[rows, ...]` and `labels` `[rows]`.
+        train: real images to fit, with `images` `[rows, ...]` and `labels` `[rows]`.
+        held_out: real images to score beside the samples.
         classifier: makes one with scikit-learn's `fit` and `score`; None is `sklearn.svm.SVC`.
     """
 
@@ -76,14 +67,15 @@ class Recognition:
         self.train, self.held_out, self.classifier = train, held_out, classifier
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """`recognised` of the samples, and `recognised_real` of held-out images; both 0 to 1."""
-        if self.classifier is None:
-            require_sklearn()
-            from sklearn.svm import SVC
+        """Return `recognised` of samples and `recognised_real` of held-out images, both 0 to 1.
 
-            classifier = SVC()
-        else:
-            classifier = self.classifier()
+        Args:
+            images: samples `[rows, ...]`.
+            labels: the classes asked for, int64 `[rows]`.
+        """
+        import sklearn.svm
+
+        classifier = (self.classifier or sklearn.svm.SVC)()
         classifier.fit(_flat(self.train.images), self.train.labels.numpy())
         real = classifier.score(_flat(self.held_out.images), self.held_out.labels.numpy())
         samples = classifier.score(_flat(images), labels.cpu().numpy())

@@ -1,4 +1,4 @@
-"""Samples of a trained model as a picture, and what a judge says about them."""
+"""A picture of a trained model's samples, and their metrics."""
 
 from __future__ import annotations
 
@@ -7,82 +7,82 @@ import struct
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditty_di.callbacks import EMA
 from ditty_di.diffusion.samplers import Sampler, generate
+from ditty_di.export.gather import is_first_rank, only_part
 from ditty_di.metrics.validation import evaluating
 
-if TYPE_CHECKING:
-    from ditty_di.callbacks import EMA
 
-
+@dataclass(eq=False, repr=False)
 class SampleGrid:
-    """Samples every class when training has ended; an `export` of `ditty_di.tasks.train.train`.
+    """Sample every class after training; an `export` of `ditty_di.tasks.train.train`.
 
     Every rank samples all rows, because a sharded model needs all ranks in each forward pass; rank
-    0 judges and writes.
+    0 measures and writes.
 
     Args:
-        path: of the PNG: a row of pictures for each class.
-        sampler: `DDIM` or `Euler`, fitting what was trained.
+        path: of the PNG, which has a row of pictures for each class.
+        sampler: `DDIM` or `Euler`, as the training requires.
         shape: of one sample, `[channels, height, width]` with 1 or 3 channels, from -1 to 1.
         classes: labels 0 .. classes - 1, equally often.
         samples: how many in all.
         columns: how many of each class the picture shows.
-        guidance, no_class, seed, batch_size: see `generate`.
+        guidance: see `generate`.
+        no_class: see `generate`.
+        seed: see `generate`.
+        batch_size: see `generate`.
         ema: sample with its averages instead of the last weights.
-        judge: `judge(samples, labels)` measures them; its values become metrics.
+        judge: `judge(samples, labels)` returns metrics.
         enlarge: side of one pixel in the picture.
 
     Raises:
         ValueError: `samples` does not divide by `classes`.
     """
 
-    def __init__(
-        self,
-        path: str,
-        sampler: Sampler,
-        *,
-        shape: tuple[int, int, int],
-        classes: int,
-        samples: int = 500,
-        columns: int = 10,
-        guidance: float = 1.0,
-        no_class: int = -1,
-        seed: int = 0,
-        batch_size: int | None = 500,
-        ema: EMA | None = None,
-        judge: Callable[[Tensor, Tensor], dict[str, float]] | None = None,
-        enlarge: int = 4,
-    ) -> None:
-        if samples < 1 or samples % classes:
-            raise ValueError(f"samples={samples} must be a multiple of classes={classes}")
-        self.path, self.sampler, self.shape = path, sampler, tuple(shape)
-        self.classes, self.samples, self.columns = classes, samples, columns
-        self.guidance, self.no_class, self.seed = guidance, no_class, seed
-        self.batch_size, self.ema, self.judge, self.enlarge = batch_size, ema, judge, enlarge
+    path: str
+    sampler: Sampler
+    _: KW_ONLY
+    shape: tuple[int, int, int]
+    classes: int
+    samples: int = 500
+    columns: int = 10
+    guidance: float = 1.0
+    no_class: int = -1
+    seed: int = 0
+    batch_size: int | None = 500
+    ema: EMA | None = None
+    judge: Callable[[Tensor, Tensor], dict[str, float]] | None = None
+    enlarge: int = 4
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.samples % self.classes:
+            raise ValueError(f"samples={self.samples} must be a multiple of classes={self.classes}")
 
     def __call__(self, model_parts: list[nn.Module]) -> dict[str, float]:
-        """Writes the picture; what the judge measured, `{}` on ranks other than 0.
+        """Write the picture; return the metrics, `{}` on ranks other than 0.
+
+        Args:
+            model_parts: the model alone.
 
         Raises:
             ValueError: the model is split into pipeline stages.
         """
-        from ditty_di.export.gather import is_first_rank, only_part
-
         model = only_part(model_parts)
         device = next(model.parameters()).device
         labels = torch.arange(self.samples, device=device) % self.classes
         with evaluating([model]), self.ema.swap() if self.ema else nullcontext():
-            images = generate(
+            images = generate(  # [samples, *shape]
                 model,
                 self.sampler,
                 labels,
-                shape=self.shape,
+                shape=tuple(self.shape),
                 guidance=self.guidance,
                 no_class=self.no_class,
                 seed=self.seed,
@@ -91,6 +91,7 @@ class SampleGrid:
             images = images.float().clamp(-1, 1)
         if not is_first_rank():
             return {}
+        # [classes, columns, *shape]
         shown = images.cpu().unflatten(0, (-1, self.classes))[: self.columns].transpose(0, 1)
         write_png(Path(self.path), tiled(shown.flatten(0, 1), shown.shape[1], self.enlarge))
         measured = self.judge(images, labels) if self.judge else {}
@@ -99,22 +100,30 @@ class SampleGrid:
 
 
 def tiled(images: Tensor, columns: int, enlarge: int = 1, gap: int = 1) -> Tensor:
-    """Images `[n, channels, height, width]` from -1 to 1 as one uint8 `[height, width, channels]`.
+    """Return images in rows of `columns` as one picture, uint8 `[height, width, channels]`.
 
-    They fill rows of `columns`, with `gap` black pixels (before enlarging) around each.
+    Args:
+        images: `[n, channels, height, width]` from -1 to 1.
+        columns: images in a row.
+        enlarge: side of one pixel.
+        gap: black pixels (before enlarging) around each image.
     """
-    n, channels, height, width = images.shape
-    rows = -(-n // columns)
-    sheet = torch.zeros(channels, rows * (height + gap) + gap, columns * (width + gap) + gap)
-    for i, image in enumerate((images.cpu().float().clamp(-1, 1) + 1) / 2):
-        top, left = i // columns * (height + gap) + gap, i % columns * (width + gap) + gap
-        sheet[:, top : top + height, left : left + width] = image
+    rows = -(-len(images) // columns)
+    tiles = F.pad((images.cpu().float().clamp(-1, 1) + 1) / 2, (gap, 0, gap, 0))
+    tiles = torch.cat([tiles, tiles.new_zeros(rows * columns - len(tiles), *tiles.shape[1:])])
+    # [rows, columns, c, h, w] -> [c, rows, h, columns, w] -> [c, rows * h, columns * w]
+    sheet = tiles.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    sheet = F.pad(sheet, (0, gap, 0, gap))
     sheet = sheet.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
     return (sheet * 255).round().to(torch.uint8).permute(1, 2, 0)
 
 
 def write_png(path: Path, pixels: Tensor) -> None:
-    """Writes uint8 `[height, width, channels]`, grey (1 channel) or RGB (3): PNG, ISO 15948.
+    """Write a grey or RGB picture as PNG (ISO 15948).
+
+    Args:
+        path: of the file.
+        pixels: uint8 `[height, width, 1 or 3]`.
 
     Raises:
         ValueError: another dtype or number of channels.
@@ -127,17 +136,13 @@ def write_png(path: Path, pixels: Tensor) -> None:
         )
     height, width, channels = pixels.shape
     header = struct.pack(">IIBBBBB", width, height, 8, colour_types[channels], 0, 0, 0)
-    # A byte for each row says that it is not filtered.
-    data = b"".join(b"\0" + row.contiguous().numpy().tobytes() for row in pixels.cpu())
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(data, 9)), (b"IEND", b""))
-    body = b"".join(
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in chunks
-    )
+    rows = F.pad(pixels.cpu().flatten(1), (1, 0))  # a leading 0 says that a row is not filtered
+    data = zlib.compress(rows.numpy().tobytes(), 9)
+    body = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b"")):
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        body += struct.pack(">I", len(content)) + kind + content + crc
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-    os.replace(aside, path)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_bytes(body)
+    os.replace(temporary, path)

@@ -1,31 +1,31 @@
-"""How much each time of a diffusion process weighs in the loss."""
+"""The weight of each time of a diffusion process in the loss."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ditty_di.batch import Context
+from ditty_di.diffusion.predictions import Prediction
+from ditty_di.diffusion.schedules import NoiseSchedule
 from ditty_di.processors.base import PostProcessor
-
-if TYPE_CHECKING:
-    from ditty_di.diffusion.predictions import Prediction
-    from ditty_di.diffusion.schedules import NoiseSchedule
-    from ditty_di.processors.context import Context
 
 
 class MinSNR(PostProcessor):
-    """Scales prediction and target so that no time weighs more than it is worth.
+    """Scale prediction and target by the Min-SNR weight (Hang et al. 2023, arXiv:2303.09556).
 
-    A squared error then has the weight min(snr, gamma) as an error of x_0, snr being
-    (signal / noise_scale)^2: min(snr, gamma) / snr for a predicted noise, and
-    min(snr, gamma) / (snr + 1) for v (Hang et al. 2023, arXiv:2303.09556, section 3.4). Easy times,
-    with little noise, no longer outweigh the others.
+    A squared error then has the weight min(snr, gamma) of an error of x_0, with snr =
+    (signal / noise_scale)^2: min(snr, gamma) / snr for predicted noise, and
+    min(snr, gamma) / (snr + 1) for v (section 3.4). Times with little noise no longer dominate.
 
     Args:
-        schedule, prediction: as in `DDPM`, which is among the preprocessors.
+        schedule: as in `DDPM`, which is among the preprocessors.
+        prediction: as in `DDPM`.
         gamma: the largest weight of an error of x_0.
+        contract: replaces the class's contract.
+        name: of the processor in messages.
 
     Raises:
         ValueError: `gamma` is not above 0.
@@ -51,12 +51,13 @@ class MinSNR(PostProcessor):
         self.schedule, self.prediction, self.gamma = schedule, prediction, gamma
 
     def process(self, output: Tensor, ctx: Context) -> tuple[Any, Context]:
-        target = ctx["target"]
+        """Return the scaled output; write the scaled `target`; see `PostProcessor`."""
+        target = ctx["target"]  # [batch, ...]
         signal, noise_scale = self.schedule.scales(ctx["forward_kwargs"]["timestep"], target)
-        # x_0 is linear in the output, so an error there is this many times the output's.
+        # x_0 is linear in the output, so its error is this many times the output's.
         one, zero = torch.ones_like(signal), torch.zeros_like(signal)
         slope = self.prediction.split(one, zero, signal, noise_scale)[0]
         snr = (signal / noise_scale).square()
-        scale = snr.clamp(max=self.gamma).sqrt() * slope.abs()
+        scale = snr.clamp(max=self.gamma).sqrt() * slope.abs()  # [batch, 1, ...]
         ctx["target"] = scale * target
         return scale * output, ctx

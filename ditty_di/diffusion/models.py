@@ -12,18 +12,22 @@ from torch import Tensor, nn
 
 
 class DiT(nn.Module):
-    """Predicts noise, velocity or sample of images, given time and class.
+    """Predict noise, velocity or sample of images, given time and class.
 
     May be built on the meta device and filled by `ditty_di.models.weights.initialize`: every
     module with parameters has `reset_parameters()`. Blocks start as the identity (adaLN-zero).
 
     Args:
-        size, channels: of the square images `[batch, channels, size, size]`.
-        patch: pixels of a token's side.
-        classes: class labels are 0 .. classes - 1, and `classes` (or any negative label) stands
-            for no class; 0 trains without classes.
-        hidden, layers, heads, mlp_ratio: of the transformer.
-        device: where it is built; `"meta"` leaves the values to the trainer's `weights`.
+        size: height and width of the images `[batch, channels, size, size]`.
+        channels: of the images.
+        patch: side of a token in pixels.
+        classes: class labels are 0 .. classes - 1, and `classes` (or any negative label) is no
+            class; 0 trains without classes.
+        hidden: width of the transformer.
+        layers: number of blocks.
+        heads: attention heads.
+        mlp_ratio: width of the MLP, in multiples of `hidden`.
+        device: to build it on; `"meta"` leaves the values to the trainer's `weights`.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -62,20 +66,28 @@ class DiT(nn.Module):
 
     @classmethod
     def contract_for(cls, *, classes: int = 10, **others: Any) -> str:
-        """What `forward` takes and gives (`ditty_di.processors.contracts`)."""
+        """Return the contract of `forward` (`ditty_di.contracts.grammar`).
+
+        Args:
+            classes: as for the class.
+            **others: ignored.
+        """
         labels = " class_labels:1:i64" if classes else ""
         return f"0:4:f timestep:1{labels} -> prediction:4:f"
 
     def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """`x` `[batch, channels, size, size]` -> the same shape.
+        """Return the prediction, with the shape of `x`.
 
-        `timestep` `[batch]` on a scale of about 0 to 1000; `class_labels` int64 `[batch]`, None
-        for no class.
+        Args:
+            x: `[batch, channels, size, size]`.
+            timestep: `[batch]`, from 0 to about 1000.
+            class_labels: int64 `[batch]`; None is no class.
         """
         if class_labels is None:
             class_labels = torch.full_like(timestep, self.classes, dtype=torch.int64)
         class_labels = torch.where(class_labels < 0, self.classes, class_labels)
-        condition = F.silu(self.time(timestep) + self.labels(class_labels))
+        condition = F.silu(self.time(timestep) + self.labels(class_labels))  # [batch, hidden]
+        # [batch, tokens, hidden]
         tokens = self.patches(_patches(x, self.patch)) + self.positions.weight
         for block in self.blocks:
             tokens = block(tokens, condition)
@@ -84,7 +96,7 @@ class DiT(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition."""
+    """Attention and MLP, shifted, scaled and gated by the condition."""
 
     def __init__(self, hidden: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -96,23 +108,23 @@ class _Block(nn.Module):
         self.modulation = _Zero(hidden, 6 * hidden)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """`x` `[batch, tokens, hidden]`, `condition` `[batch, hidden]`."""
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(condition)[
-            :, None
-        ].chunk(6, dim=-1)
+        # x [batch, tokens, hidden], condition [batch, hidden]
+        modulation = self.modulation(condition)[:, None]  # [batch, 1, 6 * hidden]
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         x = x + gate * self._attention(_normed(x, shift, scale))
         hidden = F.gelu(self.up(_normed(x, shift_mlp, scale_mlp)), approximate="tanh")
         return x + gate_mlp * self.down(hidden)
 
     def _attention(self, x: Tensor) -> Tensor:
         batch, tokens, hidden = x.shape
+        # [3, batch, heads, tokens, head_dim]
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(*qkv.unbind(0))
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, hidden))
 
 
 class _Time(nn.Module):
-    """Sines and cosines of the time, then a small MLP."""
+    """Embed the time: sines and cosines, then a small MLP."""
 
     def __init__(self, hidden: int, frequencies: int = 128) -> None:
         super().__init__()
@@ -128,7 +140,7 @@ class _Time(nn.Module):
 
 
 class _Linear(nn.Linear):
-    """Xavier-uniform weights and no bias to begin with, as DiT has them."""
+    """A linear layer with DiT's initialization: Xavier-uniform weights and zero bias."""
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
@@ -136,7 +148,7 @@ class _Linear(nn.Linear):
 
 
 class _Zero(nn.Linear):
-    """Begins as zero."""
+    """A linear layer initialized to zero."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -144,7 +156,7 @@ class _Zero(nn.Linear):
 
 
 class _Table(nn.Embedding):
-    """Learned vectors by number."""
+    """A table of learned vectors."""
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
@@ -155,11 +167,11 @@ def _normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _patches(x: Tensor, patch: int) -> Tensor:
-    """`[batch, channels, size, size]` -> `[batch, tokens, channels * patch * patch]`."""
+    # [batch, channels, size, size] -> [batch, tokens, channels * patch * patch]
     return F.unfold(x, patch, stride=patch).transpose(1, 2)
 
 
 def _image(tokens: Tensor, patch: int) -> Tensor:
-    """The inverse of `_patches`."""
+    """Invert `_patches`."""
     size = math.isqrt(tokens.shape[1]) * patch
     return F.fold(tokens.transpose(1, 2), (size, size), patch, stride=patch)

@@ -1,7 +1,6 @@
-"""Training in a few lines: ditty's classes, composed of the same trainer and the same parts.
+"""The classes of ditty: training in a few lines, with the same trainer and the same components.
 
-Nothing is done here that cannot be done with `ditty_di.Trainer`; these classes choose what goes
-into its slots.
+They do nothing that `ditty_di.Trainer` cannot do; they choose what goes into its slots.
 """
 
 from ditty_di.front.configs import FSDPConfig, PeftConfig, QuantConfig

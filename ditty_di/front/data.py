@@ -1,4 +1,4 @@
-"""A Hugging Face dataset, from its loading to the trainer's batches."""
+"""A Hugging Face dataset, from loading it to the trainer's batches."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ditty_di._graph.targets import did_you_mean
 from ditty_di.data import LengthGrouped, Loader, PaddedCollate
-
-if TYPE_CHECKING:
-    from ditty_di.protocols import DataLoaderFactory, LoadedBatch
+from ditty_di.protocols import DataLoaderFactory, LoadedBatch
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CausalCollate:
-    """Tokenized rows for a causal language model: each token's label is the next one.
+    """Collate tokenized rows for a causal language model: each token's label is the next token.
 
-    Reads `input_ids`, and where there are such columns: `labels`, a copy of them with
-    `ignore_index` where nothing is learnt, and `attention_mask`, whose zeros (padding of the
-    tokenizer's) are left out. Padded as by `ditty_di.data.PaddedCollate`, by place and not by id.
+    Reads `input_ids`, and if there are such columns: `labels`, a copy of them with `ignore_index`
+    where there is no loss, and `attention_mask`, whose zeros (padding by the tokenizer) are left
+    out. Rows are padded as by `ditty_di.data.PaddedCollate`, and masked by position, not by id.
+
+    Args:
+        pad_id: token that pads rows; None is 0.
+        ignore_index: label value excluded from the loss.
     """
 
     pad_id: int | None = None
@@ -34,163 +38,160 @@ class CausalCollate:
     fills = True
 
     def __call__(self, rows: list[Mapping[str, Any] | None]) -> LoadedBatch:
+        """Collate rows.
+
+        Args:
+            rows: of one micro-batch; None is a padding row.
+        """
         pad = PaddedCollate(pad_id=self.pad_id, ignore_index=self.ignore_index)
-        return pad([None if row is None else self._shifted(row) for row in rows])
-
-    def _shifted(self, row: Mapping[str, Any]) -> Any:
-        import torch
-
-        ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)
-        labels = torch.as_tensor(row.get("labels", ids), dtype=torch.int64)
-        if "attention_mask" in row:
-            there = torch.as_tensor(row["attention_mask"]).bool()
-            ids, labels = ids[there], labels[there]
-        return {"input": ids[:-1]}, labels[1:]
+        return pad([None if row is None else _shifted(row) for row in rows])
 
 
+def _shifted(row: Mapping[str, Any]) -> Any:
+    ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)  # [seq]
+    labels = torch.as_tensor(row.get("labels", ids), dtype=torch.int64)
+    if "attention_mask" in row:
+        kept = torch.as_tensor(row["attention_mask"]).bool()
+        ids, labels = ids[kept], labels[kept]
+    return {"input": ids[:-1]}, labels[1:]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
 class Data:
-    """Loads a dataset, changes it by its own methods, and makes a loader of it.
+    """Load a dataset, change it by its own methods, and make a loader of it.
 
     Args:
-        load_kwargs: of `datasets.load_dataset`; or `dataset`, one that is loaded.
-        tokenizer: its pad token fills up batches; None fills with 0, which no label counts.
+        load_kwargs: of `datasets.load_dataset`; or pass `dataset`.
+        dataset: one that is loaded.
+        tokenizer: its pad token pads batches; None pads with 0, which has no label.
         seed: of the order of rows.
-        batch_size: rows a micro-batch and rank.
-        grad_accum: micro-batches a step; rows of one step have similar lengths if
-            `group_by_length`.
+        batch_size: rows per micro-batch and rank.
+        grad_accum: micro-batches per step; with `group_by_length`, the rows of one step have
+            similar lengths.
         split: of a dataset that has several.
-        group_by_length: similar lengths together, so that there is little padding.
-        length_column_name: where lengths are; None counts `input_ids`.
+        group_by_length: group rows of similar lengths, to pad little.
+        length_column_name: the column of lengths; None counts `input_ids`.
         collator: makes `(inputs, labels)` of a list of rows; None is `CausalCollate`.
-        remove_unused_columns: after all operations, leave only the columns that the collator names
+        remove_unused_columns: after all operations, keep only the columns that the collator names
             in its attribute `columns`. A collator without one gets all of them.
-        shuffle, num_workers, pin_memory, drop_last: of `ditty_di.data.Loader`.
+        shuffle: of `ditty_di.data.Loader`, as are the rest.
+        num_workers: processes that load data.
+        pin_memory: whether batches are in pinned memory.
+        drop_last: whether to leave out an incomplete last batch.
 
     Raises:
         ValueError: not exactly one of `load_kwargs` and `dataset`; no such split.
     """
 
-    def __init__(
-        self,
-        *,
-        load_kwargs: Mapping[str, Any] | None = None,
-        dataset: Any = None,
-        tokenizer: Any = None,
-        seed: int = 0,
-        batch_size: int = 4,
-        grad_accum: int = 1,
-        split: str = "train",
-        group_by_length: bool = False,
-        length_column_name: str | None = None,
-        collator: Callable[[list[Any]], Any] | None = None,
-        remove_unused_columns: bool = True,
-        shuffle: bool = True,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        drop_last: bool = False,
-    ) -> None:
-        if (load_kwargs is None) == (dataset is None):
+    load_kwargs: Mapping[str, Any] | None = None
+    dataset: Any = None
+    tokenizer: Any = None
+    seed: int = 0
+    batch_size: int = 4
+    grad_accum: int = 1
+    split: str = "train"
+    group_by_length: bool = False
+    length_column_name: str | None = None
+    collator: Callable[[list[Any]], Any] | None = None
+    remove_unused_columns: bool = True
+    shuffle: bool = True
+    num_workers: int = 0
+    pin_memory: bool = False
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.load_kwargs is None) == (self.dataset is None):
             raise ValueError("Data: write either load_kwargs={'path': ...} or dataset=")
-        if load_kwargs is not None:
+        if self.load_kwargs is not None:
             from datasets import load_dataset
 
-            dataset = load_dataset(**load_kwargs)
-        if isinstance(dataset, Mapping):  # a DatasetDict
-            if split not in dataset:
+            self.dataset = load_dataset(**self.load_kwargs)
+        if isinstance(self.dataset, Mapping):  # a DatasetDict
+            if self.split not in self.dataset:
+                hint = did_you_mean(self.split, self.dataset)
                 raise ValueError(
-                    f"Data: there is no split={split!r}{did_you_mean(split, dataset)}; the dataset "
-                    f"has {', '.join(map(repr, dataset))}"
+                    f"Data: there is no split={self.split!r}{hint}; the dataset has "
+                    f"{', '.join(map(repr, self.dataset))}"
                 )
-            dataset = dataset[split]
-        self.dataset = dataset
-        pad_id = None if tokenizer is None else tokenizer.pad_token_id
-        self.collator = collator or CausalCollate(pad_id=pad_id)
-        self.seed, self.batch_size, self.grad_accum = seed, batch_size, grad_accum
-        self.group_by_length, self.length_column_name = group_by_length, length_column_name
-        self.remove_unused_columns = remove_unused_columns
-        self.options: dict[str, Any] = {
-            "shuffle": shuffle,
-            "num_workers": num_workers,
-            "pin_memory": pin_memory,
-            "drop_last": drop_last,
-        }
+            self.dataset = self.dataset[self.split]
+        if self.collator is None:
+            pad_id = None if self.tokenizer is None else self.tokenizer.pad_token_id
+            self.collator = CausalCollate(pad_id=pad_id)
 
     def prepare(self, operations: Sequence[Sequence[Any]] = ()) -> DataLoaderFactory:
-        """The loader of the changed dataset, for the trainer or a pipeline to complete.
+        """Return the loader of the changed dataset, for the trainer or a pipeline to complete.
+
+        Every rank runs the operations; `datasets` caches the results of files, so that only the
+        first run has the work.
 
         Args:
             operations: each the name of a method of `datasets.Dataset`, its positional arguments,
                 and its keyword arguments in a mapping at the end: `("filter", keep, {})`,
                 `("map", tokenize, {"batched": True})`, `("rename_column", "a", "b", {})`.
 
-        Every rank runs them; `datasets` keeps the results of files in its cache, so that only the
-        first run has the work.
-
         Raises:
-            ValueError: a name that is no method; no rows or no column left that training reads.
-            TypeError: a method that returns no dataset.
+            ValueError: no method of this name; no row or column left that training reads.
+            TypeError: a method that does not return a dataset.
         """
         dataset = self.dataset
         for operation in operations:
-            dataset = self._changed(dataset, *operation)
+            dataset = _changed(dataset, *operation)
         order = None
         if self.group_by_length:
+            column = self.length_column_name or "input_ids"
+            _require(column, dataset, "group_by_length")
+            values = dataset[column]
+            lengths = list(values) if self.length_column_name else list(map(len, values))
             size = self.batch_size * self.grad_accum
-            lengths = SimpleNamespace(lengths=self._lengths(dataset))
-            order = partial(LengthGrouped, dataset=lengths, group_size=size)
+            order = partial(
+                LengthGrouped, dataset=SimpleNamespace(lengths=lengths), group_size=size
+            )
+        if (read := getattr(self.collator, "columns", None)) is not None:
+            _require(read[0], dataset, "the collator")
+            if self.remove_unused_columns:
+                dataset = dataset.select_columns([c for c in dataset.column_names if c in read])
         return partial(
             Loader,
-            self._without_unused_columns(dataset),
+            dataset,
             self.batch_size,
             seed=self.seed,
             collate_fn=self.collator,
             order=order,
-            **self.options,
+            shuffle=self.shuffle,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            drop_last=self.drop_last,
         )
 
-    def _changed(self, dataset: Any, name: str, *arguments: Any) -> Any:
-        *positional, options = arguments if arguments else ({},)
-        if not isinstance(options, Mapping):
-            raise ValueError(
-                f"Data.prepare: {name!r} ends with {type(options).__name__}; write its keyword "
-                f"arguments as a mapping at the end, {{}} for none"
-            )
-        methods = [n for n in dir(dataset) if n[0] != "_" and callable(getattr(dataset, n, None))]
-        if name not in methods:
-            kind = type(dataset).__name__
-            raise ValueError(
-                f"Data.prepare: {kind} has no method {name!r}{did_you_mean(name, methods)}; any "
-                f"method of datasets.{kind} that returns one will do"
-            )
-        changed = getattr(dataset, name)(*(a for a in positional if a is not None), **options)
-        if not (hasattr(changed, "column_names") and hasattr(changed, "__len__")):
-            raise TypeError(
-                f"Data.prepare: {name!r} returned {type(changed).__name__} and no dataset"
-            )
-        log.info("%s: %d rows, now %d", name, len(dataset), len(changed))
-        if not len(changed):
-            raise ValueError(f"Data.prepare: no row of {len(dataset)} is left after {name!r}")
-        return changed
 
-    def _lengths(self, dataset: Any) -> list[int]:
-        column = self.length_column_name or "input_ids"
-        self._require([column], dataset, "group_by_length")
-        return [v if self.length_column_name else len(v) for v in dataset[column]]
+def _changed(dataset: Any, name: str, *arguments: Any) -> Any:
+    """Return what a method of a dataset returns for the arguments of an operation."""
+    *positional, options = arguments or ({},)
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            f"Data.prepare: {name!r} ends with {type(options).__name__}; write its keyword "
+            f"arguments as a mapping at the end, {{}} for none"
+        )
+    methods = [n for n in dir(dataset) if n[0] != "_" and callable(getattr(dataset, n, None))]
+    if name not in methods:
+        kind = type(dataset).__name__
+        raise ValueError(
+            f"Data.prepare: {kind} has no method {name!r}{did_you_mean(name, methods)}; write a "
+            f"method of datasets.{kind} that returns a dataset"
+        )
+    changed = getattr(dataset, name)(*(a for a in positional if a is not None), **options)
+    if not (hasattr(changed, "column_names") and hasattr(changed, "__len__")):
+        raise TypeError(f"Data.prepare: {name!r} returned {type(changed).__name__}, not a dataset")
+    log.info("%s: %d rows, now %d", name, len(dataset), len(changed))
+    if not len(changed):
+        raise ValueError(f"Data.prepare: no row of {len(dataset)} is left after {name!r}")
+    return changed
 
-    def _without_unused_columns(self, dataset: Any) -> Any:
-        read = getattr(self.collator, "columns", None)
-        if read is None:
-            return dataset
-        self._require(read[:1], dataset, "the collator")
-        if not self.remove_unused_columns:
-            return dataset
-        return dataset.select_columns([name for name in dataset.column_names if name in read])
 
-    def _require(self, columns: Sequence[str], dataset: Any, who: str) -> None:
-        for column in columns:
-            if column not in dataset.column_names:
-                raise ValueError(
-                    f"Data: {who} reads {column!r}, but the dataset has "
-                    f"{', '.join(map(repr, dataset.column_names))}; make it in a ('map', ...), or "
-                    f"pass a collator of your own"
-                )
+def _require(column: str, dataset: Any, reader: str) -> None:
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"Data: {reader} reads {column!r}, but the dataset has "
+            f"{', '.join(map(repr, dataset.column_names))}; make it in a ('map', ...), or pass a "
+            f"collator of your own"
+        )

@@ -1,13 +1,14 @@
-"""Where a model comes from, and what is done to it before it is trained."""
+"""Where a model comes from, and what changes it before training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from safetensors.torch import load_model as load_safetensors
 from torch import nn
 
 from ditty_di import adapters
@@ -17,26 +18,22 @@ from ditty_di.front.precision import Precision
 from ditty_di.models import causal_lm
 from ditty_di.models.pretrained import Pretrained
 from ditty_di.models.weights import materialize
+from ditty_di.protocols import ModelTransform, WeightsFn
 
-if TYPE_CHECKING:
-    from torchtitan.distributed import ParallelDims
-
-    from ditty_di.protocols import ModelTransform, WeightsFn
-
-    #: Called with `tokenizer` and `seed`: a model, and what fills it if it is on meta.
-    Load = Callable[..., tuple[nn.Module, WeightsFn | None]]
+#: Called with `tokenizer` and `seed`: a model, and what fills it if it is on the meta device.
+Load = Callable[..., tuple[nn.Module, WeightsFn | None]]
 
 
 class ModelFactory:
-    """Loads, transforms, adds adapters, compiles, shards: in this order, on every rank alike.
+    """Load, transform, add adapters, compile, shard: in this order, and on every rank.
 
     Args:
-        load: the model, called with `tokenizer=` and `seed=`.
+        load: returns the model, called with `tokenizer=` and `seed=`.
         transform: any change of the model that has its values; returns the model.
         peft_config: `PeftConfig`, a configuration of peft's, or any `ModelTransform`.
-        compile: arguments of `nn.Module.compile` for each block (the whole model where there are no
+        compile: arguments of `nn.Module.compile` for each block (for the whole model if it has no
             blocks); True is none of them, False does not compile.
-        fsdp_config: how ranks share it; None is DDP.
+        fsdp_config: how ranks share the model; None is DDP.
     """
 
     def __init__(
@@ -49,19 +46,19 @@ class ModelFactory:
         fsdp_config: FSDPConfig | None = None,
     ) -> None:
         self.load, self.transform = load, transform
-        self.adapter: ModelTransform | None = (
-            peft_config
-            if peft_config is None or callable(peft_config)
-            else partial(adapters.add, config=peft_config)
-        )
+        self.adapter: ModelTransform | None = peft_config
+        if peft_config is not None and not callable(peft_config):
+            self.adapter = partial(adapters.add, config=peft_config)
         self.compile = {} if compile is True else compile or None
         self.fsdp_config = fsdp_config or FSDPConfig(enabled=False)
 
     @classmethod
     def from_instance(cls, model: nn.Module, **changes: Any) -> ModelFactory:
-        """A model that there is; it is changed in place, for good: also by a pipeline's 16 bits.
+        """Return a factory for a model that exists; it is changed in place, also by 16 bits.
 
-        `changes` as for the class.
+        Args:
+            model: the model.
+            **changes: as for the class.
         """
         return cls(lambda **_: (model, None), **changes)
 
@@ -77,20 +74,29 @@ class ModelFactory:
         fsdp_config: FSDPConfig | None = None,
         **kwargs: Any,
     ) -> ModelFactory:
-        """`model_class(**kwargs)` with the values of a checkpoint, and nothing else of it: to go on
-        with a run, call its pipeline again.
+        """Return a factory for `model_class(**kwargs)` with the values of a checkpoint.
+
+        It reads nothing else of the checkpoint: to resume a run, run its pipeline again. Building
+        raises CheckpointError or RuntimeError if the checkpoint does not fit the model.
 
         Args:
             path: a folder of checkpoints (the newest), one of them, a safetensors file, or a folder
                 with a `model.safetensors` in it, such as a pipeline's `export`.
-
-        Raises, when built:
-            CheckpointError, RuntimeError: it does not fit the model.
+            model_class: makes the model.
+            transform: as for the class.
+            peft_config: as for the class.
+            compile: as for the class.
+            fsdp_config: as for the class.
+            **kwargs: of `model_class`.
         """
 
         def load(**_: Any) -> tuple[nn.Module, None]:
-            model = model_class(**kwargs)
-            _read(Path(path).expanduser(), model)
+            model, folder = model_class(**kwargs), Path(path).expanduser()
+            file = folder / "model.safetensors" if folder.is_dir() else folder
+            if file.is_file():
+                load_safetensors(model, file)
+            else:
+                load_model(folder, model)
             return model, None
 
         return cls(
@@ -115,17 +121,21 @@ class ModelFactory:
         model: Callable[..., nn.Module] = causal_lm.from_pretrained,
         **options: Any,
     ) -> ModelFactory:
-        """A pretrained model of a folder or the hub, of which each rank reads its own slices.
-
-        A `transform` needs values: then each rank first reads the whole model.
+        """Return a factory for a pretrained model; each rank reads its own slices.
 
         Args:
+            path: a folder, or the id of a repository.
             quant_config: `QuantConfig`, or any of `ditty_di.quantization`, as a partial.
+            peft_config: as for the class.
+            fsdp_config: as for the class.
+            transform: as for the class; it needs values, so each rank reads the whole model first.
+            compile: as for the class.
+            revision: branch, tag or commit of the repository.
             model: `ditty_di.models.causal_lm.from_pretrained`, or that of `seq2seq`.
-            options: further arguments of it, such as `dtype="bfloat16"`.
+            **options: further arguments of it, such as `dtype="bfloat16"`.
 
         Raises:
-            ValueError: a quantised base without adapters, of which nothing could be trained.
+            ValueError: a quantized base without adapters, of which nothing could be trained.
         """
         if quant_config is not None and peft_config is None:
             raise ValueError(
@@ -156,16 +166,19 @@ class ModelFactory:
     def build(
         self, *, tokenizer: Any = None, seed: int = 0, precision: Precision | None = None
     ) -> tuple[nn.Module, WeightsFn | None]:
-        """The model before it is placed on ranks, and what fills it; None if it has its values.
+        """Return the model before it is sharded, and what fills it; None if it has its values.
+
+        Args:
+            tokenizer: whose vocabulary the model has to cover.
+            seed: of new parameters.
+            precision: what the model computes in.
 
         Raises:
-            TypeError: a transform that returns no module.
+            TypeError: a transform does not return a module.
         """
         model, weights = self.load(tokenizer=tokenizer, seed=seed)
         last = (precision or Precision()).transforms(autocasts=not self.fsdp_config.enabled)
-        for change in (self.transform, self.adapter, *last):
-            if change is None:
-                continue
+        for change in filter(None, (self.transform, self.adapter, *last)):
             changed = change(model)
             if not hasattr(changed, "parameters"):
                 raise TypeError(
@@ -174,31 +187,3 @@ class ModelFactory:
                 )
             model = changed
         return model, weights
-
-    def parallelize(
-        self,
-        model: nn.Module,
-        /,
-        *,
-        parallel_dims: ParallelDims,
-        recompute: Callable[[nn.Module], nn.Module] | None = None,
-        param_dtype: str | None = None,
-    ) -> nn.Module:
-        """Compiles and shards it; for the trainer's `parallelize_fn`."""
-        return self.fsdp_config(
-            model,
-            parallel_dims=parallel_dims,
-            recompute=recompute,
-            compile=self.compile,
-            param_dtype=param_dtype,
-        )
-
-
-def _read(path: Path, model: nn.Module) -> None:
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        load_model(path, model)
-        return
-    from safetensors.torch import load_model as load_file
-
-    load_file(model, file)

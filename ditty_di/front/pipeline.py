@@ -5,92 +5,92 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ditty_di import Runtime, Trainer, adapters, export
+from ditty_di._graph.targets import locate
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.checkpoint.folder import latest
 from ditty_di.data import horizon
 from ditty_di.front import batches
+from ditty_di.front.model_factory import ModelFactory
 from ditty_di.front.precision import precision
+from ditty_di.front.tokenizer_factory import TokenizerFactory
 from ditty_di.losses import MSELoss
 from ditty_di.metrics import JSONLines, Metrics, ProgressBar
+from ditty_di.metrics.metrics import Writer
 from ditty_di.optim import constant, grouped
-from ditty_di.optim.bitsandbytes import adamw as bitsandbytes_adamw
 from ditty_di.parallelize import recompute
 from ditty_di.processors import PostProcessor, PreProcessor, Processors
+from ditty_di.protocols import Loss, OptimizerFactory
 from ditty_di.tasks.train import train
 
-if TYPE_CHECKING:
-    from ditty_di.front.model_factory import ModelFactory
-    from ditty_di.front.tokenizer_factory import TokenizerFactory
-    from ditty_di.metrics import Writer
-    from ditty_di.protocols import Loss, OptimizerFactory
-
-
-def _torchao_adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
-    from torchao.optim import AdamW8bit
-
-    return AdamW8bit(parameters, **options)
-
-
-#: What `optim_backend` may say.
-OPTIM_BACKENDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "torchao": _torchao_adamw,
-    "bnb": bitsandbytes_adamw,
+#: The 8-bit AdamW of each `optim_backend`, imported when it is used.
+OPTIM_BACKENDS = {
+    "torchao": "torchao.optim.AdamW8bit",
+    "bnb": "ditty_di.optim.bitsandbytes.adamw",
 }
 
 
 class Pipeline:
-    """Composes a `ditty_di.Trainer` and runs it. A subclass may have its data in `dataset()`.
+    """Compose a `ditty_di.Trainer` and run it. A subclass may define its data in `dataset()`.
 
     Args:
         model_factory: see `ModelFactory`.
-        dataset: rows by number, with `collate_fn`; a torch `DataLoader` over such; what
+        dataset: a map-style dataset, with `collate_fn`; a torch `DataLoader` over one; or what
             `Data.prepare` returns. See `ditty_di.front.batches` for what a batch may be.
-        tokenizer_factory: its tokenizer goes to `from_huggingface` and beside the export.
-        loss_calculator: any loss of `ditty_di.losses`, or one of your own.
-        preprocessors, postprocessors: in their order; contracts are checked here and now.
+        collate_fn: makes a batch of a list of rows; None is torch's `default_collate`.
+        tokenizer_factory: its tokenizer goes to `from_huggingface` and into the export.
+        loss_calculator: any loss of `ditty_di.losses`, or one of your own; None is `MSELoss`.
+        preprocessors: in their order; their contracts are checked here.
+        postprocessors: the same, after the model.
         output_dir: gets `checkpoints/`, `metrics.jsonl` and `export/`; None writes nothing.
-        fp16, use_bfloat16: computes in 16 bits, with a scaler for the first; parameters and the
-            optimizer keep their dtype. Neither: nothing is rounded.
+        fp16: compute in float16, with a gradient scaler; parameters and the optimizer keep their
+            dtype.
+        use_bfloat16: compute in bfloat16; parameters and the optimizer keep their dtype.
         accelerator_kwargs: `{"mixed_precision": "no" | "fp16" | "bf16" | "fp8"}`; the last is
             torchao's float8, emulated (slowly) on hardware without it.
         seed: of data order, dropout and new parameters; 0 is a seed like any other.
-        batch_size: rows a micro-batch and rank; a loader brings its own.
-        grad_accum: micro-batches a rank and optimizer step. The loss is that of one large batch.
-        epochs, max_steps: how long; of both, the shorter. Steps are the optimizer's. The last step
-            of the last epoch is filled up with rows of the next.
-        checkpoint_every: optimizer steps; there is one at the end as well.
-        load_checkpoint: go on from the newest in `output_dir`, exactly. False starts anew, where
-            there must be none.
-        gradient_checkpointing: computes each block again in the backward pass.
-        optimizer: a class or partial, called with named parameters; None is AdamW with `lr` and
-            `weight_decay`, which decays neither norms nor biases, of 8 bits if `use_8bit_optim`:
-            `optim_backend` is `torchao` or `bnb` (bitsandbytes), both also under FSDP2.
+        batch_size: rows per micro-batch and rank; a loader brings its own.
+        grad_accum: micro-batches per rank and optimizer step. The loss is that of one large batch.
+        epochs: training length in epochs; the last step of the last epoch is filled up with rows of
+            the next.
+        max_steps: training length in optimizer steps; with `epochs`, the shorter counts.
+        checkpoint_every: optimizer steps between checkpoints; there is one at the end as well.
+        load_checkpoint: resume exactly from the newest checkpoint in `output_dir`. False starts
+            anew, and there must be none.
+        gradient_checkpointing: recompute each block in the backward pass.
+        optimizer: a class or partial, called with named parameters; None is AdamW.
+        use_8bit_optim: keep the moments of AdamW in 8 bits.
+        optim_backend: of the 8-bit AdamW: `torchao` or `bnb` (bitsandbytes), both also under FSDP2.
+        lr: learning rate of AdamW.
+        weight_decay: of AdamW, which decays neither norms nor biases.
         lr_scheduler: called with the optimizer and `total_steps=`; None keeps the rate, which does
             not depend on the number of ranks.
-        max_grad_norm: gradients are clipped to this global norm; None clips nothing.
-        log_every: steps between reports.
-        metrics_logger: one of the writers in `ditty_di.metrics`, or several; beside a progress bar.
-        push_to_hub: the export, as `output_hub_repo`, `private_repo` unless False. The token is
-            `hf_hub_token`, which is HF_TOKEN while it runs, or else huggingface_hub's own.
-        merge_adapters: export the base with the adapters in it, instead of these alone.
-        shuffle_each_epoch: a new order each epoch; False keeps the dataset's.
+        max_grad_norm: clip gradients to this global norm; None does not clip.
+        log_every: optimizer steps between log lines.
+        metrics_logger: one of the writers in `ditty_di.metrics`, or several, beside a progress bar.
+        push_to_hub: upload the export.
+        output_hub_repo: repository to upload to, as `user/name`.
+        hf_hub_token: HF_TOKEN while the pipeline runs; None uses huggingface_hub's own.
+        private_repo: whether a new repository is private.
+        merge_adapters: export the base with the adapters merged into it, not the adapters alone.
+        shuffle_each_epoch: a new order for each epoch; False keeps the dataset's.
         num_workers: processes that load data.
         trainer_kwargs: any other slot of `ditty_di.Trainer` (`validator`, `callbacks`, ...).
 
     Attributes:
-        trainer, result: of the last `run`.
+        trainer: of the last `run`.
+        result: what the last `run` reported.
 
     Raises:
-        ValueError, TypeError: arguments that contradict each other or cannot be honoured.
+        ValueError, TypeError: arguments that contradict each other or are not supported.
     """
 
     def __init__(
@@ -133,19 +133,34 @@ class Pipeline:
         num_workers: int = 0,
         trainer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if epochs is None and max_steps is None:
-            raise ValueError("Pipeline: write how long to train: epochs= or max_steps=")
-        if grad_accum < 1:
-            raise ValueError(f"Pipeline: grad_accum={grad_accum}; write 1 or more")
-        if push_to_hub and not (output_hub_repo and output_dir):
-            raise ValueError(
-                "Pipeline: push_to_hub needs output_hub_repo='user/name' and output_dir="
-            )
-        if merge_adapters and not (model_factory.adapter and tokenizer_factory and output_dir):
-            raise ValueError(
-                "Pipeline: merge_adapters needs a model with peft_config=, a tokenizer_factory= "
-                "and output_dir="
-            )
+        own = optimizer is not None
+        for wrong, message in (
+            (
+                epochs is None and max_steps is None,
+                "write how long to train: epochs= or max_steps=",
+            ),
+            (grad_accum < 1, f"grad_accum={grad_accum}; write 1 or more"),
+            (
+                push_to_hub and not (output_hub_repo and output_dir),
+                "push_to_hub needs output_hub_repo='user/name' and output_dir=",
+            ),
+            (
+                merge_adapters and not (model_factory.adapter and tokenizer_factory and output_dir),
+                "merge_adapters needs a model with peft_config=, a tokenizer_factory= and "
+                "output_dir=",
+            ),
+            (
+                own and (use_8bit_optim or (lr, weight_decay) != (1e-4, 0.01)),
+                "lr, weight_decay and use_8bit_optim configure the default optimizer; write them "
+                "into your own, as optimizer=partial(torch.optim.SGD, lr=0.1)",
+            ),
+            (
+                not own and optim_backend not in OPTIM_BACKENDS,
+                f"optim_backend={optim_backend!r} is not one of {', '.join(OPTIM_BACKENDS)}",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"Pipeline: {message}")
         self.model_factory, self.tokenizer_factory = model_factory, tokenizer_factory
         self._dataset, self.collate_fn = dataset, collate_fn
         self.loss_calculator = MSELoss() if loss_calculator is None else loss_calculator
@@ -159,15 +174,17 @@ class Pipeline:
         self.epochs, self.max_steps = epochs, max_steps
         self.checkpoint_every, self.load_checkpoint = checkpoint_every, load_checkpoint
         self.gradient_checkpointing = gradient_checkpointing
-        self.optimizer = optimizer or _adamw(use_8bit_optim, optim_backend, lr, weight_decay)
-        if optimizer is not None and (use_8bit_optim or (lr, weight_decay) != (1e-4, 0.01)):
-            raise ValueError(
-                "Pipeline: lr, weight_decay and use_8bit_optim are for the optimizer that is made "
-                "here; write them into your own, as optimizer=partial(torch.optim.SGD, lr=0.1)"
+        if optimizer is None:
+            adamw = locate(OPTIM_BACKENDS[optim_backend]) if use_8bit_optim else torch.optim.AdamW
+            optimizer = partial(
+                grouped,
+                optimizer=partial(adamw, lr=lr, weight_decay=weight_decay),
+                groups=[{"max_ndim": 1, "weight_decay": 0.0}],  # neither norms nor biases
             )
-        self.lr_scheduler, self.max_grad_norm = lr_scheduler or constant, max_grad_norm
-        self.log_every = log_every
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler or constant
+        self.max_grad_norm = math.inf if max_grad_norm is None else max_grad_norm
         several: Any = metrics_logger
+        self.log_every = log_every
         self.writers = [several] if hasattr(several, "write") else [*several]
         self.push_to = output_hub_repo if push_to_hub else None
         self.hf_hub_token, self.private_repo = hf_hub_token, private_repo
@@ -177,78 +194,69 @@ class Pipeline:
 
     @property
     def tokenizer(self) -> Any:
+        """The tokenizer of `tokenizer_factory`; None without one."""
         return self.tokenizer_factory and self.tokenizer_factory.build()
 
     def dataset(self) -> Any:
-        """What was passed as `dataset`; a subclass makes its own here, before ranks meet."""
+        """Return what was passed as `dataset`; a subclass makes its own, before ranks meet."""
         if self._dataset is None:
             raise ValueError("Pipeline: pass dataset=, or write a subclass with dataset()")
         return self._dataset
 
     def run(self) -> nn.Module:
-        """Trains, exports, and returns the model.
+        """Train, export, and return the model.
 
-        Under FSDP2 it is in shards, which can be used afterwards only if `torch.distributed` was
+        Under FSDP2 the model is sharded, and can be used afterwards only if `torch.distributed` was
         initialised (or a `Runtime` made) before; `export/` has it whole.
 
         Raises:
-            ValueError, CheckpointError, HubError: parts that do not fit, before the first step.
+            ValueError, CheckpointError, HubError: components that do not fit, before the first
+                step.
         """
         with _hub_token(self.hf_hub_token):
-            trainer, exporter = self.compose()
-            self.trainer = trainer
-            self.result = train(trainer, exporter)
-        return trainer.model_parts[0]
+            self.trainer, exporter = self.compose()
+            self.result = train(self.trainer, exporter)
+        return self.trainer.model_parts[0]
 
     def compose(self) -> tuple[Trainer, Callable[[list[nn.Module]], None] | None]:
-        """The trainer, and what writes the trained model; for those who want to run it themselves.
-
-        Called on every rank.
-        """
+        """Return the trainer, and what exports the trained model; to be called on every rank."""
         factory, slots = self.model_factory, dict(self.trainer_kwargs)
-        dataset, tokenizer = self.dataset(), self.tokenizer  # may take long: no rank waits yet
-        layout: dict[str, Any] = {"seed": self.seed, **factory.fsdp_config.degrees}
-        given = slots.pop("runtime", None)
-        runtime = given or Runtime(**layout)
-        try:
-            return self._placed(runtime, dataset, tokenizer, slots)
-        except BaseException:
-            if given is None:
-                runtime.close()
-            raise
-
-    def _placed(
-        self, runtime: Runtime, dataset: Any, tokenizer: Any, slots: dict[str, Any]
-    ) -> tuple[Trainer, Callable[[list[nn.Module]], None] | None]:
-        factory = self.model_factory
-        model, weights = factory.build(
-            tokenizer=tokenizer, seed=self.seed, precision=self.precision
-        )
-        exporter = self._exporter(model, tokenizer, runtime)
-        loader: Any = batches.dataloader(
-            dataset,
-            batch_size=self.batch_size,
-            collate_fn=self.collate_fn,
-            seed=self.seed,
-            shuffle=self.shuffle_each_epoch,
-            num_workers=self.num_workers,
-        )
-        if callable(loader):
-            loader = loader(dp_rank=runtime.dp_rank, dp_world_size=runtime.dp_world_size)
-        global_batch_size = loader.batch_size * self.grad_accum * runtime.dp_world_size
-        steps = self._steps(loader, global_batch_size)
         fsdp = factory.fsdp_config
-        dtype = fsdp.dtype(self.precision.dtype) if fsdp.enabled else self.precision.dtype
-        trainer = Trainer(
-            **{
+        dataset, tokenizer = self.dataset(), self.tokenizer  # slow: before any rank waits
+        with ExitStack() as on_error:
+            runtime = slots.pop("runtime", None)
+            if runtime is None:
+                runtime = Runtime(seed=self.seed, **fsdp.degrees)
+                on_error.callback(runtime.close)
+            model, weights = factory.build(
+                tokenizer=tokenizer, seed=self.seed, precision=self.precision
+            )
+            exporter = self._exporter(model, tokenizer)
+            loader: Any = batches.dataloader(
+                dataset,
+                batch_size=self.batch_size,
+                collate_fn=self.collate_fn,
+                seed=self.seed,
+                shuffle=self.shuffle_each_epoch,
+                num_workers=self.num_workers,
+            )
+            if callable(loader):
+                loader = loader(dp_rank=runtime.dp_rank, dp_world_size=runtime.dp_world_size)
+            global_batch_size = loader.batch_size * self.grad_accum * runtime.dp_world_size
+            steps = self._steps(loader, global_batch_size)
+            dtype = self.precision.dtype
+            dtype = fsdp.dtype(dtype) if fsdp.enabled else dtype
+            parallelize = partial(
+                fsdp,
+                compile=factory.compile,
+                recompute=recompute.full if self.gradient_checkpointing else None,
+                param_dtype=dtype,
+            )
+            made: dict[str, Any] = {
                 "runtime": runtime,
                 "model": model,
                 "weights": weights,
-                "parallelize_fn": partial(
-                    factory.parallelize,
-                    recompute=recompute.full if self.gradient_checkpointing else None,
-                    param_dtype=dtype,
-                ),
+                "parallelize_fn": parallelize,
                 "loss_fn": self.loss_calculator,
                 "preprocessors": self.preprocessors,
                 "postprocessors": self.postprocessors,
@@ -257,15 +265,15 @@ class Pipeline:
                 "dataloader": loader,
                 "steps": steps,
                 "global_batch_size": global_batch_size,
-                "max_norm": math.inf if self.max_grad_norm is None else self.max_grad_norm,
+                "max_norm": self.max_grad_norm,
                 "grad_scaler": torch.amp.GradScaler(
                     runtime.device.type, enabled=dtype == "float16"
                 ),
                 "checkpointer": self._checkpointer(runtime),
                 "metrics": self._metrics(),
-                **slots,
             }
-        )
+            trainer = Trainer(**{**made, **slots})
+            on_error.pop_all()
         return trainer, exporter
 
     def _steps(self, loader: Any, global_batch_size: int) -> int:
@@ -273,8 +281,8 @@ class Pipeline:
         if self.epochs is not None:
             if not hasattr(loader, "dataset"):
                 raise ValueError(
-                    f"Pipeline: epochs={self.epochs}, but nobody knows how many rows this loader "
-                    f"has; write max_steps="
+                    f"Pipeline: epochs={self.epochs}, but this loader has no dataset to count rows "
+                    f"of; write max_steps="
                 )
             rows = loader.dataset
             found.append(
@@ -286,11 +294,11 @@ class Pipeline:
         if self.output_dir is None:
             return None
         folder = self.output_dir / "checkpoints"
-        there = runtime.broadcast(None if self.load_checkpoint else latest(folder))
-        if there is not None:
+        existing = runtime.broadcast(None if self.load_checkpoint else latest(folder))
+        if existing is not None:
             raise ValueError(
-                f"Pipeline: load_checkpoint=False, but {there} is there and would be taken for one "
-                f"of the new run; write another output_dir, or remove {folder}"
+                f"Pipeline: load_checkpoint=False, but {existing} is there, and would be taken for "
+                f"a checkpoint of the new run; write another output_dir, or remove {folder}"
             )
         return partial(Checkpointer, folder, every=self.checkpoint_every)
 
@@ -300,10 +308,8 @@ class Pipeline:
             writers.append(JSONLines(str(self.output_dir / "metrics.jsonl")))
         return Metrics(writers, every=self.log_every)
 
-    def _exporter(
-        self, model: Any, tokenizer: Any, runtime: Runtime
-    ) -> Callable[[list[nn.Module]], None] | None:
-        """Made before training, so that what cannot be uploaded is known then."""
+    def _exporter(self, model: Any, tokenizer: Any) -> Callable[[list[nn.Module]], None] | None:
+        """Return what exports the model; made before training, to fail early."""
         if self.output_dir is None:
             return None
         path = str(self.output_dir / "export")
@@ -324,34 +330,14 @@ class Pipeline:
         return export.SafetensorsExport(path)
 
 
-def _adamw(eight_bit: bool, backend: str, lr: float, weight_decay: float) -> OptimizerFactory:
-    """AdamW that decays neither norms nor biases.
-
-    Raises:
-        ValueError: no such backend.
-    """
-    if backend not in OPTIM_BACKENDS:
-        raise ValueError(
-            f"Pipeline: optim_backend={backend!r} is none of {', '.join(OPTIM_BACKENDS)}"
-        )
-    adamw = OPTIM_BACKENDS[backend] if eight_bit else torch.optim.AdamW
-    return partial(
-        grouped,
-        optimizer=partial(adamw, lr=lr, weight_decay=weight_decay),
-        groups=[{"max_ndim": 1, "weight_decay": 0.0}],
-    )
-
-
 @contextmanager
 def _hub_token(token: str | None) -> Iterator[None]:
-    """The token where huggingface_hub looks for it."""
+    """Set the environment variable that huggingface_hub reads."""
     before = os.environ.get("HF_TOKEN")
-    if token is not None:
-        os.environ["HF_TOKEN"] = token
+    os.environ.update({} if token is None else {"HF_TOKEN": token})
     try:
         yield
     finally:
         if token is not None:
-            os.environ.pop("HF_TOKEN")
-            if before is not None:
-                os.environ["HF_TOKEN"] = before
+            del os.environ["HF_TOKEN"]
+            os.environ.update({} if before is None else {"HF_TOKEN": before})

@@ -1,36 +1,43 @@
-"""What a pipeline computes in."""
+"""The dtype that a pipeline computes in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ditty_di._graph.targets import did_you_mean
 from ditty_di.precision import float8
 from ditty_di.precision.autocast import autocast
-
-if TYPE_CHECKING:
-    from ditty_di.protocols import ModelTransform
+from ditty_di.protocols import ModelTransform
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A dtype for products (a name in torch), and what its layers need; parameters keep theirs."""
+    """The dtype of matrix products; parameters keep theirs.
+
+    Args:
+        dtype: a name in torch; None keeps the parameters' dtype.
+        convert: replaces layers of the model.
+    """
 
     dtype: str | None = None
     convert: ModelTransform | None = None
 
     def transforms(self, *, autocasts: bool) -> list[ModelTransform]:
-        """What changes the model; FSDP2 computes in another dtype by itself."""
+        """Return the changes of the model.
+
+        Args:
+            autocasts: whether to cast by autocast; FSDP2 casts by itself.
+        """
         changes = [] if self.convert is None else [self.convert]
         if autocasts and self.dtype:
             changes.append(partial(autocast, dtype=self.dtype))
         return changes
 
 
-#: accelerate's names.
+#: By the names of accelerate.
 PRECISIONS = {
     "no": Precision(),
     "fp16": Precision("float16"),
@@ -42,31 +49,36 @@ PRECISIONS = {
 def precision(
     *, fp16: bool, use_bfloat16: bool, accelerator_kwargs: Mapping[str, Any] | None
 ) -> Precision:
-    """The one that the arguments ask for.
+    """Return the precision that the arguments of a pipeline ask for.
+
+    Args:
+        fp16: compute in float16.
+        use_bfloat16: compute in bfloat16.
+        accelerator_kwargs: `{"mixed_precision": NAME}`, with a name of accelerate.
 
     Raises:
-        ValueError: they ask for two; another name than accelerate's.
-        TypeError: arguments of accelerate that have no meaning here.
+        ValueError: they ask for two, or for an unknown name.
+        TypeError: arguments of accelerate that are not supported.
     """
-    given = dict(accelerator_kwargs or {})
-    named = given.pop("mixed_precision", None)
-    if given:
+    unsupported = dict(accelerator_kwargs or {})
+    named = unsupported.pop("mixed_precision", None)
+    if unsupported:
         raise TypeError(
-            f"accelerator_kwargs: there is no Accelerator here to take {', '.join(given)}; only "
-            f"mixed_precision has a meaning. Ranks are laid out by FSDPConfig, and micro-batches "
-            f"by grad_accum"
+            f"accelerator_kwargs: there is no Accelerator here to take {', '.join(unsupported)}; "
+            f"only mixed_precision is supported. FSDPConfig says how ranks share the model, and "
+            f"grad_accum how many micro-batches a step has"
         )
-    asked = {"fp16": fp16, "bf16": use_bfloat16, named: named is not None}
-    wanted = [name for name, on in asked.items() if on]
-    if len(wanted) > 1:
+    asked = [name for name, on in (("fp16", fp16), ("bf16", use_bfloat16)) if on]
+    asked += [] if named is None else [named]
+    if len(set(asked)) > 1:
         raise ValueError(
             f"fp16={fp16}, use_bfloat16={use_bfloat16}, mixed_precision={named!r} ask for "
-            f"{' and '.join(map(str, wanted))}; write one of them"
+            f"{' and '.join(map(str, asked))}; write one of them"
         )
-    name = wanted[0] if wanted else "no"
+    name = asked[0] if asked else "no"
     if name not in PRECISIONS:
         raise ValueError(
-            f"accelerator_kwargs: mixed_precision={name!r} is none of {', '.join(PRECISIONS)}"
+            f"accelerator_kwargs: mixed_precision={name!r} is not one of {', '.join(PRECISIONS)}"
             f"{did_you_mean(str(name), PRECISIONS)}"
         )
     return PRECISIONS[name]

@@ -1,43 +1,57 @@
-"""A tokenizer that is read when it is needed."""
+"""A tokenizer that is loaded when it is needed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from ditty_di.models.tokenizer import from_pretrained
 
 
 class TokenizerFactory:
-    """Builds one tokenizer, once: everybody who asks gets the same object.
+    """Load one tokenizer, once: every caller of `build` gets the same object.
 
-    A tokenizer without a pad token stays so. Batches are padded and masked by place, and EOS in the
-    place of a pad token would be masked by collators that go by its id.
+    A tokenizer without a pad token stays so. Batches are padded and masked by position; EOS in
+    place of a pad token would be masked by collators that mask by its id.
+
+    Args:
+        load: returns the tokenizer.
     """
 
     def __init__(self, load: Callable[[], PreTrainedTokenizerBase]) -> None:
         self._load = load
-        self._built: PreTrainedTokenizerBase | None = None
 
     @classmethod
     def from_pretrained(cls, path: str, **options: Any) -> TokenizerFactory:
-        """Of a folder or the hub. `options`, as of `ditty_di.models.tokenizer.from_pretrained`:
-        `revision`, `special_tokens`, `chat_template`, `model_max_length`."""
-        from ditty_di.models.tokenizer import from_pretrained
+        """Return a factory for the tokenizer of a folder or of the hub.
 
+        Args:
+            path: a folder, or the id of a repository.
+            **options: of `ditty_di.models.tokenizer.from_pretrained`: `revision`,
+                `special_tokens`, `chat_template`, `model_max_length`.
+        """
         return cls(partial(from_pretrained, path, **options))
 
     @classmethod
     def from_instance(cls, tokenizer: PreTrainedTokenizerBase) -> TokenizerFactory:
+        """Return a factory for a tokenizer that is loaded.
+
+        Args:
+            tokenizer: the tokenizer.
+        """
         return cls(lambda: tokenizer)
 
+    @cached_property
+    def _built(self) -> PreTrainedTokenizerBase:
+        return self._load()
+
     def build(self) -> PreTrainedTokenizerBase:
-        """
+        """Return the tokenizer.
+
         Raises:
             ValueError: there is no such tokenizer, or it has no end-of-sequence token.
         """
-        if self._built is None:
-            self._built = self._load()
         return self._built

@@ -1,1 +1,1 @@
-"""From prompts to text: reading them, continuing them, opening what was exported."""
+"""Text generation: read prompts, continue them, decode them."""

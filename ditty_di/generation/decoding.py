@@ -1,26 +1,45 @@
-"""Continuing prompts of token ids, in batches."""
+"""Continue prompts of token ids, in batches."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import Any, Protocol
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ditty_di.generation.sampling import continuations, until_end
 from ditty_di.models.tokenizer import end_of_turn_ids
 
-# torch is imported when something is generated: the command line must answer without it.
-if TYPE_CHECKING:
-    from torch import Tensor
+#: What an option has to satisfy if it is not None, and how an error says so.
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda value: value >= 1, "must be at least 1"),
+    "temperature": (lambda value: value >= 0, "must not be negative; 0 is greedy"),
+    "top_k": (lambda value: value >= 1, "must be at least 1, or null"),
+    "top_p": (lambda value: 0 < value <= 1, "must be above 0 and at most 1, or null"),
+    "repetition_penalty": (lambda value: value > 0, "must be above 0; 1 is none"),
+    "num_beams": (lambda value: value >= 1, "must be at least 1, or null"),
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to continue; `temperature` 0 is greedy. Random numbers are torch's global ones.
+    """How to continue prompts; random numbers come from torch's global generator.
 
-    `repetition_penalty` and `num_beams` that are None are the model's own. `eos_token_id` is one
-    token that ends a text, or several. A prompt and its continuation have at most `max_length`
-    tokens, the tokenizer's limit, and `positions`, the model's (None: no limit).
+    Args:
+        max_new_tokens: per prompt.
+        temperature: 0 is greedy.
+        top_k: sample from the k most likely tokens; None from all.
+        top_p: sample from the fewest tokens whose probabilities reach p; None from all.
+        repetition_penalty: of tokens that occurred; None is the model's own.
+        num_beams: of beam search; None is the model's own.
+        max_length: the tokenizer's limit for a prompt and its continuation; None is no limit.
+        eos_token_id: one token that ends a text, or several.
+        pad_token_id: pads a batch; masked by position.
+        positions: the model's limit for a prompt and its continuation; None is no limit.
     """
 
     max_new_tokens: int = 64
@@ -37,67 +56,59 @@ class Options:
     @property
     def ends(self) -> set[int]:
         """The tokens that end a text."""
-        ends = self.eos_token_id
-        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+        return _as_set(self.eos_token_id)
 
     @property
     def limit(self) -> int | None:
-        """Tokens of a prompt and its continuation together; None: any number."""
+        """The limit for a prompt and its continuation in tokens; None is no limit."""
         return min((n for n in (self.max_length, self.positions) if n is not None), default=None)
 
     def check(self) -> None:
-        """Raise ValueError for what is out of range, naming it."""
-        limit, penalty, beams = self.max_length, self.repetition_penalty, self.num_beams
-        new, positions = self.max_new_tokens, self.positions
-        for wrong, what in (
-            (new < 1, f"max_new_tokens={new} must be at least 1"),
-            (
-                limit is not None and new >= limit,
-                f"max_new_tokens={new} leaves no room for a prompt: the tokenizer's "
-                f"model_max_length is {limit}",
-            ),
-            (
-                positions is not None and new >= positions,
-                f"max_new_tokens={new} leaves no room for a prompt: the model has {positions} "
-                f"positions",
-            ),
-            (
-                self.temperature < 0,
-                f"temperature={self.temperature} must not be negative; 0 is greedy",
-            ),
-            (
-                self.top_k is not None and self.top_k < 1,
-                f"top_k={self.top_k} must be at least 1, or null",
-            ),
-            (
-                self.top_p is not None and not 0 < self.top_p <= 1,
-                f"top_p={self.top_p} must be above 0 and at most 1, or null",
-            ),
-            (
-                penalty is not None and penalty <= 0,
-                f"repetition_penalty={penalty} must be above 0; 1 is none",
-            ),
-            (beams is not None and beams < 1, f"num_beams={beams} must be at least 1, or null"),
+        """Raise ValueError for an option out of range."""
+        for name, (fits, requirement) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise ValueError(f"{name}={value} {requirement}")
+        new = self.max_new_tokens
+        for limit, reason in (
+            (self.max_length, f"the tokenizer's model_max_length is {self.max_length}"),
+            (self.positions, f"the model has {self.positions} positions"),
         ):
-            if wrong:
-                raise ValueError(what)
+            if limit is not None and new >= limit:
+                raise ValueError(f"max_new_tokens={new} leaves no room for a prompt: {reason}")
 
 
 class Decode(Protocol):
-    """Continues prompts of token ids: the new ids, up to the first EOS (left out)."""
+    """Continue prompts of token ids."""
 
     def __call__(
         self, model: Any, prompts: Sequence[list[int]], /, *, options: Options
-    ) -> list[list[int]]: ...
+    ) -> list[list[int]]:
+        """Return the new ids of each prompt, up to and without the first EOS.
+
+        Args:
+            model: with its values.
+            prompts: token ids.
+            options: how to continue.
+        """
+        ...
 
 
 def is_seq2seq(model: Any) -> bool:
-    """Whether prompts are an encoder's, and answers a decoder's."""
+    """Return whether prompts go to an encoder, and answers come from a decoder.
+
+    Args:
+        model: of transformers, or any other.
+    """
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def positions(model: Any) -> int | None:
-    """Return how many positions a transformers model has by its configuration; None: no limit."""
+    """Return how many positions a transformers model has by its configuration; None is no limit.
+
+    Args:
+        model: of transformers, or any other.
+    """
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -106,37 +117,29 @@ def positions(model: Any) -> int | None:
 
 
 def end_ids(tokenizer: Any) -> list[int]:
-    """Return the tokens that end a text: EOS, and what ends a turn in the chat template."""
+    """Return the tokens that end a text: EOS, and the ends of a turn in the chat template.
+
+    Args:
+        tokenizer: of transformers.
+    """
     return sorted({*end_of_turn_ids(tokenizer)} | ({tokenizer.eos_token_id} - {None}))
 
 
+@torch.no_grad()
 def hugging_face(
     model: Any, prompts: Sequence[list[int]], /, *, options: Options
 ) -> list[list[int]]:
-    """transformers' `generate` (key-value cache), also of seq2seq models; pads are never attended.
+    """Continue prompts by the model's own `generate` (key-value cache), also of seq2seq models.
 
-    The model's own `generation_config` holds for what `options` do not say; its end tokens count.
+    The model's `generation_config` has what `options` leave open; its EOS tokens count as well.
+
+    Args:
+        model: of transformers.
+        prompts: token ids.
+        options: how to continue.
     """
-    import torch
-
-    own = model.generation_config.eos_token_id
-    ends = ({own} if isinstance(own, int) else set(own or ())) | options.ends
-    pad = options.pad_token_id or 0  # whatever it is: masked by length, not by id
-    config = _generation_config(model, options, ends, pad)
-    seq2seq = is_seq2seq(model)
-    ids, mask = _padded(prompts, pad, left=not seq2seq)
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        rows = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
-        )
-    # A decoder's answer begins with its start token, that of a causal model with the prompt.
-    new = rows[:, 1:] if seq2seq else rows[:, ids.shape[1] :]
-    return [_up_to(ends, row) for row in new.tolist()]
-
-
-def _generation_config(model: Any, options: Options, ends: set[int], pad: int) -> Any:
-    config = copy.deepcopy(model.generation_config)
+    ends = _as_set(model.generation_config.eos_token_id) | options.ends
+    pad = options.pad_token_id or 0  # masked by position, so any token will do
     sampling: dict[str, Any] = {"temperature": None, "top_k": None, "top_p": None}
     if options.temperature > 0:
         sampling = {
@@ -144,7 +147,8 @@ def _generation_config(model: Any, options: Options, ends: set[int], pad: int) -
             "top_k": options.top_k or 0,
             "top_p": 1.0 if options.top_p is None else options.top_p,
         }
-    asked = {"repetition_penalty": options.repetition_penalty, "num_beams": options.num_beams}
+    own = {"repetition_penalty": options.repetition_penalty, "num_beams": options.num_beams}
+    config = copy.deepcopy(model.generation_config)
     config.update(
         max_new_tokens=options.max_new_tokens,
         max_length=None,
@@ -153,39 +157,31 @@ def _generation_config(model: Any, options: Options, ends: set[int], pad: int) -
         pad_token_id=pad,
         use_cache=True,
         **sampling,
-        **{name: value for name, value in asked.items() if value is not None},
+        **{name: value for name, value in own.items() if value is not None},
     )
-    return config
-
-
-def _padded(prompts: Sequence[list[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Ids and mask `[prompts, longest]`."""
-    import torch
-
-    ids, mask = [], []
-    width = max(map(len, prompts))
-    for prompt in prompts:
-        fill = [pad] * (width - len(prompt))
-        unseen, seen = [0] * len(fill), [1] * len(prompt)
-        ids.append(fill + prompt if left else prompt + fill)
-        mask.append(unseen + seen if left else seen + unseen)
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-def _up_to(ends: set[int], row: list[int]) -> list[int]:
-    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
+    seq2seq = is_seq2seq(model)
+    side, device = "right" if seq2seq else "left", next(model.parameters()).device
+    padded = partial(pad_sequence, batch_first=True, padding_side=side)
+    rows = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
+    ids = padded(rows, padding_value=pad).to(device)  # [prompts, longest]
+    mask = padded([torch.ones_like(row) for row in rows]).to(device)
+    found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    # A decoder's answer begins with its start token, that of a causal model with the prompt.
+    new = found[:, 1:] if seq2seq else found[:, ids.shape[1] :]
+    return [until_end(row, ends) for row in new.tolist()]
 
 
 def plain(model: Any, prompts: Sequence[list[int]], /, *, options: Options) -> list[list[int]]:
-    """Any causal model whose forward pass takes ids `[batch, seq]` and gives logits.
+    """Continue prompts by the forward pass alone.
+
+    Args:
+        model: causal; takes ids `[batch, seq]` and returns logits.
+        prompts: token ids.
+        options: how to continue.
 
     Raises:
         ValueError: options that only `hugging_face` has.
     """
-    import torch
-
-    from ditty_di.generation.sampling import continuations
-
     if (options.repetition_penalty or 1) != 1 or (options.num_beams or 1) != 1:
         raise ValueError(
             "repetition_penalty and num_beams need a model with transformers' generate"
@@ -202,3 +198,7 @@ def plain(model: Any, prompts: Sequence[list[int]], /, *, options: Options) -> l
         max_length=options.limit,
         eos_token_id=options.ends,
     )
+
+
+def _as_set(ids: int | Sequence[int] | None) -> set[int]:
+    return {ids} if isinstance(ids, int) else set(ids or ())

@@ -1,38 +1,49 @@
-"""Prompts: a line typed or a file of them, as token ids."""
+"""Read prompts, typed or from a file, and encode them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from transformers import PreTrainedTokenizerBase
+
+from ditty_di.data import encoding
 from ditty_di.data.conversations import Turns, is_turns
 from ditty_di.data.files import READERS, kind_of, looks_like_json, read_lines, read_values
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from ditty_di.data.rendering import Format
+from ditty_di.generation.sampling import prompt_ids
 
 
 class Encoder(Protocol):
-    """Makes prompts of records as training did; `ditty_di.data.Encoder` is one."""
+    """Encode prompts as training did; `ditty_di.data.Encoder` is one."""
 
-    def prompt(self, record: dict[str, Any], /) -> list[int]: ...
+    def prompt(self, record: dict[str, Any], /) -> list[int]:
+        """Return the token ids of a record up to where the model is to answer.
+
+        Args:
+            record: of a file of prompts.
+        """
+        ...
 
 
 class Prompts:
-    """Token ids of records.
+    """Encode records as prompts.
 
     A conversation goes through the tokenizer's chat template, up to where the model is to answer:
     trailing turns of the assistant are left out. Its turns are under the keys of `encoder`, such as
-    `messages`, with the roles that it maps. Anything else goes to `encoder`; where there is none,
-    it is the text under `input`, or `input_format` with the record's fields in it
+    `messages`, with the roles that it maps. Any other record goes to `encoder`; without one, the
+    prompt is the text under `input`, or `input_format` with the record's fields in it
     (`ditty_di.data.rendering.Format`).
 
     Args:
-        chat: the text of a record that is not a conversation becomes the turn of a user in one.
-        seq2seq: for an encoder: the text as the tokenizer ends it. Otherwise it is to be continued,
-            so no EOS stands behind it.
+        tokenizer: of the model.
+        encoder: the one of the training.
+        input_format: a format string, or several.
+        seq2seq: the text is for an encoder, as the tokenizer ends it. Otherwise it is to be
+            continued, so without EOS at its end.
+        chat: make the text of a record without a conversation the turn of a user in one.
 
     Raises:
         ValueError: `chat` with a tokenizer that has no chat template.
@@ -47,8 +58,6 @@ class Prompts:
         seq2seq: bool = False,
         chat: bool = False,
     ) -> None:
-        from ditty_di.data.rendering import Format
-
         if chat and not tokenizer.chat_template:
             raise ValueError(
                 "chat=true needs a tokenizer with a chat template; this one has none: give one as "
@@ -56,22 +65,26 @@ class Prompts:
             )
         self.tokenizer, self.encoder = tokenizer, encoder
         self.seq2seq, self.chat = seq2seq, chat
-        self.texts = 0  # records so far that were no conversations
+        self.texts = 0  # records so far that were not conversations
         self.turns: Turns = getattr(encoder, "turns", None) or Turns()
         self.continues = encoder is None and input_format is None and not seq2seq and not chat
-        self.format: Callable[[dict[str, Any]], str] = _input
-        if input_format is not None:
-            self.format = Format(input_format, {})
+        self.format: Callable[[dict[str, Any]], str] = (
+            _input if input_format is None else Format(input_format, {})
+        )
 
     def record(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Return a record as it is asked: with `chat`, a text as a conversation of one turn.
+        """Return a record as it is prompted: with `chat`, a text as a conversation of one turn.
 
-        Raises ValueError for one without text.
+        Args:
+            record: of a file of prompts.
+
+        Raises:
+            ValueError: the record has no text.
         """
         if record.get(self.turns.key) is not None:
             return record
         self.texts += 1
-        # Other fields than these are the encoder's to read, where there is one.
+        # Other fields than these are the encoder's to read, if there is one.
         if not self.chat or (self.encoder and not isinstance(record.get("input"), str)):
             return record
         turn = {self.turns.role_key: "user", self.turns.content_key: self.format(record)}
@@ -79,53 +92,56 @@ class Prompts:
         return rest | {self.turns.key: [turn]}
 
     def ids(self, record: dict[str, Any]) -> list[int]:
-        """Raises ValueError for a record that makes no prompt."""
-        if record.get(self.turns.key) is not None:
-            return self._conversation(record)
-        if self.encoder is not None:
-            return self.encoder.prompt(record)
+        """Return the token ids of a record.
+
+        Args:
+            record: as `record` returns it.
+
+        Raises:
+            ValueError: the record is not a prompt.
+        """
+        key, encoder = self.turns.key, self.encoder
+        if record.get(key) is not None:
+            if not self.tokenizer.chat_template:
+                raise ValueError(
+                    f'"{key}" needs a tokenizer with a chat template; this one has none'
+                )
+            if not is_turns(record[key]):
+                raise ValueError(f'"{key}" is not a list of objects with role and content')
+            encoder = encoder or self._chat_encoder
+        if encoder is not None:
+            return encoder.prompt(record)
         text = self.format(record)
         if self.seq2seq:
             return list(self.tokenizer(text)["input_ids"])
-        from ditty_di.generation.sampling import prompt_ids
-
         return prompt_ids(self.tokenizer, text)
 
-    def shown(self, answer: dict[str, Any]) -> str:
-        """What somebody who typed a prompt wants to see: a text going on, or an answer alone."""
-        return answer["input"] + answer["text"] if self.continues else answer["text"].strip()
-
-    def _conversation(self, record: dict[str, Any]) -> list[int]:
-        key = self.turns.key
-        if not self.tokenizer.chat_template:
-            raise ValueError(f'"{key}" needs a tokenizer with a chat template; this one has none')
-        if not is_turns(record[key]):
-            raise ValueError(f'"{key}" is not a list of objects with role and content')
-        encoder = self.encoder or self._plain_encoder
-        return encoder.prompt(record)
-
     @cached_property
-    def _plain_encoder(self) -> Encoder:
-        from ditty_di.data.encoding import Encoder
+    def _chat_encoder(self) -> Encoder:
+        return encoding.Encoder(self.tokenizer)
 
-        return Encoder(self.tokenizer)
+    def shown(self, answer: dict[str, Any]) -> str:
+        """Return what to show who typed a prompt: the continued text, or the answer alone.
 
-
-def _input(record: dict[str, Any]) -> str:
-    if not isinstance(record.get("input"), str):
-        raise ValueError('it has no text as "prompt" or "input", and no "messages"')
-    return record["input"]
+        Args:
+            answer: the record with `input` and `text`.
+        """
+        return answer["input"] + answer["text"] if self.continues else answer["text"].strip()
 
 
 def read_prompts(path: str, prompts: Prompts) -> list[tuple[dict[str, Any], list[int]]]:
-    """Return the records of a file as they are asked, and their ids; blank lines are passed over.
+    """Return the records of a file as they are prompted, and their token ids.
 
-    The file is one of JSON objects or a table (`ditty_di.data.files.read_values`), or, with any
-    other suffix and content, of text: each line is a prompt. A `prompt` is taken as the `input`; a
-    record without `id` gets its position in the file, from 0.
+    The file has JSON objects or a table (`ditty_di.data.files.read_values`), or, with any other
+    suffix and content, text: each line is a prompt. Blank lines are skipped. A `prompt` is taken as
+    the `input`; a record without `id` gets its position in the file, from 0.
+
+    Args:
+        path: of the file.
+        prompts: encodes the records.
 
     Raises:
-        ValueError: lines that make no prompts, each with its number and the reason.
+        ValueError: lines that are not prompts, each with its number and the reason.
     """
     found: list[tuple[dict[str, Any], list[int]]] = []
     problems: list[str] = []
@@ -138,7 +154,7 @@ def read_prompts(path: str, prompts: Prompts) -> list[tuple[dict[str, Any], list
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ValueError(
-            f"{path} has lines that are no prompts:\n  " + "\n  ".join(problems[:10]) + more
+            f"{path} has lines that are not prompts:\n  " + "\n  ".join(problems[:10]) + more
         )
     if not found:
         raise ValueError(f'{path} has no prompts; write lines such as {{"prompt": "Once upon"}}')
@@ -155,10 +171,16 @@ def _values(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _record(value: Any) -> dict[str, Any]:
     if isinstance(value, ValueError):
-        raise ValueError(f"no JSON: {value}")
+        raise ValueError(f"not JSON: {value}")
     if not isinstance(value, dict):
-        raise ValueError('no object such as {"prompt": "Once upon"}')
+        raise ValueError('not an object such as {"prompt": "Once upon"}')
     record = dict(value)
     if isinstance(record.get("prompt"), str):
         record["input"] = record.pop("prompt")
     return record
+
+
+def _input(record: dict[str, Any]) -> str:
+    if not isinstance(record.get("input"), str):
+        raise ValueError('it has no text as "prompt" or "input", and no "messages"')
+    return record["input"]

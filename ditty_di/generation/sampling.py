@@ -1,28 +1,33 @@
-"""Plain autoregressive sampling: with nothing but `forward`, and so under any parallel layout."""
+"""Autoregressive sampling by the forward pass alone, and so under any parallel layout."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    Forward = Callable[[dict[str, Tensor]], Any]
+from transformers import PreTrainedTokenizerBase
 
 
 def logits_of(output: Any) -> Tensor:
-    """The output's `logits`, as Hugging Face models return them, or the output itself."""
+    """Return the output's `logits`, as of Hugging Face models, or the output itself.
+
+    Args:
+        output: of a model.
+    """
     return getattr(output, "logits", output)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt that is to be continued: no EOS behind it, and never none at all.
+    """Return the token ids of a text to continue: without EOS at the end, and at least one.
 
     An empty prompt becomes the BOS token, or EOS, which separates documents in training.
+
+    Args:
+        tokenizer: of the model.
+        prompt: the text.
 
     Raises:
         ValueError: an empty prompt, and a tokenizer that has neither token.
@@ -35,6 +40,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if not ids:
         raise ValueError("an empty prompt needs a tokenizer with a BOS or EOS token; write a word")
     return ids
+
+
+def until_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
+    """Return the ids up to and without the first one that ends a text.
+
+    Args:
+        ids: of a continuation.
+        ends: tokens that end a text.
+    """
+    return list(takewhile(lambda token: token not in ends, ids))
 
 
 @torch.no_grad()
@@ -52,11 +67,23 @@ def continuations(
     eos_token_id: int | Collection[int] | None = None,
     logits_of: Callable[[Any], Tensor] = logits_of,
 ) -> list[list[int]]:
-    """Return new tokens for each prompt, up to its first EOS (left out), of which there may be
-    several. `temperature` 0 is greedy.
+    """Return new tokens for each prompt, up to and without its first EOS.
 
-    For causal models: rows are padded on the right, where no earlier position looks. All forward
-    passes have one shape `[prompts, width]`, so that a compiled model is compiled once.
+    For causal models: rows are padded on the right, which no earlier position attends to. All
+    forward passes have one shape `[prompts, width]`, so that a compiled model is compiled once.
+
+    Args:
+        forward: the model; takes `{"input": ids}`.
+        prompts: token ids.
+        device: of the model.
+        max_new_tokens: per prompt.
+        temperature: 0 is greedy.
+        top_k: see `choose`.
+        top_p: see `choose`.
+        seed: of the sampling.
+        max_length: tokens that the model can see; None is no limit.
+        eos_token_id: one token that ends a text, or several.
+        logits_of: takes logits `[batch, seq, vocab]` out of the model's output.
     """
     if not prompts:
         return []
@@ -65,16 +92,15 @@ def continuations(
     width = min(longest, max_length or longest)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(max_new_tokens):
-        windows = [row[-width:] for row in rows]
-        ids = torch.tensor([w + [0] * (width - len(w)) for w in windows], device=device)
-        last = torch.tensor([len(w) - 1 for w in windows], device=device)
+        visible = [row[-width:] for row in rows]
+        ids = torch.tensor([r + [0] * (width - len(r)) for r in visible], device=device)
+        last = torch.tensor([len(r) - 1 for r in visible], device=device)
         logits = logits_of(forward({"input": ids}))[torch.arange(len(rows), device=device), last]
         chosen = choose(logits.float().cpu(), temperature, top_k, top_p, generator)
         for row, token in zip(rows, chosen.tolist(), strict=True):
             row.append(token)
-    new = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
     ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
-    return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
+    return [until_end(row[len(p) :], ends) for row, p in zip(rows, prompts, strict=True)]
 
 
 def choose(
@@ -84,16 +110,21 @@ def choose(
     top_p: float | None,
     generator: torch.Generator,
 ) -> Tensor:
-    """One token a row from logits `[rows, vocab]`: `[rows]`.
+    """Return one token for each row, int64 `[rows]`.
 
-    `top_k` keeps the k most likely; `top_p` the fewest whose probabilities reach p (Holtzman et
-    al. 2020, arXiv:1904.09751).
+    Args:
+        logits: `[rows, vocab]`.
+        temperature: 0 is greedy.
+        top_k: sample from the k most likely tokens; None from all.
+        top_p: sample from the fewest tokens whose probabilities reach p (Holtzman et al. 2020,
+            arXiv:1904.09751); None from all.
+        generator: of random numbers.
     """
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
+        kth = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]  # [rows, 1]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     probabilities = logits.softmax(-1)
     if top_p is not None:

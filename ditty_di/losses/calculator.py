@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ditty_di.batch import Batch, Context, MissingKey
+from ditty_di.contracts.grammar import Contract, as_contract
+from ditty_di.contracts.stages import contract_of_class, snake_case
 from ditty_di.losses.base import Loss
-from ditty_di.processors.base import Configured, as_contract, contract_of_class, snake_case
-from ditty_di.processors.contracts import Contract
+from ditty_di.processors.base import Configured
 from ditty_di.processors.outputs import predicted
 
 
@@ -42,7 +43,7 @@ class LossCalculator(Configured, Loss):
         target_key: context key, or path such as `"forward_kwargs.t"`, of the target.
         mask_key: context key, or path, of the mask; None for no mask.
         name: prefix of its metrics in a composite; None is the class name in snake case.
-        contract: what it reads (`ditty_di.processors.contracts`); None is the class attribute
+        contract: what it reads (`ditty_di.contracts.grammar`); None is the class attribute
             `contract`, or what the class method `contract_for` returns.
 
     Raises:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ditty_di import protocols
 from ditty_di.batch import Batch
+from ditty_di.contracts.grammar import Contract, as_contract
+from ditty_di.contracts.stages import snake_case
 from ditty_di.losses.base import Loss
 from ditty_di.losses.plain import as_loss
-from ditty_di.processors.base import as_contract, snake_case
-from ditty_di.processors.contracts import Contract
 
 #: Prefix of the attributes that hold the parts, so that modules among them are registered.
 _PART = "part_"

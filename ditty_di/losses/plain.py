@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ditty_di import protocols
 from ditty_di.batch import Batch
+from ditty_di.contracts.stages import snake_case
 from ditty_di.losses.base import Loss
-from ditty_di.processors.base import snake_case
 
 log = logging.getLogger(__name__)
 

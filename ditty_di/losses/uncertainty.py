@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ditty_di import protocols
 from ditty_di.batch import Batch
+from ditty_di.contracts.grammar import Contract
 from ditty_di.losses.composite import CompositeLoss, part_metrics, share
-from ditty_di.processors.contracts import Contract
 
 
 class UncertaintyWeightedLoss(CompositeLoss):

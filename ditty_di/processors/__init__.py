@@ -1,11 +1,11 @@
 """Processors around a model: `batch -> preprocessors -> model -> postprocessors -> loss`."""
 
 from ditty_di.batch import Context
+from ditty_di.contracts.check import Report, examine
+from ditty_di.contracts.grammar import Contract, ContractError
+from ditty_di.contracts.stages import Stage
 from ditty_di.processors.base import PostProcessor, PreProcessor
-from ditty_di.processors.chain import Report, Stage, examine
-from ditty_di.processors.contracts import Contract, ContractError
 from ditty_di.processors.keep_input import KeepInput
-from ditty_di.processors.stages import contract_of, pipeline
 from ditty_di.processors.teacher import Teacher
 from ditty_di.processors.workflow import Processors
 

@@ -2,54 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 from ditty_di.batch import Context
-from ditty_di.processors.contracts import Contract
-
-_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-
-
-def snake_case(name: str) -> str:
-    """Return `MSELoss` as `mse_loss`."""
-    return _WORD.sub("_", name).lower()
-
-
-def as_contract(contract: Any) -> Contract | None:
-    """Return the contract that a text describes; a contract or None is returned as it is.
-
-    Args:
-        contract: text, `Contract` or None.
-
-    Raises:
-        ContractError: the text cannot be parsed.
-    """
-    if contract is None or isinstance(contract, Contract):
-        return contract
-    return Contract.parse(contract)
-
-
-def contract_of_class(cls: type, arguments: Mapping[str, Any]) -> Contract | None:
-    """Return the contract of `cls(**arguments)`, or None for a class without one.
-
-    Args:
-        cls: class with a class method `contract_for(**arguments)` or an attribute `contract`; of
-            both, the one that comes first in the method resolution order is used.
-        arguments: arguments of its constructor.
-
-    Raises:
-        ContractError: the text cannot be parsed.
-    """
-    for base in inspect.getmro(cls):
-        if isinstance(vars(base).get("contract"), str | Contract):
-            return as_contract(vars(base)["contract"])
-        if "contract_for" in vars(base):
-            return as_contract(cls.contract_for(**arguments))  # type: ignore[attr-defined]
-    return None
+from ditty_di.contracts.grammar import Contract, as_contract
+from ditty_di.contracts.stages import contract_of_class, given_arguments, snake_case
 
 
 class Configured:
@@ -81,7 +39,7 @@ class Processor(Configured, ABC):
     """Base class of preprocessors and postprocessors.
 
     Args:
-        contract: what it reads and writes (`ditty_di.processors.contracts`); None is the class
+        contract: what it reads and writes (`ditty_di.contracts.grammar`); None is the class
             attribute `contract`, or what the class method `contract_for` returns. Without any the
             processor is not checked.
         name: name in messages; None is the class name in snake case.
@@ -124,25 +82,6 @@ class PostProcessor(Processor):
             output: the model's output, or what the processor before returned.
             ctx: the batch's context.
         """
-
-
-def given_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `cls(*args, **kwargs)` by name, without defaults.
-
-    Args:
-        cls: the class.
-        args: positional arguments.
-        kwargs: keyword arguments.
-    """
-    try:
-        bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)  # type: ignore[misc]
-    except (TypeError, ValueError):  # calling `__init__` reports what is wrong
-        return dict(kwargs)
-    given: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[1:]:
-        kind = bound.signature.parameters[name].kind
-        given.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
-    return given
 
 
 def _short(value: Any) -> str:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ditty_di.batch import Context
+from ditty_di.contracts.grammar import Contract
 from ditty_di.models.weights import materialize
 from ditty_di.processors.base import PreProcessor
-from ditty_di.processors.contracts import Contract
 from ditty_di.processors.outputs import predicted
 from ditty_di.protocols import WeightsFn
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ditty_di.batch import Batch, Context
+from ditty_di.contracts.check import Report, examine
+from ditty_di.contracts.grammar import Contract
+from ditty_di.contracts.render import drawn
+from ditty_di.contracts.runtime import BatchChecks, TensorChecks
+from ditty_di.contracts.stages import POST, PRE, Stage, pipeline
 from ditty_di.processors.base import PostProcessor, PreProcessor
-from ditty_di.processors.chain import POST, PRE, Report, Stage, examine
-from ditty_di.processors.contracts import Contract
-from ditty_di.processors.picture import drawn
-from ditty_di.processors.stages import pipeline
-from ditty_di.processors.tensors import BatchChecks, TensorChecks
 from ditty_di.protocols import Loss, Stateful
 
 NO_PAIR = """\
@@ -188,7 +188,7 @@ class Processors:
         loss: Any = None,
         model_contract: str | Contract | None = None,
     ) -> list[Stage]:
-        """Return the stages from loader to loss; see `ditty_di.processors.stages.pipeline`.
+        """Return the stages from loader to loss; see `ditty_di.contracts.stages.pipeline`.
 
         Args:
             loader: the data loader, or None.

@@ -46,10 +46,10 @@ def check(
     if checked.unread:
         print(f"  imported only, for they tell no signature: {', '.join(checked.unread)}")
     if "loss_fn" in graph.at(tuple(root.split(".")))[1]:
-        from ditty_di.processors import configured
-        from ditty_di.processors.picture import drawn
+        from ditty_di.contracts import from_config
+        from ditty_di.contracts.render import drawn
 
-        report = configured.check(graph, root, strict=strict)
+        report = from_config.check(graph, root, strict=strict)
         print(f"the pipeline of {root}, with what each stage takes -> gives:")
         print(textwrap.indent(drawn(report), "  "))
     for warning in graph.rehearse(root) if rehearse else ():

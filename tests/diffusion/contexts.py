@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ditty_di.processors.context import Context
+from ditty_di.batch import Context
 
 
 def context(images, labels, *, step=1, training=True):

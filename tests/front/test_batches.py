@@ -100,12 +100,12 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     "dataset, said",
     [
-        (DataLoader(Stream(), batch_size=2), "no rows by number|sampler"),
+        (DataLoader(Stream(), batch_size=2), "has sampler and an iterable dataset"),
         (DataLoader(ROWS, sampler=WeightedRandomSampler([1.0] * 10, 4)), "has sampler, which"),
         (DataLoader(ROWS, batch_sampler=[[0, 1]]), "has batch_sampler"),
         (DataLoader(ROWS, batch_size=None), "has batch_sampler"),
-        (Stream(), "Stream has no rows by number"),
-        (iter(ROWS), "no rows by number"),
+        (Stream(), "Stream is not a map-style dataset"),
+        (iter(ROWS), "is not a map-style dataset"),
     ],
 )
 def test_what_no_rank_could_share_is_an_error(dataset, said):
@@ -123,7 +123,7 @@ def test_what_is_a_loader_stays_itself():
 
 def test_labels_are_one_tensor():
     y = torch.ones(4)
-    with pytest.raises(TypeError, match=r"its labels are a tuple and no tensor; .*as"):
+    with pytest.raises(TypeError, match=r"its labels are a tuple, not a tensor; .*as"):
         Pairs(lambda rows: (torch.ones(4, 3), (y, y)))([])
 
 

@@ -194,7 +194,7 @@ def test_an_optimizer_and_a_schedule_of_ones_own():
     assert type(composed.trainer.optimizer) is torch.optim.SGD
     assert calls == [3]
     for options in ({"lr": 1.0}, {"weight_decay": 0.5}, {"use_8bit_optim": True}):
-        with pytest.raises(ValueError, match="are for the optimizer that is made here"):
+        with pytest.raises(ValueError, match="configure the default optimizer"):
             pipeline(optimizer=torch.optim.SGD, **options)
     with pytest.raises(TypeError, match="not a built SGD"):
         pipeline(optimizer=torch.optim.SGD(net().parameters())).run()
@@ -269,7 +269,7 @@ def test_float8_layers_take_the_place_of_linear_ones():
         ({"grad_accum": 0}, "grad_accum=0"),
         ({"push_to_hub": True}, "push_to_hub needs output_hub_repo"),
         ({"merge_adapters": True}, "merge_adapters needs a model with peft_config"),
-        ({"optim_backend": "adam"}, "optim_backend='adam' is none of torchao, bnb"),
+        ({"optim_backend": "adam"}, "optim_backend='adam' is not one of torchao, bnb"),
         ({"fp16": True, "use_bfloat16": True}, "ask for fp16 and bf16; write one"),
         (
             {"fp16": True, "accelerator_kwargs": {"mixed_precision": "fp8"}},
@@ -293,7 +293,7 @@ def test_epochs_need_to_know_how_many_rows_there_are():
             while True:
                 yield {"input": torch.ones(2, 16)}, torch.ones(2, 1)
 
-    with pytest.raises(ValueError, match=r"nobody knows how many rows.*max_steps"):
+    with pytest.raises(ValueError, match=r"no dataset to count rows of.*max_steps"):
         pipeline(dataset=Endless(), max_steps=None, epochs=1).run()
     assert pipeline(dataset=Endless()).run() is not None
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 from torch import nn
 
+from ditty_di.contracts.stages import snake_case
 from ditty_di.processors import Contract, ContractError, PostProcessor, PreProcessor
-from ditty_di.processors.base import snake_case
 
 
 class AddNoise(PreProcessor):

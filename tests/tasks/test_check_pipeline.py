@@ -9,10 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
+from ditty_di.contracts.check import examine
+from ditty_di.contracts.from_config import stages
+from ditty_di.contracts.grammar import Entry
+from ditty_di.contracts.stages import LOSS, Stage
 from ditty_di.graph import ConfigError, Graph, provenance
-from ditty_di.processors.chain import LOSS, Stage, examine
-from ditty_di.processors.configured import stages
-from ditty_di.processors.contracts import Entry
 from ditty_di.tasks.inspect import check
 
 HEAD = """\
@@ -79,7 +80,7 @@ MUTATIONS = {
     "a contract that cannot be read": (
         "own.yaml:4",
         "diffusion:\n  {noise}: {contract: " + NOISE.format("n:f9") + "}\n",
-        r"'f9' is no dtype",
+        r"'f9' is not a dtype",
     ),
 }
 
@@ -170,13 +171,19 @@ class NoProcess:
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ("trainer: {preprocessors: [mine.Scale]}", r"preprocessors.0: 'mine.Scale': is no object"),
-        ("trainer: {postprocessors: [null]}", r"postprocessors.0: None: is no object"),
+        (
+            "trainer: {preprocessors: [mine.Scale]}",
+            r"preprocessors.0: 'mine.Scale': is not an",
+        ),
+        ("trainer: {postprocessors: [null]}", r"postprocessors.0: None: is not an object"),
         (
             f"trainer: {{preprocessors: [{{_target_: {__name__}.NoProcess}}]}}",
             r"preprocessors.0: .*has no process; write a node",
         ),
-        ("trainer: {callbacks: {mine: ema}}", r"callbacks.mine: 'ema': is no object of such"),
+        (
+            "trainer: {callbacks: {mine: ema}}",
+            r"callbacks.mine: 'ema': is not an object",
+        ),
         (
             f"trainer: {{callbacks: {{mine: {{_target_: {__name__}.NoProcess}}}}}}",
             r"callbacks.mine: .*has no train_start, step_end",

@@ -192,11 +192,13 @@ def test_bad_lines_are_named_with_their_number(tokenizer, tmp_path):
     with pytest.raises(ValueError) as error:
         read_prompts(str(path), making)
     lines = str(error.value).splitlines()
-    assert lines[0] == f"{path} has lines that are no prompts:"
+    assert lines[0] == f"{path} has lines that are not prompts:"
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
         f"line {n}" for n in (3, 4, 5, 6, 7, 8)
     ]
-    assert "no JSON" in lines[1] and "no object" in lines[2] and "needs a tokenizer" in lines[6]
+    assert (
+        "not JSON" in lines[1] and "not an object" in lines[2] and "needs a tokenizer" in lines[6]
+    )
     assert 'it has no text as "prompt" or "input"' in lines[4]
     path.write_text('{"prompt": "x\u2028y", "id": "q"}\n\n{"input": "", "output": "z"}\n')
     found = read_prompts(str(path), making)

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ditty_di.contracts.check import compatible
+from ditty_di.contracts.render import drawn
 from ditty_di.processors import Contract, ContractError, Stage, examine
-from ditty_di.processors.chain import compatible
-from ditty_di.processors.picture import drawn
-from tests.processors.test_contracts import contracts
+from tests.contracts.test_grammar import contracts
 
 DIFFUSION = {
     "loader": "-> x:4:f, y:1:i64 | ctx.target:1:i64",

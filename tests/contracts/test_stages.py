@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ditty_di.contracts.grammar import as_contract
 from ditty_di.data import PackedCollate, PaddingFreeCollate
 from ditty_di.losses import (
     CompositeLoss,
@@ -14,8 +15,7 @@ from ditty_di.losses import (
     LossOutput,
     MSELoss,
 )
-from ditty_di.processors import PreProcessor, Teacher, contract_of, examine, pipeline
-from ditty_di.processors.base import as_contract
+from ditty_di.processors import KeepInput, PreProcessor, Teacher, contract_of, examine, pipeline
 
 HERE = __name__
 
@@ -63,6 +63,11 @@ class Silent(LossCalculator):
         return LossOutput(self.get_prediction(model_output).mean(), {})
 
 
+class Kept(KeepInput):
+    def __init__(self):
+        super().__init__(key="height")
+
+
 class Net(nn.Module):
     contract = "x:2:f -> logits:2:f"
 
@@ -84,7 +89,6 @@ def test_a_contract_is_found_without_building():
     assert found(Attribute) == "x:1:f -> x:1:f"
     assert found(Attribute, contract="z:2 -> z:2") == "z:2 -> z:2"
     assert found(Attribute, contract=None) == "x:1:f -> x:1:f"
-    assert found(Literal) == "batch:3:i64 -> batch:3:i64 | ctx.my_key:0:i64"
     assert found(Default) == "y:1:f -> y:1:f"
     assert found(Made) == "-> | ctx.k:1:f"
     assert found(Made, key="q") == "-> | ctx.q:1:f"
@@ -100,12 +104,10 @@ def test_a_contract_is_found_without_building():
 def test_what_is_found_is_what_the_object_has():
     for target, kwargs in (
         (Attribute, {}),
-        (Literal, {}),
         (Default, {}),
         (Made, {"key": "q"}),
         (MSELoss, {"output_index": 2, "mask_key": "m"}),
         (MSELoss, {"contract": "eps:4:f | ctx.noise:4:f -> loss:0:f"}),
-        (Fixed, {}),
         (CrossEntropyLoss, {"output": "logits"}),
         (OfItsOwn, {}),
         (PackedCollate, {"varlen": False}),
@@ -116,12 +118,22 @@ def test_what_is_found_is_what_the_object_has():
         assert contract_of(target, kwargs) == as_contract(target(**kwargs).contract)
 
 
+def test_what_a_constructor_passes_on_by_itself_only_the_object_knows():
+    for target, text in (
+        (Literal, "batch:3:i64 -> batch:3:i64 | ctx.my_key:0:i64"),
+        (Fixed, "1:n:f | ctx.height:n:f -> loss:0:f"),
+    ):
+        assert found(target) is None
+        assert str(pipeline(loss=target())[-1].contract) == text
+    assert found(Kept) is None and Kept().contract is None, "and not that of another key"
+
+
 def test_nodes_and_objects_make_the_same_pipeline():
     def node(target, **kwargs):
         return {"_target_": f"{target.__module__}.{target.__qualname__}", **kwargs}
 
     from_nodes = pipeline(
-        preprocessors=[node(Literal), node(Made, key="q", name="other")],
+        preprocessors=[node(Attribute), node(Made, key="q", name="other")],
         model=node(Net),
         loss=node(
             CompositeLoss,
@@ -134,7 +146,7 @@ def test_nodes_and_objects_make_the_same_pipeline():
         key="",
     )
     from_objects = pipeline(
-        preprocessors=[Literal(), Made("q", name="other")],
+        preprocessors=[Attribute(), Made("q", name="other")],
         model=Net(),
         loss=CompositeLoss(
             [(MSELoss(target_key="q"), 1.0), (MSELoss(), 0.5), (CrossEntropyCalculator(), 0)]
@@ -142,7 +154,7 @@ def test_nodes_and_objects_make_the_same_pipeline():
     )
     assert from_nodes == from_objects
     assert [part.name for part in from_nodes[-1].parts] == ["mse_loss", "mse_loss_2"]
-    assert str(from_nodes[1]) == "preprocessor literal"
+    assert str(from_nodes[1]) == "preprocessor attribute"
     assert from_nodes[2].name == "other"
 
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from ditty_di.contracts.from_config import check, report
 from ditty_di.graph import ConfigError, Graph
-from ditty_di.processors.configured import check, report
 
-STAGES = "tests.processors.test_stages"
+STAGES = "tests.contracts.test_stages"
 CONFIG = {
     "key": "noise",
     "pre": {"_target_": f"{STAGES}.Made", "key": "${key}"},
