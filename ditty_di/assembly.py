@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def weights_of(model: nn.Module, weights: WeightsFn | None) -> WeightsFn | None:
+    """Return `weights`, or without any the model's own `default_weights` if it is on meta."""
+    if weights is None and is_meta(model):
+        return getattr(model, "default_weights", None)
+    return weights
+
+
 def place_model(
     model: nn.Module,
     *,
@@ -53,11 +60,13 @@ def place_model(
     Raises:
         ValueError: a slot that is missing for this layout, or a tensor left without a value.
     """
+    weights = weights_of(model, weights)
     if is_meta(model):
         if weights is None:
             raise ValueError(
                 "weights: the model is on the meta device, so something must fill it; pass "
-                "weights=partial(ditty_di.models.weights.initialize, ...) or a model with values"
+                "weights=partial(ditty_di.models.weights.initialize, ...), a model with values, or a "
+                "model whose attribute default_weights is such a function"
             )
     else:
         model.to(runtime.device)

@@ -126,6 +126,12 @@ class SchedulerFactory(Protocol):
     def __call__(self, optimizer: torch.optim.Optimizer, /) -> LRScheduler: ...
 
 
+class GradScalerFactory(Protocol):
+    """Make the gradient scaler for a device type, such as `cuda`."""
+
+    def __call__(self, *, device: str) -> torch.amp.GradScaler: ...
+
+
 class ModelTransform(Protocol):
     """Changes a model before it is parallelised: quantises, adds adapters, converts layers.
 

@@ -52,19 +52,21 @@ class Trainer(Stepping):
         model: any `nn.Module`, on meta (then `weights` fills it) or with its values.
         loss_fn, optimizer, lr_scheduler, dataloader, weights, parallelize_fn, pipeline_fn,
             validator, checkpointer, metrics: see `ditty_di.protocols`. Without an `lr_scheduler`
-            the learning rate is constant. A `loss_fn` may be any callable of output and labels
-            that returns a mean over rows (`ditty_di.losses.PlainLoss`).
+            the learning rate is constant. Without `weights` a model on meta is filled by its own
+            attribute `default_weights`, if it has one. A `loss_fn` may be any callable of output
+            and labels that returns a mean over rows (`ditty_di.losses.PlainLoss`).
         steps: optimizer steps in all; what a resumed run has done already counts.
         runtime: device, ranks and seeds; a default one when None.
         global_batch_size: rows an optimizer step over all ranks; None is one micro-batch a rank.
         max_norm: gradients are clipped to this global L2 norm; `inf` only measures it.
         max_skipped_steps: how many windows without a finite loss and gradient (or without a
             single label) may be passed over, with no update on any rank, before training fails.
-        grad_scaler: `torch.amp.GradScaler` for float16; its overflows are not counted as skipped.
+        grad_scaler: `torch.amp.GradScaler` for float16, or a partial of it that lacks `device`;
+            its overflows are not counted as skipped.
         profiler: a partial of `torchtitan.tools.profiler.Profiler`, started with the first step.
         preprocessors, postprocessors: what a batch passes before the model, and the model's output
             before the loss (`ditty_di.processors`).
-        model_contract: what the model takes and gives, where its class does not say.
+        model_contract: inputs and outputs of the model; None is its attribute `contract`, if any.
         contracts: `static` follows them from the loader to the loss before anything is built on
             them; `runtime` compares them with the tensors of the first batch as well, and
             `every_batch` with those of every one.
@@ -96,7 +98,7 @@ class Trainer(Stepping):
         validator: protocols.ValidatorFactory | None = None,
         checkpointer: protocols.CheckpointerFactory | None = None,
         metrics: protocols.Metrics | None = None,
-        grad_scaler: torch.amp.GradScaler | None = None,
+        grad_scaler: torch.amp.GradScaler | protocols.GradScalerFactory | None = None,
         profiler: protocols.ProfilerFactory | None = None,
         preprocessors: Sequence[PreProcessor] = (),
         postprocessors: Sequence[PostProcessor] = (),
@@ -149,6 +151,7 @@ class Trainer(Stepping):
                 "loss": loss_fn,
             },
         )
+        weights = assembly.weights_of(model, weights)
         loss_fn = place_loss(loss_fn, runtime, parallelize_loss_fn)
         self.loss_fn = self.processors.before(loss_fn)
         self.model_config = getattr(model, "config", None)
@@ -168,6 +171,8 @@ class Trainer(Stepping):
         self.optimizers = Optimizers(optimizer, self.model_parts, self.loss_parameters.named)
         self.optimizer = self.optimizers.optimizer
         self.lr_schedulers = Schedulers(lr_scheduler, self.optimizer)
+        if callable(grad_scaler):
+            grad_scaler = grad_scaler(device=self.device.type)
         self.grad_scaler = grad_scaler or torch.amp.GradScaler(self.device.type, enabled=False)
 
         self.dataloader = assembly.place_dataloader(dataloader, runtime)

@@ -29,6 +29,7 @@ from ditty_di.losses import CrossEntropyLoss
 from ditty_di.metrics import Validator
 from ditty_di.models.weights import hugging_face, initialize
 from ditty_di.optim.schedules import constant, cosine
+from ditty_di.processors import ContractError
 from ditty_di.runtime import Runtime, seed_everything
 from ditty_di.trainer import InheritedConfig, Trainer
 from tests.distributed.cases import Ragged, Recorder, make_trainer, tiny_llama
@@ -602,6 +603,35 @@ def test_an_optimizer_of_other_parameters_is_refused(runtime):
     stale = nn.Linear(2, 4)
     with pytest.raises(ValueError, match="not trainable parameters of the model"):
         small(runtime, optimizer=lambda named: torch.optim.SGD(stale.parameters(), lr=1.0))
+
+
+def test_a_model_brings_its_own_weights_and_contract(runtime):
+    def zeros(model, /, *, device):
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.zero_()
+
+    def slots(**attributes):
+        model = tiny_llama()
+        for name, value in attributes.items():
+            setattr(model, name, value)
+        return {"model": model, "loss_fn": CrossEntropyLoss(output="logits")}
+
+    filled = small(runtime, **slots(default_weights=zeros))
+    assert not any(p.any() for p in filled.model_parts[0].parameters())
+    random = partial(initialize, init=hugging_face)
+    other = small(runtime, **slots(default_weights=zeros), weights=random)
+    assert any(p.any() for p in other.model_parts[0].parameters())
+    assert small(runtime, model=nn.Linear(2, 4)).train()["step"] == 5
+    with pytest.raises(ContractError, match="logits"):
+        small(runtime, **slots(default_weights=zeros, contract="0:2:i64 -> odd:3:f"))
+
+
+def test_a_scaler_may_be_a_partial_that_lacks_the_device(runtime):
+    scaler = partial(torch.amp.GradScaler, init_scale=8.0, growth_interval=2)
+    trainer = small(runtime, grad_scaler=scaler, steps=4)
+    trainer.train()
+    assert trainer.grad_scaler.get_scale() == 32.0
 
 
 def test_weights_that_leave_a_tensor_unset_are_refused(runtime):
