@@ -65,8 +65,8 @@ def place_model(
         if weights is None:
             raise ValueError(
                 "weights: the model is on the meta device, so something must fill it; pass "
-                "weights=partial(ditty_di.models.weights.initialize, ...), a model with values, or a "
-                "model whose attribute default_weights is such a function"
+                "weights=partial(ditty_di.models.weights.initialize, ...), a model with values, or "
+                "one whose attribute default_weights is such a function"
             )
     else:
         model.to(runtime.device)
