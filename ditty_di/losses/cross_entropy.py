@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditty_di.processors.base import contract_of_class
+from ditty_di.processors.outputs import predicted
 
 if TYPE_CHECKING:
     from ditty_di.protocols import Batch
@@ -18,8 +20,9 @@ class CrossEntropyLoss(nn.Module):
     """Cross-entropy in nats a valid label.
 
     Args:
-        output: attribute of the model's output that holds the logits (`logits` for Hugging Face
-            models); None when the output is the logits.
+        output: the logits in the model's output: an attribute (`logits` for Hugging Face models),
+            or a position (0 is also an output that is one tensor); None when the output is the
+            logits.
         shift: compare position t with label t + 1, for labels that are a copy of the input.
         ignore_index: labels with this value weigh nothing.
 
@@ -29,17 +32,20 @@ class CrossEntropyLoss(nn.Module):
     contract: Any = None
 
     def __init__(
-        self, *, output: str | None = None, shift: bool = False, ignore_index: int = -100
+        self, *, output: str | int | None = None, shift: bool = False, ignore_index: int = -100
     ) -> None:
         super().__init__()
         self.shift, self.ignore_index = shift, ignore_index
-        self._logits = attrgetter(output) if output else _itself
+        if isinstance(output, int):
+            self._logits: Any = partial(predicted, index=output)
+        else:
+            self._logits = attrgetter(output) if output else _itself
         self.contract = contract_of_class(type(self), {"output": output})
 
     @classmethod
-    def contract_for(cls, *, output: str | None = None, **others: Any) -> str | None:
+    def contract_for(cls, *, output: str | int | None = None, **others: Any) -> str | None:
         """See `ditty_di.processors.contracts`; an `output` further inside has no name there."""
-        if output and "." in output:
+        if isinstance(output, str) and "." in output:
             return None
         return f"{output or 0}:n+1:f | ctx.target:n:i64 -> loss:0:f"
 
