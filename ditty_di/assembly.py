@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         DataLoader,
         DataLoaderFactory,
         Loss,
+        ModelTransform,
         ParallelizeFn,
         PipelineFn,
         Stateful,
@@ -42,6 +43,14 @@ def weights_of(model: nn.Module, weights: WeightsFn | None) -> WeightsFn | None:
     if weights is None and is_meta(model):
         return getattr(model, "default_weights", None)
     return weights
+
+
+def prepare_model(model: nn.Module, convert: ModelTransform | None, loss_fn: Any) -> nn.Module:
+    """Return the model with converted layers, and as the loss needs it (`Loss.prepare_model`)."""
+    if convert is not None:
+        model = convert(model)
+    prepare = getattr(loss_fn, "prepare_model", None)
+    return prepare(model) if prepare is not None else model
 
 
 def place_model(

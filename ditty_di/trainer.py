@@ -55,6 +55,8 @@ class Trainer(Stepping):
             the learning rate is constant. Without `weights` a model on meta is filled by its own
             attribute `default_weights`, if it has one. A `loss_fn` may be any callable of output
             and labels that returns a mean over rows (`ditty_di.losses.PlainLoss`).
+        convert: replaces layers of the model, such as linear layers by float8 ones
+            (`ditty_di.precision`), before the loss prepares it and it is parallelized.
         steps: optimizer steps in all; what a resumed run has done already counts.
         runtime: device, ranks and seeds; a default one when None.
         global_batch_size: rows an optimizer step over all ranks; None is one micro-batch a rank.
@@ -93,6 +95,7 @@ class Trainer(Stepping):
         lr_scheduler: protocols.SchedulerFactory | None = None,
         runtime: Runtime | None = None,
         weights: protocols.WeightsFn | None = None,
+        convert: protocols.ModelTransform | None = None,
         parallelize_fn: protocols.ParallelizeFn | None = None,
         pipeline_fn: protocols.PipelineFn | None = None,
         validator: protocols.ValidatorFactory | None = None,
@@ -139,6 +142,7 @@ class Trainer(Stepping):
         self.last_loss: float | None = None
         self.stopped: str | None = None
 
+        model = assembly.prepare_model(model, convert, loss_fn)
         self.callbacks = Callbacks(callbacks or {})
         self.processors = assembly.place_processors(
             Processors(preprocessors, postprocessors),

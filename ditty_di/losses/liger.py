@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ditty_di.losses.deferred import DeferredOutput, Head, defer_head
 from ditty_di.losses.linear_cross_entropy import labelled
 
 if TYPE_CHECKING:
-    from ditty_di.losses.deferred import DeferredOutput, Head
     from ditty_di.protocols import Batch
 
 
@@ -52,6 +52,8 @@ class LigerLinearCrossEntropyLoss(nn.Module):
             ) from None
         self._dtype = getattr(torch, accum_dtype) if accum_dtype else None
         self._fused: Any = LigerFusedLinearCrossEntropyLoss
+
+    prepare_model = staticmethod(defer_head)
 
     def count(self, batch: Batch, /) -> Tensor:
         """Valid labels of the batch, shape `[]`, int64."""

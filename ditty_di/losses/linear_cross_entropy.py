@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ditty_di.losses.deferred import DeferredOutput, Head, defer_head
+
 if TYPE_CHECKING:
-    from ditty_di.losses.deferred import DeferredOutput, Head
     from ditty_di.protocols import Batch
 
 
@@ -37,6 +38,8 @@ class LinearCrossEntropyLoss(nn.Module):
         if chunk_tokens < 1:
             raise ValueError(f"loss.chunk_tokens={chunk_tokens} must be at least 1")
         self.chunk_tokens, self.ignore_index = chunk_tokens, ignore_index
+
+    prepare_model = staticmethod(defer_head)
 
     def count(self, batch: Batch, /) -> Tensor:
         """Valid labels of the batch, shape `[]`, int64."""

@@ -128,7 +128,9 @@ def contract_of(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> Contra
     arguments = _arguments(target, kwargs)
     if arguments.get("contract") is not None:
         return as_contract(arguments["contract"])
-    return contract_of_class(target, arguments) if inspect.isclass(target) else None
+    if inspect.isclass(target):
+        return contract_of_class(target, arguments)
+    return as_contract(getattr(target, "__dict__", {}).get("contract"))  # of a function
 
 
 def _call(method: str, target: Any, kwargs: Mapping[str, Any]) -> Any:

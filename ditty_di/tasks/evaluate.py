@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ditty_di.processors import PostProcessor, PreProcessor
-    from ditty_di.protocols import Batch, Loss, ParallelizeFn, ValidatorFactory, WeightsFn
+    from ditty_di.protocols import Batch, Loss, ModelTransform, ParallelizeFn, ValidatorFactory, WeightsFn
     from ditty_di.runtime import Runtime
 
 
@@ -21,6 +21,7 @@ def evaluate(
     loss_fn: Loss,
     validator: ValidatorFactory | None,
     weights: WeightsFn | None = None,
+    convert: ModelTransform | None = None,
     loss_weights: Callable[[Loss], None] | None = None,
     preprocessors: Sequence[PreProcessor] = (),
     postprocessors: Sequence[PostProcessor] = (),
@@ -29,7 +30,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Validates once, on the same batches and with the same loss as training did.
 
-    Processors see step 0 of 1. `loss_weights` fills the parameters of a loss that has some, as
+    Processors see step 0 of 1. `convert` is what the trainer was given. `loss_weights` fills the parameters of a loss that has some, as
     `ditty_di.checkpoint.read.load_loss` does.
 
     Returns what the validator does, and `objective`, its loss; empty-handed (`status`
@@ -40,7 +41,7 @@ def evaluate(
     """
     if validator is None:
         raise ValueError("evaluate: this run has no validator; add validator=default, or loss_only")
-    from ditty_di.assembly import place_model, place_processors, to_device
+    from ditty_di.assembly import place_model, place_processors, prepare_model, to_device
     from ditty_di.gradients import place_loss
     from ditty_di.isolation import check_rows, isolation_of
     from ditty_di.losses.plain import as_loss
@@ -48,6 +49,7 @@ def evaluate(
     from ditty_di.runtime import Runtime
 
     runtime = runtime or Runtime()
+    model = prepare_model(model, convert, loss_fn)
     processors = place_processors(
         Processors(preprocessors, postprocessors),
         runtime=runtime,
