@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-FEW = "trainer.callbacks.sample_text.max_new_tokens=2"
+FEW = "data.sample_text.max_new_tokens=2"
 #: Makes a training of seconds; goes behind what the README says, before its own values.
 SMALL = (
     f"steps=3 data.seq_len=96 validator.max_batches=1 {FEW} model.{{layers}}=1 global_batch_size=16"
@@ -57,7 +57,7 @@ FINE_TUNING, ANY_MODEL, VERBS = (
     [line.split("#")[0].strip() for line in block.splitlines()] for block in blocks("bash")
 )
 #: A fine-tuning of seconds.
-SHORT = "steps=2 validator.max_batches=1 global_batch_size=16 checkpointer.every=null"
+SHORT = "steps=2 validator.max_batches=1 global_batch_size=16 checkpoint.every=null"
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def labelled(
         raise TypeError(
             f"loss: {type(loss_fn).__name__} works on hidden states and a head, but the model "
             f"returned {type(output).__name__}, which has none; defer the head with "
-            f"model.head={{_target_: ditty_di.losses.deferred_head, _partial_: true}}, or choose "
+            f"ditty_di.losses.deferred_head(model) (the trainer does it), or choose "
             f"a loss on logits, such as loss=causal_lm"
         ) from None
     head.gather()
