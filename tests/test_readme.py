@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 READMES = sorted(
     path for path in [ROOT / "README.md", *(ROOT / "ditty_di").rglob("README.md")]
 )  # fmt: skip
-SAMPLE = "trainer.callbacks.sample_text.max_new_tokens=2"
+SAMPLE = "data.sample_text.max_new_tokens=2"
 #: A pretraining of seconds. Put before what a README says, which then counts.
 SMALL = f"steps=3 data.seq_len=96 validator.max_batches=1 global_batch_size=16 {SAMPLE}"
 #: A fine-tuning, or any other experiment, of seconds. Put behind what a README says.

@@ -20,7 +20,9 @@ CONFIG = {
         value: 1.0
         note: nothing
         debug: false
-        resume: {ignore: [run, note, launcher, resume, load, debug]}
+        run: outputs/${name}/${now:%Y-%m-%d_%H-%M-%S}
+        resume: {allow: [], ignore: [run, note, launcher, resume, load, debug]}
+        allow_unread: []
         """,
     "task/finish.yaml": """
         _target_: tests.toy_tasks.finish

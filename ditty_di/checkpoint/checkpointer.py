@@ -51,7 +51,7 @@ class Checkpointer:
     @staticmethod
     def validate(*, every: int | None = None, keep: int | None = None) -> None:
         wrong = [
-            f"checkpointer.{name}={value}: use 1 or more, or null for no limit"
+            f"checkpoint.{name}={value}: use 1 or more, or null for no limit"
             for name, value in (("every", every), ("keep", keep))
             if value is not None and value < 1
         ]

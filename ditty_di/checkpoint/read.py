@@ -129,7 +129,8 @@ def from_checkpoint(
     Args:
         path: see `load_model`.
         initialize: called first, for what no checkpoint has (buffers that are not saved, such as
-            rotary frequencies), and for the base of a checkpoint that holds adapters only.
+            rotary frequencies), and for the base of a checkpoint that holds adapters only. None is
+            the model's own `default_weights`, if it has them.
         check_base: refuse adapters of another base than `initialize` reads.
         averages: the name of a callback that averaged weights (`ditty_di.callbacks.EMA`), whose
             averages are taken instead of the weights.
@@ -137,6 +138,7 @@ def from_checkpoint(
     Raises:
         CheckpointError: see `load_model`; another base, or none that says what it is; no averages.
     """
+    initialize = initialize or getattr(model, "default_weights", None)
     there = read_base(path)
     if there is not None and check_base:
         _require_base(path, there, getattr(initialize, "identity", None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,14 +80,20 @@ def parse(arguments: Sequence[str]) -> Command:
     sweep = parsed.multirun or value_of(parsed.overrides, "hydra.mode") == "MULTIRUN"
     config_dirs = [str(Path(parsed.config_dir).absolute())] if parsed.config_dir else []
     groups = functools.partial(_groups, config_dirs)
-    overrides = normalise(parsed.overrides, sweep=sweep, groups=groups)
+    config_name = parsed.config_name or "config"
+
+    def in_defaults(group: str) -> bool:
+        folders = [*searchpath.user_dirs(config_dirs), searchpath.conf_dir()]
+        return searchpath.in_defaults(group, config_name, folders)
+
+    overrides = normalise(parsed.overrides, sweep=sweep, groups=groups, in_defaults=in_defaults)
     as_text = unreadable(overrides)
     command = Command(
         options=options,
         overrides=[as_text.get(override, override) for override in overrides],
         unreadable={text: typed for typed, text in as_text.items()},
         as_typed=dict(zip(overrides, parsed.overrides, strict=True)),
-        config_name=parsed.config_name or "config",
+        config_name=config_name,
         config_dirs=config_dirs,
         sweep=sweep,
     )
@@ -126,6 +133,7 @@ def _take_run(command: Command, chosen_config: bool) -> None:
     run = command.run = RunDirectory(given)
     if run.is_run():
         stored = run.read_command()
+        _refuse_earlier_version(run)
         typed = without(command.overrides, "run")
         command.overrides = merge(without(stored["overrides"], *_ONCE), typed)
         command.typed = command.overrides[len(command.overrides) - len(typed) :]
@@ -143,11 +151,21 @@ def _take_run(command: Command, chosen_config: bool) -> None:
     elif not chosen_config and not _chooses(command):
         raise ConfigError(
             f"run={run}: no such run{nearest(run.path)}\n"
-            f"to start a new run there, say which: +experiment={DEFAULT_EXPERIMENT} "
+            f"to start a new run there, say which: experiment={DEFAULT_EXPERIMENT} "
             f"{argument('run', str(run))}"
         )
     command.overrides = without(command.overrides, "run")
     command.overrides.append(f"run={quoted(literal(str(run.path)))}")
+
+
+def _refuse_earlier_version(run: RunDirectory) -> None:
+    """Raise ConfigError for a run whose configuration has other keys than today's."""
+    if re.search("^checkpointer:", run.config.read_text(encoding="utf-8"), re.MULTILINE):
+        raise ConfigError(
+            f"run={run}: this run was written by an earlier version of ditty_di, whose "
+            "configuration had other keys (such as checkpointer); resume it with that version, or "
+            "start a new run"
+        )
 
 
 def _groups(config_dirs: Sequence[str]) -> Collection[str]:
@@ -184,12 +202,12 @@ def _usable(run: RunDirectory) -> bool:
 
 def _take_experiment(command: Command, chosen_config: bool) -> None:
     experiment = value_of(command.overrides, "experiment")
-    if experiment in ("null", ""):
+    if experiment in ("none", "null", ""):
         command.overrides = without(command.overrides, "experiment")
     elif experiment is None and not chosen_config:
         folders = searchpath.user_dirs(command.config_dirs)
         if not any((folder / "config.yaml").is_file() for folder in folders):
-            command.overrides.insert(0, f"+experiment={DEFAULT_EXPERIMENT}")
+            command.overrides.insert(0, f"experiment={DEFAULT_EXPERIMENT}")
 
 
 def patched(base: Any, old: Any, new: Any) -> Any:

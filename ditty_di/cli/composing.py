@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ditty_di._graph.errors import ConfigError, Problem
 from ditty_di._graph.targets import TargetError, locate
-from ditty_di.cli import searchpath
+from ditty_di.cli import no_choice, searchpath
 from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import is_sweep, value_of, without
 
@@ -34,11 +34,13 @@ class UserFolders(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in reversed(searchpath.user_dirs(self.command.config_dirs)):
             search_path.prepend("user", f"file://{folder}")
+        search_path.append("no choice", no_choice.PATH)
 
 
 def register(command: Command) -> None:
     """From here on, what Hydra composes in this process may come from the command's folders."""
     UserFolders.command = command
+    no_choice.register()
     Plugins.instance().register(UserFolders)
 
 

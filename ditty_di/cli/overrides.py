@@ -109,15 +109,39 @@ def normalise(
     *,
     sweep: bool,
     groups: Callable[[], Collection[str]] = _shipped_groups,
+    in_defaults: Callable[[str], bool] = lambda group: True,
 ) -> list[str]:
-    """`experiment=x` becomes `+experiment=x`; values that are plainly text are quoted.
+    """Return the overrides as Hydra takes them.
 
-    `groups` are those of the configuration: what is wrong with a choice, Hydra says itself.
+    `GROUP=null` becomes `GROUP=none`, for Hydra refuses null; `experiment=x` and `+experiment=x`
+    become what the defaults list needs; values that are plainly text are quoted.
+
+    Args:
+        overrides: as typed.
+        sweep: whether values with commas are several values.
+        groups: those of the configuration. Hydra reports what is wrong with a choice.
+        in_defaults: whether the defaults list has a group.
     """
     return [
-        f"+{o}" if o.startswith("experiment=") else o
-        for o in (_quote_text(override, sweep, groups) for override in overrides)
+        _experiment(_no_choice(_quote_text(override, sweep, groups), groups), in_defaults)
+        for override in overrides
     ]
+
+
+def _no_choice(override: str, groups: Callable[[], Collection[str]]) -> str:
+    """Replace null by `none` in a choice of a group, which may be one value of a sweep."""
+    key, equals, value = override.partition("=")
+    if "null" not in value or key.startswith("~") or key_of(override) not in groups():
+        return override
+    names = ("none" if name.strip() == "null" else name for name in value.split(","))
+    return f"{key}{equals}{','.join(names)}"
+
+
+def _experiment(override: str, in_defaults: Callable[[str], bool]) -> str:
+    """Give the choice of an experiment the sign that the defaults list needs."""
+    if key_of(override) != "experiment" or override.startswith("~"):
+        return override
+    return override.lstrip("+") if in_defaults("experiment") else f"+{override.lstrip('+')}"
 
 
 def _quote_text(override: str, sweep: bool, groups: Callable[[], Collection[str]]) -> str:

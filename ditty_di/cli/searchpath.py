@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import yaml
 
 
 def conf_dir() -> Path:
@@ -30,13 +32,26 @@ def user_dirs(config_dirs: Iterable[str | Path] = ()) -> list[Path]:
     return found
 
 
+def in_defaults(group: str, config_name: str, folders: Sequence[Path]) -> bool:
+    """Return whether the defaults list of a configuration, or of one that it names, has a group."""
+    file = next((f for d in folders if (f := d / f"{config_name}.yaml").is_file()), None)
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file is not None else None
+    listed = content.get("defaults") if isinstance(content, dict) else None
+    return any(
+        group in entry
+        if isinstance(entry, dict)
+        else entry not in ("_self_", config_name) and in_defaults(group, str(entry), folders)
+        for entry in listed or ()
+    )
+
+
 def groups(folders: Iterable[Path]) -> dict[str, dict[str, str]]:
     """group -> {choice: first comment of its file} over `folders`, the first file of a name."""
     found: dict[str, dict[str, str]] = {}
     for folder in folders:
         for file in sorted(folder.rglob("*.yaml")):
             group = file.parent.relative_to(folder).as_posix()
-            if group != ".":
+            if group != "." and not file.parent.name.startswith("_"):  # parts, not choices
                 found.setdefault(group, {}).setdefault(file.stem, _first_comment(file))
     return dict(sorted(found.items()))
 

@@ -26,6 +26,7 @@ from ditty_di.data.order import LengthGrouped, Order
 from ditty_di.data.packing import Packed
 from ditty_di.data.rows import held_out_rows, training_rows
 from ditty_di.data.sources import Records, in_memory, records, synthetic
+from ditty_di.data.texts import pad_id, record_texts
 from ditty_di.data.tokenizer import train_bpe
 from ditty_di.data.tokens import TokenDataset, tokenize, unigram_entropy
 
@@ -51,8 +52,10 @@ __all__ = [
     "horizon",
     "in_memory",
     "label_tokens",
+    "pad_id",
     "prompts",
     "python_docs",
+    "record_texts",
     "records",
     "synthetic",
     "text_files",

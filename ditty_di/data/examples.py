@@ -258,7 +258,7 @@ def prompts(
         except Exception as error:  # of rows of any other kind
             raise ValueError(
                 f"prompts: row {index} of the {type(dataset).__name__} has no token ids to show "
-                f"({error}): leave samples out with trainer.callbacks.sample_text=null"
+                f"({error}): leave samples out with callbacks.sample_text=null"
             ) from error
     return found
 

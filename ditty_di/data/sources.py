@@ -189,6 +189,7 @@ def synthetic(
     *,
     token_id: int | None = None,
     vocab_size: int = 256,
+    tokenizer: Any = None,
     input_tokens: int = 64,
     output_tokens: int = 64,
     static: bool = True,
@@ -197,10 +198,11 @@ def synthetic(
     """Examples to debug with, as token ids of fixed lengths.
 
     All equal and of one token (`token_id`, else 0) when `static`, else each of one random token
-    below `vocab_size`: something that a model can learn at once.
+    below `vocab_size` (with a `tokenizer`, its size): something that a model can learn at once.
     """
     import numpy as np
 
+    vocab_size = vocab_size if tokenizer is None else len(tokenizer)
     ids = np.full(num_examples, token_id or 0)
     if not static:
         ids = np.random.default_rng(seed).integers(0, vocab_size, num_examples)

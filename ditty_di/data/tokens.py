@@ -172,13 +172,22 @@ class TokenDataset:
         self.__dict__.update(state)
 
 
-def unigram_entropy(tokens: np.ndarray, vocab_size: int) -> float:
-    """Entropy of the tokens' own frequencies, in nats a token: `-sum p log p`.
+def unigram_entropy(
+    tokens: np.ndarray, vocab_size: int | None = None, *, tokenizer: Any = None
+) -> float:
+    """Return the entropy of the tokens' own frequencies, in nats per token: `-sum p log p`.
 
-    The loss of the best model that ignores all context; a language model must get below it.
+    This is the loss of the best model that ignores all context; a language model must get below it.
 
-    Raises `ValueError` for no tokens, or an id of `vocab_size` or more.
+    Args:
+        tokens: token ids `[tokens]`.
+        vocab_size: size of the vocabulary; None is that of `tokenizer`.
+        tokenizer: a transformers tokenizer.
+
+    Raises:
+        ValueError: no tokens, or an id outside the vocabulary.
     """
+    vocab_size = len(tokenizer) if vocab_size is None else vocab_size
     if not len(tokens):
         raise ValueError("no tokens to take the entropy of")
     counts = np.zeros(vocab_size, np.int64)

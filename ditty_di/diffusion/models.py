@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditty_di.models.weights import initialize
+
 
 class DiT(nn.Module):
     """Predict noise, velocity or sample of images, given time and class.
@@ -32,6 +34,9 @@ class DiT(nn.Module):
     Raises:
         ValueError: sizes that do not divide.
     """
+
+    #: Fills the model where the trainer is given no weights.
+    default_weights = staticmethod(initialize)
 
     def __init__(
         self,

@@ -1,12 +1,14 @@
 """What was trained, as others open it: a whole model, adapters, adapters merged; the Hub."""
 
 from ditty_di.export.adapter import AdapterExport
+from ditty_di.export.auto import AutoExport
 from ditty_di.export.full import HuggingFaceExport, SafetensorsExport
 from ditty_di.export.hub import HubError, push_folder
 from ditty_di.export.merged import MergedExport
 
 __all__ = [
     "AdapterExport",
+    "AutoExport",
     "HubError",
     "HuggingFaceExport",
     "MergedExport",

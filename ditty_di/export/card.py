@@ -65,8 +65,9 @@ def write_card(
     from huggingface_hub import ModelCardData
 
     known = RunRecord(run)
-    base = record.get("base") or known.at("weights.path")
-    revision = record.get("revision") or known.at("weights.revision")
+    source = "weights" if known.at("weights") else "model"  # a model brings its own weights
+    base = record.get("base") or known.at(f"{source}.path")
+    revision = record.get("revision") or known.at(f"{source}.revision")
     seq2seq = bool(_config(folder).get("is_encoder_decoder")) or bool(record.get("seq2seq"))
     adapter = record["kind"] == "adapter"
     data = ModelCardData(

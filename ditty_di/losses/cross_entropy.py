@@ -78,8 +78,9 @@ class CrossEntropyLoss(CrossEntropyCalculator):
     """Cross-entropy in nats per valid label.
 
     Args:
-        output: name of the logits in the model's output (`logits` for Hugging Face models); None
-            for an output that is the logits.
+        output: the logits in the model's output: an attribute (`logits` for Hugging Face models),
+            or a position (0 is also an output that is one tensor); None for an output that is the
+            logits.
         shift: compare position t with label t + 1, for labels that are a copy of the input.
         ignore_index: label value excluded from the loss.
 
@@ -87,12 +88,12 @@ class CrossEntropyLoss(CrossEntropyCalculator):
     """
 
     def __init__(
-        self, *, output: str | None = None, shift: bool = False, ignore_index: int = -100
+        self, *, output: str | int | None = None, shift: bool = False, ignore_index: int = -100
     ) -> None:
         super().__init__(output_index=output or 0, shift=shift, ignore_index=ignore_index)
 
     @classmethod
-    def contract_for(cls, *, output: str | None = None, **arguments: Any) -> str | None:
+    def contract_for(cls, *, output: str | int | None = None, **arguments: Any) -> str | None:
         """Return the contract of a loss with these arguments."""
         return super().contract_for(**{**arguments, "output_index": output or 0})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -80,6 +81,21 @@ def deferred_head(model: nn.Module, /) -> nn.Module:
     setattr(forward, DEFERS, True)
     # A bound method, so that a deep copy of the model is bound to the copy.
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+    return model
+
+
+def defer_head(model: nn.Module) -> nn.Module:
+    """Return the model with a deferred head, for a loss on hidden states (`Loss.prepare_model`).
+
+    A model whose head is deferred already stays as it is. Its contract says that logits exist only
+    when they are asked for.
+    """
+    if hasattr(model.forward, DEFERS):
+        return model
+    model = deferred_head(model)
+    contract = getattr(model, "contract", None)
+    if isinstance(contract, str):
+        model.contract = re.sub(r"\blogits:\S+", "logits:*", contract)
     return model
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ditty_di.batch import Batch
 from ditty_di.losses.base import Loss
-from ditty_di.losses.deferred import DeferredOutput, Head
+from ditty_di.losses.deferred import DeferredOutput, Head, defer_head
 
 
 class LinearCrossEntropyLoss(Loss):
@@ -40,6 +40,8 @@ class LinearCrossEntropyLoss(Loss):
         if chunk_tokens < 1:
             raise ValueError(f"loss.chunk_tokens={chunk_tokens} must be at least 1")
         self.chunk_tokens, self.ignore_index = chunk_tokens, ignore_index
+
+    prepare_model = staticmethod(defer_head)
 
     def num_valid(self, batch: Batch, /) -> Tensor:
         """Return the number of valid labels, shape `[]`, int64."""
@@ -91,7 +93,7 @@ def labelled(
         raise TypeError(
             f"loss: {type(loss_fn).__name__} works on hidden states and a head, but the model "
             f"returned {type(output).__name__}, which has none; defer the head with "
-            f"model.head={{_target_: ditty_di.losses.deferred_head, _partial_: true}}, or choose "
+            f"ditty_di.losses.deferred_head(model) (the trainer does it), or choose "
             f"a loss on logits, such as loss=causal_lm"
         ) from None
     head.gather()

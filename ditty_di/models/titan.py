@@ -9,26 +9,40 @@ import torch
 from torch import nn
 
 import ditty_di.compat  # noqa: F401
+from ditty_di.models.weights import initialize, torchtitan
 
 if TYPE_CHECKING:
     from torchtitan.models.llama3 import Llama3Model
 
 
+#: tokens [batch, seq] -> logits [batch, seq, vocab]
+CONTRACT = "0:2:i64 -> logits:3:f"
+
+
 def llama3(
     *,
-    vocab_size: int,
     dim: int,
     n_layers: int,
     n_heads: int,
-    max_seq_len: int,
+    vocab_size: int | None = None,
+    max_seq_len: int | None = None,
+    tokenizer: Any = None,
     n_kv_heads: int | None = None,
     hidden_dim: int | None = None,
     rope_theta: float = 10000.0,
     inner_attention: Any = None,
 ) -> Llama3Model:
-    """A Llama 3 of torchtitan with its own initialisers; `weights: torchtitan` runs them.
+    """Return a Llama 3 of torchtitan on meta, with torchtitan's initialization as its weights.
 
     Args:
+        dim: features of a token.
+        n_layers: blocks.
+        n_heads: attention heads per block.
+        vocab_size: tokens; None takes the size of `tokenizer`.
+        max_seq_len: longest row, in tokens; None takes the `model_max_length` of `tokenizer`.
+        tokenizer: a transformers tokenizer.
+        n_kv_heads: key and value heads per block; None is `n_heads`.
+        rope_theta: base of the rotary frequencies.
         hidden_dim: of the feed-forward layers; 8/3 of `dim`, rounded up to 64, when None.
         inner_attention: a torchtitan attention configuration; None is scaled dot-product
             attention, the one that also trains on a CPU.
@@ -42,6 +56,8 @@ def llama3(
     from torchtitan.models.common.param_init import depth_scaled_std
     from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
 
+    vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+    max_seq_len = tokenizer.model_max_length if max_seq_len is None else max_seq_len
     hidden_dim = hidden_dim or (8 * dim // 3 + 63) // 64 * 64
     ones = {"weight": nn.init.ones_}
 
@@ -83,7 +99,13 @@ def llama3(
         layers=[block(layer) for layer in range(n_layers)],
     )
     with torch.device("meta"):
-        return config.build()
+        model: Any = config.build()
+    model.contract = CONTRACT
+    model.default_weights = partial(initialize, init=torchtitan)
+    return model
+
+
+llama3.contract = CONTRACT  # type: ignore[attr-defined]
 
 
 def _normal(std: float) -> dict[str, Any]:

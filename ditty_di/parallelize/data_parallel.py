@@ -24,6 +24,8 @@ def shard(
     /,
     *,
     parallel_dims: ParallelDims,
+    dp_replicate: int = -1,
+    dp_shard: int = -1,
     blocks: str | None = None,
     recompute: Callable[[nn.Module], nn.Module] | None = None,
     recompute_every: int = 1,
@@ -36,6 +38,9 @@ def shard(
     """Recomputes, compiles and shards the repeated blocks of a model, then the rest as one unit.
 
     Args:
+        dp_replicate: copies of the model that the runtime must have; -1 accepts any number. In a
+            configuration, the runtime takes its degree from here.
+        dp_shard: ranks that share one copy, likewise.
         blocks: path of the `ModuleList` (or `ModuleDict`) of repeated blocks, such as
             `model.layers`; None takes the one with the most parameters.
         recompute: wraps a block for activation checkpointing (`ditty_di.parallelize.recompute`).
@@ -57,6 +62,13 @@ def shard(
         ValueError: `blocks` is no container of blocks; trainable parameters of several dtypes in
             one block, whose gradients FSDP2 could not reduce together.
     """
+    for name, wanted in (("dp_replicate", dp_replicate), ("dp_shard", dp_shard)):
+        found = getattr(parallel_dims, name)
+        if wanted not in (-1, found):
+            raise ValueError(
+                f"parallelize: {name}={wanted}, but the runtime has {name}={found}; write "
+                f"parallelize.{name}={found}"
+            )
     container = _blocks(model, blocks)
     plain_blocks = list(container.children())
     if recompute is not None:

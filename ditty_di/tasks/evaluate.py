@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from ditty_di.batch import Batch
     from ditty_di.processors import PostProcessor, PreProcessor
-    from ditty_di.protocols import Loss, ParallelizeFn, ValidatorFactory, WeightsFn
+    from ditty_di.protocols import Loss, ModelTransform, ParallelizeFn, ValidatorFactory, WeightsFn
     from ditty_di.runtime import Runtime
 
 
@@ -22,6 +22,7 @@ def evaluate(
     loss_fn: Loss,
     validator: ValidatorFactory | None,
     weights: WeightsFn | None = None,
+    convert: ModelTransform | None = None,
     loss_weights: Callable[[Loss], None] | None = None,
     preprocessors: Sequence[PreProcessor] = (),
     postprocessors: Sequence[PostProcessor] = (),
@@ -30,7 +31,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Validates once, on the same batches and with the same loss as training did.
 
-    Processors see step 0 of 1. `loss_weights` fills the parameters of a loss that has some, as
+    Processors see step 0 of 1. `convert` is what the trainer was given. `loss_weights` fills the parameters of a loss that has some, as
     `ditty_di.checkpoint.read.load_loss` does.
 
     Returns what the validator does, and `objective`, its loss; empty-handed (`status`
@@ -46,9 +47,10 @@ def evaluate(
     from ditty_di.losses.plain import as_loss
     from ditty_di.processors import Processors
     from ditty_di.runtime import Runtime
-    from ditty_di.training.setup import setup_loss, setup_model, setup_processors
+    from ditty_di.training.setup import prepare_model, setup_loss, setup_model, setup_processors
 
     runtime = runtime or Runtime()
+    model = prepare_model(model, convert, loss_fn)
     processors = setup_processors(
         Processors(preprocessors, postprocessors),
         runtime=runtime,

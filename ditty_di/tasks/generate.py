@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from ditty_di.protocols import WeightsFn
+    from ditty_di.protocols import ModelTransform, WeightsFn
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     weights: WeightsFn | None = None,
     *,
+    convert: ModelTransform | None = None,
     prompt: str | None = None,
     prompts: str | None = None,
     output: str | None = None,
@@ -93,6 +94,7 @@ def generate(
 
     Args:
         model: on meta (then `weights` fills it) or with its values.
+        convert: what the trainer was given; replaces layers of the model.
         prompt: a number is taken as its text.
         prompts: a file of objects with the text under `prompt` or `input`, with `messages` (or
             under the keys that `encoder` has for conversations), or with the fields that the format
@@ -161,6 +163,7 @@ def generate(
     from ditty_di.tasks.loading import ready
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = convert(model) if convert is not None else model
     ready(model, weights, torch.device(device or found or "cpu"))
     decode = decode or (hugging_face if hasattr(model, "generate") else plain)
     started, tokens, answer = time.perf_counter(), 0, dict[str, Any]()

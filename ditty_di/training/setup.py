@@ -27,6 +27,7 @@ from ditty_di.protocols import (
     DataLoaderFactory,
     Loss,
     LossFunction,
+    ModelTransform,
     ParallelizeFn,
     PipelineFn,
     Stateful,
@@ -48,6 +49,20 @@ def weights_of(model: nn.Module, weights: WeightsFn | None) -> WeightsFn | None:
     if weights is None and is_meta(model):
         return getattr(model, "default_weights", None)
     return weights
+
+
+def prepare_model(model: nn.Module, convert: ModelTransform | None, loss_fn: Any) -> nn.Module:
+    """Return the model with converted layers, and as the loss needs it (`Loss.prepare_model`).
+
+    Args:
+        model: the model as injected.
+        convert: replaces layers; None replaces none.
+        loss_fn: a loss on hidden states skips the model's head.
+    """
+    if convert is not None:
+        model = convert(model)
+    prepare = getattr(loss_fn, "prepare_model", None)
+    return prepare(model) if prepare is not None else model
 
 
 def setup_model(

@@ -73,6 +73,8 @@ class Trainer(torchtitan.trainer.Trainer):
         lr_scheduler: called with the optimizer; None keeps the learning rate constant.
         runtime: device, ranks and seeds; None is `Runtime()`.
         weights: fills a model on meta; None is the model's attribute `default_weights`.
+        convert: replaces layers of the model, such as linear layers by float8 ones
+            (`ditty_di.precision`), before the loss prepares it and it is parallelized.
         parallelize_fn: shards, wraps or compiles the model.
         pipeline_fn: splits the model into pipeline stages.
         validator: computes the loss on held-out data.
@@ -115,6 +117,7 @@ class Trainer(torchtitan.trainer.Trainer):
         lr_scheduler: protocols.SchedulerFactory | None = None,
         runtime: Runtime | None = None,
         weights: protocols.WeightsFn | None = None,
+        convert: protocols.ModelTransform | None = None,
         parallelize_fn: protocols.ParallelizeFn | None = None,
         pipeline_fn: protocols.PipelineFn | None = None,
         validator: protocols.ValidatorFactory | None = None,
@@ -162,6 +165,7 @@ class Trainer(torchtitan.trainer.Trainer):
         self.callbacks = Callbacks(callbacks or {})
 
         # -- model, loss and what runs between them
+        model = setup.prepare_model(model, convert, loss_fn)
         around = {"model": model, "model_contract": model_contract, "loss": loss_fn}
         self.processors = setup.setup_processors(
             Processors(preprocessors, postprocessors),

@@ -44,7 +44,7 @@ TINY = [
     "model.config.num_attention_heads=4",
     "model.config.num_key_value_heads=2",
     "data.train.tokens.size=20000",
-    "~parallelize.compile",
+    "compile=null",
 ]
 #: Of model.config, for the scores' operations: `12 layers hidden tokens` (see metrics.flops).
 SHAPES = {"layers": 32, "hidden": 4096}

@@ -398,8 +398,8 @@ def test_an_incomplete_newest_is_passed_over(tmp_path, caplog):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"every": 0}, "checkpointer.every=0"),
-        ({"keep": 0}, "checkpointer.keep=0"),
+        ({"every": 0}, "checkpoint.every=0"),
+        ({"keep": 0}, "checkpoint.keep=0"),
         ({"rank_states": {"box": Box({})}}, r"unique and without dots: \['box'"),
         ({"rank_states": {"a.b": Box({})}}, r"unique and without dots: \['a.b'"),
     ],

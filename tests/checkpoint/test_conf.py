@@ -26,14 +26,9 @@ def composed(choice, tmp_path):
 @pytest.mark.parametrize("choice, background", [("sync", False), ("async", True)])
 def test_choices(tmp_path, choice, background):
     config = composed(choice, tmp_path)
-    factory = instantiate(OmegaConf.to_container(config, resolve=True)["checkpointer"])
+    factory = instantiate(OmegaConf.to_container(config, resolve=True)["checkpoint"])
     assert isinstance(factory, partial) and factory.func is Checkpointer
     assert factory.keywords["async_save"] is background
     assert factory.keywords["folder"] == "out/checkpoints"
     assert factory.keywords["load"] == {"optimizer": False}
     signature(factory).bind(states={}, rank_states={})
-
-
-def test_none(tmp_path):
-    config = composed("none", tmp_path)
-    assert config.checkpointer is None and "checkpoint" not in config

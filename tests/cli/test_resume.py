@@ -29,7 +29,7 @@ OPTIONS = [
     "steps=4",
     "global_batch_size=8",
     "data.loader.batch_size=8",
-    "checkpointer.every=2",
+    "checkpoint.every=2",
     "export=none",
 ]
 OPTIONS += ["lr_scheduler=linear", "validator=none"]

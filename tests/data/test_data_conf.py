@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from ditty_di.data import train_bpe
@@ -56,6 +55,3 @@ def test_a_users_own_text_with_a_pretrained_tokenizer(tmp_path):
 def test_what_must_be_given_is_missing_until_then():
     with pytest.raises(MissingMandatoryValue, match=r"data\.corpus\.path"):
         build("+data=text", "+tokenizer=bpe")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(overrides=["+data=documents"])
-    assert OmegaConf.is_missing(config.data, "corpus")

@@ -18,7 +18,7 @@ def examined(*overrides):
 
 @pytest.mark.parametrize("experiment", ["diffusion", "flow_matching"])
 def test_every_stage_is_checked_and_fits(experiment):
-    found = examined(f"+experiment={experiment}")
+    found = examined(f"experiment={experiment}")
     assert not (found.problems or found.unproven or found.unchecked), drawn(found)
 
 
@@ -51,5 +51,5 @@ MUTATIONS = {
 @pytest.mark.parametrize("experiment", ["diffusion", "flow_matching"])
 def test_a_broken_pipeline_is_found(experiment, name):
     overrides, word = MUTATIONS[name]
-    problems = examined(f"+experiment={experiment}", *overrides).problems
+    problems = examined(f"experiment={experiment}", *overrides).problems
     assert any(word in str(problem) for problem in problems), problems

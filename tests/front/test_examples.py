@@ -70,7 +70,7 @@ def examined(*overrides):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiments_contracts_fit(name):
-    assert not examined(f"+experiment={name}").problems
+    assert not examined(f"experiment={name}").problems
 
 
 @pytest.mark.parametrize(
@@ -83,5 +83,5 @@ def test_an_experiments_contracts_fit(name):
     ],
 )
 def test_what_breaks_the_two_heads_is_found_before_training(change, said):
-    problems = examined("+experiment=two_heads", change).problems
+    problems = examined("experiment=two_heads", change).problems
     assert any(said in str(problem) for problem in problems), problems

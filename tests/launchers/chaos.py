@@ -74,15 +74,15 @@ defaults:
   - override /weights: torch
   - override /loss: mse
   - override /optimizer: adamw
-  - override /validator: none
-  - override /export: none
+  - override /validator: null
+  - override /export: null
   - override /metrics: quiet
   - _self_
 name: chaos
 steps: {steps}
 global_batch_size: 16
 launcher: {{nproc: 2}}
-checkpointer: {{every: 5, keep: 3}}
+checkpoint: {{every: 5, keep: 3}}
 metrics:
   every: 1
   writers:

@@ -46,7 +46,7 @@ def rates(build: Callable[[Optimizer], Schedule], steps: int, lr: float = 1.0) -
 
 def test_linear_written_out() -> None:
     # Peak 2, 4 warm-up updates, then a fall from 2 to 0.5 over 6: 1.5 / 6 = 0.25 an update.
-    got = rates(lambda o: linear(o, total_steps=10, warmup_steps=4, floor=0.25), 13, lr=2.0)
+    got = rates(lambda o: linear(o, total_steps=10, warmup_steps=4, min_lr_ratio=0.25), 13, lr=2.0)
     expected = [0.5, 1.0, 1.5, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.5, 0.5]
     assert got == pytest.approx(expected)
 
@@ -57,7 +57,7 @@ def test_constant_written_out() -> None:
 
 
 def test_cosine_written_out() -> None:
-    got = rates(lambda o: cosine(o, total_steps=110, warmup_steps=10, floor=0.1), 130)
+    got = rates(lambda o: cosine(o, total_steps=110, warmup_steps=10, min_lr_ratio=0.1), 130)
     assert got[0] == pytest.approx(0.1)
     assert got[9] == got[10] == 1.0
     assert got[10 + 25] == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
@@ -70,7 +70,7 @@ def test_cosine_equals_torch() -> None:
     """Without warm-up it is torch's CosineAnnealingLR, which is a recurrence, up to the end."""
     optimizer = sgd(0.3)
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=0.03)
-    for rate in rates(lambda o: cosine(o, total_steps=40, floor=0.1), 41, lr=0.3):
+    for rate in rates(lambda o: cosine(o, total_steps=40, min_lr_ratio=0.1), 41, lr=0.3):
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         reference.step()
@@ -81,7 +81,8 @@ def test_exponential_is_dolomites() -> None:
     a = (1 - floor) * math.e / (math.e - 1)
     b = (floor * math.e - 1) / (math.e - 1)
     got = rates(
-        lambda o: exponential(o, total_steps=total, warmup_steps=warmup, floor=floor), total + 5
+        lambda o: exponential(o, total_steps=total, warmup_steps=warmup, min_lr_ratio=floor),
+        total + 5,
     )
     for step in range(warmup, total):
         assert got[step] == pytest.approx(a * math.exp(-(step - warmup) / (total - warmup)) + b)
@@ -100,7 +101,9 @@ def test_exponential_is_dolomites() -> None:
 )
 def test_wsd_written_out(shape: Callable[[float], float], quarter: float, half: float) -> None:
     got = rates(
-        lambda o: wsd(o, total_steps=100, warmup_steps=5, decay_steps=20, floor=0.2, shape=shape),
+        lambda o: wsd(
+            o, total_steps=100, warmup_steps=5, decay_steps=20, min_lr_ratio=0.2, shape=shape
+        ),
         110,
     )
     assert got[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -136,7 +139,7 @@ def test_power_decay_and_floor() -> None:
     def build(optimizer: Optimizer) -> Schedule:
         return power(
             optimizer, total_steps=100, decay_steps=50, batch_size=1, seq_len=1, a=1.0, b=-0.5,
-            floor=0.05, warmup_steps=4,
+            min_lr_ratio=0.05, warmup_steps=4,
         )  # fmt: skip
 
     got = rates(build, 110)
@@ -147,7 +150,10 @@ def test_power_decay_and_floor() -> None:
     assert got[75] == pytest.approx(0.05 + (begin - 0.05) / 2)
     assert got[100:] == pytest.approx([0.05] * 10)
     alone = rates(
-        lambda o: power(o, total_steps=10, batch_size=1, seq_len=1, a=1.0, b=-0.5, floor=0.25), 30
+        lambda o: power(
+            o, total_steps=10, batch_size=1, seq_len=1, a=1.0, b=-0.5, min_lr_ratio=0.25
+        ),
+        30,
     )
     assert alone[8] == pytest.approx(1 / 3) and alone[20:] == [0.25] * 10
 
@@ -165,7 +171,7 @@ def test_infinite_written_out() -> None:
     def build(anneal_start: int | None) -> Callable[[Optimizer], Schedule]:
         return lambda o: infinite(
             o, total_steps=200, warmup_steps=10, cooldown_steps=40, constant_factor=0.5,
-            anneal_start=anneal_start, floor=0.02,
+            anneal_start=anneal_start, min_lr_ratio=0.02,
         )  # fmt: skip
 
     got = rates(build(150), 220)
@@ -206,7 +212,7 @@ def test_warmup_rises_and_decay_falls(
 ) -> None:
     total, warmup, decay = phases
     schedule = wsd(
-        sgd(1.0), total_steps=total, warmup_steps=warmup, decay_steps=decay, floor=floor,
+        sgd(1.0), total_steps=total, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=floor,
         shape=shape,
     )  # fmt: skip
     factors = [schedule.factor(step) for step in range(total + 20)]
@@ -230,7 +236,7 @@ def test_no_jump_between_updates(
 ) -> None:
     """No two neighbours differ by more than the steepest shape (exponential) allows."""
     total, warmup, _ = phases
-    factor = build(sgd(1.0), total_steps=total, warmup_steps=warmup, floor=floor).factor
+    factor = build(sgd(1.0), total_steps=total, warmup_steps=warmup, min_lr_ratio=floor).factor
     for step in range(total):
         slope = math.e / (math.e - 1)
         steepest = 1 / warmup if step < warmup else slope / (total - warmup)
@@ -245,7 +251,7 @@ def test_power_is_bounded_and_falls(
 ) -> None:
     total, warmup, decay = phases
     factor = power(
-        sgd(1.0), total_steps=total, warmup_steps=warmup, decay_steps=decay, floor=floor, a=a, b=b,
+        sgd(1.0), total_steps=total, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=floor, a=a, b=b,
         batch_size=2, seq_len=3,
     ).factor  # fmt: skip
     factors = [factor(step) for step in range(total + 20)]
@@ -265,7 +271,7 @@ def test_infinite_is_bounded_and_falls(data: st.DataObject, total: int) -> None:
     floor = data.draw(st.floats(0.01, level))
     factor = infinite(
         sgd(1.0), total_steps=total, warmup_steps=warmup, cooldown_steps=cooldown,
-        constant_factor=level, anneal_start=start, floor=floor,
+        constant_factor=level, anneal_start=start, min_lr_ratio=floor,
     ).factor  # fmt: skip
     after = [factor(step) for step in range(max(0, warmup - 1), total + 20)]
     assert after[0] == 1.0 and factor(0) > 0
@@ -288,7 +294,7 @@ def train(optimizer: Optimizer, schedule: Schedule, steps: int) -> list[float]:
 
 def test_state_round_trip_is_exact() -> None:
     def build(optimizer: Optimizer) -> Schedule:
-        return cosine(optimizer, total_steps=30, warmup_steps=7, floor=0.1)
+        return cosine(optimizer, total_steps=30, warmup_steps=7, min_lr_ratio=0.1)
 
     whole = rates(build, 30, lr=0.3)
     optimizer = sgd(0.3)
@@ -348,8 +354,12 @@ def test_curve_is_configuration() -> None:
         (linear, {"total_steps": 100, "warmup_steps": 200}, r"warmup_steps=200 is longer .*=100"),
         (linear, {"total_steps": 100, "warmup_steps": 0.1}, r"warmup_steps=0.1; .*warmup_steps=10"),
         (linear, {"total_steps": 100, "warmup_steps": -1}, r"warmup_steps=-1; write"),
-        (exponential, {"total_steps": 9, "floor": 1.5}, r"floor=1.5; write .*fraction of the peak"),
-        (cosine, {"total_steps": 9, "floor": -0.1}, r"floor=-0.1; write"),
+        (
+            exponential,
+            {"total_steps": 9, "min_lr_ratio": 1.5},
+            r"min_lr_ratio=1.5; write .*fraction of the peak",
+        ),
+        (cosine, {"total_steps": 9, "min_lr_ratio": -0.1}, r"min_lr_ratio=-0.1; write"),
         (constant, {"total_steps": 9, "warmup_steps": 10}, r"warmup_steps=10 is longer"),
         (
             wsd,
@@ -358,7 +368,11 @@ def test_curve_is_configuration() -> None:
         ),
         (power, {"total_steps": 9, "batch_size": 0, "seq_len": 8}, r"batch_size=0; write"),
         (power, {"total_steps": 9, "batch_size": 8, "seq_len": 8, "b": 0.5}, r"b=0.5; write"),
-        (infinite, {"total_steps": 9, "cooldown_steps": 4, "floor": 0.0}, r"0 < floor"),
+        (
+            infinite,
+            {"total_steps": 9, "cooldown_steps": 4, "min_lr_ratio": 0.0},
+            r"0 < min_lr_ratio",
+        ),
         (infinite, {"total_steps": 9, "cooldown_steps": 0}, r"cooldown_steps=0 would drop"),
         (
             infinite,

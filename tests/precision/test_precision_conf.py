@@ -21,7 +21,7 @@ def test_float16_has_a_loss_scaler_of_the_device():
     graph = composed("precision=fp16")
     runtime = graph.build("runtime")
     try:
-        scaler = graph.build("trainer.grad_scaler")
+        scaler = graph.build("trainer.grad_scaler")(device=runtime.device.type)
         assert scaler.is_enabled() and scaler.get_scale() == 65536.0
         assert scaler._device == runtime.device.type
         assert graph.build("parallelize").keywords["param_dtype"] == "float16"
@@ -39,4 +39,4 @@ def test_gradients_are_reduced_in_float32(choice):
 @pytest.mark.parametrize("choice, function", [("fp8", "torchao"), ("fp8_te", "convert")])
 def test_float8_converts_the_model(choice, function):
     graph = composed(f"precision={choice}")
-    assert graph.build("model.convert").func.__name__ == function
+    assert graph.build("trainer.convert").func.__name__ == function

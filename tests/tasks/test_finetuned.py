@@ -47,8 +47,6 @@ def test_a_run_its_adapters_and_a_merged_model_answer_alike(tokenizer, tmp_path)
         "run=RUN",
         "model=hf_causal_lm",
         "model.path=base",
-        "weights=pretrained",
-        "tokenizer=of_model",
         "adapter=lora",
         "data=jsonl",
         "data.path=pairs",

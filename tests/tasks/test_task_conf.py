@@ -28,7 +28,7 @@ def composed(*overrides):
         ["task=export", "export=adapter"],
         ["task=export", "export=merged", "export.push_to=user/name"],
         ["task=export", "export=safetensors"],
-        ["task=export", "export=none"],
+        ["task=export", "~export"],
         ["task=push", "to=user/name"],
         ["task=generate", "data=jsonl", "tokenizer=pretrained", *NAMED, "prompt=Once"],
         ["task=export", "data=jsonl", "tokenizer=pretrained", *NAMED, "export=merged"],
@@ -39,7 +39,7 @@ def composed(*overrides):
         ["~metrics.writers.tensorboard"],
         ["validator=default"],
         ["validator=loss_only", "metrics=quiet"],
-        ["validator=none"],
+        ["~validator"],
     ],
     ids=" ".join,
 )
