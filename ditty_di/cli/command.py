@@ -21,7 +21,7 @@ from ditty_di.cli.overrides import (
     value_of,
     without,
 )
-from ditty_di.graph import ConfigError
+from ditty_di.config import ConfigError
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 
 #: What `python -m ditty_di` does when no experiment and no run is named.

@@ -15,11 +15,11 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from ditty_di._graph.errors import ConfigError, Problem
-from ditty_di._graph.targets import TargetError, locate
 from ditty_di.cli import searchpath
 from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import is_sweep, value_of, without
+from ditty_di.config.errors import ConfigError, Problem
+from ditty_di.config.targets import TargetError, locate
 
 # Launchers and sweepers, which Hydra takes from its plugins alone, and what it logs with.
 _OF_HYDRA = ("hydra_plugins.", "hydra._internal.core_plugins.", "logging.FileHandler")

@@ -10,12 +10,12 @@ from typing import Any
 
 from yaml import YAMLError
 
-from ditty_di._graph.suggestions import suggest
-from ditty_di._graph.targets import did_you_mean, locate
 from ditty_di.cli import searchpath
 from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import key_of, without
-from ditty_di.graph import ConfigError
+from ditty_di.config import ConfigError
+from ditty_di.config.suggest import suggest
+from ditty_di.config.targets import did_you_mean, locate
 
 
 def explain(error: Exception, command: Command) -> str:

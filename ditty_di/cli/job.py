@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from ditty_di.cli import environment, ranks, searchpath, texts, unread
 from ditty_di.cli.command import Command, nearest, patched
 from ditty_di.cli.overrides import argument, value_of, without
+from ditty_di.config import ConfigError, Difference, Graph, Problem, difference, provenance
 from ditty_di.console import quiet, status
-from ditty_di.graph import ConfigError, Difference, Graph, Problem, difference, provenance
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 
 Launcher = Callable[[str], int]

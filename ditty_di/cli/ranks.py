@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ditty_di.graph import ConfigError, Graph, Problem
+from ditty_di.config import ConfigError, Graph, Problem
 
 
 def problems(graph: Graph, root: str = "trainer") -> list[Problem]:

@@ -10,11 +10,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ditty_di._graph.signatures import Signature
-from ditty_di._graph.targets import TargetError, locate
 from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import key_of, literal, quoted, typed_text
-from ditty_di.graph import ConfigError, Graph
+from ditty_di.config import ConfigError, Graph
+from ditty_di.config.signatures import Signature
+from ditty_di.config.targets import TargetError, locate
 
 _TEXT: set[Any] = {str, bytes, os.PathLike, Path, PurePath}
 _SCALARS: set[Any] = {bool, int, float, types.NoneType}
@@ -71,7 +71,7 @@ def _complaint(override: str) -> str:
 def _wanted(value: Any, target: str, argument: str | int) -> bool:
     """Whether a parameter takes text, and neither a number nor, if `value` is one, a container."""
     try:
-        members = Signature(locate(target)).members(argument)
+        members = Signature(locate(target)).types(argument)
     except (TargetError, ConfigError, ValueError, TypeError):
         return False
     texts = members & _TEXT

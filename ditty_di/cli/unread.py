@@ -8,12 +8,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ditty_di._graph.provenance import label
-from ditty_di._graph.suggestions import suggest
 from ditty_di.cli import searchpath
 from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import key_of, without
-from ditty_di.graph import ConfigError, Graph, Problem, Provenance, Setting, flatten
+from ditty_di.config import ConfigError, Graph, Problem, Provenance, Setting, flatten
+from ditty_di.config.provenance import label
+from ditty_di.config.suggest import suggest
 
 #: What a job reads of a configuration, beside what its task and its launcher reach.
 _JOB = (

@@ -14,7 +14,7 @@ from typing import Any
 
 from ditty_di.cli import ranks
 from ditty_di.console import status
-from ditty_di.graph import (
+from ditty_di.config import (
     ConfigError,
     Difference,
     Graph,
