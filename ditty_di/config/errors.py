@@ -42,6 +42,12 @@ def dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
+def prefixes(key: str) -> list[str]:
+    """Return a dotted key and the keys above it: `a`, `a.b`, `a.b.c`."""
+    parts = key.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
 def is_node(value: Any) -> bool:
     """Return whether a plain value is a mapping with a `_target_`."""
     return isinstance(value, dict) and "_target_" in value

@@ -23,7 +23,7 @@ from ditty_di.config.check import Checked, Checker, Node
 from ditty_di.config.diff import flatten
 from ditty_di.config.errors import BuildError, ConfigError, Path, Problem, dotted
 from ditty_di.config.policy import identities, is_refused_object, refusal, unsafe_argument
-from ditty_di.config.provenance import Provenance, Setting
+from ditty_di.config.provenance import Provenance
 from ditty_di.config.resolve import Configuration, children, is_object, key_of, path_of, plain
 from ditty_di.config.signatures import Signature
 from ditty_di.config.targets import SPECIAL, TargetError, locate
@@ -81,11 +81,6 @@ class Graph(Configuration):
         OmegaConf.save(OmegaConf.create(resolved), os.fspath(path))
         sources = {key: self.where(key) for key in flatten(resolved)}
         _sources(path).write_text(json.dumps(sources, indent=0), encoding="utf-8")
-
-    def history(self, key: str) -> list[Setting]:
-        """Return every setting of a key in order, the last of which counts; [] if unknown."""
-        history = getattr(self.where, "history", None)  # any function may be given as `where`
-        return history(key) if history else []
 
     # ------------------------------------------------------------------------------ building
     def build(self, key: str) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import PurePath
@@ -19,7 +18,7 @@ from omegaconf import Container, DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ditty_di.config.errors import ConfigError, Path, Problem, dotted
-from ditty_di.config.provenance import Provenance
+from ditty_di.config.provenance import Provenance, Setting
 from ditty_di.config.targets import did_you_mean
 
 _NAME = r"""[^\\{}()\[\]:.$\s'"]+"""
@@ -44,6 +43,11 @@ class Configuration:
         self.where: Any = where if where is not None else Provenance()
         self._resolved: dict[Path, Node] = {}
         self._following: list[Path] = []
+
+    def history(self, key: str) -> list[Setting]:
+        """Return every setting of a key in order, the last of which counts; [] if unknown."""
+        history = getattr(self.where, "history", None)  # any function may be given as `where`
+        return history(key) if history else []
 
     # ------------------------------------------------------------------------------- reading
     def __contains__(self, key: object) -> bool:
@@ -105,27 +109,20 @@ class Configuration:
 
         False when none receives it. A reference within a longer text fits. Imports nothing.
         """
-        users: dict[Path, list[tuple[Node, bool]]] = defaultdict(list)
+        wanted, used = self.find(key), False
         for node in descendants(self._config):
-            if isinstance(text := node._value(), str):
+            chain = self._chain(node)
+            if any(link is wanted for link in chain):
+                parent = node._get_parent()
+                if is_object(parent):
+                    if not fits(str(parent._get_node("_target_")), node._key()):
+                        return False
+                    used = True
+            elif isinstance(text := chain[-1]._value(), str) and not used:
                 for reference in references(text):
                     with suppress(ConfigError):
-                        target = path_of(self._referred(node, reference))
-                        users[target].append((node, reference[0] == text))
-        pending, seen, used = [self.find(key)], set(), False
-        while pending:
-            node = pending.pop()
-            if path_of(node) in seen:
-                continue
-            seen.add(path_of(node))
-            parent = node._get_parent()
-            if is_object(parent):
-                if not fits(str(parent._get_node("_target_")), node._key()):
-                    return False
-                used = True
-            for user, whole in users[path_of(node)]:
-                used = used or not whole
-                pending += [user] * whole
+                        inner = self._chain(self._referred(chain[-1], reference))
+                        used = used or any(link is wanted for link in inner)
         return used
 
     def resolve(self) -> dict[str, Any]:
@@ -233,6 +230,17 @@ class Configuration:
             raise self.error(node, f"{reference[0]}: leads above the configuration's root")
         return self._walk(start, _names(reference["path"]), node, reference[0])
 
+    def _chain(self, node: Node) -> list[Node]:
+        """Return a node and, step by step, what it refers to, as far as that can be resolved."""
+        chain = [node]
+        with suppress(ConfigError):
+            while isinstance(text := chain[-1]._value(), str):
+                reference = _REFERENCE.fullmatch(text)
+                if reference is None or any(link is chain[-1] for link in chain[:-1]):
+                    break
+                chain.append(self._referred(chain[-1], reference))
+        return chain
+
     def _walk(self, start: Node, names: Path, at: Node | str, text: str) -> Node:
         """Return the node below `start` at `names`, references on the way followed.
 
@@ -246,6 +254,10 @@ class Configuration:
                 above = key_of(start) or "the configuration"
                 scalar = "" if isinstance(start, Container) else f", it is {start._value()!r}"
                 hint = did_you_mean(name, known)
+                history = self.history(dotted((*path_of(start), name)))
+                if history and history[-1].value == "(deleted)":
+                    user = at if isinstance(at, str) else key_of(at)
+                    hint = f"; {history[-1].where} deleted it, so delete {user!r} too"
                 if not hint and n == len(names) - 1:
                     elsewhere = (c for c in descendants(start) if c._key() == name)
                     hint = next((f"; did you mean {key_of(c)!r}?" for c in elsewhere), "")
@@ -266,15 +278,11 @@ class Configuration:
         of another object, because the value may be right there.
         """
         message, meant = f"{target}: {text}", node
-        with suppress(ConfigError):
-            while isinstance(written := meant._value(), str):
-                if (reference := _REFERENCE.fullmatch(written)) is None:
-                    break
-                following = self._referred(meant, reference)
-                if any(map(is_object, [following, *parents(following)])):
-                    message = f"{message} (it is {key_of(following)})"
-                    break
-                meant = following
+        for following in self._chain(node)[1:]:
+            if any(map(is_object, [following, *parents(following)])):
+                message = f"{message} (it is {key_of(following)})"
+                break
+            meant = following
         if meant is node:
             return self.error(node, message)
         return self.error(meant, f"{message} (given to {key_of(node)})", text)

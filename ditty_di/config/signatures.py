@@ -150,6 +150,9 @@ class Signature:
         numbers = members & {int, float, bool}
         if str in members and members <= {str, types.NoneType}:
             return f"is a {kind}, and text is wanted" if holds else ""
+        callables = {m for m in members if m is Callable or _slot(m)}
+        if holds and callables and members <= {*callables, types.NoneType}:
+            return f"is a {kind} without a _target_, and a callable is wanted"
         if not numbers or not members <= {*numbers, types.NoneType}:
             return ""
         if isinstance(parameter.default, str):

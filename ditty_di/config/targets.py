@@ -39,17 +39,22 @@ class TargetError(Exception):
     """A target that cannot be imported, or that a configuration may not name."""
 
 
-def did_you_mean(word: str, known: Iterable[Any], cutoff: float = 0.6) -> str:
-    """Return `; did you mean 'x'?`, or nothing when no name is close.
+def closest(word: str, known: Iterable[Any], cutoff: float = 0.6) -> str | None:
+    """Return the name most like `word`, or None.
 
     Args:
         word: the name that does not exist.
         known: the names that do; only texts count.
-        cutoff: smallest similarity to propose, from 0 to 1.
+        cutoff: smallest similarity, from 0 to 1.
     """
-    close = difflib.get_close_matches(word, [name for name in known if isinstance(name, str)], 1)
-    near = close and difflib.SequenceMatcher(None, word, close[0]).ratio() >= cutoff
-    return f"; did you mean {close[0]!r}?" if near else ""
+    names = [name for name in known if isinstance(name, str)]
+    return next(iter(difflib.get_close_matches(word, names, 1, cutoff)), None)
+
+
+def did_you_mean(word: str, known: Iterable[Any], cutoff: float = 0.6) -> str:
+    """Return `; did you mean 'x'?` with the `closest` name, or nothing when none is close."""
+    near = closest(word, known, cutoff)
+    return "" if near is None else f"; did you mean {near!r}?"
 
 
 def locate(name: str, allowed: Collection[str] = ()) -> Callable[..., Any]:
