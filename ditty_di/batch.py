@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditty_di._graph.targets import did_you_mean
+from ditty_di.config.targets import did_you_mean
 
 
 class MissingKey(KeyError):

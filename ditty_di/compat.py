@@ -6,6 +6,8 @@ for the capability, never for the version, and names the torch version with whic
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 import os
 import sys
@@ -19,6 +21,7 @@ import torch.distributed.fsdp
 import torch.distributed.pipelining
 import torchtitan.tools.utils  # noqa: F401  (so that `_cpu_device` finds it)
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 #: SPMD backends of torchtitan that work on this torch: `partial_dtensor` everywhere. Below 2.14,
 #: `spmd_types` refuses FSDP parameters and `full_dtensor` logs the loss times the dp degree.
@@ -204,6 +207,70 @@ def _one_sum_of_a_shared_weight() -> None:
     group._set_unsharded_grad_dtypes, group.post_forward = set_dtypes, after_forward
 
 
+class _Postponed:
+    """A function or class of a module that is imported when it is called or tested for instances."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+
+    @property
+    def _real(self) -> Any:
+        return getattr(importlib.import_module(self._module), self._name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._real(*args, **kwargs)
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, self._real)
+
+
+def _import_torchtitan_without_datasets() -> None:
+    """No version ends it: torchtitan 0.3's trainer imports `datasets`, with pandas and pyarrow.
+
+    That takes a quarter of its time, for text loaders; here it is imported when one of them reads.
+    """
+    names = {
+        "datasets": ("Dataset", "load_dataset"),
+        "datasets.distributed": ("split_dataset_by_node",),
+    }
+    absent = [module for module in names if module not in sys.modules]
+    for module in absent:
+        sys.modules[module] = ModuleType(module)
+        vars(sys.modules[module]).update({name: _Postponed(module, name) for name in names[module]})
+    try:
+        from torchtitan.hf_datasets import text_datasets  # noqa: F401
+    finally:
+        for module in absent:
+            del sys.modules[module]
+
+
+def _compile_flex_attention_when_built() -> None:
+    """No version ends it: torchtitan 0.3 compiles two functions when it is imported.
+
+    That imports inductor, a quarter of the trainer's import; here the first such module does it.
+    """
+    now = torch.compile
+    torch.compile = lambda model=None, **options: (  # type: ignore[assignment]
+        model if model in (flex_attention, create_block_mask) else now(model, **options)
+    )
+    try:
+        from torchtitan.models.common import attention
+    finally:
+        torch.compile = now
+    flex: Any = attention.FlexAttention
+    init = flex.__init__
+
+    @functools.wraps(init)
+    def compile_once(self: Any, *args: Any, **kwargs: Any) -> None:
+        flex.__init__ = init
+        if flex._compiled_flex_attn is flex_attention:
+            flex._compiled_flex_attn = torch.compile(flex_attention, options=flex.inductor_configs)
+            vars(attention)["_compiled_create_block_mask"] = torch.compile(create_block_mask)
+        init(self, *args, **kwargs)
+
+    flex.__init__ = compile_once
+
+
 def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
     """No version ends it: gloo lacks the pre-multiplied sum that FSDP2 asks for by default."""
     for module in model.modules():
@@ -219,5 +286,7 @@ _integers_keep_their_dtype()
 _low_bit_views_keep_their_dtype()
 _muon_keeps_placements()
 _one_sum_of_a_shared_weight()
+_compile_flex_attention_when_built()
+_import_torchtitan_without_datasets()
 if PIPELINE_TAKES_MICROBATCHES:
     SPMD_BACKENDS = ("partial_dtensor", "full_dtensor", "spmd_types")

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from ditty_di.cli import composing, searchpath
 from ditty_di.cli.command import Command, parse
 from ditty_di.cli.searchpath import conf_dir
-from ditty_di.graph import ConfigError, Graph
+from ditty_di.config import ConfigError, Graph
 
 #: Values that only a user knows (`???` in the file); never another choice.
 VALUES = {

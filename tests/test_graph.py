@@ -21,9 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ditty_di._graph.refused import is_refused
-from ditty_di._graph.targets import TargetError
-from ditty_di.graph import (
+from ditty_di.config import (
     ABSENT,
     BuildError,
     ConfigError,
@@ -33,6 +31,8 @@ from ditty_di.graph import (
     flatten,
     provenance,
 )
+from ditty_di.config.policy import is_refused
+from ditty_di.config.targets import TargetError
 from ditty_di.protocols import early_checks
 
 if TYPE_CHECKING:
@@ -395,7 +395,7 @@ def test_an_interrupt_is_no_build_error() -> None:
 )  # fmt: skip
 def test_cycles_are_named(cfg: dict[str, Any], trail: str) -> None:
     assert trail in raises(cfg)
-    assert any("needs itself" in line for line in problems(cfg))
+    assert any("circular reference" in line for line in problems(cfg))
 
 
 @pytest.mark.parametrize(
@@ -413,12 +413,12 @@ def test_cycles_are_named(cfg: dict[str, Any], trail: str) -> None:
         ({"root": "${m.x}", "m": None}, "m has no 'x', it is None"),
         ({"root": "${m.3}", "m": [1]}, "m has no '3'"),
         ({"root": {"a": "${....b}"}}, "above the configuration's root"),
-        ({"root": "x${m}", "m": {"a": 1}}, "all of 'm', which is not text"),
+        ({"root": "x${m}", "m": {"a": 1}}, "mapping or list, 'm', inside a text"),
         ({"root": "${nosuch:1}"}, "cannot resolve '${nosuch:1}'"),
         ({"root": "${oc.env:DITTY_DI_NOT_SET}"}, "DITTY_DI_NOT_SET"),
-        ({"root": {"lr": "???"}}, "root.lr: has no value yet (???): type root.lr=VALUE"),
-        ({"root": "${opt.lr}", "opt": {"lr": "???"}}, "opt.lr: has no value yet"),
-        ({"root": "x-${lr}", "lr": "???"}, "lr: has no value yet"),
+        ({"root": {"lr": "???"}}, "root.lr: missing mandatory value (???); set root.lr=VALUE"),
+        ({"root": "${opt.lr}", "opt": {"lr": "???"}}, "opt.lr: missing mandatory value"),
+        ({"root": "x-${lr}", "lr": "???"}, "lr: missing mandatory value"),
         ({"other": 1}, "no such key: the configuration has no 'root'"),
     ],
 )
@@ -441,7 +441,7 @@ def test_an_unknown_key_is_an_error_of_what_was_asked_for() -> None:
     ("keys", "message"),
     [
         ({"_target_": 3}, "root._target_: is 3: write a dotted path"),
-        ({"_target_": "???"}, "root._target_: has no value yet"),
+        ({"_target_": "???"}, "root._target_: missing mandatory value"),
         ({"_partial_": "yes"}, "root._partial_: is 'yes': write true or false"),
         ({"_args_": 1}, "root._args_: is 1: write a list"),
         ({"_convert_": "none"}, "leave it out"),
@@ -700,7 +700,7 @@ def test_check_finds_everything_at_once_and_says_where() -> None:
             f"c.yaml:6: data._target_: cannot find '{HERE}.no_such': module '{HERE}' "
             "has no attribute 'no_such'",
             "c.yaml:7: size: ${nowhere}: the configuration has no 'nowhere'",
-            "c.yaml:13: root.hook: has no value yet (???): type root.hook=VALUE",
+            "c.yaml:13: root.hook: missing mandatory value (???); set root.hook=VALUE",
         ]
     )  # fmt: skip
 
@@ -1211,7 +1211,7 @@ def test_provenance_of_groups_from_other_folders(conf: Path) -> None:
 def test_importing_and_using_a_graph_needs_neither_torch_nor_hydra() -> None:
     code = """
 import sys
-from ditty_di.graph import Graph
+from ditty_di.config import Graph
 graph = Graph({"a": {"_target_": "types.SimpleNamespace", "x": "${b}"}, "b": 1})
 graph.check("a"); graph.nodes("a"); graph.resolve(); assert graph.build("a").x == 1
 import ditty_di.tasks.inspect
@@ -1324,7 +1324,9 @@ def test_defaults_and_positional_arguments_are_known_to_validate() -> None:
     globals()["Sees"] = Sees
     Graph({"x": {"_target_": f"{HERE}.Sees", "_args_": [7]}}).check("x")
     assert seen == {"a": 7, "b": (1, 2), "c": "-", "d": 3}
-    with pytest.raises(ConfigError, match="needs itself"):  # and no endless look at the arguments
+    with pytest.raises(
+        ConfigError, match="circular reference"
+    ):  # and no endless look at the arguments
         Graph({"x": {"_target_": f"{HERE}.Sees", "a": 1, "b": ["${x}"]}}).check("x")
 
 

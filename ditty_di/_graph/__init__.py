@@ -1,1 +1,1 @@
-"""What `ditty_di.graph` is made of."""
+"""Moved to ditty_di.config."""

@@ -1,4 +1,4 @@
-"""What was typed, made into what Hydra composes: options, overrides, and the run they are about."""
+"""Parse a command line into what Hydra composes: options, overrides, and the run they are about."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from hydra._internal.utils import get_args_parser
 
 from ditty_di.cli import searchpath
 from ditty_di.cli.overrides import (
@@ -22,14 +24,14 @@ from ditty_di.cli.overrides import (
     value_of,
     without,
 )
-from ditty_di.graph import ConfigError
+from ditty_di.config import ConfigError
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 
 #: What `python -m ditty_di` does when no experiment and no run is named.
 DEFAULT_EXPERIMENT = "pretrain"
 
-# Said for one start of a run, and not to be said again when the run goes on. A stored
-# `allow_targets` does not count either: a run folder may be of unknown origin.
+# Given for one start of a run, and not again when the run goes on. A stored `allow_targets` does
+# not count either: a run folder may be of unknown origin.
 _ONCE = ("run", "resume", "load", "allow_targets")
 
 
@@ -37,10 +39,17 @@ _ONCE = ("run", "resume", "load", "allow_targets")
 class Command:
     """One command line.
 
-    `overrides` is all that Hydra composes: a run's own first, then those given now. `run` is the
-    directory given as `run=`, `earlier` tells whether it holds a run. `typed` are the overrides of
-    this command line alone, `as_typed` the same -> before quoting. `unreadable` are those
-    that Hydra can read only as text, in quotes -> as they were typed.
+    Attributes:
+        options: Hydra's own options, such as `--cfg job`.
+        overrides: all that Hydra composes: a stored run's own first, then those typed now.
+        config_name: name of the primary configuration file, without `.yaml`.
+        config_dirs: folders given with `--config-dir`.
+        sweep: whether several jobs are run, one for each combination of values.
+        run: the directory given as `run=`.
+        earlier: whether that directory holds a run already.
+        typed: the overrides of this command line only.
+        unreadable: overrides that Hydra can read only in quotes -> as they were typed.
+        as_typed: overrides of this command line -> as they were before quoting.
     """
 
     options: list[str] = field(default_factory=list)
@@ -56,6 +65,7 @@ class Command:
 
     @property
     def hydra_arguments(self) -> list[str]:
+        """The command line for Hydra."""
         return [*self.options, "--config-name", self.config_name, *self.overrides]
 
     @property
@@ -68,9 +78,12 @@ class Command:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Raises ConfigError for a `run=` that cannot be used; argparse exits on unknown options."""
-    from hydra._internal.utils import get_args_parser
+    """Parse a command line.
 
+    Raises:
+        ConfigError: a `run=` that cannot be used.
+        SystemExit: an unknown option (argparse).
+    """
     parsed = get_args_parser().parse_intermixed_args(list(arguments))
     options = list(arguments)
     for override in parsed.overrides:
@@ -88,39 +101,42 @@ def parse(arguments: Sequence[str]) -> Command:
 
     overrides = normalise(parsed.overrides, sweep=sweep, groups=groups, in_defaults=in_defaults)
     as_text = unreadable(overrides)
+    readable = [as_text.get(override, override) for override in overrides]
     command = Command(
         options=options,
-        overrides=[as_text.get(override, override) for override in overrides],
+        overrides=readable,
+        typed=list(readable),
         unreadable={text: typed for typed, text in as_text.items()},
         as_typed=dict(zip(overrides, parsed.overrides, strict=True)),
         config_name=config_name,
         config_dirs=config_dirs,
         sweep=sweep,
     )
-    command.typed = list(command.overrides)
-    _take_run(command, chosen_config=parsed.config_name is not None)
+    chosen_config = parsed.config_name is not None
+    _take_run(command, chosen_config)
     if not command.earlier:
-        _take_experiment(command, chosen_config=parsed.config_name is not None)
+        _take_experiment(command, chosen_config)
     return command
 
 
 def _drop(options: list[str], flag: str) -> list[str]:
-    """Without an option and its value, `flag value` or `flag=value`."""
-    kept: list[str] = []
-    skip = False
-    for option in options:
-        if not skip and option != flag and not option.startswith(f"{flag}="):
-            kept.append(option)
-        skip = not skip and option == flag
-    return kept
+    """Return the options without one and its value, `flag value` or `flag=value`."""
+    kept = list(options)
+    while flag in kept:
+        del kept[(at := kept.index(flag)) : at + 2]
+    return [option for option in kept if not option.startswith(f"{flag}=")]
+
+
+def _groups(config_dirs: Sequence[str]) -> Collection[str]:
+    return searchpath.groups(searchpath.folders(config_dirs))
 
 
 def _take_run(command: Command, chosen_config: bool) -> None:
-    """Read `run=`, and put what an earlier start of that run was told before what is told now.
+    """Read `run=`, and put an earlier start's overrides before those typed now.
 
-    A folder that holds no run is made into one only when the command also says what to run there:
-    an experiment, a task, another choice of a group or `--config-name`. Otherwise `run=` is meant
-    to go on, and a misspelt folder would start the default experiment.
+    A new run is made only when the command also says what to run there: an experiment, a task,
+    another choice of a group or `--config-name`. Otherwise `run=` means to go on, and a misspelled
+    folder would start the default experiment.
     """
     given = value_of(command.overrides, "run")
     if given is None:
@@ -131,10 +147,10 @@ def _take_run(command: Command, chosen_config: bool) -> None:
             f"to choose where they are, type hydra.sweep.dir={given}"
         )
     run = command.run = RunDirectory(given)
+    typed = without(command.overrides, "run")
     if run.is_run():
         stored = run.read_command()
         _refuse_earlier_version(run)
-        typed = without(command.overrides, "run")
         command.overrides = merge(without(stored["overrides"], *_ONCE), typed)
         command.typed = command.overrides[len(command.overrides) - len(typed) :]
         command.config_dirs += [d for d in stored["config_dirs"] if Path(d).is_dir()]
@@ -148,12 +164,14 @@ def _take_run(command: Command, chosen_config: bool) -> None:
             f"run={given}: this is no run's directory (it has no config.yaml and overrides.yaml) "
             f"and it is not empty, so no new run is put there{hint}"
         )
-    elif not chosen_config and not _chooses(command):
-        raise ConfigError(
-            f"run={run}: no such run{nearest(run.path)}\n"
-            f"to start a new run there, say which: experiment={DEFAULT_EXPERIMENT} "
-            f"{argument('run', str(run))}"
-        )
+    elif not chosen_config:
+        groups = _groups(command.config_dirs)
+        if not any(key_of(o).partition("@")[0] in groups for o in command.overrides):
+            raise ConfigError(
+                f"run={run}: no such run{nearest(run.path)}\n"
+                f"to start a new run there, say which: experiment={DEFAULT_EXPERIMENT} "
+                f"{argument('run', str(run))}"
+            )
     command.overrides = without(command.overrides, "run")
     command.overrides.append(f"run={quoted(literal(str(run.path)))}")
 
@@ -168,36 +186,25 @@ def _refuse_earlier_version(run: RunDirectory) -> None:
         )
 
 
-def _groups(config_dirs: Sequence[str]) -> Collection[str]:
-    return searchpath.groups([*searchpath.user_dirs(config_dirs), searchpath.conf_dir()])
-
-
-def _chooses(command: Command) -> bool:
-    """Whether an override chooses from a group."""
-    groups = _groups(command.config_dirs)
-    return any(key_of(o).partition("@")[0] in groups for o in command.overrides)
-
-
 def nearest(path: Path) -> str:
-    """A hint: the runs whose folders are named most like `path`, else the newest usable one."""
+    """Return a hint: the runs whose folders are named most like `path`, else the newest usable one.
+
+    Usable is a run with a checkpoint, or one that has not failed.
+    """
     folders = {Path("outputs"), path.parent, path.parent.parent}
     files = {
         f for d in folders for depth in ("*", "*/*") for f in d.glob(f"{depth}/overrides.yaml")
     }
     runs = {str(RunDirectory(file.parent)): file.stat().st_mtime for file in files}
-    wanted = str(RunDirectory(path))
-    close = difflib.get_close_matches(wanted, runs, 3, 0.7)
+    close = difflib.get_close_matches(str(RunDirectory(path)), runs, 3, 0.7)
     if close:
         return f"; the nearest: {', '.join(argument('run', name) for name in close)}"
-    usable = [name for name in runs if _usable(RunDirectory(name))]
-    newest = max(usable, key=lambda name: runs[name], default=None)
-    return f"; the newest one here is {argument('run', newest)}" if newest else ""
-
-
-def _usable(run: RunDirectory) -> bool:
-    """Whether a run has a checkpoint, or at least has not failed."""
-    result = run.read_result() or {"status": "finished"}
-    return result["status"] in GOOD_STATUSES or run.newest_step() is not None
+    for name in sorted(runs, key=lambda name: runs[name], reverse=True):
+        run = RunDirectory(name)
+        result = run.read_result() or {"status": "finished"}
+        if result["status"] in GOOD_STATUSES or run.newest_step() is not None:
+            return f"; the newest one here is {argument('run', name)}"
+    return ""
 
 
 def _take_experiment(command: Command, chosen_config: bool) -> None:
@@ -211,7 +218,7 @@ def _take_experiment(command: Command, chosen_config: bool) -> None:
 
 
 def patched(base: Any, old: Any, new: Any) -> Any:
-    """`base` with what changed between `old` and `new`, in plain mappings, key by key.
+    """Return `base` with what changed between `old` and `new`, in plain mappings, key by key.
 
     A node whose `_target_` changed is replaced as a whole: its arguments are another constructor's.
     """

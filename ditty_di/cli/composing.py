@@ -1,11 +1,11 @@
-"""Hydra as it is used here: composes a configuration, or a sweep of them, and calls a function."""
+"""Compose a configuration, or a sweep of them, with Hydra, and call a function with it."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import hydra
@@ -14,44 +14,50 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from ditty_di._graph.errors import ConfigError, Problem
-from ditty_di._graph.targets import TargetError, locate
 from ditty_di.cli import no_choice, searchpath
 from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import is_sweep, value_of, without
+from ditty_di.config import ConfigError, Problem
+from ditty_di.config.targets import TargetError, locate
 
-# Launchers and sweepers, which Hydra takes from its plugins alone, and what it logs with.
+# Launchers and sweepers, which Hydra takes from its plugins only, and what it logs with.
 _OF_HYDRA = ("hydra_plugins.", "hydra._internal.core_plugins.", "logging.FileHandler")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 class UserFolders(SearchPathPlugin):
-    """Puts a user's folders before the shipped configuration, so that theirs win."""
+    """Search a user's folders before the shipped configuration."""
 
     command = Command()
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Prepend the user's folders; called by Hydra."""
         for folder in reversed(searchpath.user_dirs(self.command.config_dirs)):
             search_path.prepend("user", f"file://{folder}")
         search_path.append("no choice", no_choice.PATH)
 
 
 def register(command: Command) -> None:
-    """From here on, what Hydra composes in this process may come from the command's folders."""
+    """Let Hydra find configuration in the command's folders from here on in this process."""
     UserFolders.command = command
     no_choice.register()
     Plugins.instance().register(UserFolders)
 
 
 def run(command: Command, job: Callable[[DictConfig], Any]) -> Any:
-    """What `job` returned, when Hydra called it; None when it was asked for something else.
+    """Compose a command's configuration and call `job` with it, once for each job of a sweep.
 
-    Raises whatever went wrong, in Hydra or in `job`.
+    Returns:
+        What `job` returned; None when Hydra was asked for something else, such as `--cfg`.
+
+    Raises:
+        Exception: whatever went wrong, in Hydra or in `job`.
     """
     register(command)
-    if _may_change_hydra(command):
-        _refuse_targets_of_hydra(command)
+    if any("hydra" in o for o in command.overrides) or searchpath.user_dirs(command.config_dirs):
+        _check_targets_of_hydra(command)
     outcome: dict[str, Any] = {}
     wanted = os.environ.get(_FULL_ERROR)
 
@@ -75,34 +81,32 @@ def run(command: Command, job: Callable[[DictConfig], Any]) -> Any:
     return outcome.get("returned")
 
 
-def _may_change_hydra(command: Command) -> bool:
-    """Whether files of the user, or an override, may reach Hydra's own section."""
-    typed = any("hydra" in override for override in command.overrides)
-    return typed or bool(searchpath.user_dirs(command.config_dirs))
-
-
-def _refuse_targets_of_hydra(command: Command) -> None:
-    """Refuse what Hydra would call before any job: nodes below `hydra`, such as callbacks, and the
-    factories of its logging; raises ConfigError. What does not compose, Hydra says itself."""
-    given = value_of(command.overrides, "allow_targets") or ""
-    allowed = [name.strip(" '\"") for name in given.strip("[]").split(",")]
-    kept = without(command.overrides, "allow_targets")
+def composed(config_name: str, overrides: list[str], **options: Any) -> DictConfig | None:
+    """Compose a configuration outside of a job; return None when it does not compose."""
     try:
         with initialize_config_dir(str(searchpath.conf_dir()), version_base="1.3"):
-            single = [o for o in kept if not is_sweep(o)]
-            config = compose(command.config_name, single, return_hydra_config=True)
-        section = OmegaConf.to_container(config.hydra, resolve=False)
-        found = [
-            (
-                key,
-                str(OmegaConf.select(config, key.replace(".()", "[()]")) if "${" in name else name),
-            )
-            for key, name in _called(section, "hydra")
-        ]
-    except Exception:
+            return compose(config_name, overrides, **options)
+    except Exception:  # reported when the command itself is composed
+        return None
+
+
+def _check_targets_of_hydra(command: Command) -> None:
+    """Refuse unsafe targets that Hydra would call before any job; raise ConfigError.
+
+    Those are nodes below `hydra`, such as callbacks, and the factories of its logging.
+    """
+    given = value_of(command.overrides, "allow_targets") or ""
+    allowed = [name.strip(" '\"") for name in given.strip("[]").split(",")]
+    single = [o for o in without(command.overrides, "allow_targets") if not is_sweep(o)]
+    config = composed(command.config_name, single, return_hydra_config=True)
+    if config is None:
         return
     problems = []
-    for key, target in found:
+    for key, written in _called(OmegaConf.to_container(config.hydra), "hydra"):
+        target = written
+        if "${" in written:
+            with suppress(OmegaConfBaseException):
+                target = str(OmegaConf.select(config, key.replace(".()", "[()]")))
         if not target.startswith(_OF_HYDRA):
             try:
                 locate(target, allowed)
@@ -114,7 +118,7 @@ def _refuse_targets_of_hydra(command: Command) -> None:
 
 
 def _called(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(key, name) of every callable that Hydra, or `logging.config`, is told to call."""
+    """Yield (key, name) of every callable that Hydra, or `logging.config`, is told to call."""
     if isinstance(value, dict):
         called = ("_target_", "()", *(("class",) if "_logging.handlers." in key else ()))
         yield from ((f"{key}.{n}", v) for n in called if isinstance(v := value.get(n), str))
@@ -127,6 +131,7 @@ def _called(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def _variable(name: str, value: str | None) -> Iterator[None]:
+    """Set an environment variable, or unset it with None, for a while."""
     before = os.environ.pop(name, None)
     if value is not None:
         os.environ[name] = value

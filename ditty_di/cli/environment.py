@@ -1,9 +1,10 @@
-"""What a run ran on: versions, hardware, git. Nothing is imported to find out."""
+"""Describe what a run runs on: versions, hardware, git. Imports nothing to find out."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -17,64 +18,50 @@ _VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "SLURM_JO
 
 
 def describe(arguments: Sequence[str]) -> dict[str, Any]:
-    """A JSON object about this process, started as `python -m ditty_di ARGUMENTS`."""
+    """Return a JSON object about this process, started as `python -m ditty_di ARGUMENTS`."""
+    # any installed package may be what a node imports
+    packages = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    pages = 0 if sys.platform == "win32" else os.sysconf("SC_PHYS_PAGES")
     return {
         "date": datetime.now(UTC).astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "ditty_di", *arguments]),
         "folder": os.getcwd(),
         "git": _git(),
-        "hardware": _hardware(),
+        "hardware": {
+            "host": platform.node(),
+            "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**30, 1) if pages else None,
+            "gpus": [_field(file, "Model") for file in gpus],
+        },
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": _packages(),
+        "packages": {name: packages[name] for name in sorted(filter(None, packages))},
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
 
-def _packages() -> dict[str, str]:
-    """Name -> version of everything installed, sorted: any of them may be what a node imports."""
-    found = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-    return dict(sorted((name, version) for name, version in found.items() if name))
-
-
 def _git() -> dict[str, Any] | None:
-    """Commit of the working folder's repository, and whether anything there is uncommitted."""
+    """Return the commit of the working folder's repository, and whether it has other changes."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, timeout=5, check=True
+        )
+        return done.stdout.strip()
+
     try:
-        run = {"capture_output": True, "text": True, "timeout": 5, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run)  # type: ignore[call-overload]
-        status = subprocess.run(["git", "status", "--porcelain"], **run)  # type: ignore[call-overload]
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 
-def _hardware() -> dict[str, Any]:
-    return {
-        "host": platform.node(),
-        "cpu": _first_value("/proc/cpuinfo", "model name") or platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": _memory_gib(),
-        "gpus": [
-            _first_value(file, "Model")
-            for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-        ],
-    }
-
-
-def _first_value(file: str | Path, name: str) -> str | None:
-    """The value of the first `name : value` line; None where there is no such file or line."""
+def _field(file: str | Path, name: str) -> str | None:
+    """Return the value of the first `name : value` line; None where there is none."""
     try:
-        with open(file, encoding="utf-8") as lines:
-            for line in lines:
-                key, _, value = line.partition(":")
-                if key.strip() == name:
-                    return value.strip()
+        text = Path(file).read_text(encoding="utf-8")
     except OSError:
-        pass
-    return None
-
-
-def _memory_gib() -> float | None:
-    if sys.platform == "win32":
         return None
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    found = re.search(rf"^{name}\s*:\s*(.*)$", text, re.M)
+    return found[1].strip() if found else None

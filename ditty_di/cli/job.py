@@ -14,23 +14,32 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from ditty_di.cli import environment, ranks, searchpath, texts, unread
 from ditty_di.cli.command import Command, nearest, patched
 from ditty_di.cli.overrides import argument, value_of, without
+from ditty_di.config import ConfigError, Difference, Graph, Problem, difference, provenance
 from ditty_di.console import quiet, status
-from ditty_di.graph import ConfigError, Difference, Graph, Problem, difference, provenance
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 
 Launcher = Callable[[str], int]
 
 
 def execute(config: DictConfig, command: Command, launcher: Launcher | None = None) -> int:
-    """Checks, makes the run directory, launches the ranks, says how it went.
+    """Check a configuration, make the run directory, launch the ranks and report the result.
 
-    `launcher` takes the place of the configuration's own. Raises ConfigError before anything is
-    made when the configuration cannot be used.
+    Args:
+        config: the composed configuration.
+        command: the command line it was composed from.
+        launcher: used instead of the configuration's own; takes the run directory.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: the configuration cannot be used; raised before anything is made.
     """
     OmegaConf.set_struct(config, False)
     texts.settle(config, command)
@@ -62,24 +71,26 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
         raise ConfigError("this task works on a run: add run=FOLDER" + nearest(Path("run")))
     _refuse_unknown_run(command)
     status("importing what the configuration names (torch and torchtitan take seconds) ...")
-    _check(graph, "task", "launcher")
+    graph.check("task", "launcher")
+    if problems := ranks.problems(graph):
+        raise ConfigError(problems)
     run = _directory(config, command, resumes)
     of_its_own = resumes or not command.earlier
     leaves_none = config.run is False
     try:
         if of_its_own:
             config.run = str(run.path)
-        graph = Graph(config, graph.where, allow_targets=allowed)
+        graph = Graph(config, where, allow_targets=allowed)
         staged = resumes and OmegaConf.select(config, "task.run") is not None
         _write(run.stage() if staged else run, config, graph, command)
         code = (launcher or graph.build("launcher"))(str(run.path))
         result = run.read_result()
         if result is None and code == 0:
-            result = {"status": "finished"}  # it could not be written, and was said instead
+            result = {"status": "finished"}  # it could not be written, and was printed instead
         if result is None:
             error = f"all ranks exited without a result; exit code {code}"
             result = {"status": "failed", "error": error}
-            run.write_result(result, tell=False)  # on a full disk a rank has told its own
+            run.write_result(result, tell=False)  # on a full disk a rank has printed its own
         if code:
             run.unstage()
     except BaseException:
@@ -91,27 +102,15 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     if leaves_none and code == 0:
         shutil.rmtree(run.path)
     elif of_its_own:
-        _say_what_next(run, result, text="tokenizer" in graph.nodes("task"))
+        _print_next_steps(run, result, text="tokenizer" in graph.nodes("task"))
     return code
-
-
-def _check(graph: Graph, *roots: str) -> None:
-    problems = {}
-    for root in roots:
-        try:
-            graph.check(root)
-        except ConfigError as error:
-            problems.update(dict.fromkeys(error.problems))
-    if not problems:
-        problems = dict.fromkeys(ranks.problems(graph))
-    if problems:
-        raise ConfigError(problems)
 
 
 def _allowed_targets(config: DictConfig, command: Command, where: Any) -> list[str]:
     """Return `allow_targets` as typed now; a file may be of unknown origin, so it cannot allow.
 
-    Raises ConfigError when a file sets it, or when it is not a list of names.
+    Raises:
+        ConfigError: a file sets it, or it is not a list of names.
     """
     allowed = OmegaConf.select(config, "allow_targets")
     if not allowed:
@@ -131,10 +130,18 @@ def _allowed_targets(config: DictConfig, command: Command, where: Any) -> list[s
 
 
 def _refuse_changes(stored: Any, config: DictConfig) -> None:
-    """A run goes on with the numbers that it began with, unless it is told which may change."""
-    changed = difference(stored, config, ignore=[*config.resume.ignore, "allow_targets"])
+    """Refuse to go on with other numbers than a run began with, except those in `resume.allow`.
+
+    More steps or epochs are no change: the schedule handles them when it is loaded.
+    """
+
+    def lengthens(change: Difference) -> bool:
+        numbers = [isinstance(v, int | float) for v in (change.old, change.new)]
+        return change.key in ("steps", "epochs") and all(numbers) and change.new > change.old
+
     allowed = list(config.resume.allow)
-    refused = [c for c in changed if not _covers(allowed, c.key) and not _lengthens(c)]
+    ignored = [*config.resume.ignore, "allow_targets", *allowed]
+    refused = [c for c in difference(stored, config, ignore=ignored) if not lengthens(c)]
     if refused:
         keys = ",".join([*allowed, *(c.key for c in refused)])
         raise ConfigError(
@@ -145,20 +152,8 @@ def _refuse_changes(stored: Any, config: DictConfig) -> None:
         )
 
 
-def _lengthens(change: Difference) -> bool:
-    """More steps or epochs than before: the schedule says how it goes on when it is loaded."""
-    numbers = [isinstance(v, int | float) for v in (change.old, change.new)]
-    return change.key in ("steps", "epochs") and all(numbers) and change.new > change.old
-
-
-def _covers(keys: list[str], key: str) -> bool:
-    return any(key == k or key.startswith(f"{k}.") for k in keys)
-
-
 def _on_top_of(stored: Any, config: DictConfig, command: Command) -> DictConfig:
-    """The run's own configuration, changed only by what was typed now."""
-    from hydra import compose
-
+    """Return the run's own configuration, changed only by what was typed now."""
     assert command.run is not None
     before = compose(command.config_name, command.run.read_command()["overrides"])
     base, old, new = (OmegaConf.to_container(c) for c in (stored, before, config))
@@ -168,21 +163,18 @@ def _on_top_of(stored: Any, config: DictConfig, command: Command) -> DictConfig:
 
 
 def _refuse_unknown_run(command: Command) -> None:
-    """A task that has no directory of its own (`run: null`) makes none."""
-    from hydra import compose
-
+    """Refuse a new run directory for a task that has none of its own (`run: null`)."""
     if command.run is not None and not command.earlier:
         alone = compose(command.config_name, without(command.overrides, "run"))
         if OmegaConf.select(alone, "run") is None:
-            hint = nearest(command.run.path)
-            raise ConfigError(f"run={command.run}: no such run{hint}")
+            raise ConfigError(f"run={command.run}: no such run{nearest(command.run.path)}")
 
 
 # -- the directory ----------------------------------------------------------------------------
 
 
 def _outside(graph: Graph, config: DictConfig, command: Command) -> list[Problem]:
-    """A name that would put a new run anywhere else than below the folder of runs."""
+    """Return the problem of a name that would put a new run outside of the folder of runs."""
     if command.run is not None or ".." not in Path(str(OmegaConf.select(config, "run"))).parts:
         return []
     key = "name" if ".." in Path(str(config.get("name"))).parts else "run"
@@ -191,50 +183,45 @@ def _outside(graph: Graph, config: DictConfig, command: Command) -> list[Problem
 
 
 def _directory(config: DictConfig, command: Command, resumes: bool) -> RunDirectory:
-    """The directory of this job, made, locked and empty of old results.
+    """Return the directory of this job, made, locked and empty of old results.
 
     A task that leaves no run (`run: false`) has a temporary one.
+
+    Raises:
+        ConfigError: nothing can be written there.
     """
-    if config.run is False:
-        run = RunDirectory(tempfile.mkdtemp(prefix="ditty_di-"))
-    elif command.run is not None and (resumes or not command.earlier):
-        run = command.run
-    elif command.earlier:
-        name = str(config.task._target_).rpartition(".")[2]
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-        run = _unused(Path(config.run) / "tasks" / f"{name}-{stamp}")
-    else:
-        run = _unused(Path(config.run))
+    path = command.run.path if command.run is not None else Path(str(config.run))
     try:
+        if config.run is False:
+            path = Path(tempfile.mkdtemp(prefix="ditty_di-"))
+        elif command.earlier and not resumes:
+            name = str(config.task._target_).rpartition(".")[2]
+            stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+            path = _unused(Path(config.run) / "tasks" / f"{name}-{stamp}")
+        elif command.run is None:
+            path = _unused(path)
+        run = RunDirectory(path)
         run.prepare()
     except OSError as error:
-        raise _with_remedy(error, run.path) from error
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise ConfigError(
+            f"cannot write in {path}: {error.strerror}; give a folder that can be written, "
+            f"{argument('run', 'FOLDER')} (for a new run with its experiment beside it)"
+        ) from error
     return run
 
 
-def _with_remedy(error: OSError, path: Path) -> Exception:
-    """The error, or when nothing may be written there, one that says what to do."""
-    if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return error
-    return ConfigError(
-        f"cannot write in {path}: {error.strerror}; give a folder that can be written, "
-        f"{argument('run', 'FOLDER')} (for a new run with its experiment beside it)"
-    )
-
-
-def _unused(path: Path) -> RunDirectory:
-    """`path`, or with a number when another job of the same second has it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _with_remedy(error, path.parent) from error
+def _unused(path: Path) -> Path:
+    """Make `path`, or with a number when another job of the same second has it; return it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for number in count(2):
         try:
             path.mkdir()
             break
         except FileExistsError:
             path = path.with_name(f"{path.name.rpartition('+')[0] or path.name}+{number}")
-    return RunDirectory(path)
+    return path
 
 
 def _write(run: RunDirectory, config: DictConfig, graph: Graph, command: Command) -> None:
@@ -245,29 +232,33 @@ def _write(run: RunDirectory, config: DictConfig, graph: Graph, command: Command
     run.write_text(run.environment, json.dumps(environment.describe(sys.argv[1:]), indent=2) + "\n")
 
 
-# -- what is said at the end ------------------------------------------------------------------
+# -- the end ----------------------------------------------------------------------------------
 
 
-def _say_what_next(run: RunDirectory, result: dict[str, Any], *, text: bool) -> None:
-    """Where things are, and what can be typed next: only what there is."""
+def _print_next_steps(run: RunDirectory, result: dict[str, Any], *, text: bool) -> None:
+    """Print where the results are, and the commands that can be typed next."""
     command = f"python -m ditty_di {argument('run', str(run))}"
-    failed = result["status"] not in GOOD_STATUSES
+    good = result["status"] in GOOD_STATUSES
     trained = any(run.path.glob("checkpoints/*"))
-    lines = []
-    if not failed:
-        known = [f"{k} {result[k]}" for k in ("step", "objective") if result.get(k) is not None]
-        if result.get("objective_step") not in (None, result.get("step")):
-            known[-1] += f" (of step {result['objective_step']})"
-        lines.append(f"{', '.join([result['status'], *known])}: {run}")
-    if result["status"] != "finished" and (trained or not failed):
-        lines.append(f"  go on                   {command}")
-    if not failed and trained and text:
-        lines.append(f'  generate                {command} task=generate prompt="..."')
-    if not failed and (run.path / "export").is_dir():
-        lines.append(f"  exported                {run}/export")
-    if not failed and (run.path / "tensorboard").is_dir():
-        lines.append(
-            f"  curves                  tensorboard --logdir {shlex.quote(f'{run}/tensorboard')}"
-        )
-    if lines:
-        print("\n".join(lines[:1] if quiet() else lines))
+    known = [f"{k} {result[k]}" for k in ("step", "objective") if result.get(k) is not None]
+    if result.get("objective_step") not in (None, result.get("step")):
+        known[-1] += f" (of step {result['objective_step']})"
+    curves = shlex.quote(f"{run}/tensorboard")
+    lines = [
+        (good, f"{', '.join([result['status'], *known])}: {run}"),
+        (
+            result["status"] != "finished" and (trained or good),
+            f"  go on                   {command}",
+        ),
+        (
+            good and trained and text,
+            f'  generate                {command} task=generate prompt="..."',
+        ),
+        (good and (run.path / "export").is_dir(), f"  exported                {run}/export"),
+        (
+            good and (run.path / "tensorboard").is_dir(),
+            f"  curves                  tensorboard --logdir {curves}",
+        ),
+    ]
+    for line in [line for applies, line in lines if applies][: 1 if quiet() else None]:
+        print(line)

@@ -1,4 +1,4 @@
-"""Where configuration files are found: a user's own folders, then those that ship here."""
+"""Find configuration files: in a user's own folders, then in the folder that is shipped."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import yaml
 
 
 def conf_dir() -> Path:
-    """The shipped configuration: inside the package in a wheel, beside it in a checkout."""
+    """Return the shipped configuration: inside the package in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     shipped = package / "conf"
     return shipped if shipped.is_dir() else package.parent / "conf"
 
 
 def user_dirs(config_dirs: Iterable[str | Path] = ()) -> list[Path]:
-    """`./conf` if there is one, then each of `config_dirs`: all searched before the shipped ones.
+    """Return `./conf` if it exists, then each of `config_dirs`: searched before the shipped one.
 
     Raises:
         FileNotFoundError: one of `config_dirs` is not a folder.
@@ -45,8 +45,13 @@ def in_defaults(group: str, config_name: str, folders: Sequence[Path]) -> bool:
     )
 
 
+def folders(config_dirs: Iterable[str | Path] = ()) -> list[Path]:
+    """Return every folder that is searched, in order."""
+    return [*user_dirs(config_dirs), conf_dir()]
+
+
 def groups(folders: Iterable[Path]) -> dict[str, dict[str, str]]:
-    """group -> {choice: first comment of its file} over `folders`, the first file of a name."""
+    """Return group -> {choice: first comment of its file}; of files with one name, the first."""
     found: dict[str, dict[str, str]] = {}
     for folder in folders:
         for file in sorted(folder.rglob("*.yaml")):
@@ -57,12 +62,10 @@ def groups(folders: Iterable[Path]) -> dict[str, dict[str, str]]:
 
 
 def _first_comment(file: Path) -> str:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("#"):
-                text = line.lstrip("# ").strip()
-                if text and not text.startswith("@package"):
-                    return text
-            elif line.strip():
-                break
+    for line in file.read_text(encoding="utf-8").splitlines():
+        text = line.lstrip("# ").strip()
+        if line.startswith("#") and text and not text.startswith("@package"):
+            return text
+        if line.strip() and not line.startswith("#"):
+            break
     return ""

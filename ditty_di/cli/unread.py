@@ -1,100 +1,92 @@
-"""Keys that a user set and nothing reads: most of them are misspelt."""
+"""Find keys that a user set and nothing reads: most of them are misspelled."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
-from ditty_di._graph.provenance import label
-from ditty_di._graph.suggestions import suggest
 from ditty_di.cli import searchpath
 from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import key_of, without
-from ditty_di.graph import ConfigError, Graph, Problem, Provenance, Setting, flatten
+from ditty_di.config import ConfigError, Graph, Problem, Provenance, Setting, flatten
+from ditty_di.config.errors import prefixes
+from ditty_di.config.provenance import label
+from ditty_di.config.suggest import suggest
 
-#: What a job reads of a configuration, beside what its task and its launcher reach.
-_JOB = (
-    *("run", "name", "debug", "load", "resume.allow", "resume.ignore", "allow_unread"),
-    "allow_targets",
+# What a job reads of a configuration: what its task and its launcher reach, and its own keys.
+_ROOTS = (
+    *("task", "launcher", "trainer", "run", "name", "debug", "load", "resume.allow"),
+    *("resume.ignore", "allow_unread", "allow_targets"),
 )
-_ROOTS = ("task", "launcher", "trainer", *_JOB)
 _TYPED = "command line "
 
 
 def problems(graph: Graph, config: DictConfig, command: Command) -> list[Problem]:
-    """Every key that the user set, on the command line or in files of their own, and that nothing
-    reads: no task of this configuration, no launcher, and no reference in what they reach.
+    """Return a problem for every key that the user set and nothing reads.
 
-    A key of a file may be one that the shipped files know and that only other choices read; a typed
+    The user's keys are those on the command line or in files of their own; when a run goes on, only
+    those typed now. A key is read when a task of this configuration or the launcher reaches it. A
+    key of a file may be one that the shipped files know and that only other choices read; a typed
     one must have an effect. The primary configuration declares its keys. Keys listed in
-    `allow_unread`, with all below them, are left alone. When a run goes on, only what was typed now
-    is looked at.
+    `allow_unread`, with all below them, are left alone.
     """
-    told = _Told(graph, command)
     read = _read(graph)
-    values = flatten(config)
-    suspicious = {
-        key: setting
-        for key, value in values.items()
-        if key not in read and (setting := told.by_user(key, value, read)) is not None
-    }
-    allowed = graph.build("allow_unread") if "allow_unread" in config else ()
-    suspicious = {k: s for k, s in suspicious.items() if not _below(k, allowed or ())}
+    allowed = graph.build("allow_unread") or () if "allow_unread" in config else ()
+    suspicious: dict[str, Setting] = {}
+    for key, value in flatten(config).items():
+        if key not in read and not any(f"{key}.".startswith(f"{a}.") for a in allowed):
+            setting = _users_setting(graph, command, key)
+            # a group's choice that sets a key to null cannot be meant to have an effect
+            if setting is not None and not (setting.chosen_by and value is None):
+                suspicious[key] = setting
     others = _other_tasks(config, command)
     while suspicious.keys() - read and (other := next(others, None)) is not None:
         read |= _read(other)
     if not suspicious.keys() - read:
         return []
     declared, primary = _declared(command)
-    reached = _with_parents(read)
-    slots = reached | _with_parents(declared | primary)
+    reached = {above for key in read for above in prefixes(key)}
+    known = reached | {above for key in declared | primary for above in prefixes(key)}
     found: dict[str, Problem] = {}
     for key, setting in suspicious.items():
         typed = setting.where.startswith(_TYPED)
         if key in read or key in primary or (key in declared and not typed):
             continue
-        if setting.chosen_by:  # a choice of a whole group
-            top = key.partition(".")[0]
-            if top not in reached:
-                message = "nothing reads this choice: the other choices do not refer to it"
-                found.setdefault(top, Problem(top, message, setting.where))
-            continue
-        top = next((p for p in _prefixes(key) if p not in slots), key)
-        found.setdefault(top, _problem(graph, top, setting, read))
+        top = key.partition(".")[0]
+        if not setting.chosen_by:
+            top = next((above for above in prefixes(key) if above not in known), key)
+            found.setdefault(top, _problem(graph, top, setting, read))
+        elif top not in reached:
+            message = "nothing reads this choice: the other choices do not refer to it"
+            found.setdefault(top, Problem(top, message, setting.where))
     return list(found.values())
 
 
-class _Told:
-    """Which settings are the user's."""
+def _users_setting(graph: Graph, command: Command, key: str) -> Setting | None:
+    """Return the user's setting of a key; with `chosen_by`, their choice of the file that did it.
 
-    def __init__(self, graph: Graph, command: Command) -> None:
-        self._graph = graph
-        shipped = label(searchpath.conf_dir())
-        self._shipped, self._experiments = f"{shipped}/", f"{shipped}/experiment/"
-        self._typed = {f"{_TYPED}{o!r}" for o in command.typed}
-        self._earlier = command.earlier
+    None when the key has its value from elsewhere.
+    """
+    shipped = label(searchpath.conf_dir())
 
-    def by_user(self, key: str, value: Any, read: set[str]) -> Setting | None:
-        """The user's setting that gave a key its value, or chose the file that did."""
-        setting = next(iter(self._graph.history(key)[-1:]), None)
-        setting = setting or Setting(self._graph.where(key), "")
-        if self._is_users(setting.where):
-            return setting._replace(chosen_by="")
-        chose = setting.chosen_by
-        group = chose.removeprefix(_TYPED).strip("'").partition("=")[0].lstrip("+")
-        whole = key == group or key.startswith(f"{group}.")
-        if value is not None and whole and chose.startswith(_TYPED) and self._is_users(chose):
-            return setting._replace(where=chose)
-        return None
-
-    def _is_users(self, where: str) -> bool:
+    def users(where: str) -> bool:
         if where.startswith(_TYPED):
-            return where in self._typed
-        own = not where.startswith(self._shipped) or where.startswith(self._experiments)
-        return bool(where) and not self._earlier and own
+            return where in {f"{_TYPED}{o!r}" for o in command.typed}
+        own = not where.startswith(f"{shipped}/") or where.startswith(f"{shipped}/experiment/")
+        return bool(where) and own and not command.earlier
+
+    history = graph.history(key) or [Setting(graph.where(key), "")]
+    where, value, choice = history[-1]
+    if users(where):
+        return Setting(where, value)
+    group = choice.removeprefix(_TYPED).strip("'").partition("=")[0].lstrip("+")
+    if choice.startswith(_TYPED) and users(choice) and f"{key}.".startswith(f"{group}."):
+        return Setting(choice, value, choice)
+    return None
 
 
 def _problem(graph: Graph, top: str, setting: Setting, read: set[str]) -> Problem:
@@ -121,51 +113,39 @@ def _read(graph: Graph) -> set[str]:
 
 
 def _other_tasks(config: DictConfig, command: Command) -> Iterator[Graph]:
-    """The configuration as the other tasks would have it; what does not compose is left out."""
-    folders = [*searchpath.user_dirs(command.config_dirs), searchpath.conf_dir()]
+    """Yield the configuration as the other tasks would have it, if it composes."""
+    folders = searchpath.folders(command.config_dirs)
     groups = searchpath.groups(folders)
-    written = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(written, dict)
-    for task in sorted(groups.get("task", {}), key=lambda task: task != "train"):  # reads most
-        file = next(f for d in folders if (f := d / "task" / f"{task}.yaml").is_file())
-        try:
-            yield _with_task(written, file) or _composed(command, groups, task)
-        except Exception:
-            continue
-
-
-def _with_task(written: dict[Any, Any], file: Path) -> Graph | None:
-    """A configuration with another file of the group `task`, which takes a tenth of composing it;
-    None for a file that must be composed."""
-    task = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    package = _package(file.read_text(encoding="utf-8"), "task")
-    if not isinstance(task, dict) or "defaults" in task or package not in ("", "task"):
-        return None
-    task = task if package == "" else {"task": task}
-    return Graph({**task, **written, "task": task.get("task")})
-
-
-def _composed(command: Command, groups: Collection[str], task: str) -> Graph:
-    from hydra import compose
-
+    written: Any = OmegaConf.to_container(config)
     kept = [
         o if o[0] in "+~" or key_of(o).partition("@")[0] in groups or "=" not in o else f"++{o}"
         for o in without(command.overrides, "task")
     ]
-    return Graph(compose(command.config_name, [*kept, f"task={task}"]))
+    for name in sorted(groups.get("task", {}), key=lambda name: name != "train"):  # reads most
+        file = next(f for d in folders if (f := d / "task" / f"{name}.yaml").is_file())
+        try:
+            task: Any = OmegaConf.to_container(OmegaConf.load(file))
+            package = _package(file.read_text(encoding="utf-8"), "task")
+            if "defaults" in task or package not in ("", "task"):
+                yield Graph(compose(command.config_name, [*kept, f"task={name}"]))
+            else:  # the same, in a tenth of the time
+                task = task if package == "" else {"task": task}
+                yield Graph({**task, **written, "task": task.get("task")})
+        except Exception:
+            continue
 
 
 def _declared(command: Command) -> tuple[set[str], set[str]]:
-    """Keys that shipped files write, each at its package, and those of the primary file.
+    """Return the keys that shipped files set, each at its package, and those of the primary file.
 
     An experiment declares nothing: in a checkout, those of the user lie beside the shipped ones.
     """
     shipped = searchpath.conf_dir()
-    folders = [*searchpath.user_dirs(command.config_dirs), shipped]
-    primary = next((f for d in folders if (f := d / f"{command.config_name}.yaml").is_file()), None)
-    files = (f for f in shipped.rglob("*.yaml") if f.parent.name != "experiment")
-    declared: set[str] = set().union(*(_keys(file, shipped) for file in files))
-    return declared, _keys(primary, primary.parent) if primary else set()
+    files = [f for f in shipped.rglob("*.yaml") if f.parent.name != "experiment"]
+    primary = (d / f"{command.config_name}.yaml" for d in searchpath.folders(command.config_dirs))
+    first = next((file for file in primary if file.is_file()), None)
+    declared = {key for file in files for key in _keys(file, shipped)}
+    return declared, _keys(first, first.parent) if first else set()
 
 
 def _keys(file: Path, folder: Path) -> set[str]:
@@ -175,21 +155,8 @@ def _keys(file: Path, folder: Path) -> set[str]:
 
 
 def _package(text: str, group: str) -> str:
-    """Where the keys of a file of a group go, by its header: a dotted key, "" for the top."""
+    """Return where the keys of a file go by its header: a dotted key, "" for the top."""
     header = text.partition("\n")[0].split()
     if header[:2] != ["#", "@package"] or len(header) < 3:
         return group
     return header[2].replace("_global_", "").replace("_group_", group).strip(".")
-
-
-def _prefixes(key: str) -> Iterator[str]:
-    parts = key.split(".")
-    return (".".join(parts[:n]) for n in range(1, len(parts) + 1))
-
-
-def _with_parents(keys: Iterable[str]) -> set[str]:
-    return {prefix for key in keys for prefix in _prefixes(key)}
-
-
-def _below(key: str, above: Iterable[str]) -> bool:
-    return any(f"{key}.".startswith(f"{a}.") for a in above)

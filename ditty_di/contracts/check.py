@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ditty_di._graph.targets import did_you_mean
+from ditty_di.config.targets import did_you_mean
 from ditty_di.contracts.grammar import DTYPES, MAX_RANK, Contract, ContractError, Entry
 from ditty_di.contracts.stages import LOADER, LOSS, MODEL, POST, PRE, Stage
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ditty_di._graph.errors import ConfigError, Problem, keys
+from ditty_di.config.errors import ConfigError, Problem, keys
 from ditty_di.contracts.check import Report, examine
 from ditty_di.contracts.stages import POST, PRE, Stage, argument, is_node, pipeline
 from ditty_di.processors.workflow import SPLIT_SEQUENCES

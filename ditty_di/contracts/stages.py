@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from ditty_di._graph.targets import SPECIAL, TargetError, locate
+from ditty_di.config.targets import SPECIAL, TargetError, locate
 from ditty_di.contracts.grammar import Contract, as_contract
 
 LOADER, PRE, MODEL, POST, LOSS = "loader", "preprocessor", "model", "postprocessor", "loss"

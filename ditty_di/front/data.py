@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ditty_di._graph.targets import did_you_mean
+from ditty_di.config.targets import did_you_mean
 from ditty_di.data import LengthGrouped, Loader, PaddedCollate
 from ditty_di.protocols import DataLoaderFactory, LoadedBatch
 

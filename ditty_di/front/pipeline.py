@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ditty_di import Runtime, Trainer, adapters, export
-from ditty_di._graph.targets import locate
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.checkpoint.folder import latest
+from ditty_di.config.targets import locate
 from ditty_di.data import horizon
 from ditty_di.front import batches
 from ditty_di.front.model_factory import ModelFactory

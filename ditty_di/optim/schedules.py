@@ -137,7 +137,7 @@ def _validate(
     cooldown_steps: Any = None,
     cooldown_ratio: Any = 0.0,
 ) -> None:
-    """Check what is known of the phases before anything is built (`ditty_di.graph.View`)."""
+    """Check what is known of the phases before anything is built (`ditty_di.config.View`)."""
     if getattr(total_steps, "target", None) is horizon:
         total_steps = total_steps.arguments.get("steps")
     total = total_steps if isinstance(total_steps, int | float) else sys.maxsize

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ditty_di.cli import ranks
-from ditty_di.console import status
-from ditty_di.graph import (
+from ditty_di.config import (
     ConfigError,
     Difference,
     Graph,
@@ -22,6 +21,7 @@ from ditty_di.graph import (
     difference,
     flatten,
 )
+from ditty_di.console import status
 
 
 def check(

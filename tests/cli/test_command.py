@@ -6,7 +6,7 @@ import pytest
 
 from ditty_di.cli.command import Command, parse, patched
 from ditty_di.cli.overrides import merge, normalise
-from ditty_di.graph import ConfigError
+from ditty_di.config import ConfigError
 from ditty_di.rundir import RunDirectory
 
 

@@ -82,6 +82,18 @@ MISTAKES = [
     ("+experiment=lora lora_r=8", "'lora_r'", "did you mean 'adapter.config.r'?"),
     ("+experiment=lora lora_alpha=8", "'lora_alpha'", "'adapter.config.lora_alpha'"),
     ("lora_r=8", "'lora_r'", "'adapter.config.r', which is not in this configuration"),
+    (
+        "trainer.callbacks.ema.decay=0.9",
+        "'trainer.callbacks.ema.decay'",
+        "'+callbacks=ema' adds it",
+    ),
+    (
+        "trainer.callbacks.stopfile.path=x",
+        "callbacks.stopfile",
+        "'trainer.callbacks.stop_file.path'",
+    ),
+    ("~validator", "config.yaml", "'~validator' deleted it, so delete 'trainer.validator' too"),
+    ("export=none +export.x=3", "'+export.x=3': export", "a callable is wanted"),
     # values
     ("steps=-5", "'steps=-5': steps", "at least 1"),
     ("steps=1.5", "'steps=1.5': steps", "int is wanted"),

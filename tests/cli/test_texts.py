@@ -17,7 +17,7 @@ from ditty_di.cli import texts
 from ditty_di.cli.command import Command, parse
 from ditty_di.cli.overrides import argument, value_of
 from ditty_di.cli.searchpath import conf_dir
-from ditty_di.graph import ConfigError, Graph
+from ditty_di.config import ConfigError, Graph
 
 PROMPTS = [
     *("[INST] hi [/INST]", "[INST]", "[1, 2", "[a <b>]", "]x[", "f(x)", "range(1,3)", "f(x", "{x}"),

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from ditty_di.config import ConfigError, Graph
 from ditty_di.contracts.from_config import check, report
-from ditty_di.graph import ConfigError, Graph
 
 STAGES = "tests.contracts.test_stages"
 CONFIG = {

@@ -4,9 +4,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
+from ditty_di.config import Graph
 from ditty_di.contracts.from_config import report
 from ditty_di.contracts.render import drawn
-from ditty_di.graph import Graph
 
 
 def examined(*overrides):

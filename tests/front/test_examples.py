@@ -13,8 +13,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
+from ditty_di.config import Graph
 from ditty_di.contracts.from_config import report
-from ditty_di.graph import Graph
 
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[2]

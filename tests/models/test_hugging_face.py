@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from ditty_di import adapters
-from ditty_di._graph.errors import ConfigError
-from ditty_di.graph import Graph
+from ditty_di.config import Graph
+from ditty_di.config.errors import ConfigError
 from ditty_di.models import causal_lm, seq2seq
 from ditty_di.models.weights import is_meta, materialize, unset
 from ditty_di.runtime import Runtime

@@ -9,11 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
+from ditty_di.config import ConfigError, Graph, provenance
 from ditty_di.contracts.check import examine
 from ditty_di.contracts.from_config import stages
 from ditty_di.contracts.grammar import Entry
 from ditty_di.contracts.stages import LOSS, Stage
-from ditty_di.graph import ConfigError, Graph, provenance
 from ditty_di.tasks.inspect import check
 
 HEAD = """\

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ditty_di.graph import ConfigError, Graph, Provenance, provenance
+from ditty_di.config import ConfigError, Graph, Provenance, provenance
 from ditty_di.tasks import inspect
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -94,7 +94,7 @@ def test_explain_shows_every_line_that_set_a_key(look: Any) -> None:
 def test_explain_of_an_unknown_key(look: Any) -> None:
     with pytest.raises(ConfigError, match="did you mean 'lr'"):
         look("task=explain", "key=optimizer.lrr")
-    with pytest.raises(ConfigError, match="key: has no value yet"):
+    with pytest.raises(ConfigError, match="key: missing mandatory value"):
         look("task=explain")
 
 

@@ -125,7 +125,8 @@ def provenance(config_name: str, overrides: list[str]) -> Provenance:
     for default in listed.defaults:
         name, text = _source(repository, default.config_path)
         found.add_file(name, text, default.package or "", chosen.get(default.override_key, ""))
-    for override in listed.config_overrides:
+    deleted = [o for o in parsed if o.is_delete() and o not in listed.config_overrides]
+    for override in [*deleted, *listed.config_overrides]:  # the first delete choices of groups
         found.add_override(override.input_line, override.key_or_group, override.value())
     return found
 

@@ -1,6 +1,6 @@
 """Targets that a configuration may not call unless the user allows them by name.
 
-They run commands, evaluate text, load pickles, write files, call what they are handed, or reach
+The names are in `refused_targets.yaml`. They run commands, evaluate text, load pickles, write files, call what they are handed, or reach
 into the interpreter. This is defence in depth against a configuration from elsewhere, as Hydra's
 own policy is, and not a sandbox: a configuration is code (see README).
 """
@@ -14,120 +14,13 @@ import re
 import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ditty_di.origins import is_users_own
 
-# Each name stands for itself and everything below it.
-_NAMES = """
-asyncio bdb cProfile cffi
-cloudpickle codeop concurrent.futures ctypes dill doctest ensurepip frozen_importlib
-frozen_importlib_external gc imp importlib inspect logging.config marshal multiprocessing
-os pdb pexpect pickle pip pkg_resources posixsubprocess profile pty ptyprocess pydoc runpy shelve
-subprocess sys timeit trace unittest.mock venv yaml
-
-annotationlib code.InteractiveConsole code.InteractiveInterpreter code.compile_command code.interact
-dataclasses.make_dataclass hydra._internal.utils._locate joblib optparse.Values
-pandas.io.pickle pandas.read_pickle tracemalloc.Snapshot
-
-builtins.__build_class__ builtins.__import__ builtins.breakpoint builtins.classmethod
-builtins.compile builtins.delattr builtins.eval builtins.exec builtins.exit builtins.filter
-builtins.frame builtins.getset_descriptor builtins.globals builtins.help builtins.input
-builtins.locals builtins.map builtins.member_descriptor builtins.property builtins.quit
-builtins.setattr builtins.staticmethod builtins.str.format builtins.str.format_map builtins.type
-builtins.vars collections.UserString.format collections.UserString.format_map sitebuiltins
-
-abc.abstractclassmethod abc.abstractmethod abc.abstractproperty abc.abstractstaticmethod
-contextlib.AsyncContextDecorator contextlib.ContextDecorator contextlib.asynccontextmanager
-contextlib.contextmanager enum.DynamicClassAttribute enum.property functools.cache
-functools.cached_property functools.lru_cache functools.partial.__call__ functools.partialmethod
-functools.reduce functools.singledispatch functools.singledispatchmethod functools.update_wrapper
-functools.wraps itertools.accumulate itertools.dropwhile itertools.filterfalse itertools.groupby
-itertools.starmap itertools.takewhile types.ClassMethodDescriptorType types.CodeType
-types.DynamicClassAttribute types.FunctionType types.MethodDescriptorType types.MethodType
-types.WrapperDescriptorType types.coroutine types.new_class types.prepare_class
-
-asyncio.Task.get_stack asyncio.base_tasks asyncio.tasks.Task.get_stack logging.Formatter
-logging.StrFormatStyle operator.attrgetter operator.call operator.contains operator.delitem
-operator.getitem operator.itemgetter operator.methodcaller operator.setitem string.Formatter
-traceback.clear_frames traceback._walk_tb_with_full_positions traceback.walk_stack traceback.walk_tb
-typing.ForwardRef typing._eval_type typing.evaluate_forward_ref typing.get_type_hints
-
-thread.start_new_thread thread.start_new threading sched atexit signal faulthandler webbrowser
-idlelib lib2to3 compileall py_compile zipimport site zipapp turtledemo antigravity
-xmlrpc http.server socketserver socket ssl ftplib smtplib poplib imaplib telnetlib urllib.request
-
-builtins.open io codecs.open fileinput shutil tempfile sqlite3 dbm gdbm ndbm zipfile tarfile
-gzip bz2 lzma mailbox wave plistlib.dump linecache logging.FileHandler logging.handlers
-logging.basicConfig configparser.RawConfigParser.write csv.writer pathlib._local.Path.write_text
-
-builtins.code builtins.function copyreg rlcompleter readline pipes tkinter turtle curses mmap
-pstats test.support test.libregrtest http.client nntplib asyncore asynchat smtpd wsgiref cgi cgitb
-argparse.FileType resource.setrlimit resource.prlimit sysconfig._generate_posix_vars uu
-
-numpy.ctypeslib numpy.lib._datasource numpy.lib.npyio.DataSource numpy.lib.format.open_memmap
-pandas.read_sql pandas.read_sql_query pandas.read_sql_table pandas.read_clipboard pandas.read_hdf
-pandas.io.common.get_handle datasets.load.import_main_class datasets.utils._dill
-datasets.download.download_manager.DownloadManager datasets.utils.extract
-transformers.testing_utils transformers.utils.import_utils.direct_transformers_import
-huggingface_hub multiprocess pathos psutil.Process psutil.Popen click typer urllib3 tyro mypy
-attr.make_class attrs.make_class attr._make.make_class PIL.ImageShow PIL.Image.Image.show
-pyarrow.OSFile pyarrow.lib.OSFile pyarrow.memory_map pyarrow.lib.memory_map pyarrow.output_stream
-pyarrow.lib.output_stream pyarrow.create_memory_map pyarrow.lib.create_memory_map tensorboard.main
-torchtitan.train.main
-
-torch.from_file torch._VariableFunctionsClass.from_file builtins.StorageBase.from_file
-torch.storage.UntypedStorage.from_file torch.storage.TypedStorage.from_file torch.FloatStorage
-torch.storage._load_from_bytes torch.PyTorchFileWriter torch.utils.hipify torch.utils.file_baton
-torch._C._load_for_lite_interpreter torch._C._load_mobile_module_from_file
-torch._C.import_ir_module torch._C.import_ir_module_from_buffer torch._C.PyTorchFileWriter
-torch.distributed.FileStore torch.distributed.TCPStore torch._C._distributed_c10d.FileStore
-torch._C._distributed_c10d.TCPStore torch.distributed.nn.jit torch.distributed.checkpoint.load
-torch.distributed.checkpoint.state_dict_loader torch.distributed.checkpoint.filesystem
-torch.distributed.distributed_c10d._tensor_to_object
-
-setuptools distutils pkgutil.resolve_name pkgutil.walk_packages pytest Cython numpy.f2py
-numpy.distutils numpy.testing numpy.memmap numpy.fromregex numexpr pandas.eval pandas.io.sql
-pandas.core.computation pandas.core.frame.DataFrame.eval pandas.core.frame.DataFrame.query
-pandas.io.clipboards pandas.io.pytables pandas.HDFStore pandas.ExcelWriter pyarrow.fs
-sympy mako jinja2 chevron asteval simpleeval RestrictedPython fabric paramiko
-requests httpx aiohttp fsspec gdown wget IPython ipykernel notebook jupyter ray dask celery
-submitit tensorboard.program triton.compile triton.tools
-
-torch.hub torch.multiprocessing torch.distributed.run torch.distributed.launch
-torch.distributed.launcher torch.distributed.elastic torch.distributed.rpc
-torch.distributed.checkpoint.format_utils torch.utils.collect_env torch.utils.cpp_extension
-torch.utils.bottleneck torch.utils.model_zoo torch.utils.mobile_optimizer
-torch.utils._config_module torch.utils.show_pickle torch.utils.benchmark
-torch._inductor torch._dynamo torch._export torch._C._jit_ torch.fx torch.package torch.jit
-torch.onnx torch.export torch.classes.load_library torch.ops.load_library torch.testing torchgen
-torch.serialization.add_safe_globals torch.serialization.safe_globals
-torch._weights_only_unpickler torch.cuda.memory torch.compiler.load_cache_artifacts
-accelerate.commands accelerate.launchers accelerate.notebook_launcher accelerate.debug_launcher
-transformers.dynamic_module_utils transformers.commands transformers.cli transformers.agents
-transformers.utils.cached_file datasets.utils.py_utils datasets.packaged_modules
-hydra.main hydra.initialize hydra.compose hydra.utils.instantiate hydra.utils.call
-hydra.utils.get_method hydra.utils.get_class hydra.utils.get_object hydra.utils.get_static_method
-hydra._internal hydra.core omegaconf.OmegaConf.save omegaconf.OmegaConf.register_new_resolver
-omegaconf.OmegaConf.register_resolver omegaconf.OmegaConf.clear_resolvers
-ditty_di.__main__ ditty_di.cli ditty_di.worker ditty_di.launchers.process
-ditty_di.launchers.sweep.job ditty_di.launchers.sweep.run
-"""
-_ALLOWED_NAMES = """
-importlib.metadata.version importlib.resources io.BytesIO io.StringIO os._Environ.get os.cpu_count
-os.environ.get os.fspath os.getcwd os.getenv os.getpid os.listdir os.makedirs os.mkdir os.path
-os.process_cpu_count os.sched_getaffinity os.urandom signal.Signals sys.getrecursionlimit
-huggingface_hub.hf_hub_download huggingface_hub.file_download.hf_hub_download
-huggingface_hub.snapshot_download huggingface_hub._snapshot_download.snapshot_download
-huggingface_hub.hub_mixin huggingface_hub.PyTorchModelHubMixin
-sys.getsizeof threading.Lock threading.RLock yaml.safe_dump yaml.safe_dump_all yaml.safe_load
-yaml.safe_load_all
-"""
-_HIDDEN_NAMES = """
-__annotate__ __annotations__ __base__ __bases__ __builtins__ __class__ __closure__ __code__
-__defaults__ __dict__ __getattribute__ __globals__ __kwdefaults__ __mro__ __reduce__ __reduce_ex__
-__subclasses__ f_builtins f_globals f_locals
-"""
 # Functions and methods that write, send or delete, told by their own name. They are refused in
 # installed packages and in the standard library, not in modules of the user's own.
 _VERBS = re.compile(
@@ -158,9 +51,10 @@ _RISKY_MODULES = frozenset(
 _RISKY_ATTRIBUTES = frozenset(("Popen", "popen", "system", "execv", "execve", "spawnl", "spawnv"))
 _WRITING = re.compile(r"[wax](b|t)?\+?(b|t)?|r(b|t)?\+(b|t)?")  # modes of `open`
 
-_REFUSED = frozenset(_NAMES.split())
-_ALLOWED = frozenset(_ALLOWED_NAMES.split())
-_HIDDEN = frozenset(_HIDDEN_NAMES.split())
+_DATA = yaml.safe_load(Path(__file__).with_name("refused_targets.yaml").read_text("utf-8"))
+_REFUSED = frozenset(_DATA["hydra"] + _DATA["more"])
+_ALLOWED = frozenset(_DATA["allowed"])
+_HIDDEN = frozenset(_DATA["hidden"])
 _OTHER_NAMES = {"posix": "os", "nt": "os", "posixpath": "os.path", "ntpath": "os.path"}
 REASON = (
     "runs commands, evaluates text, loads pickles, writes files or reaches into the interpreter. "

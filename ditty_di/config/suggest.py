@@ -1,0 +1,58 @@
+"""Suggest the key or parameter that was probably meant by an unknown one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import yaml
+
+from ditty_di.config.errors import prefixes
+from ditty_di.config.targets import closest, did_you_mean
+
+_DATA = yaml.safe_load(Path(__file__).with_name("synonyms.yaml").read_text("utf-8"))
+#: Names of other trainers -> keys that mean the same here, best first.
+SYNONYMS = {name: [keys] if isinstance(keys, str) else keys for name, keys in _DATA.items()}
+
+
+def suggest(
+    key: str, known: Iterable[str], groups: Mapping[str, Collection[str]] | None = None
+) -> str:
+    """Return `; did you mean 'optimizer.lr'?` for a dotted key, or nothing.
+
+    Args:
+        key: the key that does not exist.
+        known: the keys that do.
+        groups: group -> its choices; one that adds a missing part of `key` is proposed.
+    """
+    known = dict.fromkeys(known)
+    synonyms = SYNONYMS.get(key.rpartition(".")[2].lower().replace("-", "_"), ())
+    for proposed in synonyms:
+        if proposed in known or "=" in proposed:
+            return f"; did you mean {proposed!r}?"
+    if synonyms:
+        return f"; elsewhere it is {synonyms[0]!r}, which is not in this configuration"
+    missing = next(k for k in prefixes(key) if k not in known or k == key)
+    above, _, last = missing.rpartition(".")
+    group = above.rpartition(".")[2]
+    if last in (groups or {}).get(group, ()):
+        return f"; '+{group}={last}' adds it"
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == above}
+    if near := closest(last, siblings):
+        corrected = siblings[near] + key[len(missing) :]
+        return f"; did you mean {corrected if corrected in known else siblings[near]!r}?"
+    if missing == key:
+        elsewhere = [k for k in known if k.endswith(f".{last}")]
+        if elsewhere:
+            return f"; did you mean {min(elsewhere, key=lambda k: k.count('.'))!r}?"
+    return did_you_mean(key, [k for k in known if not k.endswith("_")], cutoff=0.7)
+
+
+def parameter(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'lr'?` for an unknown parameter of a callable, or nothing."""
+    known = list(known)
+    for key in SYNONYMS.get(name.lower(), ()):
+        last = key.rpartition(".")[2]
+        if last in known and "=" not in key:
+            return f"; did you mean {last!r}?"
+    return did_you_mean(name, known)
