@@ -27,31 +27,25 @@ KINDS = {
         "for instructions), or list them in data.encoder.ignored_fields"
     ),
     "unread_beside_turns": Kind(
-        "nothing reads {subjects}: of a conversation only the turns, tools, system and "
-        "chat_template_kwargs are read; list the others in data.encoder.ignored_fields"
+        "nothing reads {subjects} beside the turns: list them in data.encoder.ignored_fields"
     ),
     "unread_in_turns": Kind(
         "the chat template does not render {subjects} of the turns: list them in "
         "data.encoder.ignored_fields if they are not needed"
     ),
     "unread_roles": Kind("the chat template leaves out turns of {subjects}"),
-    "not_learnt": Kind(
-        "turns of {subjects} ask to be trained on, but only those of the assistant are"
-    ),
+    "not_learnt": Kind("turns of {subjects} ask to be trained on; only the assistant's are"),
     "no_end": Kind(
-        "no end of turn is learnt, so the model will not learn to stop: the last token of an "
-        "answer that is in the loss is not a special token. Let the template close the turn with "
-        "one, inside {{% generation %}} if it has that tag, and let the tokenizer know it as "
-        "special (tokenizer.special_tokens)"
+        "no end of turn is learnt, so the model will not learn to stop: let the template close the "
+        "turn with a special token (tokenizer.special_tokens), inside {{% generation %}} if it has "
+        "that tag"
     ),
     "no_end_text": Kind(
-        "no end is learnt, so the model will not learn to stop: the last token that is in the loss "
-        "is not a special token"
+        "no end is learnt, so the model will not learn to stop: the last token in the loss is not "
+        "a special token"
     ),
     "all_learnt": Kind(
-        "input_ids come without labels, so all tokens are in the loss, inputs included; labels "
-        "hold the ids, and -100 for tokens that are excluded from the loss",
-        refused=False,
+        "input_ids come without labels (the ids, -100 where excluded): all are in the loss", False
     ),
     "empty": Kind("an answer has only its end-of-turn token"),
     "tools": Kind("the chat template does not render tools, so the model does not see them"),
@@ -60,17 +54,17 @@ KINDS = {
     "next_marker": Kind(
         "the template does not close turns, so answers end with the marker of the next one, "
         "{subjects}, which is learnt; generation has to stop there",
-        refused=False,
+        False,
     ),
     "other_prompt": Kind(
         "the template's generation prompt {subjects} differs from how it renders an answer; the "
         "answer is learnt from where the two differ, and generation uses the former",
-        refused=False,
+        False,
     ),
     "border": Kind(
         "tokenized together, prompt and answer would have another token at their border, such as "
         "one that spans it; they are tokenized apart, as for generation",
-        refused=False,
+        False,
     ),
 }
 _SUBJECTS_SHOWN = 8

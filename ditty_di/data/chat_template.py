@@ -13,19 +13,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ditty_di.data import conversations as conv
 from ditty_di.data.audit import Note
-from ditty_di.data.conversations import (
-    IDENTIFIERS,
-    Conversation,
-    Message,
-    call_arguments,
-    call_forms,
-    holds,
-    text_of,
-    tool_forms,
-    tool_name,
-)
-from ditty_di.data.options import require
+from ditty_di.data.conversations import Conversation, Message
+from ditty_di.data.options import check_text, require
 
 _NO_TEMPLATE = """\
 the tokenizer {name!r} has no chat template, so `messages` cannot be rendered. Use the tokenizer \
@@ -54,7 +45,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         # Some renderings are needed twice. The key has the messages' ids; entries keep them alive.
         self._rendered: dict[tuple[Any, ...], tuple[Conversation, str]] = {}
-        self._read: set[str] = set(IDENTIFIERS)
+        self._read: set[str] = set(conv.IDENTIFIERS)
 
     def render(self, chat: Conversation, *, prompt: bool = False) -> str:
         """Return the conversation's text.
@@ -79,11 +70,7 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 **chat.kwargs,
             )
-        try:
-            str(found).encode()
-        except UnicodeEncodeError:
-            raise ValueError("a turn holds half of a surrogate pair, which is not text") from None
-        return str(found)
+        return check_text(str(found), "a turn")
 
     def attempt(self, chat: Conversation, *, prompt: bool = False) -> str | None:
         """Return what `render` returns, or None if the template refuses the conversation."""
@@ -127,7 +114,7 @@ class ChatTemplate:
         chat = self._fitted_tools(chat)
         chat = chat.with_messages([self._fitted_content(m) for m in chat.messages])
         accepted, first = None, None
-        for messages in call_forms(chat.messages):
+        for messages in conv.call_forms(chat.messages):
             form = chat.with_messages(messages)
             if messages is chat.messages:  # without calls
                 return form
@@ -171,12 +158,12 @@ class ChatTemplate:
         for i, message in enumerate(chat.messages):
             if "tool_calls" in message and self.attempt(_without(chat, "tool_calls", i)) == whole:
                 notes.add(Note("tool_calls"))
-            text = text_of(message["content"]).strip()
+            text = conv.text_of(message["content"]).strip()
             if text and text not in whole and len(chat.messages) > 1:
                 rest = [*chat.messages[:i], *chat.messages[i + 1 :]]
                 if self.attempt(chat.with_messages(rest)) == whole:
                     notes.add(Note("unread_roles", message["role"]))
-        keys = {k for message in chat.messages for k, v in message.items() if holds(v)}
+        keys = {k for message in chat.messages for k, v in message.items() if conv.holds(v)}
         for key in keys - {"role", "content", "tool_calls"} - self._read:
             if key not in ignored and self.attempt(_without(chat, key)) == whole:
                 notes.add(Note("unread_in_turns", key))
@@ -186,8 +173,8 @@ class ChatTemplate:
 
     def _fitted_tools(self, chat: Conversation) -> Conversation:
         question = self._fitted_content({"role": "user", "content": _QUESTION})
-        for tools in tool_forms(chat.tools) if chat.tools else ():
-            names = [str(name) for tool in tools if (name := tool_name(tool))]
+        for tools in conv.tool_forms(chat.tools) if chat.tools else ():
+            names = [str(name) for tool in tools if (name := conv.tool_name(tool))]
             text = self.attempt(Conversation([question], [], tools))
             if text is not None and all(name in text for name in names):
                 return replace(chat, tools=tools)
@@ -198,8 +185,12 @@ class ChatTemplate:
         accepts_text, accepts_parts = self._contents
         if isinstance(content, str) and not accepts_text:
             return message | {"content": _parts(content)}
-        parts = isinstance(content, list) and (message["role"] != "tool" or bool(text_of(content)))
-        return message | {"content": text_of(content)} if parts and not accepts_parts else message
+        parts = isinstance(content, list) and (
+            message["role"] != "tool" or bool(conv.text_of(content))
+        )
+        return (
+            message | {"content": conv.text_of(content)} if parts and not accepts_parts else message
+        )
 
     @cached_property
     def _contents(self) -> tuple[bool, bool]:
@@ -238,9 +229,11 @@ def _without(chat: Conversation, key: str, turn: int | None = None) -> Conversat
 
 def _shows_calls(text: str, message: Message) -> bool:
     """Return whether a text has the names of all calls, and no arguments in Python's notation."""
-    names = (tool_name(call) for call in message.get("tool_calls", ()))
+    names = (conv.tool_name(call) for call in message.get("tool_calls", ()))
     return all(str(name) in text for name in names if name is not None) and not any(
-        str(given) in text for given in call_arguments(message) if given and isinstance(given, dict)
+        str(given) in text
+        for given in conv.call_arguments(message)
+        if given and isinstance(given, dict)
     )
 
 

@@ -23,6 +23,8 @@ IDENTIFIERS = ("tool_call_id", "name", "id")
 _RESERVED = {"messages", "conversations", "self", "kwargs"}
 _RESERVED |= set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
+_CALLS = '[{"type": "function", "function": {"name": ..., "arguments": ...}}]'
+
 Message = dict[str, Any]
 
 
@@ -123,9 +125,8 @@ class Turns:
         first = 0
         for key in keys:
             turns, first = decoded(record.get(key)), len(messages)
-            if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-                wanted = f"objects with {self.role_key} and {self.content_key}"
-                raise ValueError(f'"{key}" must be a list of {wanted}')
+            text = f'"{key}" must be a list of objects with {self.role_key} and {self.content_key}'
+            require(is_turns(turns) or turns == [], text)
             for i, turn in enumerate(turns):
                 message, trained_on = self._message(turn, f'turn {i} of "{key}"')
                 if message["role"] != "assistant":
@@ -135,11 +136,8 @@ class Turns:
                     answers.append(len(messages))
                 messages.append(message)
         roles = sorted({message["role"] for message in messages[first:]})
-        if answered and "assistant" not in roles:
-            raise ValueError(
-                f'"{keys[-1]}" has no turn of the assistant to learn from, only of {roles}; '
-                "`roles` maps other names to it"
-            )
+        text = f"no turn of the assistant to learn from, only of {roles}; `roles` maps other names"
+        require(not answered or "assistant" in roles, f'"{keys[-1]}" has {text}')
         kwargs = _template_arguments(record.get("chat_template_kwargs"))
         return Conversation(messages, answers, _tools(record.get("tools")), kwargs, tuple(notes))
 
@@ -156,15 +154,10 @@ class Turns:
         message |= {"role": role} | ({"tool_calls": calls} if calls else {})
         content = turn.get(self.content_key)
         if content is None:
-            require(
-                not holds(turn.get("function_call")),
-                f'{where} has "function_call": write it as '
-                '"tool_calls": [{"type": "function", "function": {"name": ..., "arguments": ...}}]',
-            )
-            require(
-                role != "assistant" or bool(calls),
-                f'{where} has no "{self.content_key}": there is nothing to learn',
-            )
+            text = f'{where} has "function_call": write it as "tool_calls": {_CALLS}'
+            require(not holds(turn.get("function_call")), text)
+            text = f'{where} has no "{self.content_key}": there is nothing to learn'
+            require(role != "assistant" or bool(calls), text)
         message["content"] = _content(content, role, f'"{self.content_key}" of {where}')
         return message, trained_on
 
@@ -176,10 +169,8 @@ def _is_trained_on(turn: Message, where: str) -> bool:
         require(not holds(turn.get(key)), text)
     flags = {key: turn[key] for key in _TRAIN_KEYS if turn.get(key) is not None}
     for key, value in flags.items():
-        require(
-            isinstance(value, int | float) and value in (0, 1),
-            f'"{key}" of {where} is {value!r}; a turn is trained on (1, true) or not (0, false)',
-        )
+        text = f'"{key}" of {where} is {value!r}; a turn is trained on (1, true) or not (0, false)'
+        require(isinstance(value, int | float) and value in (0, 1), text)
     return all(flags.values())
 
 
@@ -298,11 +289,9 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
     require(is_turns(found), f'"tool_calls" of {where} must be a list of objects')
     for call in found:
         arguments = _function(call).get("arguments")
-        require(
-            not isinstance(arguments, str) or isinstance(_as_object(arguments), dict),
-            f'"arguments" of a tool call of {where} is text that is not a JSON object: '
-            f"{str(arguments)[:60]!r}",
-        )
+        given = str(arguments)[:60]
+        text = f'"arguments" of a tool call of {where} is text that is not a JSON object: {given!r}'
+        require(not isinstance(_as_object(arguments), str), text)
     return [{k: v for k, v in call.items() if v is not None} for call in found]
 
 

@@ -232,14 +232,4 @@ def _text_of(record: dict[str, Any], key: str) -> str:
     text = record[key]
     if not isinstance(text, str):
         raise ValueError(f'"{key}" holds a {type(text).__name__} instead of text')
-    options.require(encodable(text), f'"{key}" holds half of a surrogate pair, which is not text')
-    return text
-
-
-def encodable(text: str) -> bool:
-    """Return whether a text can be written as UTF-8; text with a lone surrogate cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return options.check_text(text, f'"{key}"')

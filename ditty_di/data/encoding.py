@@ -10,17 +10,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ditty_di.data import options
+from ditty_di.data import given_tokens, options
 from ditty_di.data.audit import Note, refusal
 from ditty_di.data.cache import fingerprint
 from ditty_di.data.conversations import Conversation, Turns, holds, is_turns
-from ditty_di.data.given_tokens import (
-    MASK_KEYS,
-    SEGMENTS_KEY,
-    TOKENIZED_KEYS,
-    labelled,
-    segmented,
-)
 from ditty_di.data.rendering import ASSISTANT_TURNS, ChatRenderer, Format
 from ditty_di.data.token_spans import Markers, TokenSpans
 from ditty_di.data.tokens import eos_id, tokenizer_fingerprint
@@ -200,9 +193,11 @@ class Encoder:
                     found[i] = self._conversation(record)
                 elif self._is_tokenized(record):
                     ids = self._checked_ids(record["input_ids"], "input_ids")
-                    found[i] = [self._masked(record, *labelled(ids, record))]
+                    found[i] = [self._masked(record, *given_tokens.labelled(ids, record))]
                 elif self._is_segmented(record):
-                    found[i] = [self._masked(record, *segmented(record, self._tokenize))]
+                    found[i] = [
+                        self._masked(record, *given_tokens.segmented(record, self._tokenize))
+                    ]
                 else:
                     pairs[i] = (self._part(record, 0), self._part(record, 1))
             except ValueError as error:
@@ -223,9 +218,9 @@ class Encoder:
         if keys := self.turns.keys_of(record):
             read = {*keys, "tools", "system", "chat_template_kwargs"}
         elif self._is_tokenized(record):
-            read = set(TOKENIZED_KEYS)
+            read = set(given_tokens.TOKENIZED_KEYS)
         elif self._is_segmented(record):
-            read = {SEGMENTS_KEY}
+            read = {given_tokens.SEGMENTS_KEY}
         else:
             read = set()
             for key, form in zip(self._keys, self._formats_for(record), strict=True):
@@ -341,19 +336,23 @@ class Encoder:
     def _is_tokenized(self, record: Mapping[str, Any]) -> bool:
         if record.get("input_ids") is None or {"input_ids", "labels"} & set(self._keys):
             return False
-        if any(record.get(key) is not None for key in MASK_KEYS):
+        if any(record.get(key) is not None for key in given_tokens.MASK_KEYS):
             return True
         others = (*self._keys, *_PROMPT_COMPLETION)
         return self._defaults and all(record.get(key) is None for key in others)
 
     def _is_segmented(self, record: Mapping[str, Any]) -> bool:
-        return record.get(SEGMENTS_KEY) is not None and record.get(self._keys[0]) is None
+        return (
+            record.get(given_tokens.SEGMENTS_KEY) is not None and record.get(self._keys[0]) is None
+        )
 
     def _masked(self, record: Mapping[str, Any], ids: list[int], mask: list[bool]) -> Encoded:
         inputs = mask.index(True) if True in mask else len(mask)
         inputs = inputs if all(mask[inputs:]) else -1
         notes = {Note("unread", key) for key in self.unread(record)}
-        if self._is_tokenized(record) and all(record.get(key) is None for key in MASK_KEYS):
+        if self._is_tokenized(record) and all(
+            record.get(key) is None for key in given_tokens.MASK_KEYS
+        ):
             notes.add(Note("all_learnt"))
         output = [i for i, is_output in zip(ids, mask, strict=True) if is_output]
         if output and not self._markers.ends(output):

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,20 +51,6 @@ _SHAPES: list[tuple[set[str], str]] = [
 # Names that inputs and outputs have elsewhere, the usual ones first.
 _INPUTS = ("prompt", "question", "query", "instruction", "source", "sentence", "text", "input")
 _OUTPUTS = ("completion", "response", "answer", "output", "target", "label", "summary", "chosen")
-
-
-class Example(NamedTuple):
-    """One example.
-
-    Attributes:
-        ids: Token ids `[tokens]`.
-        mask: Loss mask `[tokens]`.
-        inputs: Number of the first ids that are the input, -1 for a conversation.
-    """
-
-    ids: np.ndarray
-    mask: np.ndarray
-    inputs: int
 
 
 class Examples:
@@ -154,12 +140,17 @@ class Examples:
         arrays = (self._tokens, self._mask, self._offsets)
         return fingerprint(*map(array_digest, map(np.asarray, arrays)))
 
-    def tokens_of(self, index: int) -> Example:
-        """Return the whole example, unshifted."""
+    def tokens_of(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return an example, unshifted.
+
+        Returns:
+            Token ids `[tokens]`, loss mask `[tokens]`, and the number of the first ids that are the
+            input, -1 for a conversation.
+        """
         row = options.row_index(index, len(self))
         here = slice(*self._offsets[row : row + 2])
         ids = self._tokens[here].astype(np.int64)
-        return Example(ids, np.asarray(self._mask[here]), int(self._inputs[row]))
+        return ids, np.asarray(self._mask[here]), int(self._inputs[row])
 
     @property
     def conversations(self) -> int:

@@ -193,6 +193,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value: write null, or leave the field out")
 
 
+_BLANKS = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
@@ -266,9 +267,7 @@ def _items(text: str) -> Values:
 
 
 def _skip_blanks(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
+    return _BLANKS.match(text, at).end()  # type: ignore[union-attr]  # it matches anywhere
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -289,11 +288,10 @@ def _table(delimiters: str) -> Callable[[IO[bytes]], Values]:
         rows = csv.reader(text, delimiter=delimiter, strict=True)
         line = 2
         for row in rows if header else ():
-            if row and len(row) != len(header):
-                wrong = ValueError(f"{len(row)} fields, where the header has {len(header)}")
-                yield f"line {line}", wrong
-            elif row:
-                yield f"line {line}", {n: v for n, v in zip(header, row, strict=True) if n}
+            value: Any = {n: v for n, v in zip(header, row, strict=False) if n}
+            if len(row) != len(header):
+                value = ValueError(f"{len(row)} fields, where the header has {len(header)}")
+            yield from [(f"line {line}", value)] if row else []
             line = rows.line_num + 2
 
     return read

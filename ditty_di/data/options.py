@@ -41,3 +41,22 @@ def row_index(index: SupportsIndex, rows: int) -> int:
     if not -rows <= row < rows:
         raise IndexError(f"row {row} of {rows}")
     return row % rows
+
+
+def encodable(text: str) -> bool:
+    """Return whether a text can be written as UTF-8; text with a lone surrogate cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_text(text: str, what: str) -> str:
+    """Return a text that can be written as UTF-8.
+
+    Raises:
+        ValueError: It has a lone surrogate.
+    """
+    require(encodable(text), f"{what} holds half of a surrogate pair, which is not text")
+    return text

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ditty_di.data import options
 from ditty_di.data.cache import build_once, cache_folder, counted
-from ditty_di.data.corpus import Corpus, cached_corpus, distinct, encodable, split_documents
+from ditty_di.data.corpus import Corpus, cached_corpus, distinct, split_documents
 from ditty_di.data.splits import content_hash
 
 # Shorter texts ("Return self.", "See base class.") carry no information and repeat in variants.
@@ -177,7 +177,7 @@ def _docstrings() -> Iterator[tuple[str, str]]:
 def _docstrings_in(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         body = (ast.get_docstring(node) or "").strip()
-        if encodable(body):
+        if options.encodable(body):
             yield _header(node, name), body
     for child in ast.iter_child_nodes(node):
         inner = f"{name}.{child.name}" if isinstance(child, _SCOPES) else name
@@ -222,7 +222,7 @@ def _functions(path: Path) -> Iterator[tuple[str, str, str]]:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
             continue  # nothing but a docstring
         summary = _summary(ast.get_docstring(node) or "")
-        if len(summary) < _MIN_SUMMARY_CHARS or not encodable(summary):
+        if len(summary) < _MIN_SUMMARY_CHARS or not options.encodable(summary):
             continue
         docstring = node.body[0]
         kept = lines[node.lineno - 1 : docstring.lineno - 1]

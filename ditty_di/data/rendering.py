@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ditty_di.data.audit import Note
 from ditty_di.data.chat_template import ChatTemplate
 from ditty_di.data.conversations import Conversation, text_of
-from ditty_di.data.options import require
+from ditty_di.data.options import check_text, require
 from ditty_di.data.token_spans import Markers, TokenSpans
 
 _PLACEHOLDER = re.compile(r"__([A-Za-z0-9]+(?:_[A-Za-z0-9]+)*)__")
@@ -52,11 +52,7 @@ def field_text(record: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str | int | float):
         raise ValueError(f'"{key}" holds a {type(value).__name__} instead of text')
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f'"{key}" holds half of a surrogate pair, which is not text') from None
-    return text
+    return check_text(text, f'"{key}"')
 
 
 class Format:
