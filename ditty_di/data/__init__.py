@@ -1,7 +1,4 @@
-"""Documents, examples, tokenizer, rows and the loader: everything between text and micro-batches.
-
-Importing this package imports neither torch nor transformers.
-"""
+"""Data: corpora, datasets of records, tokenization, packing, collate functions and the loader."""
 
 from ditty_di.data.collate import (
     PackedCollate,
@@ -10,20 +7,13 @@ from ditty_di.data.collate import (
     Seq2SeqCollate,
     decoder_start_token_id,
 )
-from ditty_di.data.corpus import (
-    Corpus,
-    held_out_module,
-    python_docs,
-    text_files,
-    train_documents,
-    validation_documents,
-)
-from ditty_di.data.docstrings import docstring_pairs
+from ditty_di.data.corpus import Corpus, text_files, train_documents, validation_documents
 from ditty_di.data.encoding import Encoder
 from ditty_di.data.examples import Examples, Seq2SeqExamples, label_tokens, prompts
 from ditty_di.data.loader import Loader, horizon
 from ditty_di.data.order import LengthGrouped, Order
 from ditty_di.data.packing import Packed
+from ditty_di.data.python_code import docstring_pairs, held_out_module, python_docs
 from ditty_di.data.rows import held_out_rows, training_rows
 from ditty_di.data.sources import Records, in_memory, records, synthetic
 from ditty_di.data.texts import pad_id, record_texts

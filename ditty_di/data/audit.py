@@ -1,21 +1,21 @@
-"""Findings about examples that are usable, but perhaps not what their author meant."""
+"""Audit findings: examples that are usable, but perhaps not as their author intended."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class Note(NamedTuple):
-    """One finding about an example: its kind (a key of `KINDS`) and what it is about."""
+    """One finding about an example: its kind (a key of `KINDS`) and its subject."""
 
     kind: str
     subject: str = ""
 
 
 class Kind(NamedTuple):
-    """`text` with `{subjects}`, and whether `audit: refuse` refuses examples with it."""
+    """A kind of finding: its text with `{subjects}`, and whether `audit: refuse` refuses it."""
 
     text: str
     refused: bool = True
@@ -27,83 +27,75 @@ KINDS = {
         "for instructions), or list them in data.encoder.ignored_fields"
     ),
     "unread_beside_turns": Kind(
-        "nothing reads {subjects}: of a conversation only the turns, tools, system and "
-        "chat_template_kwargs are read; list the others in data.encoder.ignored_fields"
+        "nothing reads {subjects} beside the turns: list them in data.encoder.ignored_fields"
     ),
     "unread_in_turns": Kind(
         "the chat template does not render {subjects} of the turns: list them in "
         "data.encoder.ignored_fields if they are not needed"
     ),
     "unread_roles": Kind("the chat template leaves out turns of {subjects}"),
-    "not_learnt": Kind("turns of {subjects} ask to be learnt, and only those of the assistant are"),
+    "not_learnt": Kind("turns of {subjects} ask to be trained on; only the assistant's are"),
     "no_end": Kind(
-        "no end of turn is learnt, so the model will not learn to stop: the last token learnt of "
-        "an answer is not a special token. Let the template close the turn with one, inside "
-        "{{% generation %}} if it has that mark, and let the tokenizer know it as special "
-        "(tokenizer.special_tokens)"
+        "no end of turn is learnt, so the model will not learn to stop: let the template close the "
+        "turn with a special token (tokenizer.special_tokens), inside {{% generation %}} if it has "
+        "that tag"
     ),
     "no_end_text": Kind(
-        "no end is learnt, so the model will not learn to stop: the last token that is learnt is "
-        "not a special token"
+        "no end is learnt, so the model will not learn to stop: the last token in the loss is not "
+        "a special token"
     ),
     "all_learnt": Kind(
-        "input_ids come without labels, so every token is learnt, inputs included; labels hold the "
-        "ids, and -100 where they are not learnt",
-        refused=False,
+        "input_ids come without labels (the ids, -100 where excluded): all are in the loss", False
     ),
-    "empty": Kind("an answer holds nothing but the end of its turn"),
-    "tools": Kind("the chat template does not render tools: the model is not told of them"),
+    "empty": Kind("an answer has only its end-of-turn token"),
+    "tools": Kind("the chat template does not render tools, so the model does not see them"),
     "tool_calls": Kind("the chat template does not render tool calls: they are not learnt"),
     "kwargs": Kind("chat_template_kwargs do not change what the chat template renders"),
     "next_marker": Kind(
         "the template does not close turns, so answers end with the marker of the next one, "
         "{subjects}, which is learnt; generation has to stop there",
-        refused=False,
+        False,
     ),
     "other_prompt": Kind(
-        "the template's generation prompt {subjects} is not how it renders an answer that is "
-        "there; the answer is learnt from where the two part, and in use the model sees the former",
-        refused=False,
+        "the template's generation prompt {subjects} differs from how it renders an answer; the "
+        "answer is learnt from where the two differ, and generation uses the former",
+        False,
     ),
     "border": Kind(
-        "together prompt and answer would have another token at their border, such as one that "
-        "spans it; they are tokenized apart, as in use",
-        refused=False,
+        "tokenized together, prompt and answer would have another token at their border, such as "
+        "one that spans it; they are tokenized apart, as for generation",
+        False,
     ),
 }
 _SUBJECTS_SHOWN = 8
 
 
 class Findings:
-    """Count notes over the records of a data set, with the first record's position by kind."""
+    """Counts of the notes about a dataset's examples, with the first position of each kind."""
 
     def __init__(self) -> None:
-        self._records: Counter[str] = Counter()
-        self._subjects: dict[str, Counter[str]] = {}
+        self._examples: Counter[str] = Counter()
+        self._subjects: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._first: dict[str, str] = {}
-        self._where = ""
 
-    def add(self, where: str | None, notes: Iterable[Note]) -> None:
-        """Count an example of the record at `where`; None: of the same one as before."""
-        self._where = where or self._where
-        notes = set(notes)
-        for kind in {note.kind for note in notes}:
-            self._records[kind] += 1
-            self._first.setdefault(kind, self._where)
-        for kind, subject in sorted(notes):
-            self._subjects.setdefault(kind, Counter())[subject] += 1
+    def add(self, place: str, notes: Iterable[Note]) -> None:
+        """Count the notes about an example of the record at `place`."""
+        for kind, subject in sorted(notes := set(notes)):
+            self._subjects[kind][subject] += 1
+            self._first.setdefault(kind, place)
+        self._examples.update({note.kind for note in notes})
 
     def lines(self) -> list[str]:
-        """Return one line for each kind that was found, most examples first."""
+        """Return one line for each kind that was found, the most frequent first."""
         return [
             f"{_text(kind, self._subjects[kind])} ({count} example{'s' * (count > 1)}, the first: "
             f"{self._first[kind]})"
-            for kind, count in self._records.most_common()
+            for kind, count in self._examples.most_common()
         ]
 
 
 def refusal(notes: Iterable[Note]) -> str:
-    """Return what `audit: refuse` says about an example; "" if it has nothing against it."""
+    """Return the message with which `audit: refuse` refuses an example; "" if it does not."""
     found: dict[str, list[str]] = {}
     for kind, subject in sorted(set(notes)):
         if KINDS[kind].refused:

@@ -1,4 +1,4 @@
-"""Files that are built once and then only read, however many processes ask for them at once."""
+"""Files that one process builds once and all processes then only read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,29 +21,34 @@ _REPORT_SECONDS = 5.0
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """`cache_dir`, or `$DITTY_DI_CACHE`, or `~/.cache/ditty_di`."""
+    """Return `cache_dir`, or `$DITTY_DI_CACHE`, or `~/.cache/ditty_di`."""
     chosen = cache_dir or os.environ.get("DITTY_DI_CACHE") or "~/.cache/ditty_di"
     return Path(chosen).expanduser()
 
 
 def fingerprint(*parts: str | bytes) -> str:
-    """SHA-256 of a sequence of texts; ("ab", "c") and ("a", "bc") differ."""
-    return _digest(part.encode() if isinstance(part, str) else part for part in parts)
-
-
-def documents_fingerprint(documents: Iterable[str]) -> str:
-    """SHA-256 of the documents, in their order."""
-    return _digest(document.encode() for document in documents)
+    """Return the SHA-256 of a sequence of texts; ("ab", "c") and ("a", "bc") differ."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """`target`, after `build(aside)` has written it (a file or a folder) unless it is there.
+    """Return `target`, built first if it does not exist.
 
-    Whoever comes first builds, the others wait on a file lock: no collective is involved, so the
-    process group need not exist and cannot time out. `build` writes beside the target; a rename
-    makes the whole thing visible at once, so a killed build leaves nothing that looks finished.
+    The first process to come builds, the others wait on a file lock. No collective is involved, so
+    the process group need not exist and cannot time out. The target appears whole, by a rename: a
+    killed build leaves nothing that looks finished.
 
-    Raises `OSError` when the cache cannot be written, naming the folder.
+    Args:
+        target: The file or folder.
+        build: Called with a temporary path beside the target, to which it writes.
+
+    Raises:
+        OSError: The cache folder cannot be written.
     """
     try:
         if target.exists():
@@ -50,37 +56,36 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{target}.lock")
         try:
-            lock.acquire(timeout=1)
+            held = lock.acquire(timeout=1)
         except Timeout:
             log.info("waiting for another process that writes %s ...", target)
-            lock.acquire()
+            held = lock.acquire()
     except OSError as error:
         raise OSError(
             f"cannot write the cache folder {target.parent} ({error.strerror or error}). "
             "Pass `cache_dir`, or set DITTY_DI_CACHE to a folder that can be written."
         ) from error
-    try:
+    with held:
         if target.exists():
             return target
         for leftover in target.parent.glob(f".{target.name}.*"):
-            _remove(leftover)  # of a build that was killed: whoever holds the lock is alone
+            _remove(leftover)  # of a killed build: the lock's holder is the only builder
         aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
             build(aside)
-            _flush(aside)
+            for path in [aside, *aside.rglob("*")]:
+                _sync(path)
             os.replace(aside, target)
-            _flush_folder(target.parent)
+            _sync(target.parent)
         finally:
             _remove(aside)
-    finally:
-        lock.release()
     return target
 
 
 def counted(items: Iterable[_T], doing: str, noun: str) -> Iterator[_T]:
-    """Yield the items; log what is done with them at once, then every five seconds how many."""
+    """Yield the items; log `doing` at once, then the number of items every five seconds."""
     log.info("%s ...", doing)
-    reported, number = time.monotonic(), 0
+    reported = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
         if time.monotonic() - reported > _REPORT_SECONDS:
@@ -88,24 +93,14 @@ def counted(items: Iterable[_T], doing: str, noun: str) -> Iterator[_T]:
             log.info("%s: %s %s so far", doing, f"{number:,}", noun)
 
 
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
+def chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    """Yield lists of `size` items; the last may be shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
 
 
-def _flush(path: Path) -> None:
-    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        if file.is_dir():
-            _flush_folder(file)
-        else:
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
-
-
-def _flush_folder(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,31 +1,36 @@
-"""From rows of different lengths to one micro-batch `(inputs, labels)`.
+"""Collate functions: rows of different lengths to one micro-batch `(inputs, labels)`.
 
-A row is `({"input": ids [length]}, labels [length])`. These collates are objects, so that workers
-can take them by pickle, and they take None in place of a row (`fills`): the loader fills up the
-last micro-batch of an epoch with it, and it becomes padding without a label, or nothing at all.
+A row is `({"input": ids [length]}, labels [length])`. These are picklable objects, for workers.
+They accept None in place of a row (`fills`): the loader completes the last micro-batch of an epoch
+with it, and it becomes padding without a label, or nothing at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from ditty_di.protocols import LoadedBatch
+from ditty_di.protocols import LoadedBatch
 
-    Row = tuple[dict[str, Tensor], Tensor]
+_POSITIONS = "-> input:2:i64, position_ids:2:i64{} | ctx.target:2:i64"
+_VARLEN = ", cu_seq_lens_q:1:i32, cu_seq_lens_k:1:i32, max_length_q:0:i64, max_length_k:0:i64"
 
 
 @dataclass(frozen=True)
 class PaddedCollate:
-    """Rows padded on the right to the longest of them: `input` and labels `[rows, longest]`.
+    """Pad rows on the right to the longest: `input` and labels `[rows, longest]`.
 
-    There is no attention mask: in a causal model no token sees the padding after it, and the
-    padding's labels are `ignore_index`, decided by place, never by id. So `pad_id` may be any id,
-    also EOS, and None is 0. `pad_to_multiple_of` rounds the length up, for kernels that like it.
+    There is no attention mask: in a causal model no token attends to the padding after it, and the
+    padding's labels are `ignore_index`, by position and not by id.
+
+    Args:
+        pad_id: Id of the padding, which may be any id, also EOS; None: 0.
+        ignore_index: Label of the padding, excluded from the loss.
+        pad_to_multiple_of: Round the length up to a multiple of this, in tokens.
     """
 
     pad_id: int | None = None
@@ -34,43 +39,45 @@ class PaddedCollate:
     fills = True
     contract = "-> input:2:i64 | ctx.target:2:i64"
 
-    def __call__(self, rows: Sequence[Row | None]) -> LoadedBatch:
+    def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
+        """Return the micro-batch of the rows."""
         given = _given(rows)
         length = _padded_length([len(labels) for _, labels in given], self.pad_to_multiple_of)
-        inputs = _stacked([row["input"] for row, _ in given], len(rows), length, self.pad_id or 0)
-        labels = _stacked([labels for _, labels in given], len(rows), length, self.ignore_index)
+        inputs = _padded([row["input"] for row, _ in given], len(rows), length, self.pad_id or 0)
+        labels = _padded([labels for _, labels in given], len(rows), length, self.ignore_index)
         return {"input": inputs}, labels
 
 
 class _Documents:
-    """Batches that tell documents apart by their positions: their contract."""
+    """Base of the collate functions whose batches separate documents by their positions."""
 
     varlen: bool
-    #: The model is probed before training: no document of a row may see another.
+    #: The model is tested before training: documents of a row must not attend to each other.
     packs_documents = True
 
     @classmethod
-    def contract_for(cls, *, varlen: bool = True, **others: Any) -> str:
-        more = ", ".join(
-            f"{name}_{of}:{form}"
-            for name, form in (("cu_seq_lens", "1:i32"), ("max_length", "0:i64"))
-            for of in "qk"
-        )
-        return f"-> input:2:i64, position_ids:2:i64{f', {more}' * varlen} | ctx.target:2:i64"
+    def contract_for(cls, *, varlen: bool = True, **_: Any) -> str:
+        """Return the contract of a collate function with these arguments."""
+        return _POSITIONS.format(_VARLEN if varlen else "")
 
     @property
     def contract(self) -> str:
+        """The contract of a micro-batch."""
         return self.contract_for(varlen=self.varlen)
 
 
 @dataclass(frozen=True)
 class PaddingFreeCollate(_Documents):
-    """Rows one after another without any padding: everything is `[1, total]`.
+    """Concatenate rows without any padding: every tensor is `[1, total]`.
 
-    `position_ids` begin at 0 in each row, by which transformers' attention keeps them apart as long
-    as there is no attention mask and no cache (`use_cache=False`). With `varlen` come the
-    `cu_seq_lens_q`, `cu_seq_lens_k` int32 `[rows + 1]` and `max_length_q`, `max_length_k` that its
-    flash attention takes; other attentions pass over them.
+    `position_ids` restart at 0 in each row, by which transformers' attention keeps them apart as
+    long as there is no attention mask and no cache (`use_cache=False`).
+
+    Args:
+        pad_id: Id of the one token of a batch without rows; None: 0.
+        ignore_index: Its label, excluded from the loss.
+        varlen: Add the arguments of flash attention (`varlen_arguments`); other attentions ignore
+            them.
     """
 
     pad_id: int | None = None
@@ -78,17 +85,15 @@ class PaddingFreeCollate(_Documents):
     varlen: bool = True
     fills = True
 
-    def __call__(self, rows: Sequence[Row | None]) -> LoadedBatch:
-        import torch
-
+    def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
+        """Return the micro-batch of the rows."""
         given = _given(rows)
-        if not given:  # a rank that is filled up entirely still takes part in the forward pass
+        if not given:  # a rank without rows still takes part in the forward pass
             pad, label = torch.tensor([self.pad_id or 0]), torch.tensor([self.ignore_index])
             given = [({"input": pad}, label)]
-        positions = [torch.arange(len(labels)) for _, labels in given]
         inputs = {
-            "input": torch.cat([row["input"] for row, _ in given])[None],
-            "position_ids": torch.cat(positions)[None],
+            "input": torch.cat([row["input"] for row, _ in given])[None],  # [1, total]
+            "position_ids": torch.cat([torch.arange(len(labels)) for _, labels in given])[None],
         }
         if self.varlen:
             inputs |= varlen_arguments(inputs["position_ids"])
@@ -97,17 +102,17 @@ class PaddingFreeCollate(_Documents):
 
 @dataclass(frozen=True)
 class PackedCollate(_Documents):
-    """Rows of `Packed`, which are equally long: everything is `[rows, seq_len]`.
+    """Stack rows of `Packed`, which are equally long: every tensor is `[rows, seq_len]`.
 
-    `varlen` as in `PaddingFreeCollate`, over all rows of the micro-batch: without it, transformers'
-    flash attention would see one document in each row.
+    Args:
+        varlen: Add the arguments of flash attention (`varlen_arguments`) over all rows of the
+            micro-batch: without them it would take each row for one document.
     """
 
     varlen: bool = True
 
-    def __call__(self, rows: Sequence[Row]) -> LoadedBatch:
-        import torch
-
+    def __call__(self, rows: Sequence[LoadedBatch]) -> LoadedBatch:
+        """Return the micro-batch of the rows."""
         inputs = {key: torch.stack([row[key] for row, _ in rows]) for key in rows[0][0]}
         if self.varlen:
             inputs |= varlen_arguments(inputs["position_ids"])
@@ -116,10 +121,16 @@ class PackedCollate(_Documents):
 
 @dataclass(frozen=True)
 class Seq2SeqCollate:
-    """Rows of `Seq2SeqExamples`, both sides padded on the right.
+    """Pad rows of `Seq2SeqExamples` on the right.
 
-    `input` and `attention_mask` int64 `[rows, longest input]`; labels and `decoder_input_ids`
-    `[rows, longest output]`, the labels moved one to the right behind `decoder_start_token_id`.
+    `input` and `attention_mask` are int64 `[rows, longest input]`; labels and `decoder_input_ids`
+    `[rows, longest output]`, the latter the labels shifted by one.
+
+    Args:
+        decoder_start_token_id: First token of `decoder_input_ids`.
+        pad_id: Id of the padding; None: 0.
+        ignore_index: Label of the padding, excluded from the loss.
+        pad_to_multiple_of: Round the lengths up to a multiple of this, in tokens.
     """
 
     decoder_start_token_id: int
@@ -129,59 +140,55 @@ class Seq2SeqCollate:
     fills = True
     contract = "-> input:2:i64, attention_mask:2:i64, decoder_input_ids:2:i64 | ctx.target:2:i64"
 
-    def __call__(self, rows: Sequence[Row | None]) -> LoadedBatch:
-        import torch
-
+    def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
+        """Return the micro-batch of the rows."""
         given, pad = _given(rows), self.pad_id or 0
         sources = [row["input"] for row, _ in given]
         length = _padded_length([len(source) for source in sources], self.pad_to_multiple_of)
-        inputs = _stacked(sources, len(rows), length, pad)
-        mask = _stacked([torch.ones_like(source) for source in sources], len(rows), length, 0)
-        mask[:, 0] = 1  # of a row that fills up, or an empty input: attention to nothing is NaN
+        inputs = _padded(sources, len(rows), length, pad)
+        mask = _padded([torch.ones_like(source) for source in sources], len(rows), length, 0)
+        mask[:, 0] = 1  # of a row of padding, or an empty input: attention to nothing is NaN
         targets = [labels for _, labels in given]
         length = _padded_length([len(labels) for labels in targets], self.pad_to_multiple_of)
-        labels = _stacked(targets, len(rows), length, self.ignore_index)
-        before = labels.new_full((len(rows), 1), self.decoder_start_token_id)
-        decoder = torch.cat([before, labels[:, :-1]], dim=1)
+        labels = _padded(targets, len(rows), length, self.ignore_index)
+        start = labels.new_full((len(rows), 1), self.decoder_start_token_id)
+        decoder = torch.cat([start, labels[:, :-1]], dim=1)
         decoder = decoder.masked_fill(decoder == self.ignore_index, pad)
         return {"input": inputs, "attention_mask": mask, "decoder_input_ids": decoder}, labels
 
 
 def decoder_start_token_id(model: Any) -> int:
-    """What the decoder of a Hugging Face sequence-to-sequence model begins with.
+    """Return the first token of the decoder of a Hugging Face sequence-to-sequence model.
 
-    Raises `ValueError` for a model whose configuration does not say.
+    Raises:
+        ValueError: The model's configuration does not have it.
     """
     start = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
         raise ValueError(
-            "the model's configuration has no decoder_start_token_id: it may be no sequence-to-"
-            "sequence model (batching=padded is for decoders), or set it in its configuration"
+            "the model's configuration has no decoder_start_token_id: if it is not a sequence-to-"
+            "sequence model use batching=padded, else set it in the model's configuration"
         )
     return int(start)
 
 
 def varlen_arguments(position_ids: Tensor) -> dict[str, Any]:
-    """What transformers' flash attention takes for documents that begin at position 0.
+    """Return the arguments of transformers' flash attention for documents in rows.
 
-    `position_ids` `[rows, length]`; documents do not cross rows, each of which begins with one.
+    Args:
+        position_ids: `[rows, length]`; a document begins at position 0, and each row with one.
+
+    Returns:
+        `cu_seq_lens_q`, `cu_seq_lens_k` int32 `[documents + 1]`, `max_length_q`, `max_length_k`.
     """
-    import torch
-
-    flat = position_ids.flatten()
+    flat = position_ids.flatten()  # [rows * length]
     starts = (flat == 0).nonzero().flatten()
     bounds = torch.cat([starts, starts.new_tensor([len(flat)])])
-    longest = int(bounds.diff().max())
-    ends = bounds.to(torch.int32)
-    return {
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    ends, longest = bounds.to(torch.int32), int(bounds.diff().max())
+    return {f"cu_seq_lens_{of}": ends for of in "qk"} | {f"max_length_{of}": longest for of in "qk"}
 
 
-def _given(rows: Sequence[Row | None]) -> list[Row]:
+def _given(rows: Sequence[LoadedBatch | None]) -> list[LoadedBatch]:
     return [row for row in rows if row is not None]
 
 
@@ -190,10 +197,8 @@ def _padded_length(lengths: list[int], multiple: int | None) -> int:
     return -(-longest // multiple) * multiple if multiple else longest
 
 
-def _stacked(parts: list[Tensor], rows: int, length: int, fill: int) -> Tensor:
-    """`[rows, length]`, each part at the beginning of its row; rows without a part are `fill`."""
-    import torch
-
+def _padded(parts: list[Tensor], rows: int, length: int, fill: int) -> Tensor:
+    """Return `[rows, length]`, each part at the beginning of its row, the rest `fill`."""
     out = torch.full((rows, length), fill, dtype=torch.int64)
     for row, part in zip(out, parts, strict=False):
         row[: len(part)] = part

@@ -1,4 +1,4 @@
-"""From a record to a conversation: its turns, which of them are learnt, its tools."""
+"""Conversations in records: their turns, which of them are trained on, their tools."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ditty_di.data.audit import Note
+from transformers import PreTrainedTokenizerBase
 
-#: Keys of a turn that say whether it is learnt: OpenAI's, axolotl's, ms-swift's.
-LEARN_KEYS = ("weight", "train", "loss")
-#: Keys of a turn that ask for a part of it to be learnt.
+from ditty_di.data.audit import Note
+from ditty_di.data.options import require
+
+#: Keys of a turn that say whether it is trained on: OpenAI's, axolotl's, ms-swift's.
+_TRAIN_KEYS = ("weight", "train", "loss")
+#: Keys of a turn that ask for a part of it to be trained on.
 _PART_KEYS = ("train_detail", "training_detail")
-#: Keys of a turn that name a call or a speaker; most templates have no place for them.
+#: Keys of a turn that name a call or a speaker; most templates do not render them.
 IDENTIFIERS = ("tool_call_id", "name", "id")
-_NOT_FOR_TEMPLATES = {"messages", "conversations", "self", "kwargs"}
+#: Names that `chat_template_kwargs` cannot set: they are arguments of the rendering itself.
+_RESERVED = {"messages", "conversations", "self", "kwargs"}
+_RESERVED |= set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+
+_CALLS = '[{"type": "function", "function": {"name": ..., "arguments": ...}}]'
+
+Message = dict[str, Any]
 
 
 def holds(value: Any) -> bool:
@@ -24,35 +33,61 @@ def holds(value: Any) -> bool:
     return value is not None and not (isinstance(value, str | list | dict | tuple) and not value)
 
 
-def without_nulls(value: Any) -> Any:
-    """Return the value without keys that are None in the objects within it."""
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+def is_turns(value: Any) -> bool:
+    """Return whether the value is a list of objects, at least one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+
+
+def decoded(value: Any, what: str = "") -> Any:
+    """Return the value of JSON text (None if it is blank), and other values as they are.
+
+    Args:
+        value: The value, which may be JSON text.
+        what: Its name in the message; "" returns text that is not JSON as it is.
+
+    Raises:
+        ValueError: Text that is not JSON.
+    """
+    try:
+        if isinstance(value, str):
+            return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        require(not what, f"{what} is text that is not JSON ({error})")
+    return value
 
 
 @dataclass(frozen=True)
 class Conversation:
     """The input of a chat template.
 
-    `messages` have `role` and `content`; `answers` are the indices of the turns to learn.
+    Attributes:
+        messages: Turns with `role` and `content`.
+        answers: Indices of the turns to train on.
+        tools: JSON schemas of the tools.
+        kwargs: Other arguments of the template.
+        notes: Audit findings.
     """
 
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     answers: list[int]
     tools: list[dict[str, Any]] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
 
-    def with_messages(self, messages: list[dict[str, Any]]) -> Conversation:
+    def with_messages(self, messages: list[Message]) -> Conversation:
+        """Return the conversation with other messages."""
         return replace(self, messages=messages)
 
 
 @dataclass(frozen=True)
 class Turns:
-    """How conversations are written in the records.
+    """The chat format: how conversations are written in the records.
 
-    `roles` maps their names of roles to the template's: {human: user, gpt: assistant}.
+    Args:
+        key: Key of the list of turns.
+        role_key: Key of a turn's role.
+        content_key: Key of a turn's content.
+        roles: Maps the records' names of roles to the template's: {human: user, gpt: assistant}.
     """
 
     key: str = "messages"
@@ -63,127 +98,93 @@ class Turns:
     def keys_of(self, record: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the keys that hold the conversation's turns, () for another kind of record.
 
-        Beside `key` that is a conversational prompt and completion: two lists of turns, of which
-        the second is learnt.
+        They are `key`, or `prompt` and `completion` if both are lists of turns; of these only the
+        completion is trained on.
         """
         if record.get(self.key) is not None:
             return (self.key,)
         both = ("prompt", "completion")
-        if all(is_turns(record.get(key)) for key in both):
-            return both
-        return ()
+        return both if all(is_turns(record.get(key)) for key in both) else ()
 
     def of(self, record: Mapping[str, Any], *, answered: bool = True) -> Conversation:
         """Return the record's conversation.
 
-        `answered=False`: it is a prompt, and needs no answer.
+        Args:
+            record: The record.
+            answered: Require an answer; a prompt needs none.
 
-        Raises `ValueError` for what is not a conversation.
+        Raises:
+            ValueError: The record is not a conversation.
         """
         keys = self.keys_of(record)
         if not answered and len(keys) != 1:
             keys = ("prompt",)
-        messages: list[dict[str, Any]] = []
+        messages: list[Message] = []
         answers: list[int] = []
         notes: list[Note] = []
+        first = 0
         for key in keys:
-            turns = _parsed(record.get(key))
-            if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-                raise ValueError(
-                    f'"{key}" must be a list of objects with {self.role_key} and {self.content_key}'
-                )
-            given = len(keys) > 1 and key == keys[0]
+            turns, first = decoded(record.get(key)), len(messages)
+            text = f'"{key}" must be a list of objects with {self.role_key} and {self.content_key}'
+            require(is_turns(turns) or turns == [], text)
             for i, turn in enumerate(turns):
-                message, learnt = self._message(turn, f'turn {i} of "{key}"')
+                message, trained_on = self._message(turn, f'turn {i} of "{key}"')
                 if message["role"] != "assistant":
-                    asked = any(turn.get(name) is True for name in LEARN_KEYS)
-                    notes += [Note("not_learnt", message["role"])] * asked
-                elif learnt and not given:
+                    if any(turn.get(name) is True for name in _TRAIN_KEYS):
+                        notes.append(Note("not_learnt", message["role"]))
+                elif trained_on and key == keys[-1]:
                     answers.append(len(messages))
                 messages.append(message)
-        last = keys[-1] if keys else self.key
-        own = messages[len(record[keys[0]]) if len(keys) > 1 else 0 :]
-        if answered and all(message["role"] != "assistant" for message in own):
-            found = sorted({message["role"] for message in own})
-            raise ValueError(
-                f'"{last}" has no turn of the assistant to learn from, only of {found}; '
-                "`roles` maps other names to it"
-            )
-        kwargs = template_arguments(record.get("chat_template_kwargs"))
-        schemas = tools(record.get("tools"))
-        return Conversation(messages, answers, schemas, kwargs, tuple(notes))
+        roles = sorted({message["role"] for message in messages[first:]})
+        text = f"no turn of the assistant to learn from, only of {roles}; `roles` maps other names"
+        require(not answered or "assistant" in roles, f'"{keys[-1]}" has {text}')
+        kwargs = _template_arguments(record.get("chat_template_kwargs"))
+        return Conversation(messages, answers, _tools(record.get("tools")), kwargs, tuple(notes))
 
-    def _message(self, turn: dict[str, Any], where: str) -> tuple[dict[str, Any], bool]:
-        if turn.get(self.role_key) is None:
-            raise ValueError(f'{where} has no "{self.role_key}"')
+    def _message(self, turn: Message, where: str) -> tuple[Message, bool]:
+        require(turn.get(self.role_key) is not None, f'{where} has no "{self.role_key}"')
         role = str(turn[self.role_key])
         role = (self.roles or {}).get(role, role)
-        learnt = is_learnt(turn, where)
-        apart = {self.role_key, self.content_key, *LEARN_KEYS, *_PART_KEYS}
+        trained_on = _is_trained_on(turn, where)
+        calls = _tool_calls(turn.get("tool_calls"), where)
+        apart = {self.role_key, self.content_key, *_TRAIN_KEYS, *_PART_KEYS}
+        apart |= set() if calls else {"tool_calls"}
+        # Keys keep their order: a template may render the whole object.
         message = {k: v for k, v in turn.items() if k not in apart and v is not None}
-        message["role"] = role
-        if "tool_calls" in message:
-            message["tool_calls"] = _tool_calls(message["tool_calls"], where)
-            if not message["tool_calls"]:
-                del message["tool_calls"]
+        message |= {"role": role} | ({"tool_calls": calls} if calls else {})
         content = turn.get(self.content_key)
-        if content is None and holds(turn.get("function_call")):
-            raise ValueError(
-                f'{where} has "function_call": write it as '
-                '"tool_calls": [{"type": "function", "function": {"name": ..., "arguments": ...}}]'
-            )
-        if content is None and role == "assistant" and "tool_calls" not in message:
-            raise ValueError(f'{where} has no "{self.content_key}": there is nothing to learn')
+        if content is None:
+            text = f'{where} has "function_call": write it as "tool_calls": {_CALLS}'
+            require(not holds(turn.get("function_call")), text)
+            text = f'{where} has no "{self.content_key}": there is nothing to learn'
+            require(role != "assistant" or bool(calls), text)
         message["content"] = _content(content, role, f'"{self.content_key}" of {where}')
-        return message, learnt
+        return message, trained_on
 
 
-def _parsed(turns: Any) -> Any:
-    """Return what a column of JSON text holds, anything else as it is."""
-    try:
-        return json.loads(turns) if isinstance(turns, str) else turns
-    except ValueError:
-        return turns
-
-
-def is_turns(value: Any) -> bool:
-    """Return whether the value is a list of objects, at least one."""
-    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
-
-
-def is_learnt(turn: Mapping[str, Any], where: str) -> bool:
-    """Return what `weight`, `train` or `loss` of a turn say; True without them.
-
-    Raises `ValueError` for other values than 0, 1, true and false, and for parts of turns.
-    """
+def _is_trained_on(turn: Message, where: str) -> bool:
+    """Return whether `weight`, `train` and `loss` of a turn, if present, are 1 or true."""
     for key in _PART_KEYS:
-        if holds(turn.get(key)):
-            raise ValueError(f'{where} has "{key}"; only whole turns can be learnt or left out')
-    learnt = True
-    for key in LEARN_KEYS:
-        value = turn.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, int | float) or value not in (0, 1):
-            raise ValueError(
-                f'"{key}" of {where} is {value!r}; a turn is learnt (1, true) or not (0, false)'
-            )
-        learnt = learnt and bool(value)
-    return learnt
+        text = f'{where} has "{key}"; only whole turns can be trained on or left out'
+        require(not holds(turn.get(key)), text)
+    flags = {key: turn[key] for key in _TRAIN_KEYS if turn.get(key) is not None}
+    for key, value in flags.items():
+        text = f'"{key}" of {where} is {value!r}; a turn is trained on (1, true) or not (0, false)'
+        require(isinstance(value, int | float) and value in (0, 1), text)
+    return all(flags.values())
 
 
 def _content(content: Any, role: str, where: str) -> Any:
     """Return text, or a list of parts `{"type": "text", "text": ...}`.
 
-    What a tool answers may be any value: templates differ in what they make of it.
+    A tool's answer may be any value: templates differ in how they render it.
     """
     if content is None or isinstance(content, str):
         return content or ""
     if isinstance(content, list) and (role != "tool" or all(map(_is_part, content))):
         return [_part(part, where) for part in content]
-    if role == "tool":
-        return content
-    raise ValueError(f"{where} holds a {type(content).__name__} instead of text")
+    require(role == "tool", f"{where} holds a {type(content).__name__} instead of text")
+    return content
 
 
 def _is_part(part: Any) -> bool:
@@ -196,112 +197,77 @@ def _part(part: Any, where: str) -> dict[str, str]:
     if not isinstance(part, dict):
         raise ValueError(f"{where} holds a list with a {type(part).__name__} instead of parts")
     kind = part.get("type", "text")
-    if kind != "text" or not isinstance(part.get("text"), str):
-        named = f"of type {kind!r}" if kind != "text" else "without text"
-        raise ValueError(f"{where} has a part {named}; only parts of text can be learnt from")
+    named = f"of type {kind!r}" if kind != "text" else "without text"
+    is_text = kind == "text" and isinstance(part.get("text"), str)
+    require(is_text, f"{where} has a part {named}; only parts of text can be learnt from")
     return {"type": "text", "text": part["text"]}
 
 
 def text_of(content: Any) -> str:
-    """Return the text of a content, its parts joined; "" for what has no text."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(p["text"] for p in content if isinstance(p, dict) and _is_text(p))
-    return ""
+    """Return the text of a content, its parts joined; "" for other contents."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    parts = (part for part in content if isinstance(part, dict) and part.get("type") == "text")
+    return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
-def _is_text(part: dict[str, Any]) -> bool:
-    return part.get("type") == "text" and isinstance(part.get("text"), str)
+def _template_arguments(value: Any) -> dict[str, Any]:
+    """Return `chat_template_kwargs` of a record, which may be JSON text."""
+    found = decoded(value, '"chat_template_kwargs"')
+    if not holds(found):
+        return {}
+    require(isinstance(found, dict), '"chat_template_kwargs" must be an object')
+    taken = sorted(set(found) & _RESERVED)
+    require(not taken, f'"chat_template_kwargs" cannot set {", ".join(taken)}')
+    return dict(found)
 
 
-def from_json(value: Any, what: str) -> Any:
-    """Return what a text of JSON holds, other values as they are.
-
-    Raises `ValueError` for text that is not JSON.
-    """
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except ValueError as error:
-        raise ValueError(f"{what} is text that is not JSON ({error})") from None
+# --- tools and their calls -----------------------------------------------------------------------
 
 
-def tools(value: Any) -> list[dict[str, Any]] | None:
-    """Return the schemas of the tools, which may be JSON text; None for no tools.
-
-    Raises `ValueError` for anything but a list of objects.
-    """
-    found = from_json(value, '"tools"')
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    """Return the schemas of the tools, which may be JSON text; None for no tools."""
+    found = decoded(value, '"tools"')
     if not holds(found):
         return None
     if isinstance(found, list):
-        found = [from_json(tool, f'tool {i} of "tools"') for i, tool in enumerate(found)]
-        if all(isinstance(tool, dict) for tool in found):
-            return found
-    raise ValueError('"tools" must be a list of objects, the JSON schemas of functions')
+        found = [decoded(tool, f'tool {i} of "tools"') for i, tool in enumerate(found)]
+    require(is_turns(found), '"tools" must be a list of objects, the JSON schemas of functions')
+    return list(found)
 
 
-def tool_name(tool: Mapping[str, Any]) -> Any:
-    """Return the name of a tool, whichever form its schema has; None without one."""
-    function = tool.get("function")
-    return (function if isinstance(function, dict) else tool).get("name")
+def _function(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the function of a schema or call, which may be within `{"function": ...}`."""
+    function = value.get("function")
+    return function if isinstance(function, dict) else value
+
+
+def tool_name(tool: dict[str, Any]) -> Any:
+    """Return the name of a schema or call in either layout; None without one."""
+    return _function(tool).get("name")
 
 
 def tool_forms(tools: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield the schemas as they are, each within `{"type": "function", "function": ...}`, and each
-    as what stands in it."""
-    yield tools
-    inner = [t["function"] if isinstance(t.get("function"), dict) else t for t in tools]
-    yield [{"type": "function", "function": function} for function in inner]
-    yield inner
+    """Yield the schemas in each layout that a template may expect.
 
-
-def template_arguments(value: Any) -> dict[str, Any]:
-    """Return `chat_template_kwargs` of a record, which may be JSON text.
-
-    Raises `ValueError` for anything but an object, and for names that are not the template's.
+    As they are, each within `{"type": "function", "function": ...}`, and each without it.
     """
-    found = from_json(value, '"chat_template_kwargs"')
-    if not holds(found):
-        return {}
-    if not isinstance(found, dict):
-        raise ValueError('"chat_template_kwargs" must be an object')
-    from transformers import PreTrainedTokenizerBase
-
-    own = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-    if taken := sorted(set(found) & (own | _NOT_FOR_TEMPLATES)):
-        raise ValueError(f'"chat_template_kwargs" cannot set {", ".join(taken)}')
-    return found
+    yield tools
+    yield [{"type": "function", "function": _function(tool)} for tool in tools]
+    yield [_function(tool) for tool in tools]
 
 
-# --- tool calls ----------------------------------------------------------------------------------
+def call_arguments(message: Message) -> list[Any]:
+    """Return the arguments of each call of a message."""
+    return [_function(call).get("arguments") for call in message.get("tool_calls", ())]
 
 
-def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    found = from_json(value, f'"tool_calls" of {where}')
-    if not holds(found):
-        return []
-    if not isinstance(found, list) or not all(isinstance(call, dict) for call in found):
-        raise ValueError(f'"tool_calls" of {where} must be a list of objects')
-    calls = [{k: v for k, v in call.items() if v is not None} for call in found]
-    for call in calls:
-        arguments = _function(call).get("arguments")
-        if isinstance(arguments, str) and not isinstance(_as_object(arguments), dict):
-            raise ValueError(
-                f'"arguments" of a tool call of {where} is text that is not a JSON object: '
-                f"{arguments[:60]!r}"
-            )
-    return calls
-
-
-def call_forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Yield the messages with their tool calls in the forms that templates take.
+def call_forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """Yield the messages with their tool calls in each form that a template may expect.
 
     First with arguments as objects, then as JSON text (DeepSeek-V3 joins them with text), then both
-    once more with calls in the other of the two layouts `{"name": ..., "arguments": ...}` and
-    `{"type": "function", "function": {...}}`.
+    with calls in the other of the two layouts `{"name": ..., "arguments": ...}` and
+    `{"type": "function", "function": {...}}`. Messages without calls come once, as they are.
     """
     if not any("tool_calls" in message for message in messages):
         yield messages
@@ -309,28 +275,24 @@ def call_forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]
     for layout in (lambda call: call, _other_layout):
         for arguments in (_as_object, _as_text):
             yield [
-                message
-                if "tool_calls" not in message
+                message | {"tool_calls": [_with(layout(c), arguments) for c in calls]}
+                if (calls := message.get("tool_calls"))
                 else message
-                | {"tool_calls": [_with(layout(c), arguments) for c in message["tool_calls"]]}
                 for message in messages
             ]
 
 
-def call_arguments(message: Mapping[str, Any]) -> list[Any]:
-    """Return the arguments of each call of a message."""
-    return [_function(call).get("arguments") for call in message.get("tool_calls", ())]
-
-
-def call_names(message: Mapping[str, Any]) -> list[Any]:
-    """Return the name of each call of a message that has one."""
-    found = [_function(call).get("name") for call in message.get("tool_calls", ())]
-    return [name for name in found if name is not None]
-
-
-def _function(call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    return function if isinstance(function, dict) else call
+def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    found = decoded(value, f'"tool_calls" of {where}')
+    if not holds(found):
+        return []
+    require(is_turns(found), f'"tool_calls" of {where} must be a list of objects')
+    for call in found:
+        arguments = _function(call).get("arguments")
+        given = str(arguments)[:60]
+        text = f'"arguments" of a tool call of {where} is text that is not a JSON object: {given!r}'
+        require(not isinstance(_as_object(arguments), str), text)
+    return [{k: v for k, v in call.items() if v is not None} for call in found]
 
 
 def _with(call: dict[str, Any], form: Any) -> dict[str, Any]:
@@ -342,12 +304,9 @@ def _with(call: dict[str, Any], form: Any) -> dict[str, Any]:
 
 
 def _as_object(arguments: Any) -> Any:
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        found = json.loads(arguments) if arguments.strip() else {}
-    except ValueError:
-        return arguments
+    if isinstance(arguments, str) and not arguments.strip():
+        return {}
+    found = decoded(arguments)
     return found if isinstance(found, dict) else arguments
 
 
@@ -358,8 +317,7 @@ def _as_text(arguments: Any) -> Any:
 def _other_layout(call: dict[str, Any]) -> dict[str, Any]:
     function = _function(call)
     if function is not call:
-        rest = {k: v for k, v in call.items() if k not in ("type", "function")}
-        return rest | function
-    apart = {k: v for k, v in call.items() if k in ("id", "type")}
-    inner = {k: v for k, v in call.items() if k not in apart}
-    return {"type": "function", **apart, "function": inner}
+        return {k: v for k, v in call.items() if k not in ("type", "function")} | function
+    outer = {k: v for k, v in call.items() if k in ("id", "type")}
+    inner = {k: v for k, v in call.items() if k not in outer}
+    return {"type": "function", **outer, "function": inner}

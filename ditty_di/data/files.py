@@ -13,20 +13,20 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from ditty_di.data.conversations import without_nulls
+from ditty_di.data.options import require
 
-#: Suffixes that may stand behind another one; the first bytes of a file decide, not its name.
+#: Suffixes of compressed files. The first bytes decide whether a file is one, not its name.
 COMPRESSED = (".gz", ".bz2", ".xz")
 _OPENERS: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
 }
-# First bytes of files that hold no records, and what to do about them.
+# First bytes of files without records, and what to do about them.
 _REFUSED = {
     b"PK\x03\x04": "a zip archive (.zip, .xlsx): unpack it, and save a sheet as .csv",
     b"\x28\xb5\x2f\xfd": "compressed with zstd: decompress it, or compress it with gzip",
@@ -34,39 +34,44 @@ _REFUSED = {
     b"\xfe\xff": "UTF-16 text: save it as UTF-8",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself: run `git lfs pull`",
 }
-NO_RECORDS = """\
+_NO_RECORDS = """\
 {file} is not a file of records: it begins with {start!r}. Records are JSON objects, one a line or \
 in a list (.jsonl, .json), or rows of .csv, .tsv or .parquet, each of them also as .gz; for plain \
 text to train on use data=text data.corpus.path=..."""
+_BOM = b"\xef\xbb\xbf"
+_HEAD = 200  # bytes by which a file's format is checked
 
-#: (where in the file, value); a value that cannot be read is the `ValueError` that says so. Where
-#: is "line 3", "line 3, item 2" of a JSON list, or "row 3" of a Parquet file, counted from 1.
+#: Pairs (position in the file, value). A value that cannot be read is the `ValueError` that says
+#: why. The position is "line 3", "line 3, item 2" of a JSON list, or "row 3" of a Parquet file,
+#: counted from 1.
 Values = Iterator[tuple[str, Any]]
 
 
+def _plain(file: Path) -> Path:
+    return file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
+
+
 def kind_of(file: Path) -> str:
-    """Return the suffix that tells the format, without that of a compression: `.jsonl`."""
-    plain = file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
-    return plain.suffix.lower()
+    """Return the suffix of the format, without that of a compression: `.jsonl`."""
+    return _plain(file).suffix.lower()
 
 
 def name_of(file: Path) -> str:
     """Return a file's name without the suffixes of format and compression."""
-    plain = file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
-    return plain.stem
+    return _plain(file).stem
 
 
 def located(file: Path, where: str) -> str:
-    """Return where a value stands, with its file, for messages: `file:3`."""
+    """Return a value's file and position for messages: `file:3`."""
     number = where.removeprefix("line ")
     return f"{file}, {where}" if number == where else f"{file}:{number}"
 
 
 def as_record(value: Any) -> dict[str, Any]:
-    """Return a JSON object as it is.
+    """Return a value of a file if it is a JSON object.
 
     Raises:
-        ValueError: it is anything else, or could not be read.
+        ValueError: It is anything else, or could not be read.
     """
     if isinstance(value, UnicodeDecodeError):
         raise ValueError(f"not UTF-8 text: {value.reason} at byte {value.start}")
@@ -80,19 +85,19 @@ def as_record(value: Any) -> dict[str, Any]:
 
 
 def is_data_file(file: Path) -> bool:
-    """Return whether a file in a folder is one of records, by its name. Hidden ones are not."""
+    """Return whether a file in a folder has records, by its name; hidden files have none."""
     return kind_of(file) in READERS and not file.name.startswith(".") and file.is_file()
 
 
 def read_values(file: Path) -> Values:
-    """Yield the values of a file.
+    """Yield the values of a file with their positions.
 
-    Files that end in .csv, .tsv or .parquet have rows, which come as dicts; those of .csv and .tsv
-    hold text. Any other holds JSON values: one a line, or the items of one list, or objects that
-    are spread over several lines. NaN and Infinity are refused, as JSON has neither.
+    Files that end in .csv, .tsv or .parquet have rows, which are yielded as dicts; those of .csv
+    and .tsv hold text. Any other file holds JSON values: one a line, or the items of one list, or
+    objects that span several lines. NaN and Infinity are refused, as JSON has neither.
 
     Raises:
-        ValueError: a file as a whole that cannot be read, with the reason and the remedy.
+        ValueError: The file as a whole cannot be read, with the reason and the remedy.
     """
     kind = kind_of(file)
     try:
@@ -109,10 +114,10 @@ def read_values(file: Path) -> Values:
 
 
 def read_lines(file: Path) -> Iterator[tuple[str, str]]:
-    """Yield the lines of a text file that are not blank, with their numbers (`line 3`).
+    """Yield the lines of a text file that are not blank, with their positions.
 
     Raises:
-        ValueError: the file is not UTF-8 text.
+        ValueError: The file is not UTF-8 text.
     """
     with opened(file) as stream:
         for number, line in enumerate(stream, start=1):
@@ -124,47 +129,52 @@ def read_lines(file: Path) -> Iterator[tuple[str, str]]:
                 yield f"line {number}", text.rstrip("\r\n")
 
 
-def has_several(file: Path) -> bool:
-    """Return whether a JSON file begins as a list of objects or as one object a line, and not as
-    one that is a configuration."""
+def _start(file: Path, count: int) -> bytes:
     with opened(file) as stream:
-        start = stream.read(1 << 16).removeprefix(_BOM).lstrip()
+        return stream.read(count).removeprefix(_BOM).lstrip()
+
+
+def has_several(file: Path) -> bool:
+    """Return whether a JSON file begins as a list of objects or as one object a line."""
+    start = _start(file, 1 << 16)
     first, newline, _ = start.partition(b"\n")
     is_list = re.match(rb"\[\s*\{", start) is not None
     return is_list or (bool(newline) and isinstance(_parsed(first), dict))
 
 
 def looks_like_json(file: Path) -> bool:
-    """Return whether a file begins as JSON objects, or a list of them, do."""
-    with opened(file) as stream:
-        start = stream.read(_HEAD).removeprefix(_BOM).lstrip()
-    return re.match(rb'\[\s*\{|\{\s*"', start) is not None
-
-
-_HEAD = 200
+    """Return whether a file begins like JSON objects or a list of them."""
+    return re.match(rb'\[\s*\{|\{\s*"', _start(file, _HEAD)) is not None
 
 
 def require_records(file: Path, start: bytes | None = None) -> None:
-    """Raise `ValueError` for a file whose first bytes, `start`, are not those of records."""
+    """Check the first bytes of a file.
+
+    Args:
+        file: The file.
+        start: Its first bytes, decompressed; None reads them.
+
+    Raises:
+        ValueError: They are not those of records.
+    """
     if start is None:
         if kind_of(file) == ".parquet":
             return
         with opened(file) as stream:
             start = stream.read(_HEAD)
     for magic, what in _REFUSED.items():
-        if start.startswith(magic):
-            raise ValueError(f"{file} is {what}")
+        require(not start.startswith(magic), f"{file} is {what}")
     text = start.removeprefix(_BOM).lstrip()
     if kind_of(file) not in READERS and text and not text.startswith((b"{", b"[")):
-        raise ValueError(NO_RECORDS.format(file=file, start=text[:20].decode(errors="replace")))
+        raise ValueError(_NO_RECORDS.format(file=file, start=text[:20].decode(errors="replace")))
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[io.BufferedReader]:
-    """Open a file to read its bytes, decompressed if it is compressed.
+    """Open a file for its bytes, decompressed if it is compressed.
 
     Raises:
-        ValueError: it cannot be decompressed.
+        ValueError: It cannot be decompressed.
     """
     with file.open("rb") as raw:
         start = raw.read(8)
@@ -176,30 +186,39 @@ def opened(file: Path) -> Iterator[io.BufferedReader]:
         raise ValueError(f"{file} cannot be decompressed: {error}") from error
 
 
-# --- JSON --------------------------------------------------------------------------------------
-
-_BOM = b"\xef\xbb\xbf"
+# --- JSON ----------------------------------------------------------------------------------------
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value: write null, or leave the field out")
 
 
+_BLANKS = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _json(stream: Iterable[bytes]) -> Values:
-    lines = ((n, line) for n, line in enumerate(stream, start=1) if line.strip(b" \t\r\n" + _BOM))
-    head = list(islice(lines, 2))
-    if not head:
+    """Yield one value a line, unless the first two lines show that values span several lines."""
+    stream, head, filled = iter(stream), list[bytes](), list[bytes]()
+    while len(filled) < 2 and (line := next(stream, None)):
+        head.append(line)
+        filled += [line] if _has_value(line) else []
+    if not filled:
         return
-    value = _parsed(head[0][1])
-    spread = isinstance(value, ValueError) and head[0][1].lstrip(_BOM + b" \t")[:1] in b"[{"
-    if spread or (isinstance(value, list) and len(head) == 1):
-        yield from _spread([*head, *lines])
-        return
-    for number, line in chain(head, lines):
-        yield f"line {number}", _parsed(line)
+    value = _parsed(filled[0])
+    spans_lines = isinstance(value, ValueError) and filled[0].lstrip(_BOM + b" \t")[:1] in b"[{"
+    if spans_lines or (isinstance(value, list) and len(filled) == 1):
+        yield from _whole(b"".join([*head, *stream]).removeprefix(_BOM))
+    else:
+        yield from _lines(chain(head, stream))
+
+
+def _has_value(line: bytes) -> bool:
+    return bool(line.strip(b" \t\r\n" + _BOM))
+
+
+def _lines(lines: Iterable[bytes]) -> Values:
+    return ((f"line {n}", _parsed(line)) for n, line in enumerate(lines, 1) if _has_value(line))
 
 
 def _parsed(line: bytes) -> Any:
@@ -209,81 +228,70 @@ def _parsed(line: bytes) -> Any:
         return error
 
 
-def _spread(lines: list[tuple[int, bytes]]) -> Values:
+def _whole(data: bytes) -> Values:
     """Yield the items of a list, or objects that are not one a line."""
-    # Blank lines were left out: put back, they keep the numbers of the others.
-    rows = [b"\n"] * lines[-1][0]
-    for number, line in lines:
-        rows[number - 1] = line
-    whole = b"".join(rows).removeprefix(_BOM)
     try:
-        found = list(_items(whole.decode("utf-8")))
+        yield from list(_items(data.decode("utf-8")))
     except ValueError as error:
-        at = whole.count(b"\n", 0, getattr(error, "start", 0)) + 1
-        found = [(f"line {getattr(error, 'lineno', at)}", error)]
-        if not whole.lstrip().startswith(b"["):
-            # Lines of objects, the first of which is damaged?
-            alone = [(f"line {number}", _parsed(line)) for number, line in lines]
-            found = alone if any(isinstance(value, dict) for _, value in alone) else found
-    yield from found
+        line = data.count(b"\n", 0, getattr(error, "start", 0)) + 1
+        found = [(f"line {getattr(error, 'lineno', line)}", error)]
+        if not data.lstrip().startswith(b"["):
+            # One object a line, the first of which is damaged?
+            separate = list(_lines(io.BytesIO(data)))
+            if any(isinstance(value, dict) for _, value in separate):
+                found = separate
+        yield from found
 
 
 def _items(text: str) -> Values:
     """Yield the items of a JSON list, or values that follow each other."""
-    at = _behind_blanks(text, 0)
+    at = _skip_blanks(text, 0)
     is_list = text[at : at + 1] == "["
-    at = _behind_blanks(text, at + is_list)
+    at = _skip_blanks(text, at + is_list)
     line, counted, item = 1, 0, 0
     while at < len(text) and not (is_list and text[at] == "]"):
         value, end = _DECODER.raw_decode(text, at)
         line, counted, item = line + text.count("\n", counted, at), at, item + 1
         yield f"line {line}, item {item}" if is_list else f"line {line}", value
-        at = _behind_blanks(text, end)
+        at = _skip_blanks(text, end)
         if is_list and text[at : at + 1] == ",":
-            at = _behind_blanks(text, at + 1)
+            at = _skip_blanks(text, at + 1)
             if text[at : at + 1] == "]":
                 raise json.JSONDecodeError("a comma in front of the list's end", text, at)
         elif is_list and text[at : at + 1] not in ("]", ""):
             raise json.JSONDecodeError("no comma between two items of the list", text, at)
     if is_list and at >= len(text):
         raise json.JSONDecodeError("the list has no end: a ']' is missing", text, at)
-    if is_list and (behind := _behind_blanks(text, at + 1)) < len(text):
-        raise json.JSONDecodeError("something stands behind the list", text, behind)
+    if is_list and (behind := _skip_blanks(text, at + 1)) < len(text):
+        raise json.JSONDecodeError("there is text after the end of the list", text, behind)
 
 
-def _behind_blanks(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
+def _skip_blanks(text: str, at: int) -> int:
+    return _BLANKS.match(text, at).end()  # type: ignore[union-attr]  # it matches anywhere
 
 
-# --- tables ------------------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------
 
 
 def _table(delimiters: str) -> Callable[[IO[bytes]], Values]:
-    """Return a reader of rows below a header; of `delimiters` the first that divides it counts."""
+    """Return a reader of rows below a header, with the first delimiter that the header has."""
 
     def read(stream: IO[bytes]) -> Values:
-        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # of 131,072 characters otherwise
+        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # 131,072 characters by default
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        header = next(csv.reader([first := text.readline()]), [])
-        if not header:
-            return
+        first = text.readline()
         delimiter = next((d for d in delimiters if d in first), delimiters[0])
-        header = next(csv.reader([first], delimiter=delimiter))
-        names = [name for name in header if name]  # an index column has none
+        header = next(csv.reader([first], delimiter=delimiter), [])
+        names = [name for name in header if name]  # an index column has no name
         if len({*names}) < len(names):
             raise csv.Error(f"its header names a column twice: {header}")
         rows = csv.reader(text, delimiter=delimiter, strict=True)
         line = 2
-        for row in rows:
-            if row and len(row) != len(header):
-                yield (
-                    f"line {line}",
-                    ValueError(f"{len(row)} fields, where the header has {len(header)}"),
-                )
-            elif row:
-                yield f"line {line}", {n: v for n, v in zip(header, row, strict=True) if n}
+        for row in rows if header else ():
+            value: Any = {n: v for n, v in zip(header, row, strict=False) if n}
+            if len(row) != len(header):
+                value = ValueError(f"{len(row)} fields, where the header has {len(header)}")
+            yield from [(f"line {line}", value)] if row else []
             line = rows.line_num + 2
 
     return read
@@ -296,34 +304,41 @@ def _parquet(file: Path) -> Values:
 
     try:
         with parquet.ParquetFile(file) as table:
-            features = datasets.Features.from_arrow_schema(table.schema_arrow)
-            names = class_names(features)
-            number = 0
-            for batch in table.iter_batches(1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", with_names(row, names)
+            names = class_names(datasets.Features.from_arrow_schema(table.schema_arrow))
+            rows = (row for batch in table.iter_batches(1000) for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield f"row {number}", with_names(row, names)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{file} is not a Parquet file that can be read: {error}") from error
 
 
 def class_names(features: Any) -> dict[str, Callable[[int], str]]:
-    """Return the columns of a `datasets.Features` that are class labels, with what names them."""
+    """Return the class label columns of a `datasets.Features`, with a function to their names."""
     return {k: f.int2str for k, f in features.items() if hasattr(f, "int2str")}
 
 
 def with_names(row: dict[str, Any], names: dict[str, Callable[[int], str]]) -> dict[str, Any]:
-    """Return the row with class labels as their names; hidden ones (-1) are None.
+    """Return the row with class labels as names, or None for hidden labels (-1).
 
-    Objects lose the keys that Arrow gave them because another row has them, as None.
+    Objects lose their None values: Arrow gives every object of a column the keys of all others.
+
+    Args:
+        row: One row of a table.
+        names: From `class_names`.
     """
-    row = {key: without_nulls(value) for key, value in row.items()}
+    row = {key: _without_nulls(value) for key, value in row.items()}
     for key, convert in names.items():
         row[key] = None if row[key] is None or row[key] < 0 else convert(row[key])
     return row
 
 
-#: Readers of a stream, by suffix. Parquet is read by file.
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+#: Readers by suffix: of a stream, but Parquet of a file.
 READERS: dict[str, Callable[[Any], Values]] = {
     ".jsonl": _json,
     ".ndjson": _json,

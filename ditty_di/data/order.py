@@ -1,4 +1,4 @@
-"""Which dataset row comes when: a pure function of seed, epoch and place in the epoch."""
+"""Deterministic sampling order: a pure function of seed, epoch and index."""
 
 from __future__ import annotations
 
@@ -7,41 +7,47 @@ from typing import Any
 
 import numpy as np
 
+from ditty_di.data import options
 from ditty_di.data.cache import fingerprint
 
 
 def permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """A permutation of `range(rows)`, int64 `[rows]`, the same on every machine.
+    """Return a permutation of `range(rows)`, int64 `[rows]`, the same on every machine.
 
-    The sorting order of Philox's raw output: NumPy promises that stream for ever, which it does
-    not for `Generator.permutation`, and a run must resume under a newer NumPy.
+    It is the sorting order of Philox's raw output. NumPy guarantees that stream, which it does not
+    for `Generator.permutation`, and a run must resume under a newer NumPy.
     """
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
     return np.argsort(bits.random_raw(rows), kind="stable")
 
 
 class Order:
-    """The endless stream of rows: epoch follows epoch, each in its own order.
+    """A sampler: the endless stream of rows, epoch after epoch, each in its own order.
 
-    Place `g` of the stream is `epoch(g // rows)[g % rows]`: `permutation(seed, epoch, rows)`, or
-    `0, 1, 2, ...` without shuffling. A subclass may order an epoch in another way.
+    Position `g` of the stream is row `epoch(g // rows)[g % rows]`. A subclass may order an epoch in
+    another way.
+
+    Args:
+        rows: Number of rows of the dataset.
+        seed: Seed of the order.
+        shuffle: Shuffle each epoch (`permutation`); else rows come as `0, 1, 2, ...`.
     """
 
     def __init__(self, rows: int, seed: int, shuffle: bool) -> None:
         self.rows, self.seed, self.shuffle = rows, seed, shuffle
-        # Two, as a micro-batch may straddle epochs.
+        # Two, as a micro-batch may span the end of an epoch.
         self._epoch = lru_cache(maxsize=2)(self.epoch)
 
     def epoch(self, number: int) -> np.ndarray:
-        """The rows of one epoch in their order, `[rows]`."""
+        """Return the rows of one epoch in their order, `[rows]`."""
         return permutation(self.seed, number, self.rows) if self.shuffle else np.arange(self.rows)
 
     def identity(self) -> dict[str, Any]:
-        """What decides about the order; a position in it is saved with this."""
+        """Return everything that determines the order; it is saved with a position."""
         return {"seed": self.seed, "rows": self.rows, "shuffle": self.shuffle}
 
     def between(self, start: int, stop: int) -> list[int]:
-        """The dataset rows at places `start` to `stop - 1`; empty when `stop <= start`."""
+        """Return the rows at positions `start` to `stop - 1`; empty when `stop <= start`."""
         found: list[int] = []
         while start < stop:
             epoch, first = divmod(start, self.rows)
@@ -52,16 +58,25 @@ class Order:
 
 
 class LengthGrouped(Order):
-    """Rows of similar lengths come together, so that there is little padding.
+    """A sampler that puts rows of similar lengths together, to reduce padding.
 
     Each `sort_rows` rows of the epoch's shuffled order are sorted by length and cut into groups of
-    `group_size` rows; then the groups of the whole epoch are shuffled, an incomplete one staying
-    last. With the rows of an optimizer step as `group_size`, steps are of one length each, and
-    the order is the same on any layout. `group_size=None` is `sort_rows`.
+    `group_size` rows. Then the groups of the whole epoch are shuffled; an incomplete one is last.
+    With the rows of an optimizer step as `group_size`, the rows of each step have similar lengths,
+    and the order is the same on any layout.
 
-    As a partial with `dataset`, whose `lengths` `[rows]` it takes, it fits the loader's `order`.
+    As a partial with `dataset` it is a value of the loader's `order`.
 
-    Raises `ValueError` for sizes below 1, or other than one length a row.
+    Args:
+        rows: Number of rows of the dataset.
+        seed: Seed of the order.
+        shuffle: Shuffle each epoch.
+        dataset: Has `lengths` `[rows]`, in tokens.
+        group_size: Rows of a group; None: `sort_rows`.
+        sort_rows: Rows that are sorted together, rounded up to whole groups.
+
+    Raises:
+        ValueError: A size below 1, or another number of lengths than rows.
     """
 
     def __init__(
@@ -74,29 +89,25 @@ class LengthGrouped(Order):
         group_size: int | None = None,
         sort_rows: int = 1024,
     ) -> None:
-        group_size = sort_rows if group_size is None else group_size
-        if group_size < 1 or sort_rows < 1:
-            raise ValueError(f"group_size={group_size}, sort_rows={sort_rows}: at least 1 each")
+        options.at_least(1, group_size=group_size, sort_rows=sort_rows)
         super().__init__(rows, seed, shuffle)
         self.lengths = np.asarray(dataset.lengths)
-        if len(self.lengths) != rows:
-            raise ValueError(f"{len(self.lengths)} lengths for {rows} rows")
-        self.group_size = group_size
-        self.sort_rows = -(-sort_rows // group_size) * group_size
+        options.require(len(self.lengths) == rows, f"{len(self.lengths)} lengths for {rows} rows")
+        self.group_size = sort_rows if group_size is None else group_size
+        self.sort_rows = -(-sort_rows // self.group_size) * self.group_size
 
     def epoch(self, number: int) -> np.ndarray:
+        """Return the rows of one epoch in their order, `[rows]`."""
         order = super().epoch(number)
         for start in range(0, self.rows, self.sort_rows):
             part = order[start : start + self.sort_rows]
-            order[start : start + self.sort_rows] = part[
-                np.argsort(-self.lengths[part], kind="stable")
-            ]
+            part[:] = part[np.argsort(-self.lengths[part], kind="stable")]
         groups = self.rows // self.group_size
         if self.shuffle and groups > 1:
             whole = groups * self.group_size
-            # Not the draws that made the epoch's order.
-            places = permutation(self.seed + 1, 2 * number + 1, groups)
-            order[:whole] = order[:whole].reshape(groups, self.group_size)[places].reshape(-1)
+            # Other random numbers than those of the epoch's order.
+            shuffled = permutation(self.seed + 1, 2 * number + 1, groups)
+            order[:whole] = order[:whole].reshape(groups, self.group_size)[shuffled].reshape(-1)
         return order
 
     @cached_property
@@ -104,6 +115,7 @@ class LengthGrouped(Order):
         return fingerprint(np.ascontiguousarray(self.lengths, np.int64).tobytes())[:16]
 
     def identity(self) -> dict[str, Any]:
+        """Return everything that determines the order; it is saved with a position."""
         grouping = (
             f"groups of {self.group_size} of {self.sort_rows} rows, lengths {self._lengths_digest}"
         )

@@ -1,30 +1,26 @@
-"""Several examples in one row: less padding, and no example sees another."""
+"""Packing: several examples in one row, which do not attend to each other."""
 
 from __future__ import annotations
 
 import logging
-import operator
 from bisect import bisect_left, insort
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from ditty_di.data import options
 from ditty_di.data.content import fingerprint_with
 from ditty_di.data.order import permutation
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 log = logging.getLogger(__name__)
 
-OVERLONG = """\
-{count} of {total} examples do not fit a row of seq_len={seq_len} (the longest has {longest} \
-tokens): raise seq_len, cut examples with max_tokens={seq_len}, or give overlong=cut or \
-overlong=drop"""
+_TRUNCATION = ("error", "cut", "drop")
 
 
 class RaggedRows(Protocol):
-    """Rows `({"input": ids [length]}, labels [length])` of known lengths."""
+    """A dataset of rows `({"input": ids [length]}, labels [length])` of known lengths."""
 
     lengths: np.ndarray
 
@@ -34,11 +30,18 @@ class RaggedRows(Protocol):
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int, seed: int = 0) -> list[list[int]]:
-    """Rows of `capacity` tokens as lists of the examples in them.
+    """Distribute examples over rows by best fit decreasing (https://arxiv.org/abs/2404.10830).
 
-    Each example, from the longest to the shortest, goes where the least room is left over
-    (https://arxiv.org/abs/2404.10830); which of equal ones comes first is drawn with `seed`. The
-    same on every machine. Every length must be at most `capacity`.
+    Each example, from the longest to the shortest, goes to the row with the least sufficient room.
+    The same on every machine.
+
+    Args:
+        lengths: Lengths of the examples `[examples]`, each at most `capacity`.
+        capacity: Length of a row.
+        seed: Seed of the order of equally long examples.
+
+    Returns:
+        The examples of each row.
     """
     shuffled = permutation(seed, 0, len(lengths))
     order = shuffled[np.argsort(-np.asarray(lengths)[shuffled], kind="stable")]
@@ -66,26 +69,31 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int, seed: int = 0) -> li
 
 
 class Packed:
-    """Rows of `seq_len` tokens with several examples each, packed once by best fit.
+    """A packed dataset: rows of `seq_len` tokens with several examples each.
 
-    Row i is `({"input", "position_ids"}, labels)`, all int64 `[seq_len]`. `position_ids` begin at
-    0 in each example, by which transformers' attention keeps examples apart as long as there is no
-    attention mask and no cache (`use_cache=False`); the padding at the end is apart as well, and
-    has labels `ignore_index`. Which examples share a row follows from `seed` alone; the loader
-    shuffles the rows. An epoch holds every example once.
+    Row i is `({"input", "position_ids"}, labels)`, all int64 `[seq_len]`. `position_ids` restart at
+    0 in each example and in the padding at the end, by which transformers' attention keeps them
+    apart as long as there is no attention mask and no cache (`use_cache=False`). An epoch has every
+    example once.
 
-    `overlong`: examples of more than `seq_len` tokens are an `error`, or `cut`, or left out
-    (`drop`).
+    Args:
+        examples: Dataset of the examples, with `lengths`.
+        seq_len: Length of a row, in tokens.
+        pad_id: Id of the padding; None: 0.
+        ignore_index: Label of the padding, excluded from the loss.
+        seed: Seed of the packing; the loader shuffles the rows.
+        overlong: Examples of more than `seq_len` tokens are an `error`, are truncated (`cut`), or
+            left out (`drop`).
 
-    Raises `ValueError` for them, and when no example is left.
+    Raises:
+        ValueError: Examples that do not fit a row, or no example is left.
     """
 
     @staticmethod
     def validate(*, seq_len: int = 1, overlong: str = "error") -> None:
-        if seq_len < 1:
-            raise ValueError(f"seq_len={seq_len} must be at least 1")
-        if overlong not in OVERLONG_CHOICES:
-            raise ValueError(f"overlong={overlong!r} must be one of {', '.join(OVERLONG_CHOICES)}")
+        """Raise `ValueError` for an option out of range."""
+        options.at_least(1, seq_len=seq_len)
+        options.one_of(_TRUNCATION, overlong=overlong)
 
     def __init__(
         self,
@@ -100,19 +108,26 @@ class Packed:
         self.validate(seq_len=seq_len, overlong=overlong)
         self.examples, self.seq_len = examples, seq_len
         self.pad_id, self.ignore_index = pad_id or 0, ignore_index
-        chosen = OVERLONG_CHOICES[overlong](np.asarray(examples.lengths), seq_len)
-        lengths = np.minimum(examples.lengths[chosen], seq_len)
-        packs = best_fit_decreasing(lengths, seq_len, seed)
-        if not packs:
-            raise ValueError(f"no example fits a row of seq_len={seq_len}")
+        lengths = np.asarray(examples.lengths)
+        too_long = int((lengths > seq_len).sum())
+        if too_long and overlong == "error":
+            raise ValueError(
+                f"{too_long} of {len(lengths)} examples do not fit a row of seq_len={seq_len} (the "
+                f"longest has {lengths.max()} tokens): raise seq_len, cut examples with "
+                f"max_tokens={seq_len}, or give overlong=cut or overlong=drop"
+            )
+        dropped = lengths > seq_len if overlong == "drop" else np.zeros(len(lengths), bool)
+        chosen = np.flatnonzero(~dropped)
+        lengths = np.minimum(lengths, seq_len)
+        packs = best_fit_decreasing(lengths[chosen], seq_len, seed)
+        options.require(bool(packs), f"no example fits a row of seq_len={seq_len}")
         self._bounds = np.cumsum([0, *map(len, packs)])
         self._members = chosen[np.fromiter((i for pack in packs for i in pack), np.int64)]
-        self.efficiency = float(lengths.sum()) / (len(packs) * seq_len)
-        filled = np.add.reduceat(
-            np.minimum(examples.lengths[self._members], seq_len), self._bounds[:-1]
-        )
-        #: Positions that occur: of the longest example, or of the longest padding.
-        self.longest = int(max(lengths.max(), seq_len - filled.min()))
+        filled = np.add.reduceat(lengths[self._members], self._bounds[:-1])
+        #: Fraction of the tokens that are not padding.
+        self.efficiency = float(filled.sum()) / (len(packs) * seq_len)
+        #: Number of positions in use: of the longest example, or of the longest padding.
+        self.longest = int(max(lengths[chosen].max(), seq_len - filled.min()))
         log.info(
             "packed %d examples into %d rows of %d tokens: %.1f %% of the tokens are real",
             *(len(chosen), len(packs), seq_len, 100 * self.efficiency),
@@ -122,8 +137,6 @@ class Packed:
         return len(self._bounds) - 1
 
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
-        import torch
-
         at = 0
         ids = torch.full((self.seq_len,), self.pad_id)
         labels = torch.full((self.seq_len,), self.ignore_index)
@@ -138,33 +151,13 @@ class Packed:
         return {"input": ids, "position_ids": positions}, labels
 
     def fingerprint(self) -> str | None:
-        """Of the examples and which of them share a row; None if the examples have none."""
+        """Return a digest of the examples and the packing; None if the examples have none."""
         layout = (self._bounds, self._members)
-        options = f"{self.seq_len} {self.pad_id} {self.ignore_index}"
-        return fingerprint_with(self.examples, options, *(a.tobytes() for a in layout))
+        settings = f"{self.seq_len} {self.pad_id} {self.ignore_index}"
+        return fingerprint_with(self.examples, settings, *(a.tobytes() for a in layout))
 
     def members(self, index: int) -> list[int]:
-        """The examples of a row, in their order within it."""
-        row = operator.index(index)
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        start, stop = self._bounds[row % len(self) :][:2]
-        found: list[int] = self._members[start:stop].tolist()
+        """Return the examples of a row, in their order within it."""
+        row = options.row_index(index, len(self))
+        found: list[int] = self._members[slice(*self._bounds[row : row + 2])].tolist()
         return found
-
-
-def _refuse(lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    count = int((lengths > seq_len).sum())
-    if count:
-        raise ValueError(
-            OVERLONG.format(count=count, total=len(lengths), seq_len=seq_len, longest=lengths.max())
-        )
-    return np.arange(len(lengths))
-
-
-#: What becomes of examples that are longer than a row: the examples that stay.
-OVERLONG_CHOICES: dict[str, Any] = {
-    "error": _refuse,
-    "cut": lambda lengths, seq_len: np.arange(len(lengths)),
-    "drop": lambda lengths, seq_len: np.flatnonzero(lengths <= seq_len),
-}

@@ -1,63 +1,247 @@
-"""A corpus of program text: the sources of the running Python's standard library."""
+"""Corpora and examples made from the standard library of the running Python, without network.
+
+Sources are parsed, never imported. Everything depends on the Python version alone and is cached.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import platform
+import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from ditty_di.data.cache import build_once, cache_folder
-from ditty_di.data.corpus import Corpus, held_out_module, modules, parse, topics
+from ditty_di.data import options
+from ditty_di.data.cache import build_once, cache_folder, counted
+from ditty_di.data.corpus import Corpus, cached_corpus, distinct, split_documents
+from ditty_di.data.splits import content_hash
 
-# Raise it when python_code() would give other documents from the same Python.
-_FORMAT = 1
-# Tables of numbers, and the text that `topics` yields.
-_NO_PROGRAMS = {"encodings", "pydoc_data"}
+# Shorter texts ("Return self.", "See base class.") carry no information and repeat in variants.
+_MIN_DOCUMENT_CHARS = 40
+_MIN_SUMMARY_CHARS = 20
+_TEST_FOLDERS = {"test", "tests", "idle_test"}
+# Tables of numbers, and the text that `_topics` yields.
+_NOT_PROGRAMS = {"encodings", "pydoc_data"}
+_SCOPES = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_VERSION = f"{sys.implementation.name}-{platform.python_version()}"
+
+
+def python_docs(
+    cache_dir: str | os.PathLike[str] | None = None, validation_fraction: float = 0.05
+) -> Corpus:
+    """Return the language reference topics and the docstrings of the standard library.
+
+    About 2 MB of English about Python. Each docstring follows a line that names it
+    (`def json.dumps(obj, *, skipkeys=False, ...)`).
+
+    Args:
+        cache_dir: Cache folder; None: `$DITTY_DI_CACHE`, or `~/.cache/ditty_di`.
+        validation_fraction: Fraction of the documents to hold out.
+
+    Raises:
+        ValueError: This Python has no source files.
+    """
+    options.fraction(validation_fraction=validation_fraction)
+
+    def read() -> Corpus:
+        found = chain((("", topic) for topic in _topics()), _docstrings())
+        entries = counted(found, "reading the documentation of this Python", "texts")
+        return split_documents(distinct(entries, _MIN_DOCUMENT_CHARS), validation_fraction)
+
+    # v1: raise it when the same Python would give other documents.
+    return _cached(cache_dir, f"python-docs-{_VERSION}-{validation_fraction:g}-v1", read)
 
 
 def python_code(cache_dir: str | os.PathLike[str] | None = None) -> Corpus:
-    """One document a module of the standard library, and the language reference's topics.
+    """Return the sources of the standard library, and the language reference topics.
 
-    About 10 MB, without network; sources are read, never imported. The validation documents are
-    the modules of `held_out_module`, the same whose functions `docstring_pairs` holds out: a model
-    trained on this corpus has seen none of those. Depends on the Python version alone, and is
-    cached by it.
+    About 10 MB, one document a module. The validation documents are the modules of
+    `held_out_module`, the same whose functions `docstring_pairs` holds out.
 
-    Raises `ValueError` when this Python carries no source files.
+    Args:
+        cache_dir: Cache folder; None: `$DITTY_DI_CACHE`, or `~/.cache/ditty_di`.
+
+    Raises:
+        ValueError: This Python has no source files.
     """
-    version = f"{sys.implementation.name}-{platform.python_version()}"
-    path = build_once(
-        cache_folder(cache_dir) / "corpora" / f"python-code-{version}-v{_FORMAT}.json", _build
+
+    def read() -> Corpus:
+        sides: tuple[list[str], list[str]] = ([], [])
+        for module, path in _modules():
+            if module.partition(".")[0] not in _NOT_PROGRAMS and _parse(path) is not None:
+                sides[held_out_module(module)].extend(filter(None, [_source(path).strip()]))
+        return Corpus([*_topics(), *sides[0]], sides[1])
+
+    return _cached(cache_dir, f"python-code-{_VERSION}-v1", read)
+
+
+def docstring_pairs(max_chars: int = 1200, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return a folder `train/ val/ test/*.jsonl` of functions and their summaries, to fine-tune on.
+
+    Each line has `input` (a function's source without its docstring, dedented, and a line
+    "# Summary:"), `output` (a space and the docstring's first line), `module` and `name`. The first
+    of the functions with the same source or the same summary is kept. All functions of a module are
+    in one split: `val` and `test` alternate between the modules of `held_out_module`.
+
+    Args:
+        max_chars: Longer sources are left out, in characters.
+        cache_dir: Cache folder; None: `$DITTY_DI_CACHE`, or `~/.cache/ditty_di`.
+
+    Raises:
+        ValueError: This Python has no source files.
+    """
+    name = f"docstrings-{_VERSION}-{max_chars}-v1"
+    return build_once(
+        cache_folder(cache_dir) / "examples" / name, partial(_write_pairs, max_chars=max_chars)
     )
-    return Corpus(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def _build(path: Path) -> None:
-    library = Path(sysconfig.get_path("stdlib"))
-    corpus = Corpus([text for _, text in topics(library)], [])
-    found = False
-    for module, source in _sources(library):
-        found = True
-        (corpus.validation if held_out_module(module) else corpus.train).append(source)
-    if not found:
-        raise ValueError(
-            f"the standard library in {library} has no Python sources. Use a corpus of your own: "
-            "data=text data.corpus.path=..."
-        )
-    path.write_text(json.dumps(vars(corpus)), encoding="utf-8")
+def held_out_module(name: str) -> bool:
+    """Return whether a module, such as `json.decoder`, is held out: one in ten, by its hash."""
+    return content_hash(name) < 2**64 // 10
 
 
-def _sources(library: Path) -> Iterator[tuple[str, str]]:
-    for module, path in modules(library):
-        if module.partition(".")[0] in _NO_PROGRAMS or parse(path) is None:
-            continue  # the second: files that are broken on purpose
+def _cached(
+    cache_dir: str | os.PathLike[str] | None, name: str, read: Callable[[], Corpus]
+) -> Corpus:
+    def checked() -> Corpus:
+        corpus = read()
+        options.require(bool(corpus.train), _no_sources("a corpus", "data=text data.corpus.path"))
+        return corpus
+
+    return cached_corpus(cache_dir, name, checked)
+
+
+def _no_sources(what: str, key: str) -> str:
+    return (
+        f"the standard library in {_library()} has no Python sources with documentation. "
+        f"Use {what} of your own: {key}=..."
+    )
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _modules() -> Iterator[tuple[str, Path]]:
+    """Yield name and file of each module, in the same order on every machine."""
+    library = _library()
+    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).parts):
+        parts = path.relative_to(library).with_suffix("").parts
+        # Without site-packages, which is in the same folder, and the library's own tests.
+        if parts[0] in sys.stdlib_module_names and not _TEST_FOLDERS.intersection(parts):
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def _parse(path: Path) -> ast.Module | None:
+    """Return the module's tree; None for files that are broken on purpose (templates, tests)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in old sources
         try:
-            source = path.read_text(encoding="utf-8").strip()
-        except UnicodeDecodeError:
+            return ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            return None
+
+
+def _source(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+def _topics() -> Iterator[str]:
+    """Yield the texts behind `help("topic")`: one literal dict in one source file."""
+    path = _library() / "pydoc_data" / "topics.py"
+    tree = _parse(path) if path.is_file() else None
+    for node in tree.body if tree else []:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            for _, text in sorted(ast.literal_eval(node.value).items()):
+                yield text.strip()
+
+
+def _docstrings() -> Iterator[tuple[str, str]]:
+    for module, path in _modules():
+        if (tree := _parse(path)) is not None:
+            yield from _docstrings_in(tree, module)
+
+
+def _docstrings_in(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        body = (ast.get_docstring(node) or "").strip()
+        if options.encodable(body):
+            yield _header(node, name), body
+    for child in ast.iter_child_nodes(node):
+        inner = f"{name}.{child.name}" if isinstance(child, _SCOPES) else name
+        yield from _docstrings_in(child, inner)
+
+
+def _header(node: ast.AST, name: str) -> str:
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        return f"class {name}({bases})" if bases else f"class {name}"
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return f"def {name}({ast.unparse(node.args)})"
+    return f"module {name}"
+
+
+# --- functions and their summaries ---------------------------------------------------------------
+
+
+def _write_pairs(folder: Path, max_chars: int) -> None:
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    seen: set[str] = set()
+    held_out: dict[str, str] = {}
+    for module, path in _modules():
+        split = "train"
+        if held_out_module(module):
+            split = held_out.setdefault(module, ("val", "test")[len(held_out) % 2])
+        for name, source, summary in _functions(path):
+            if len(source) <= max_chars and not {source, summary} & seen:
+                seen |= {source, summary}
+                pair = {"input": f"{source}\n\n# Summary:", "output": f" {summary}"}
+                splits[split].append(json.dumps({**pair, "module": module, "name": name}) + "\n")
+    options.require(bool(splits["train"]), _no_sources("examples", "data.path"))
+    for split, lines in splits.items():
+        (folder / split).mkdir(parents=True)
+        (folder / split / "functions.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _functions(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield name, source without docstring, and summary of each function that has one."""
+    tree, lines = _parse(path), _source(path).splitlines()
+    for node in ast.walk(tree) if tree and lines else []:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
+            continue  # nothing but a docstring
+        summary = _summary(ast.get_docstring(node) or "")
+        if len(summary) < _MIN_SUMMARY_CHARS or not options.encodable(summary):
             continue
-        if source:
-            yield module, source
+        docstring = node.body[0]
+        kept = lines[node.lineno - 1 : docstring.lineno - 1]
+        kept += lines[docstring.end_lineno or docstring.lineno : node.end_lineno]
+        source = textwrap.dedent("\n".join(kept)).strip("\n")
+        # Leaves out `def f(): "doc"; body`, whose lines cannot be separated.
+        if kept and _is_one_statement(source):
+            yield node.name, source, summary
+
+
+def _summary(docstring: str) -> str:
+    """Return the first line if it is a sentence or a paragraph by itself, else ""."""
+    first, _, rest = docstring.strip().partition("\n")
+    whole = not rest.strip() or not rest.split("\n", 1)[0].strip() or first.endswith(".")
+    return re.sub(r"\s+", " ", first).strip() if whole else ""
+
+
+def _is_one_statement(source: str) -> bool:
+    try:
+        return len(ast.parse(source).body) == 1
+    except (SyntaxError, ValueError):
+        return False

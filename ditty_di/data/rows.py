@@ -1,4 +1,4 @@
-"""Rows of a user's dataset, and the part of them that is held out for validation."""
+"""A user's map-style dataset, and the part of its rows that is held out for validation."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from ditty_di.data import options
 from ditty_di.data.content import fingerprint_with
 from ditty_di.data.loader import Dataset
 from ditty_di.data.order import permutation
 from ditty_di.protocols import early_checks
 
-NO_ROWS = """\
-rows: a {found} has no rows by number; give a list, a torch Dataset, or anything with a length and \
-[i], whose rows are (x, y), ({{"input": x, ...}}, y) or {{"input": x, "labels": y}}"""
-NO_ROW = """\
-rows: row 0 is {found}; rows are (x, y), ({{"input": x, ...}}, y) or {{"input": x, "labels": y}}"""
-NONE_HELD_OUT = """\
-validation_fraction=0 holds out no rows: give data.validation, a fraction above 0, or \
-validator=none"""
+_FORMS = '(x, y), ({"input": x, ...}, y) or {"input": x, "labels": y}'
 
 
 class Rows:
-    """The rows of a data set at `indices`, in that order."""
+    """A subset of a dataset's rows.
+
+    Args:
+        rows: The dataset.
+        indices: Row numbers, in the order of the subset.
+    """
 
     def __init__(self, rows: Dataset, indices: Any) -> None:
         self.rows, self.indices = rows, indices
@@ -35,22 +34,17 @@ class Rows:
         return self.rows[int(self.indices[index])]
 
     def fingerprint(self) -> str | None:
-        """Of the data set and the choice of its rows; None if the data set has none."""
+        """Return a digest of the dataset and the indices; None if the dataset has none."""
         return fingerprint_with(self.rows, np.asarray(self.indices, np.int64).tobytes())
 
 
 def _validate(*, validation_fraction: float | None = None, seed: int | None = None) -> None:
-    if validation_fraction is not None and not 0 <= validation_fraction < 1:
-        raise ValueError(
-            f"validation_fraction={validation_fraction} must be at least 0 and below 1"
-        )
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed={seed} must not be negative")
+    options.fraction(validation_fraction=validation_fraction)
+    options.at_least(0, seed=seed)
 
 
 def _rehearse(build: Callable[[str], Any]) -> list[str]:
-    """Look at the first row."""
-    _split(build("rows"), None, 0.0, 0)
+    _check(build("rows"))
     return []
 
 
@@ -62,14 +56,17 @@ def training_rows(
     validation_fraction: float = 0.1,
     seed: int = 0,
 ) -> Dataset:
-    """Return the rows to train on: all of them with a `validation` of its own, else the rest.
+    """Return the rows to train on: all if there is a `validation` dataset, else the rest.
 
-    `validation_fraction` of the rows, at least one, is held out; which ones is drawn by `seed`.
+    Args:
+        rows: The dataset.
+        validation: Another dataset to validate on.
+        validation_fraction: Fraction of the rows, at least one, that is held out otherwise.
+        seed: Seed of the choice of the rows that are held out.
 
     Raises:
-        ValueError: no rows by number, rows of another form, or too few to hold one out.
+        ValueError: Not a map-style dataset, rows of another form, or too few to hold one out.
     """
-    _validate(validation_fraction=validation_fraction, seed=seed)
     return _split(rows, validation, validation_fraction, seed)[0]
 
 
@@ -83,45 +80,57 @@ def held_out_rows(
 ) -> Dataset:
     """Return the rows to validate on: `validation`, or those that `training_rows` leaves out.
 
+    Args:
+        rows: The dataset.
+        validation: Another dataset to validate on.
+        validation_fraction: Fraction of the rows, at least one, that is held out otherwise.
+        seed: Seed of the choice of the rows that are held out.
+
     Raises:
-        ValueError: as `training_rows`, or no row is held out.
+        ValueError: As `training_rows`, or no row is held out.
     """
-    _validate(validation_fraction=validation_fraction, seed=seed)
     held_out = _split(rows, validation, validation_fraction, seed)[1]
     if held_out is None:
-        raise ValueError(NONE_HELD_OUT)
+        raise ValueError(
+            "validation_fraction=0 holds out no rows: give data.validation, a fraction above 0, or "
+            "validator=none"
+        )
     return held_out
 
 
 def _split(
     rows: Any, validation: Dataset | None, fraction: float, seed: int
 ) -> tuple[Dataset, Dataset | None]:
-    _check_rows(rows)
+    _validate(validation_fraction=fraction, seed=seed)
+    _check(rows)
+    if validation is not None:
+        _check(validation)
     if validation is not None or fraction == 0:
-        if validation is not None:
-            _check_rows(validation)
         return rows, validation
     number = len(rows)
     held_out = max(1, round(number * fraction))
-    if held_out >= number:
-        raise ValueError(
-            f"rows: {number} are too few to hold one out for validation; give data.validation"
-        )
+    options.require(
+        held_out < number,
+        f"rows: {number} are too few to hold one out for validation; give data.validation",
+    )
     order = permutation(seed, 0, number)
     return Rows(rows, sorted(order[held_out:])), Rows(rows, sorted(order[:held_out]))
 
 
-def _check_rows(rows: Any) -> None:
-    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-        raise ValueError(NO_ROWS.format(found=type(rows).__name__))
-    if isinstance(rows, Mapping):
-        raise ValueError(NO_ROWS.format(found=type(rows).__name__))
-    if not len(rows):
-        raise ValueError("rows: there is not one row")
+def _check(rows: Any) -> None:
+    """Raise `ValueError` unless `rows` is a map-style dataset whose first row has a known form."""
+    by_number = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    options.require(
+        by_number and not isinstance(rows, Mapping),
+        f"rows: a {type(rows).__name__} has no rows by number; give a list, a torch Dataset, or "
+        f"anything with a length and [i], whose rows are {_FORMS}",
+    )
+    options.require(len(rows) > 0, "rows: there is not one row")
     row = rows[0]
     if isinstance(row, tuple | list) and len(row) == 2:
         row = row[0] if isinstance(row[0], Mapping) else {"input": row[0]}
-    if not isinstance(row, Mapping):
-        raise ValueError(NO_ROW.format(found=f"a {type(row).__name__}"))
-    if "input" not in row:
-        raise ValueError(NO_ROW.format(found=f"a mapping with {', '.join(map(str, row))}"))
+    found = f"a {type(row).__name__}"
+    if isinstance(row, Mapping):
+        found = f"a mapping with {', '.join(map(str, row))}"
+    has_input = isinstance(row, Mapping) and "input" in row
+    options.require(has_input, f"rows: row 0 is {found}; rows are {_FORMS}")

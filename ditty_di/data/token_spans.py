@@ -1,4 +1,4 @@
-"""Which part of a text each token belongs to, and which tokens are control tokens."""
+"""The spans of tokens in a text, and a tokenizer's control tokens."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import copy
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+# Merges do not reach far: this many tokens before a cut are tokenized again, and the last compared.
 _TOKENS_BEFORE, _TOKENS_COMPARED = 12, 4
 
 
 class TokenSpans:
-    """Tokenize texts without special tokens of the tokenizer's own, with the span of each token.
+    """Tokenize texts without adding special tokens, with the span of each token.
 
-    Spans are `(first character, behind the last)` of the text, surrounding whitespace included:
-    post-processors with `trim_offsets` (GPT-2, RoBERTa, Llama 3) would leave it out, so that a
-    space at the border of two parts belonged to no token.
+    Spans are `(first character, last + 1)` of the text, surrounding whitespace included:
+    post-processors with `trim_offsets` (GPT-2, RoBERTa, Llama 3) would leave it out, and a space at
+    the border of two parts would belong to no token.
+
+    Args:
+        tokenizer: The tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -27,10 +30,11 @@ class TokenSpans:
         self._exact: Any = None
 
     def ids(self, text: str) -> list[int]:
+        """Return token ids `[tokens]`."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return ids and spans `[tokens]`. Only for a fast tokenizer."""
+        """Return token ids and spans `[tokens]`; only for a fast tokenizer."""
         if self._exact is None:
             self._exact = _without_trimming(self.tokenizer)
         found = self._exact(
@@ -41,8 +45,8 @@ class TokenSpans:
     def differs(self, text: str, cut: int) -> bool:
         """Return whether the tokens at `cut` depend on both sides of it.
 
-        That is so if one begins before it and ends behind it, or if the text before it alone has
-        other tokens (line breaks that the next character would part).
+        That is so if a token spans it, or if the text before it has other tokens alone (line breaks
+        that the next character would separate).
         """
         if not self.tokenizer.is_fast:
             return self._by_prefixes(text, [cut]) is None
@@ -52,33 +56,35 @@ class TokenSpans:
         behind = next((i for i, (start, _) in enumerate(spans) if start >= cut), len(spans))
         if behind and spans[behind - 1][1] > cut:
             return True
-        # Merges do not reach far: some tokens before the cut are enough to see the last ones alike.
         first = max(0, behind - _TOKENS_BEFORE)
         alone = self.ids(text[spans[first][0] if first else 0 : cut])
         seen = _TOKENS_COMPARED if first else behind
         return alone[-seen:] != ids[behind - seen : behind] if seen else bool(alone)
 
     def split(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int], bool]:
-        """Return ids, the part that each is in `[tokens]`, and whether parts were tokenized apart.
+        """Tokenize a text that consists of parts.
 
-        Part 0 ends at `cuts[0]`. Where tokens would depend on both sides of a cut (`differs`) the
-        parts are tokenized apart: in use a prompt is tokenized without its answer, and training has
-        to show the same ids.
+        Where tokens would depend on both sides of a cut (`differs`) the parts are tokenized apart:
+        in generation a prompt is tokenized without its answer, and training has to use the same
+        ids.
+
+        Args:
+            text: The text.
+            cuts: Positions at which parts 1, 2, ... begin, ascending.
+
+        Returns:
+            Token ids and the part of each `[tokens]`, and whether parts were tokenized apart.
         """
-        if not self.tokenizer.is_fast:
-            whole = self._by_prefixes(text, cuts)
-            return (*whole, False) if whole is not None else self._apart(text, cuts, cuts)
-        ids, spans = self.spans(text)
-        apart = [cut for cut in cuts if self._differs(text, cut, ids, spans)]
-        if apart:
-            return self._apart(text, cuts, apart)
-        return ids, [bisect_right(cuts, start) for start, _ in spans], False
-
-    def _apart(
-        self, text: str, cuts: Sequence[int], apart: Sequence[int]
-    ) -> tuple[list[int], list[int], bool]:
-        ids: list[int] = []
-        parts: list[int] = []
+        if self.tokenizer.is_fast:
+            ids, spans = self.spans(text)
+            apart = [cut for cut in cuts if self._differs(text, cut, ids, spans)]
+            if not apart:
+                return ids, [bisect_right(cuts, start) for start, _ in spans], False
+        elif (whole := self._by_prefixes(text, cuts)) is not None:
+            return (*whole, False)
+        else:
+            apart = list(cuts)
+        ids, parts = [], list[int]()
         for start, end in zip([0, *apart], [*apart, len(text)], strict=True):
             if self.tokenizer.is_fast:
                 some, spans = self.spans(text[start:end])
@@ -100,7 +106,15 @@ class TokenSpans:
 
 
 class Markers:
-    """A tokenizer's control tokens: special ones (EOS included), and all added ones."""
+    """A tokenizer's control tokens.
+
+    Args:
+        tokenizer: The tokenizer.
+
+    Attributes:
+        special: Ids of its special tokens, EOS included.
+        added: Ids of all added tokens, the special ones included.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added = tokenizer.added_tokens_decoder
@@ -115,7 +129,7 @@ class Markers:
         self._words = re.compile("|".join(map(re.escape, words)) or "(?!)")
 
     def text(self, token: int) -> str:
-        """Return how the token is written."""
+        """Return the text of a token."""
         return str(self._tokenizer.convert_ids_to_tokens(token))
 
     def is_blank(self, token: int) -> bool:
@@ -131,20 +145,18 @@ class Markers:
         return last in self.added
 
     def aligned(self, text: str, position: int) -> int:
-        """Return the position, or the begin of the control token that it lies within."""
+        """Return the position, or the start of the control token that it is inside of."""
         begin, end = max(0, position - self._longest), position + self._longest
-        for match in self._words.finditer(text, begin, end):
-            if match.start() < position < match.end():
-                return match.start()
-        return position
+        starts = (m.start() for m in self._words.finditer(text, begin, end) if m.end() > position)
+        return min(position, next(starts, position))
 
 
 def _without_trimming(tokenizer: Any) -> Any:
-    """Return the tokenizer, or a copy without post-processor if that one trims the spans."""
+    """Return the tokenizer, or a copy without its post-processor if that trims the spans."""
     text = "a b\n c"
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     borders = [0, *(border for span in spans for border in span), len(text)]
-    if borders[::2] == borders[1::2]:  # each span begins where the one before ends
+    if borders[::2] == borders[1::2]:  # each span begins where the previous one ends
         return tokenizer
     exact = copy.deepcopy(tokenizer)
     exact.backend_tokenizer.post_processor = None

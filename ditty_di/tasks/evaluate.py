@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
-# torch is imported when a task runs: the command line must answer without it.
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from torch import nn
 
-    from torch import nn
-
-    from ditty_di.batch import Batch
-    from ditty_di.processors import PostProcessor, PreProcessor
-    from ditty_di.protocols import Loss, ModelTransform, ParallelizeFn, ValidatorFactory, WeightsFn
-    from ditty_di.runtime import Runtime
+from ditty_di.batch import Batch
+from ditty_di.isolation import check_rows, isolation_of
+from ditty_di.losses.plain import as_loss
+from ditty_di.processors import PostProcessor, PreProcessor, Processors
+from ditty_di.protocols import Loss, ModelTransform, ParallelizeFn, ValidatorFactory, WeightsFn
+from ditty_di.runtime import Runtime
+from ditty_di.training.setup import prepare_model, setup_loss, setup_model, setup_processors
 
 
 def evaluate(
@@ -29,26 +29,30 @@ def evaluate(
     parallelize_fn: ParallelizeFn | None = None,
     runtime: Runtime | None = None,
 ) -> dict[str, Any]:
-    """Validates once, on the same batches and with the same loss as training did.
+    """Validate once, on the same batches and with the same loss as training.
 
-    Processors see step 0 of 1. `convert` is what the trainer was given. `loss_weights` fills the parameters of a loss that has some, as
-    `ditty_di.checkpoint.read.load_loss` does.
+    Args:
+        model: The model, on meta (then `weights` fills it) or with its values.
+        loss_fn: The loss.
+        validator: Makes the validator, as in training.
+        weights: Fills a model on meta, usually from a checkpoint.
+        convert: Replaces layers of the model, as in training.
+        loss_weights: Fills the parameters of a loss that has some, such as
+            `ditty_di.checkpoint.read.load_loss`.
+        preprocessors: Run before the model, at step 0 of 1.
+        postprocessors: Run after the model, at step 0 of 1.
+        parallelize_fn: Parallelizes the model.
+        runtime: Device and mesh; None: a new `Runtime`.
 
-    Returns what the validator does, and `objective`, its loss; empty-handed (`status`
-    "preempted") when a stop was requested meanwhile.
+    Returns:
+        The validator's values, and `objective`, its loss; only `status` ("preempted") when a stop
+        was requested meanwhile.
 
     Raises:
-        ValueError: no validator, as in a run that trained without one.
+        ValueError: No validator, as in a run that trained without one.
     """
     if validator is None:
         raise ValueError("evaluate: this run has no validator; add validator=default, or loss_only")
-    from ditty_di.batch import Batch
-    from ditty_di.isolation import check_rows, isolation_of
-    from ditty_di.losses.plain import as_loss
-    from ditty_di.processors import Processors
-    from ditty_di.runtime import Runtime
-    from ditty_di.training.setup import prepare_model, setup_loss, setup_model, setup_processors
-
     runtime = runtime or Runtime()
     model = prepare_model(model, convert, loss_fn)
     processors = setup_processors(

@@ -1,16 +1,16 @@
-"""A trained model as a folder that others can open."""
+"""A trained model as a folder that other libraries can load."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-# torch is imported when a task runs: the command line must answer without it.
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import nn
 
-    from ditty_di.protocols import WeightsFn
+from ditty_di.protocols import WeightsFn
+from ditty_di.tasks.loading import ready
 
 
 def export(
@@ -18,10 +18,12 @@ def export(
     export: Callable[[list[nn.Module]], None] | None,
     weights: WeightsFn | None = None,
 ) -> dict[str, Any]:
-    """Calls `export([model])`, which writes, on the CPU in one process.
+    """Export a model on the CPU, in one process: of several ranks only the first does the work.
 
-    `weights` fills a model that is on meta, usually from a checkpoint. Of several ranks the first
-    does the work, the others return at once.
+    Args:
+        model: The model, on meta (then `weights` fills it) or with its values.
+        export: Called with `[model]`; writes the folder.
+        weights: Fills a model on meta, usually from a checkpoint.
 
     Raises:
         ValueError: `export` is None, as in a run that trained without one.
@@ -31,12 +33,7 @@ def export(
             "export: this run exports nothing; add export=hugging_face for a whole model, "
             "adapter or merged for one with adapters"
         )
-    if int(os.environ.get("RANK", "0")):
-        return {}
-    import torch
-
-    from ditty_di.tasks.loading import ready
-
-    ready(model, weights, torch.device("cpu"))
-    export([model])
+    if not int(os.environ.get("RANK", "0")):
+        ready(model, weights, torch.device("cpu"))
+        export([model])
     return {}

@@ -10,8 +10,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ditty_di.data.options import at_least
 from ditty_di.generation.decoding import (
     Decode,
     Options,
@@ -22,24 +27,31 @@ from ditty_di.generation.decoding import (
     positions,
 )
 from ditty_di.generation.prompts import Encoder, Prompts, read_prompts
-from ditty_di.protocols import early_checks
-
-# torch is imported when a task runs: the command line must answer without it.
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from ditty_di.protocols import ModelTransform, WeightsFn
+from ditty_di.protocols import ModelTransform, WeightsFn, early_checks
+from ditty_di.tasks.loading import ready
 
 log = logging.getLogger(__name__)
 
-_NOT_KNOWN: Any = object()
+# Arguments that are fields of `Options`.
+_DECODING = (
+    *("max_new_tokens", "temperature", "top_k", "top_p"),
+    *("repetition_penalty", "num_beams"),
+)
+_CHAT = """\
+a prompt that is plain text is sent as a turn of the user, by the chat template; chat=false uses \
+it as it is"""
+_NO_CHAT = """\
+a prompt that is plain text is used as it is, without the chat template that the tokenizer has; \
+chat=true sends it as a turn of the user"""
+_CUT = """\
+%d of %d prompts are longer than %d tokens and lose their beginning: with max_new_tokens they \
+would not fit the limit of the tokenizer and of the positions of the model, %d tokens"""
 
 
 def _validate(
     *,
-    prompt: Any = _NOT_KNOWN,
-    prompts: Any = _NOT_KNOWN,
+    prompt: Any = ...,
+    prompts: Any = ...,
     batch_size: int = 1,
     max_new_tokens: int = 1,
     temperature: float = 0.0,
@@ -48,21 +60,14 @@ def _validate(
     repetition_penalty: float | None = None,
     num_beams: int | None = None,
 ) -> None:
-    """Raise ValueError for what cannot be generated, naming the argument."""
-    if _NOT_KNOWN not in (prompt, prompts) and (prompt is None) == (prompts is None):
+    """Raise ValueError for arguments that are known to be wrong; `...` is not known."""
+    decoding = {name: value for name, value in locals().items() if name in _DECODING}
+    if ... not in (prompt, prompts) and (prompt is None) == (prompts is None):
         raise ValueError('prompt: give either prompt="..." or prompts=FILE.jsonl')
     if isinstance(prompts, str) and not Path(prompts).expanduser().is_file():
         raise ValueError(f"prompts={prompts}: no such file")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    Options(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        num_beams=num_beams,
-    ).check()
+    at_least(1, batch_size=batch_size)
+    Options(**decoding).check()
 
 
 @early_checks(validate=_validate)
@@ -90,51 +95,57 @@ def generate(
     device: str | None = None,
     decode: Decode | None = None,
 ) -> dict[str, Any]:
-    """Continues, or answers, one `prompt`, or every line of the file `prompts`.
+    """Continue, or answer, one `prompt`, or every line of the file `prompts`.
+
+    An answer repeats its record and adds `text` and `tokens`, in the order of the prompts; `input`
+    and `id` (its position) are added where there are none. Of a conversation `input` is the text
+    that the template made of it. `tokens` counts the generated tokens of `text`, without EOS. EOS
+    is that of the model, of the tokenizer, and what ends a turn in the chat template. A prompt that
+    leaves no room for `max_new_tokens` under the tokenizer's `model_max_length`, or the positions
+    of the model, loses its beginning; its answer has the number of lost tokens in `cut`.
+
+    Sampling depends on the seed and the batch size, greedy answers on neither. Of several ranks
+    only the first does the work.
 
     Args:
-        model: on meta (then `weights` fills it) or with its values.
-        convert: what the trainer was given; replaces layers of the model.
-        prompt: a number is taken as its text.
-        prompts: a file of objects with the text under `prompt` or `input`, with `messages` (or
+        model: The model, on meta (then `weights` fills it) or with its values.
+        convert: Replaces layers of the model, as in training.
+        tokenizer: The tokenizer.
+        weights: Fills a model on meta, usually from a checkpoint.
+        prompt: A prompt; a number is used as its text.
+        prompts: A file of objects with the text under `prompt` or `input`, with `messages` (or
             under the keys that `encoder` has for conversations), or with the fields that the format
             needs; or a text file with a prompt a line. See `ditty_di.generation.prompts`.
-        output: a .jsonl file for the answers, which appears when all are there; None prints them.
-        encoder, input_format: how a record becomes a prompt; see `Prompts`.
-        chat: a text becomes the turn of a user in a conversation that the tokenizer's chat template
-            renders. None: with an `encoder`, if `about` tells that training saw conversations; else
+        output: A .jsonl file for the answers, which appears when all are there; None prints them.
+        encoder: Makes the prompt of a record; see `Prompts`.
+        input_format: Makes the prompt of a record instead; see `Prompts`.
+        chat: Make a text the turn of a user in a conversation, which the tokenizer's chat template
+            renders. None: with an `encoder`, if `about` says that training used conversations; else
             if there is a template and no `input_format`. A log line says so.
-        about: the file that `ditty_di.tasks.train` wrote about the training, which may be missing.
-        repetition_penalty, num_beams: None is what the model's own generation_config says.
-        device: None takes the accelerator, if there is one.
-        decode: None takes the model's own `generate` where it has one (`hugging_face`), else
-            `plain`, which needs nothing but the forward pass.
-
-    An answer repeats its record and adds `text` and `tokens`, in the order of the prompts;
-    `input` and `id` (its position) are added where there are none; of a conversation `input` is
-    the text that the template made of it. `tokens` counts the generated tokens that `text` is
-    made of, so without EOS. EOS is that of the model, of the tokenizer, and what ends a turn in
-    the chat template. A prompt that leaves no room for `max_new_tokens` under the tokenizer's
-    `model_max_length`, or the positions of the model, loses its beginning; its answer says how
-    many tokens in `cut`. The seed and the batch size decide about what is sampled; greedy
-    answers depend on neither. Of several ranks the first does the work, the others return at
-    once.
+        about: The file that `ditty_di.tasks.train` wrote about the training; it may be missing.
+        max_new_tokens: Limit of an answer, in tokens.
+        temperature: Sampling temperature; 0 is greedy.
+        top_k: Sample from the k most likely tokens; None: all.
+        top_p: Sample from the most likely tokens of this total probability; None: all.
+        repetition_penalty: None: as the model's own generation_config.
+        num_beams: Beams of beam search; None: as the model's own generation_config.
+        batch_size: Prompts at a time.
+        seed: Seed of the sampling.
+        device: Device of the model; None: the accelerator, if there is one.
+        decode: None: the model's own `generate` where it has one (`hugging_face`), else `plain`,
+            which needs only the forward pass.
 
     Raises:
-        ValueError: not exactly one of `prompt` and `prompts`; lines that are no prompts (file,
+        ValueError: Not exactly one of `prompt` and `prompts`; lines that are not prompts (file,
             number, reason); options out of range.
     """
+    decoding = {name: value for name, value in locals().items() if name in _DECODING}
     if int(os.environ.get("RANK", "0")):
         return {}
     _validate(prompt=prompt, prompts=prompts, batch_size=batch_size)
     seq2seq = is_seq2seq(model)
     options = Options(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        num_beams=num_beams,
+        **decoding,
         max_length=tokenizer.model_max_length,
         eos_token_id=end_ids(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -143,7 +154,7 @@ def generate(
     options.check()
     chosen = chat
     if chat is None and not seq2seq and input_format is None and tokenizer.chat_template:
-        chosen = encoder is None or _saw_conversations(about)
+        chosen = encoder is None or _used_conversations(about)
     making = Prompts(
         tokenizer,
         encoder=encoder,
@@ -157,10 +168,6 @@ def generate(
     room = (options.limit or 0) - (0 if seq2seq else max_new_tokens)
     if longer := sum(len(ids) > room for _, ids in asked):
         log.warning(_CUT, longer, len(asked), room, options.limit)
-
-    import torch
-
-    from ditty_di.tasks.loading import ready
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model = convert(model) if convert is not None else model
@@ -183,19 +190,8 @@ def generate(
     return result | speed | ({} if prompt is None else {"text": answer["text"]})
 
 
-_CHAT = """\
-a prompt that is plain text is asked as a turn of the user, by the chat template; chat=false takes \
-it as it is"""
-_NO_CHAT = """\
-a prompt that is plain text is taken as it is, without the chat template that the tokenizer has; \
-chat=true asks it as a turn of the user"""
-_CUT = """\
-%d of %d prompts are longer than %d tokens and lose their beginning: with max_new_tokens they \
-would not fit the limit of the tokenizer and of the positions of the model, %d tokens"""
-
-
-def _saw_conversations(about: str | None) -> bool:
-    """Return whether a training says that its examples were conversations; False if unknown."""
+def _used_conversations(about: str | None) -> bool:
+    """Return whether the training's examples were conversations; False if it is unknown."""
     try:
         return bool(json.loads(Path(about or "").read_text(encoding="utf-8"))["conversations"])
     except (OSError, ValueError, KeyError, TypeError):  # of a run that wrote none
@@ -232,7 +228,7 @@ def _answers(
 
 @contextmanager
 def _written_whole(path: str | None) -> Iterator[TextIO]:
-    """Standard output, or a file that takes its name when everything is in it."""
+    """Yield standard output, or a file that appears under its name when it is complete."""
     if path is None:
         yield sys.stdout
         return

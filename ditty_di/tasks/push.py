@@ -11,13 +11,15 @@ from ditty_di.export.hub import HubError, push_folder
 
 
 def push(folder: str, to: str | None = None, private: bool | None = None) -> dict[str, Any]:
-    """Uploads `folder` as the repository `to` (`user/name`).
+    """Upload an exported folder as a repository; of several ranks only the first does the work.
 
-    What is None is as the export was told by `push_to` and `private`; without such a word a
-    repository is private. Of several ranks the first does the work.
+    Args:
+        folder: The exported folder.
+        to: The repository `user/name`; None: the export's `push_to`.
+        private: Make it private; None: the export's `private`, else true.
 
     Raises:
-        HubError: it could not be uploaded, or nobody said where to; see `hub.push_folder`.
+        HubError: It could not be uploaded, or the repository is not given; see `hub.push_folder`.
     """
     if int(os.environ.get("RANK", "0")):
         return {}

@@ -1,18 +1,16 @@
-"""The task that trains."""
+"""The training task."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from ditty_di.rundir import RunDirectory
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ditty_di.training.trainer import Trainer
+from ditty_di.training.trainer import Trainer
 
 
 def train(
@@ -21,18 +19,23 @@ def train(
     about: str | None = None,
     run: str | None = None,
 ) -> dict[str, Any]:
-    """Trains to the end, or until asked to stop; then `export(model_parts)` if it got to the end.
+    """Train to the end, or until a stop is requested; then export if the end was reached.
 
-    `about` is a JSON file for what later tasks cannot tell from the configuration: `conversations`,
-    how many of the examples are conversations. It is there from the start, and a run that goes on
-    changes it at its end alone.
+    Args:
+        trainer: The trainer.
+        export: Called with the model parts at the end; its result is added to the task's.
+        about: JSON file for what later tasks cannot read from the configuration: `conversations`,
+            the number of examples that are conversations. It is written at the start, by a resumed
+            run at its end alone.
+        run: Run directory; the configuration of a resumed run becomes its own once the checkpoint
+            is loaded.
 
-    Returns what the trainer does: `status` ("finished" or "preempted"), `step`, `objective`, ...,
-    and what the export returned. The configuration of a resumed `run` (a run directory) becomes
-    the run's own once the checkpoint is loaded.
+    Returns:
+        The trainer's `status` ("finished" or "preempted"), `step`, `objective`, ..., and the
+        export's result.
     """
     if prepare := getattr(export, "prepare", None):
-        prepare(trainer.model_parts)  # what it needs is tried before the training, not after
+        prepare(trainer.model_parts)  # fail before the training, not after it
     file = Path(about) if about is not None and trainer.runtime.rank == 0 else None
     if file is not None and not file.exists():
         _write_about(file, trainer.dataloader)
@@ -50,7 +53,7 @@ def train(
             print(report)
     if export is not None and result["status"] == "finished":
         result |= export(trainer.model_parts) or {}
-    # Only when all went well: after an error, another rank may never come to what close waits for.
+    # Not after an error: another rank may never reach the collective that `close` waits for.
     trainer.close()
     trainer.runtime.close()
     return result

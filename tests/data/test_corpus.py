@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditty_di.data import python_docs, text_files
-from ditty_di.data.corpus import _cut, _split
+from ditty_di.data.corpus import _cut, split_documents
 
 
 def normalised(text):
@@ -52,14 +52,14 @@ def test_a_damaged_cache_is_named(cache_dir, tmp_path):
 
 @given(st.sets(st.text("abc", min_size=1), min_size=2, max_size=30), st.sampled_from([0.05, 0.9]))
 def test_neither_side_of_a_split_is_empty(texts, fraction):
-    corpus = _split([(text, text) for text in sorted(texts)], fraction)
+    corpus = split_documents([(text, text) for text in sorted(texts)], fraction)
     assert corpus.train and corpus.validation
     assert sorted(corpus.train + corpus.validation) == sorted(texts)
 
 
 def test_more_documents_move_none_to_the_other_side():
     documents = [(f"document {i}",) * 2 for i in range(1000)]
-    few, many = _split(documents[:500], 0.05), _split(documents, 0.05)
+    few, many = (split_documents(some, 0.05) for some in (documents[:500], documents))
     assert set(few.train) < set(many.train) and set(few.validation) < set(many.validation)
 
 

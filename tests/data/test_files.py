@@ -83,7 +83,7 @@ def test_text_that_breaks_lines_stays_in_its_field(tmp_path):
         (b'[{"a": 1},\n{"a": 2}\n{"a": 3}]', "line 3", "no comma between two items"),
         (b'[\n{"a": 1},\n]', "line 3", "a comma in front of the list's end"),
         (b'[\n{"a": 1},\n{"a": 2}', "line 3", "a ']' is missing"),
-        (b'[\n{"a": 1}\n]\n{"a": 2}\n', "line 4", "something stands behind the list"),
+        (b'[\n{"a": 1}\n]\n{"a": 2}\n', "line 4", "text after the end of the list"),
         (b'{\n "a": 1\n "b": 2\n}\n', "line 3", "Expecting ',' delimiter"),
         (b'[\n {"a": NaN}\n]', "line 1", "NaN is not a JSON value: write null"),
         (b'[\n{"a": "\xe9"},\n{"a": "\xe9"}]', "line 2", "invalid continuation byte"),
