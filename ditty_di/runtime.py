@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import ditty_di.compat as compat
 from ditty_di.console import LAUNCHED
+from ditty_di.seed import set_run_seed
 from ditty_di.stop_signals import StopSignals, announce
 
 # isort: split
@@ -136,6 +137,7 @@ class Runtime:
             self.dp_world_size, self.dp_rank = batch.size(), batch.get_local_rank()
 
         self.seed = seed
+        set_run_seed(seed)
         seed_everything(seed)
         with warnings.catch_warnings():
             # DTensor warns that it has no random operators on a CPU mesh; nothing here uses them.
@@ -200,6 +202,7 @@ class Runtime:
     def close(self) -> None:
         """Releases signals and the process group (only one that this runtime made)."""
         self.release_signals()
+        set_run_seed(None)
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
 

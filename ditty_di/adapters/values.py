@@ -25,10 +25,11 @@ from ditty_di.models.weights import (
     transformers_model,
 )
 from ditty_di.names import base_fqn, canonical_fqn
+from ditty_di.seed import run_seed
 
 
 def initialize(
-    model: nn.Module, names: list[str], /, *, device: torch.device, seed: int = 0
+    model: nn.Module, names: list[str], /, *, device: torch.device, seed: int | None = None
 ) -> None:
     """Gives adapters the values that peft starts from, the same on any layout.
 
@@ -39,6 +40,7 @@ def initialize(
     classifier, is initialised as the base's library does it.
 
     Args:
+        seed: of random values; None is the run's seed (`ditty_di.seed`).
         names: of parameters and saved buffers without a value; all others have theirs.
 
     Raises:
@@ -46,6 +48,7 @@ def initialize(
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    seed = run_seed() if seed is None else seed
     left = set(names)
     with torch.no_grad(), torch.random.fork_rng([device] if device.type != "cpu" else []):
         for path, layer in model.named_modules():

@@ -11,12 +11,13 @@ import copy
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import build_glob_alternation
 
 from ditty_di.models.deferred import Deferred, deferred
 from ditty_di.models.safetensors import Index, Safetensors
@@ -122,6 +123,12 @@ def made_when_missing(name: str, model: Any) -> bool:
     expected = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     saved = getattr(model, "_keys_to_ignore_on_save", None) or ()
     return name in saved or any(re.search(pattern, name) for pattern in expected)
+
+
+def kept_in_float32(model: Any, dtype: torch.dtype) -> Callable[[str], Any]:
+    """Return a predicate of tensor names: whether transformers keeps it in float32 at `dtype`."""
+    patterns = list(model._get_dtype_plan(dtype)) if hasattr(model, "_get_dtype_plan") else []
+    return build_glob_alternation(patterns)[0].search if patterns else lambda name: None
 
 
 # -- tensors --------------------------------------------------------------------------------------

@@ -6,14 +6,28 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ditty_di.models.weights import initialize
+
 
 class Heads(nn.Module):
-    """A body with several heads, each of which gets the body's output: a tuple of theirs."""
+    """Apply several heads to the output of one body, and return a tuple of their outputs.
 
-    def __init__(self, body: nn.Module, heads: Sequence[nn.Module]) -> None:
+    Args:
+        body: called with the input.
+        heads: each called with the body's output.
+        contract: inputs and outputs (`ditty_di.processors.contracts`); None leaves them unchecked.
+    """
+
+    default_weights = staticmethod(initialize)
+
+    def __init__(
+        self, body: nn.Module, heads: Sequence[nn.Module], *, contract: str | None = None
+    ) -> None:
         super().__init__()
         self.body, self.heads = body, nn.ModuleList(heads)
+        self.contract = contract
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the output of each head for the input `x`."""
         features = self.body(x)
         return tuple(head(features) for head in self.heads)

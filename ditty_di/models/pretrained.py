@@ -25,6 +25,7 @@ from ditty_di.models.weights import (
     unsharded,
 )
 from ditty_di.names import base_fqn
+from ditty_di.seed import run_seed
 
 if TYPE_CHECKING:
     from ditty_di.protocols import MissingWeightsFn
@@ -52,7 +53,7 @@ class Pretrained:
         path: a folder that `save_pretrained` wrote, or the hub's `user/name`.
         revision: branch, tag or commit on the hub; None is its main branch.
         missing: gives values to what the files do not have, such as adapters. None raises.
-        seed: of the noise in new rows.
+        seed: of the noise in new rows; None is the run's seed (`ditty_di.seed`).
 
     Raises, when called:
         FileNotFoundError, PermissionError, ConnectionError: see `ModelFiles`.
@@ -67,11 +68,16 @@ class Pretrained:
         *,
         revision: str | None = None,
         missing: MissingWeightsFn | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         self.path, self.revision = os.fspath(path), revision
-        self.missing, self.seed = missing, seed
+        self.missing, self._seed = missing, seed
         self._identity: dict[str, Any] | None = None
+
+    @property
+    def seed(self) -> int:
+        """The seed of the noise in new rows."""
+        return run_seed() if self._seed is None else self._seed
 
     def identity(self) -> dict[str, Any]:
         """Which base this is: `path`, `revision` (the hub's commit, or None) and `hash`.

@@ -9,9 +9,14 @@ import torch
 from torch import nn
 
 import ditty_di.compat  # noqa: F401
+from ditty_di.models.weights import initialize, torchtitan
 
 if TYPE_CHECKING:
     from torchtitan.models.llama3 import Llama3Model
+
+
+#: tokens [batch, seq] -> logits [batch, seq, vocab]
+CONTRACT = "0:2:i64 -> logits:3:f"
 
 
 def llama3(
@@ -83,7 +88,13 @@ def llama3(
         layers=[block(layer) for layer in range(n_layers)],
     )
     with torch.device("meta"):
-        return config.build()
+        model: Any = config.build()
+    model.contract = CONTRACT
+    model.default_weights = partial(initialize, init=torchtitan)
+    return model
+
+
+llama3.contract = CONTRACT  # type: ignore[attr-defined]
 
 
 def _normal(std: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ditty_di.names import base_fqn, canonical_fqn
+from ditty_di.seed import run_seed
 
 
 def is_meta(model: nn.Module) -> bool:
@@ -184,7 +185,7 @@ def initialize(
     /,
     *,
     device: torch.device,
-    seed: int = 0,
+    seed: int | None = None,
     init: Callable[[nn.Module], Callable[[nn.Module], None]] = torch_reset,
 ) -> None:
     """Initialises from random numbers that depend on the seed and each module's name only.
@@ -195,10 +196,11 @@ def initialize(
     than one unit unsharded.
 
     Args:
-        seed: of all values.
+        seed: of all values; None is the run's seed (`ditty_di.seed`).
         init: takes the model, returns the function that initialises one module. It is called for
             children before their parents, as `nn.Module.apply` does.
     """
+    seed = run_seed() if seed is None else seed
     init_module = init(model)
     done: set[int] = set()
     with torch.no_grad(), torch.random.fork_rng([device] if device.type != "cpu" else []):

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig
 from tokenizers import Tokenizer, models
-from transformers import BloomConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
+from transformers import (
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
+from ditty_di import adapters
 from ditty_di._graph.errors import ConfigError
 from ditty_di.graph import Graph
 from ditty_di.models import causal_lm, seq2seq
-from ditty_di.models.weights import is_meta
-from tests.models.tiny import llama, save_llama
+from ditty_di.models.weights import is_meta, materialize, unset
+from ditty_di.runtime import Runtime
+from tests.models.tiny import CPU, TOKENS, llama, save_llama
 
 
 def tokenizer(size, **special):
@@ -101,8 +111,90 @@ def test_weights_that_are_quantised_already_are_refused(tmp_path):
 
 
 def test_a_dtype_that_torch_does_not_have_is_named():
-    with pytest.raises(ValueError, match=r"model\.dtype='bf16' is no dtype; write float32"):
+    with pytest.raises(ValueError, match=r"model\.dtype=bf16: not a dtype; write float32"):
         causal_lm.from_config(LlamaConfig(), dtype="bf16")
+
+
+# -- what a configuration leaves out --------------------------------------------------------------
+
+SPECIAL = {"eos_token": "w1", "pad_token": "w3", "model_max_length": 48}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        partial(LlamaConfig, **SMALL, num_attention_heads=4),
+        {"model_type": "llama", **SMALL, "num_attention_heads": 4},
+    ],
+)
+def test_what_a_configuration_leaves_out_is_the_tokenizer_s(config):
+    found = causal_lm.from_config(config, tokenizer=tokenizer(65, **SPECIAL)).config
+    assert isinstance(found, LlamaConfig) and found.hidden_size == 32
+    assert (found.vocab_size, found.eos_token_id, found.pad_token_id) == (65, 1, 3)
+    assert found.bos_token_id is None and found.max_position_embeddings == 48
+
+
+def test_what_a_configuration_says_is_kept_and_other_names_of_it_are_known():
+    config = partial(GPT2Config, n_embd=32, n_layer=1, n_head=4, eos_token_id=7, vocab_size=99)
+    found = causal_lm.from_config(config, tokenizer=tokenizer(65, **SPECIAL)).config
+    assert (found.n_positions, found.vocab_size, found.eos_token_id) == (48, 99, 7)
+    config = partial(T5Config, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    found = seq2seq.from_config(config, tokenizer=tokenizer(65, **SPECIAL)).config
+    assert (found.vocab_size, found.decoder_start_token_id) == (65, 3)
+    assert not hasattr(found, "max_position_embeddings")
+
+
+def test_without_a_limit_or_a_tokenizer_the_defaults_stay():
+    config = partial(LlamaConfig, **SMALL, num_attention_heads=4)
+    assert causal_lm.from_config(config).config.vocab_size == LlamaConfig().vocab_size
+    limitless = causal_lm.from_config(config, tokenizer=tokenizer(65))
+    assert limitless.config.max_position_embeddings == LlamaConfig().max_position_embeddings
+    with pytest.raises(ValueError, match=r"needs model_type"):
+        causal_lm.from_config({"vocab_size": 61})
+
+
+# -- what a model carries -------------------------------------------------------------------------
+
+
+def test_a_model_carries_its_contract_and_its_weights(tmp_path):
+    for module, contract in (
+        (causal_lm, "0:2:i64 -> logits:3:f"),
+        (seq2seq, "0:2:i64, attention_mask:2:i64, decoder_input_ids:2:i64 -> logits:3:f"),
+    ):
+        assert module.from_config.contract == module.from_pretrained.contract == contract
+    saved = save_llama(tmp_path)
+    model = causal_lm.from_pretrained(tmp_path, adapter=partial(adapters.add, config=LoraConfig()))
+    assert model.contract == "0:2:i64 -> logits:3:f"
+    assert model.default_weights.identity()["path"] == str(tmp_path)
+    materialize(model, CPU)
+    model.default_weights(model, device=CPU)
+    assert not unset(model) and torch.equal(model.eval()(TOKENS).logits, saved(TOKENS).logits)
+
+
+def test_default_values_follow_the_seed_of_the_run():
+    def embedding(seed=None):
+        runtime = None if seed is None else Runtime(seed=seed)
+        model = causal_lm.from_config(llama())
+        materialize(model, CPU)
+        model.default_weights(model, device=CPU)
+        if runtime is not None:
+            runtime.close()
+        return model.model.embed_tokens.weight
+
+    torch.manual_seed(4)
+    alone = embedding()
+    assert torch.equal(alone, embedding(4)) and not torch.equal(alone, embedding(5))
+
+
+def test_what_a_transform_changes_of_the_contract_is_kept():
+    def deferred(model, /):
+        model.contract = "0:2:i64 -> logits:*"
+        return torch.nn.Sequential(model) if model.config.vocab_size > 61 else model
+
+    assert causal_lm.from_config(llama(), head=deferred).contract == "0:2:i64 -> logits:*"
+    around = causal_lm.from_config(llama(vocab_size=62), head=deferred)
+    assert around.contract == "0:2:i64 -> logits:3:f" and callable(around.default_weights)
 
 
 # -- attention ------------------------------------------------------------------------------------

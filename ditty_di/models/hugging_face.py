@@ -1,0 +1,370 @@
+"""Build models of transformers on the meta device: causal and sequence-to-sequence alike."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import LARGE_INTEGER
+
+from ditty_di.adapters.values import initialize as initialize_adapters
+from ditty_di.dtypes import dtype_by_name
+from ditty_di.models import generation
+from ditty_di.models.conversion import fit_to_files, kept_in_float32
+from ditty_di.models.files import ModelFiles
+from ditty_di.models.pretrained import Pretrained
+from ditty_di.models.weights import hugging_face, initialize
+from ditty_di.protocols import ModelTransform, early_checks
+
+SPECIAL_TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id")
+
+#: What `from_config` accepts as an architecture.
+Config = PretrainedConfig | Mapping[str, Any] | Callable[..., PretrainedConfig]
+
+
+def builders(
+    auto_class: Any, *, contract: str
+) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
+    """Return `from_config` and `from_pretrained` for one auto class of transformers.
+
+    The models they build carry two attributes that the trainer falls back on: `contract`, and
+    `default_weights`, the function that fills the model.
+
+    Args:
+        auto_class: such as `AutoModelForCausalLM`.
+        contract: inputs and outputs of its models (`ditty_di.processors.contracts`).
+    """
+
+    def rehearse_config(build: Callable[[str], Any]) -> list[str]:
+        config = build("config")
+        if not isinstance(config, PretrainedConfig):
+            config = _make_config(config, build("tokenizer"))
+        _build_on_meta(auto_class, config, build("dtype"), build("attn_implementation"))
+        return []
+
+    def rehearse_pretrained(build: Callable[[str], Any]) -> list[str]:
+        path = build("path")
+        try:
+            config = _read_config(ModelFiles(path, build("revision")), {})
+        except OSError as error:
+            raise ValueError(f"path={path}: {error}") from None
+        _build_on_meta(auto_class, config, build("dtype"), build("attn_implementation"))
+        return []
+
+    @early_checks(validate=_validate, rehearse=rehearse_config)
+    def from_config(
+        config: Config,
+        *,
+        attn_implementation: str | None = None,
+        dtype: str = "float32",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        pad_vocab_to_multiple_of: int | None = None,
+        quantize: ModelTransform | None = None,
+        adapter: ModelTransform | None = None,
+        convert: ModelTransform | None = None,
+        neftune: ModelTransform | None = None,
+        head: ModelTransform | None = None,
+    ) -> nn.Module:
+        """Build a model with the architecture of `config`, on the meta device.
+
+        The model keeps a copy of `config` with `use_cache=False`: in training, a key-value cache
+        costs memory and lets packed documents see each other. Its `default_weights` draw random
+        values as transformers does.
+
+        Args:
+            config: a configuration of transformers; or its class, a partial of it, or a mapping
+                with `model_type`, which take what they leave out from `tokenizer`: `vocab_size`,
+                the pad, eos and bos ids, and `max_position_embeddings`.
+            attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None leaves the choice
+                to transformers: `sdpa`, or `eager` for models without it.
+            dtype: of the parameters, a name in torch. Rotary frequencies stay float32.
+            tokenizer: the vocabulary grows to its size, and its pad, eos and bos ids are taken
+                where `config` has none. A decoder without a start token starts with padding.
+            pad_vocab_to_multiple_of: rounds the vocabulary up, in tokens.
+            quantize: transform of the model, applied first.
+            adapter: transform that adds adapters.
+            convert: transform of layers, such as to float8.
+            neftune: transform that adds noise to the input embeddings.
+            head: transform of the output head, applied last.
+
+        Raises:
+            ValueError: the model cannot be built with these arguments.
+        """
+        if not isinstance(config, PretrainedConfig):
+            config = _make_config(config, tokenizer)
+        return _build(
+            auto_class,
+            config,
+            attn_implementation=attn_implementation,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
+            transforms=(quantize, adapter, convert, neftune, head),
+            contract=contract,
+            default_weights=partial(initialize, init=hugging_face),
+        )
+
+    @early_checks(validate=_validate_pretrained, rehearse=rehearse_pretrained)
+    def from_pretrained(
+        path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        dtype: str = "float32",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        pad_vocab_to_multiple_of: int | None = None,
+        quantize: ModelTransform | None = None,
+        adapter: ModelTransform | None = None,
+        convert: ModelTransform | None = None,
+        neftune: ModelTransform | None = None,
+        head: ModelTransform | None = None,
+        **changes: Any,
+    ) -> nn.Module:
+        """Build the model of a folder or hub id on the meta device.
+
+        Its `default_weights` read the values of the same folder or hub id, and initialise
+        adapters (`ditty_di.adapters.initialize`).
+
+        Args:
+            path: a folder with a `config.json`, or the hub's `user/name`.
+            revision: branch, tag or commit on the hub; None is its main branch.
+            attn_implementation: as for `from_config`.
+            dtype: as for `from_config`.
+            tokenizer: as for `from_config`.
+            pad_vocab_to_multiple_of: as for `from_config`.
+            quantize: as for `from_config`.
+            adapter: as for `from_config`.
+            convert: as for `from_config`.
+            neftune: as for `from_config`.
+            head: as for `from_config`.
+            **changes: entries of the configuration to override, such as `attention_dropout`.
+
+        Raises:
+            FileNotFoundError: no such folder, model or revision, or no `config.json`.
+            PermissionError: a gated model whose licence was not accepted.
+            ConnectionError: the hub cannot be reached and its cache lacks the model.
+            ValueError: the weights are quantised already, or a file is damaged.
+        """
+        files = ModelFiles(path, revision)
+        return _build(
+            auto_class,
+            _read_config(files, changes),
+            attn_implementation=attn_implementation,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
+            transforms=(quantize, adapter, convert, neftune, head),
+            files=files,
+            contract=contract,
+            default_weights=Pretrained(path, revision=revision, missing=initialize_adapters),
+        )
+
+    for function in (from_config, from_pretrained):
+        vars(function)["contract"] = contract
+    return from_config, from_pretrained
+
+
+def _build(
+    auto_class: Any,
+    config: PretrainedConfig,
+    *,
+    attn_implementation: str | None,
+    dtype: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    pad_vocab_to_multiple_of: int | None,
+    transforms: tuple[ModelTransform | None, ...],
+    files: ModelFiles | None = None,
+    **attributes: Any,
+) -> nn.Module:
+    """Return the model on meta, changed by the transforms in their order.
+
+    Args:
+        files: of a pretrained model, which may untie weights and say how the model generates.
+        attributes: set on the model. Those that a transform changes keep the changed value.
+    """
+    _validate(dtype=dtype, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    _fit_to_tokenizer(config, tokenizer, pad_vocab_to_multiple_of)
+    model = _build_on_meta(auto_class, config, dtype, attn_implementation)
+    if files is not None:
+        fit_to_files(files, model)
+        generation.take_over(files, model)
+    if tokenizer is not None and getattr(model, "generation_config", None) is not None:
+        generation.end_with_turns(model.generation_config, tokenizer)
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    for transform in transforms:
+        if transform is not None:
+            model = transform(model)
+    for name, value in attributes.items():  # on the outermost module too
+        setattr(model, name, getattr(model, name, value))
+    return model
+
+
+# -- configurations -------------------------------------------------------------------------------
+
+
+def _make_config(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
+    """Build a configuration; what is left out of it is taken from the tokenizer.
+
+    Args:
+        config: a class, a partial of one, or a mapping with `model_type`.
+        tokenizer: None leaves transformers' defaults.
+    """
+    if isinstance(config, Mapping):
+        given = dict(config)
+        if "model_type" not in given:
+            raise ValueError("config: a mapping needs model_type, such as model_type: llama")
+        make: Any = type(AutoConfig.for_model(given.pop("model_type")))
+    else:
+        given, make = dict(getattr(config, "keywords", {})), getattr(config, "func", config)
+    taken: dict[str, Any] = {}
+    if tokenizer is not None:
+        taken = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
+        taken["vocab_size"] = len(tokenizer)
+        if tokenizer.model_max_length < LARGE_INTEGER:  # else it has no limit
+            taken["max_position_embeddings"] = tokenizer.model_max_length
+    aliases = getattr(make, "attribute_map", {})
+    known = inspect.signature(make).parameters
+    for name, value in taken.items():
+        own = aliases.get(name, name)
+        if own in known and not {name, own} & given.keys():
+            given[own] = value
+    return make(*getattr(config, "args", ()), **given)
+
+
+def _read_config(files: ModelFiles, changes: Mapping[str, Any]) -> PretrainedConfig:
+    """Return the configuration of a pretrained model, with some entries changed.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: see `ModelFiles`.
+        ValueError: the weights are quantised already.
+    """
+    folder = files.config().parent
+    config = AutoConfig.from_pretrained(folder, **changes)
+    # As if transformers had been given the same path: model cards and adapters name it.
+    config.name_or_path = files.path
+    if files.folder is None:
+        config._commit_hash = folder.name
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"model: the weights of {files.path} are quantised already; give the model that they "
+            f"were made from, and let `quantize` do it"
+        )
+    return config
+
+
+def _fit_to_tokenizer(
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    pad_vocab_to_multiple_of: int | None,
+) -> None:
+    """Grow the vocabulary to the tokenizer's, and set the special tokens that are None."""
+    text: Any = config.get_text_config()
+    if tokenizer is not None:
+        text.vocab_size = max(text.vocab_size, len(tokenizer))
+        for name in SPECIAL_TOKENS:
+            if getattr(text, name, None) is None:
+                setattr(text, name, getattr(tokenizer, name))
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = text.pad_token_id
+    if pad_vocab_to_multiple_of is not None:
+        text.vocab_size += -text.vocab_size % pad_vocab_to_multiple_of
+
+
+# -- early checks ---------------------------------------------------------------------------------
+
+
+def _validate(*, dtype: str | None = None, pad_vocab_to_multiple_of: int | None = None) -> None:
+    """Raise ValueError for values that no model can be built with."""
+    if dtype is not None:
+        dtype_by_name(dtype, "model.dtype")
+    if pad_vocab_to_multiple_of is not None and pad_vocab_to_multiple_of < 1:
+        raise ValueError(
+            f"pad_vocab_to_multiple_of={pad_vocab_to_multiple_of}: write a number of at least 1"
+        )
+
+
+def _validate_pretrained(
+    *,
+    path: Any = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    pad_vocab_to_multiple_of: int | None = None,
+) -> None:
+    """Raise ValueError also for a folder that does not exist."""
+    if isinstance(path, str):
+        try:
+            ModelFiles(path, revision)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"path={path}: {error}; write a folder that save_pretrained wrote, or the hub's "
+                "user/name"
+            ) from error
+    _validate(dtype=dtype, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)
+
+
+# -- the model on meta ----------------------------------------------------------------------------
+
+
+def _build_on_meta(
+    auto_class: Any, config: PretrainedConfig, dtype: str, attn_implementation: str | None
+) -> Any:
+    if type(config) not in auto_class._model_mapping:
+        raise ValueError(
+            f"model: transformers has no model of type {config.model_type!r} for its "
+            f"{auto_class.__name__}; give the folder of another model, such as the text model that "
+            f"a multimodal one was made from"
+        )
+    parameter_dtype = dtype_by_name(dtype, "model.dtype")
+
+    def build(attention: str | None) -> Any:
+        own = copy.deepcopy(config)
+        with torch.device("meta"):
+            return auto_class.from_config(own, dtype=parameter_dtype, attn_implementation=attention)
+
+    try:
+        model = build(attn_implementation)
+    except (ValueError, ImportError) as error:
+        if attn_implementation is None:
+            raise
+        other = build(None)  # raises whatever else may be wrong
+        why = str(error).strip().partition(". ")[0]
+        raise ValueError(
+            f"attn_implementation={attn_implementation}: {type(other).__name__} cannot be "
+            f"built with it ({why}); write model.attn_implementation=null, with which "
+            f"transformers takes {other.config._attn_implementation}"
+        ) from None
+    _match_from_pretrained(model, parameter_dtype)
+    return model
+
+
+def _match_from_pretrained(model: Any, dtype: torch.dtype) -> None:
+    """Give every tensor the device and dtype that `from_pretrained` would start from.
+
+    Some constructors make tensors on the CPU whatever the default device is, and some parameters
+    are never read in 16 bits.
+    """
+    is_wide = kept_in_float32(model, dtype)
+    new: dict[int, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                to = torch.float32 if is_wide(f"{path}.{name}") else tensor.dtype
+                if tensor.is_meta and to == tensor.dtype:
+                    continue
+                made = torch.empty_like(tensor, dtype=to, device="meta")
+                if isinstance(tensor, nn.Parameter):
+                    made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+                table[name] = new.setdefault(id(tensor), made)
