@@ -185,9 +185,8 @@ def _build(
 ) -> nn.Module:
     """Return the model on meta, changed by the transforms in their order.
 
-    Args:
-        files: of a pretrained model, which may untie weights and say how the model generates.
-        attributes: set on the model. Those that a transform changes keep the changed value.
+    The files of a pretrained model may untie weights, and say how the model generates. Attributes
+    are set on the model; one that a transform changes keeps the changed value.
     """
     _validate(dtype=dtype, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)
     config = copy.deepcopy(config)
