@@ -1,31 +1,29 @@
-"""Puts adapters into a model that is on meta, or has its values."""
+"""Add adapters to a model that is on meta, or has its values."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ditty_di.adapters import targets, tied
 from ditty_di.adapters.state import NAME
+from ditty_di.dtypes import dtype_by_name, dtype_name
 from ditty_di.models.coverage import left_out
 from ditty_di.precision.casting import computing_dtype
 from ditty_di.protocols import early_checks
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 log = logging.getLogger(__name__)
 
 #: Where peft keeps a trained copy of a module, and where the original.
 _COPIES = {"modules_to_save": "original_module", "ln_tuning_layers": "base_layer"}
 
-#: Starts that can be made without the base's values.
-_STARTS = (True, False, "gaussian", "orthogonal")
+#: Initialisations that do not need the base's values.
+_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
 
 def _validate(*, config: Any = None) -> None:
@@ -42,10 +40,11 @@ def _validate(*, config: Any = None) -> None:
 
 
 @early_checks(validate=_validate)
-def add(model: nn.Module, /, *, config: PeftConfig, dtype: str | None = "float32") -> nn.Module:
-    """The model inside a `peft.PeftModel`: its parameters frozen, the adapters trainable.
+def add(model: nn.Module, /, *, config: Any, dtype: str | None = "float32") -> nn.Module:
+    """Return the model inside a `peft.PeftModel`: its parameters frozen, the adapters trainable.
 
     Args:
+        model: without adapters.
         config: any configuration of peft whose layers have parameters of their own. Its
             `target_modules` are names, a regular expression, `all-linear` (quantised layers too,
             without the output head), or None: what peft knows for this architecture, else the
@@ -59,7 +58,7 @@ def add(model: nn.Module, /, *, config: PeftConfig, dtype: str | None = "float32
     from peft import get_peft_model
 
     config = copy.deepcopy(config)  # peft writes into it
-    _require_usable(config, model)
+    _require_supported(config, model)
     _set_targets(config, model)
     _set_task(config, model)
     _register_quantized(config, model)
@@ -70,7 +69,7 @@ def add(model: nn.Module, /, *, config: PeftConfig, dtype: str | None = "float32
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings")  # export unties
         try:
             adapted = get_peft_model(
-                model,
+                model,  # type: ignore[arg-type]
                 config,
                 adapter_name=NAME,
                 autocast_adapter_dtype=False,
@@ -78,17 +77,18 @@ def add(model: nn.Module, /, *, config: PeftConfig, dtype: str | None = "float32
             )
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"adapter: {_kind(config)} does not fit the model: {error}") from error
-    _require_layers(adapted, on_meta=on_meta)
-    _require_copies(adapted)
+    _check_layers(adapted, on_meta=on_meta)
+    _check_copies(adapted)
     tied.tie(adapted, adapted.peft_config[NAME])
     if on_meta:  # peft moves most of what it makes there
         adapted.to("meta")
     if dtype is not None:
-        _cast_trained(adapted, getattr(torch, dtype), base_dtypes)
+        _cast_trained(adapted, dtype_by_name(dtype, "adapter.dtype"), base_dtypes)
     return adapted
 
 
-def _require_usable(config: Any, model: nn.Module) -> None:
+def _require_supported(config: Any, model: nn.Module) -> None:
+    """Raise ValueError for configurations that cannot work here."""
     from peft import PeftModel
 
     if any(isinstance(module, PeftModel) for module in model.modules()):
@@ -104,8 +104,8 @@ def _require_usable(config: Any, model: nn.Module) -> None:
             f"the trainer does not make; use LoraConfig with a rank_pattern"
         )
     start = getattr(config, "init_lora_weights", True)
-    if start not in _STARTS or getattr(config, "kasa_config", None) is not None:
-        what = f"init_lora_weights={start}" if start not in _STARTS else "kasa_config"
+    if start not in _INITIALIZATIONS or getattr(config, "kasa_config", None) is not None:
+        what = f"init_lora_weights={start}" if start not in _INITIALIZATIONS else "kasa_config"
         raise ValueError(
             f"adapter: {what} computes the adapters from the base's values, and changes these, "
             f"while the layers are made; here the base is read later, by slices, and stays the "
@@ -114,26 +114,23 @@ def _require_usable(config: Any, model: nn.Module) -> None:
 
 
 def _set_targets(config: Any, model: nn.Module) -> None:
-    """Replaces `all-linear` and None by names; the model must have all that is named."""
+    """Replace `all-linear` and None by names; raise ValueError for names without a module."""
     whole = getattr(config, "modules_to_save", None) or []
-    targets.require_matches(model, "modules_to_save", whole, among=_paths(model))
+    targets.require_matches(model, "modules_to_save", whole, among=targets.paths(model))
     if not hasattr(config, "target_modules"):
         return
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
         config.target_modules = targets.all_linear(model, except_for=whole)
-        _say_left_out(config, model)
-    elif wanted is None:
-        if getattr(config, "target_parameters", None):
-            return
-        if not _known_to_peft(config, model):
-            config.target_modules = targets.blocks_linear(model)
-    else:
+        _warn_of_fused(config, model)
+    elif wanted is not None:
         targets.require_matches(model, "target_modules", wanted)
+    elif not getattr(config, "target_parameters", None) and not _known_to_peft(config, model):
+        config.target_modules = targets.blocks_linear(model)
 
 
-def _say_left_out(config: Any, model: nn.Module) -> None:
-    """Warn of parameters with several matrices, such as fused experts: they are no layers."""
+def _warn_of_fused(config: Any, model: nn.Module) -> None:
+    """Warn of parameters with several matrices, such as fused experts: they are not layers."""
     chosen = targets.layers_of(model, config.target_modules)
     given = getattr(config, "target_parameters", None) or []
     taken = [p for layer in chosen for p in layer.parameters()]
@@ -143,14 +140,12 @@ def _say_left_out(config: Any, model: nn.Module) -> None:
         log.warning(
             "adapter: target_modules=all-linear adapts %d layers; left out: %s; LoraConfig adapts "
             "fused parameters by adapter.config.target_parameters=[%s]",
-            len(chosen),
-            rest,
-            ",".join(fused),
+            *(len(chosen), rest, ",".join(fused)),
         )
 
 
 def _known_to_peft(config: Any, model: nn.Module) -> bool:
-    """Whether it is peft's business, which has names for this architecture that the model has."""
+    """Return whether peft has names of layers for this architecture, which the model has."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
@@ -160,11 +155,12 @@ def _known_to_peft(config: Any, model: nn.Module) -> bool:
     names = tuner.target_module_mapping.get(architecture)
     if isinstance(names, str) or not names:
         return bool(names)
-    return all(any(targets.matches(name, path) for path in _paths(model)) for name in names)
+    paths = targets.paths(model)
+    return all(any(targets.matches(name, path) for path in paths) for name in names)
 
 
 def _set_task(config: Any, model: nn.Module) -> None:
-    """The task decides which class of peft's wraps the model, and which class opens the export."""
+    """Set the task: it decides which class of peft wraps the model, and which opens the export."""
     own = getattr(model, "config", None)
     if own is None or not hasattr(model, "prepare_inputs_for_generation"):
         return
@@ -179,7 +175,7 @@ def _set_task(config: Any, model: nn.Module) -> None:
 
 
 def _register_quantized(config: Any, model: nn.Module) -> None:
-    """Tells peft how to wrap the quantised layers that the model has."""
+    """Register with peft how to wrap the quantised layers that the model has."""
     kinds = {type(module) for module in model.modules() if targets.is_quantized(module)}
     if kinds and hasattr(config, "_register_custom_module"):
         from ditty_di.adapters.quantized import QuantizedLoraLinear
@@ -187,47 +183,54 @@ def _register_quantized(config: Any, model: nn.Module) -> None:
         config._register_custom_module(dict.fromkeys(kinds, QuantizedLoraLinear))
 
 
-def _require_layers(adapted: Any, *, on_meta: bool) -> None:
-    """Looks whether the layers that peft made can work here."""
+def _check_layers(adapted: Any, *, on_meta: bool) -> None:
+    """Raise ValueError for layers of peft that cannot work here."""
     from peft.tuners.ia3 import IA3Layer
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = [(path, m) for path, m in adapted.named_modules() if isinstance(m, BaseTunerLayer)]
-    layer: Any
-    for path, layer in found:
-        # Any other kind computes with what it takes for the weight, and is wrong without a word.
-        if not isinstance(layer, LoraLayer | IA3Layer) and targets.is_quantized(
-            layer.get_base_layer()
-        ):
-            raise ValueError(
-                f"adapter: {path} is quantised, and {type(layer).__name__} works on a plain weight "
-                f"only; use LoraConfig (also with use_dora), or quantize=none"
-            )
-        config: Any = adapted.peft_config[NAME]
-        is_lora = isinstance(layer, LoraLayer)
-        if is_lora and config.use_dora and hasattr(layer.base_layer, "token_adapter"):
-            raise ValueError(
-                f"adapter: use_dora does not fit {path}, of which single tokens are trained too "
-                f"(tied to the embedding); take it out of target_modules, or use_dora=false"
-            )
-        if is_lora and config.init_lora_weights == "orthogonal" and NAME in layer.lora_embedding_A:
-            raise ValueError(
-                f"adapter: init_lora_weights=orthogonal is for linear layers, and {path} is an "
-                f"embedding; use init_lora_weights=true"
-            )
+    config: Any = adapted.peft_config[NAME]
+    for path, module in adapted.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        layer: Any = module
+        kind, is_lora = type(layer).__name__, isinstance(layer, LoraLayer)
         constants = [n for n, _ in layer.named_buffers() if not n.startswith("base_layer.")]
-        if on_meta and constants and not isinstance(layer, TrainableTokensLayer):
-            raise ValueError(
-                f"adapter: {type(layer).__name__} keeps constants ({path}.{constants[0]}) that are "
-                f"made with the layer and would be lost on the meta device; use another kind, such "
-                f"as LoraConfig"
+        plain_only = not isinstance(layer, LoraLayer | IA3Layer)
+        problem = ""
+        # Such a kind would compute with the packed bytes as the weight, silently wrong.
+        if plain_only and targets.is_quantized(layer.get_base_layer()):
+            problem = (
+                f"{path} is quantised, and {kind} works on a plain weight only; use LoraConfig "
+                f"(also with use_dora), or quantize=none"
             )
+        elif is_lora and config.use_dora and hasattr(layer.base_layer, "token_adapter"):
+            problem = (
+                f"use_dora does not fit {path}, of which single tokens are trained too (tied to "
+                f"the embedding); take it out of target_modules, or use_dora=false"
+            )
+        elif (
+            is_lora and config.init_lora_weights == "orthogonal" and NAME in layer.lora_embedding_A
+        ):
+            problem = (
+                f"init_lora_weights=orthogonal is for linear layers, and {path} is an embedding; "
+                f"use init_lora_weights=true"
+            )
+        elif on_meta and constants and not isinstance(layer, TrainableTokensLayer):
+            problem = (
+                f"{kind} keeps constants ({path}.{constants[0]}) that are made with the layer and "
+                f"would be lost on the meta device; use another kind, such as LoraConfig"
+            )
+        if problem:
+            raise ValueError(f"adapter: {problem}")
 
 
-def _require_copies(adapted: nn.Module) -> None:
-    """peft makes a linear layer of whatever it ties to a module that is trained whole."""
+def _check_copies(adapted: nn.Module) -> None:
+    """Raise ValueError where peft replaces a tied module that is trained whole by another kind.
+
+    It makes a linear layer of whatever it ties to such a module.
+    """
     for path, module in adapted.named_modules():
         copies = getattr(module, "modules_to_save", None)
         if not isinstance(copies, nn.ModuleDict) or NAME not in copies:
@@ -244,7 +247,7 @@ def _require_copies(adapted: nn.Module) -> None:
 def _cast_trained(
     adapted: nn.Module, dtype: torch.dtype, base_dtypes: dict[int, torch.dtype]
 ) -> None:
-    """Gives all that is trained one dtype; parameters that were tied stay so."""
+    """Cast all trained parameters to one dtype; tied ones stay tied."""
     done: dict[int, nn.Parameter] = {}
     for path, module in adapted.named_modules():
         for name, parameter in list(module._parameters.items()):
@@ -253,7 +256,7 @@ def _cast_trained(
             if id(parameter) in base_dtypes and not hasattr(module, "qweight"):
                 raise ValueError(
                     f"adapter: {path}.{name} of the base is trained and {parameter.dtype}, unlike "
-                    f"the adapters ({dtype}); use bias=none, or model.dtype={_name(dtype)}"
+                    f"the adapters ({dtype}); use bias=none, or model.dtype={dtype_name(dtype)}"
                 )
             if id(parameter) not in done:
                 done[id(parameter)] = nn.Parameter(parameter.detach().to(dtype))
@@ -266,12 +269,11 @@ def _cast_trained(
 
 
 def _cast_around(trained: nn.Module, original: nn.Module) -> None:
-    """A trained copy of a module takes and returns what the original would.
+    """Let a trained copy of a module take and return the dtypes that the original would.
 
-    peft's own layers cast by themselves. The dtypes are looked up late: FSDP may change them.
+    peft's own layers cast by themselves. The dtypes are looked up in each call: FSDP may change
+    them.
     """
-    if computing_dtype(trained) == computing_dtype(original):
-        return
 
     def inwards(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(_cast(x, computing_dtype(module)) for x in inputs)
@@ -279,8 +281,9 @@ def _cast_around(trained: nn.Module, original: nn.Module) -> None:
     def outwards(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         return _cast(output, computing_dtype(original))
 
-    trained.register_forward_pre_hook(inwards)
-    trained.register_forward_hook(outwards)
+    if computing_dtype(trained) != computing_dtype(original):
+        trained.register_forward_pre_hook(inwards)
+        trained.register_forward_hook(outwards)
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:
@@ -290,11 +293,3 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
 
 def _kind(config: Any) -> str:
     return type(config).__name__
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _paths(model: nn.Module) -> list[str]:
-    return [path for path, _ in model.named_modules() if path]

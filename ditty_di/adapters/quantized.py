@@ -13,17 +13,15 @@ from torch import Tensor, nn
 
 
 class QuantizedLoraLinear(Linear):
-    """peft's LoRA on a layer with `dequantize()`, which is left as it is.
-
-    Raises, when merged:
-        ValueError: merging would quantise the sum a second time.
-    """
+    """peft's LoRA on a layer with `dequantize()`, which stays unchanged."""
 
     @property
     def lora_variants(self) -> dict[Any, Any]:
+        """The variants by the options that ask for them."""
         return {**super().lora_variants, ("use_dora",): QuantizedDora}
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError: merging would quantise the sum a second time."""
         raise ValueError(
             "adapters cannot be merged into a quantised base without rounding it a second time; "
             "export=merged merges them into the unquantised one"
@@ -35,7 +33,7 @@ class QuantizedDora(DoraLinearVariant):
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Makes the magnitude `[out]`: the norms of the weight's rows, if it has values."""
+        """Create the magnitude `[out]`: the norms of the weight's rows, if it has values."""
         if not module.lora_magnitude_vector:
             module.adapter_layer_names = (*module.adapter_layer_names, "lora_magnitude_vector")
         layer = DoraLinearLayer(fan_in_fan_out=False)
@@ -51,18 +49,19 @@ class QuantizedDora(DoraLinearVariant):
     def forward(
         module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
+        """Return the layer's output `[..., out]` for `x` `[..., in]` and the base's `result`."""
         dropout = module.lora_dropout[active_adapter]
         base = module.get_base_layer()
         base_result: Tensor | None = result
         if module.training and not isinstance(dropout, nn.Identity):
-            # What is dropped is missing in the base's product too, so it is made anew.
+            # What is dropped is missing in the base's product too, so it is computed anew.
             x, base_result = dropout(x), None
         return result + module.lora_magnitude_vector[active_adapter](
             x,
             lora_A=module.lora_A[active_adapter],
             lora_B=module.lora_B[active_adapter],
             scaling=module.scaling[active_adapter],
-            # peft looks at the weight several times, and a packed one is unpacked each time.
+            # peft uses the weight several times, and a packed one is unpacked each time.
             base_layer=SimpleNamespace(weight=base.dequantize(), bias=base.bias),
             base_result=base_result,
         )

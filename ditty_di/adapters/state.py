@@ -1,25 +1,24 @@
-"""What a trained adapter is: its tensors under peft's names, and its configuration."""
+"""A trained adapter as peft stores it: its tensors by name, and its configuration."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig
 
 from ditty_di.names import canonical_fqn
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 #: The name that peft gives the only adapter of a model; it is in the names of its parameters.
 NAME = "default"
 
 
-def peft_model(model: nn.Module) -> PeftModel:
-    """The peft model that `model` is, or has in it.
+def peft_model(model: nn.Module) -> Any:
+    """Return the `peft.PeftModel` that `model` is, or has in it.
 
     Raises:
         ValueError: there is none.
@@ -36,10 +35,13 @@ def peft_model(model: nn.Module) -> PeftModel:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """The adapter's tensors, whole and on the CPU, under the names of `adapter_model.safetensors`.
+    """Gather the adapter's tensors on the CPU, under the names of `adapter_model.safetensors`.
 
-    Every rank calls it: sharded tensors are gathered one at a time. Embeddings that were resized
-    are in it, as in stock peft.
+    Every rank must call it: sharded tensors are gathered one at a time. Embeddings that were
+    resized are included, as in stock peft.
+
+    Args:
+        model: with adapters; may be sharded.
 
     Returns:
         The tensors on rank 0, None on the others.
@@ -48,19 +50,19 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor] | None:
         ValueError: a model without adapters.
     """
     adapted = peft_model(model)
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    first = not dist.is_initialized() or dist.get_rank() == 0
     whole: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, tensor in _selected(adapted).items():
             gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if first:
-                # A copy: what is tied would be one tensor, which safetensors refuses.
+                # A copy: safetensors refuses tensors that share memory, as tied ones do.
                 whole[name] = gathered.detach().to("cpu", copy=True).contiguous()
     return whole if first else None
 
 
 def adapter_config(model: nn.Module) -> dict[str, Any]:
-    """What peft writes as `adapter_config.json`, with the path and revision of the base.
+    """Return what peft writes as `adapter_config.json`, with the path and revision of the base.
 
     Raises:
         ValueError: a model without adapters.
@@ -78,12 +80,12 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Sets, in an order that does not change from run to run."""
+    """Return sets in an order that does not change from run to run."""
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
-def _selected(adapted: PeftModel) -> dict[str, Tensor]:
-    """What peft would save, still sharded, under the names of its files."""
+def _selected(adapted: Any) -> dict[str, Tensor]:
+    """Return what peft would save, still sharded, under the names in its files."""
     from peft import get_peft_model_state_dict
 
     # Under the modules' own names, wrappers' segments included: peft looks for them.
@@ -100,38 +102,29 @@ def _selected(adapted: PeftModel) -> dict[str, Tensor]:
     return {canonical_fqn(name): tensor for name, tensor in selected.items()}
 
 
-def _grown_embeddings(adapted: PeftModel, state: dict[str, Tensor]) -> list[str]:
-    """Names of embeddings (and heads) with rows that the base does not have.
+def _grown_embeddings(adapted: Any, state: dict[str, Tensor]) -> list[str]:
+    """Return the names of embeddings (and heads) with rows that the base does not have.
 
     peft would ask the hub how large the base is whenever it saves. A copy that is trained whole is
     saved already, and so are new rows that are all trained.
     """
-    rows = _rows_of_base(adapted)
-    if rows is None or not hasattr(adapted, "get_input_embeddings"):
+    config = adapted.peft_config[NAME]
+    path, revision = config.base_model_name_or_path, config.revision
+    if not path or not hasattr(adapted, "get_input_embeddings"):
+        return []
+    base_config = AutoConfig.from_pretrained(path, revision=revision).get_text_config()
+    rows = getattr(base_config, "vocab_size", None)
+    if rows is None:
         return []
     layers = [adapted.get_input_embeddings(), adapted.get_output_embeddings()]
     names = []
     for path, module in adapted.named_modules(remove_duplicate=False):
         if all(module is not layer for layer in layers) or hasattr(module, "modules_to_save"):
             continue
-        trained = set(module.token_adapter.token_indices[NAME] if _trains_tokens(module) else [])
+        tokens = getattr(module, "token_adapter", None)
+        trained = set() if tokens is None else set(tokens.token_indices[NAME])
         for name, tensor in state.items():
-            base = name.startswith(f"{path}.") and f".{NAME}." not in f"{name}."
-            if base and not set(range(rows, tensor.shape[0])) <= trained:
+            of_base = name.startswith(f"{path}.") and f".{NAME}." not in f"{name}."
+            if of_base and not set(range(rows, tensor.shape[0])) <= trained:
                 names.append(name)
     return names
-
-
-def _trains_tokens(module: Any) -> bool:
-    return hasattr(module, "token_adapter")
-
-
-def _rows_of_base(adapted: PeftModel) -> int | None:
-    """The size of the base's vocabulary; None when nobody knows which base it is."""
-    config = adapted.peft_config[NAME]
-    if not config.base_model_name_or_path:
-        return None
-    from transformers import AutoConfig
-
-    base = AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
-    return getattr(base.get_text_config(), "vocab_size", None)

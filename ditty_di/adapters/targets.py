@@ -1,4 +1,4 @@
-"""Which layers of a model an adapter goes to."""
+"""Find the layers of a model that an adapter changes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-#: What `target_modules` says for every linear layer but the output head.
+#: The value of `target_modules` for every linear layer but the output head.
 ALL_LINEAR = "all-linear"
 
 
 def is_quantized(module: Any) -> bool:
-    """Whether it is a linear layer whose weight is packed (see `ditty_di.quantization`)."""
+    """Return whether it is a linear layer whose weight is packed (`ditty_di.quantization`)."""
     return hasattr(module, "dequantize") and hasattr(module, "fill_from")
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers by path: plain, transposed as in GPT-2, and quantised ones."""
-    from transformers.pytorch_utils import Conv1D
+def paths(model: nn.Module) -> list[str]:
+    """Return the paths of all modules inside the model."""
+    return [path for path, _ in model.named_modules() if path]
 
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers by path: plain, transposed as in GPT-2, and quantised ones."""
     return {
         path: module
         for path, module in model.named_modules()
@@ -30,9 +34,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def all_linear(model: nn.Module, *, except_for: Iterable[str] = ()) -> list[str]:
-    """Every linear layer but the output head: those of the blocks where nobody says which it is.
+    """Return names for every linear layer but the output head.
+
+    Without a known output head these are the linear layers of the repeated blocks.
 
     Args:
+        model: without adapters.
         except_for: names of modules that are trained whole.
 
     Raises:
@@ -60,7 +67,7 @@ def layers_of(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 
 def blocks_linear(model: nn.Module) -> list[str]:
-    """The linear layers of the repeated blocks, or all but the head where there are no blocks."""
+    """Return names for the linear layers of repeated blocks; without blocks all but the head."""
     chosen = [path for path in linear_layers(model) if _in_block(model, path)]
     return shortest(model, chosen) if chosen else all_linear(model)
 
@@ -68,47 +75,52 @@ def blocks_linear(model: nn.Module) -> list[str]:
 def require_matches(
     model: nn.Module, field: str, names: str | Iterable[str], *, among: Iterable[str] | None = None
 ) -> None:
-    """Every name must be that of a module, or of one's end; a string is one regular expression.
+    """Check that every name is the path of a module, or the end of one.
+
+    Args:
+        model: whose modules are searched.
+        field: the argument that has the names, for the error message.
+        names: a string is one regular expression that matches whole paths.
+        among: paths whose last names the error message lists; None is the linear layers.
 
     Raises:
-        ValueError: listing what there is.
+        ValueError: a name without a module.
     """
-    paths = [path for path, _ in model.named_modules() if path]
+    known = paths(model)
     if isinstance(names, str):
-        if not any(re.fullmatch(names, path) for path in paths):
+        if not any(re.fullmatch(names, path) for path in known):
             raise ValueError(
                 f"adapter: {field}={names!r} is a regular expression that matches the whole path "
-                f"of no module; one of them is {next(iter(linear_layers(model)), paths[-1])!r}"
+                f"of no module; one of them is {next(iter(linear_layers(model)), known[-1])!r}"
             )
         return
-    known = sorted({path.rpartition(".")[2] for path in among or linear_layers(model)})
+    listed = sorted({path.rpartition(".")[2] for path in among or linear_layers(model)})
     for name in names:
-        if not any(matches(name, path) for path in paths):
-            ends = {path.rpartition(".")[2] for path in paths}
-            near = difflib.get_close_matches(name, {*known, *ends}, 1, 0.5)
+        if not any(matches(name, path) for path in known):
+            ends = {path.rpartition(".")[2] for path in known}
+            near = difflib.get_close_matches(name, {*listed, *ends}, 1, 0.5)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(
                 f"adapter: {field} has {name!r}, but no module of {type(model).__name__} is called "
-                f"so{hint}; it has {', '.join(known)}"
+                f"so{hint}; it has {', '.join(listed)}"
             )
 
 
 def matches(name: str, path: str) -> bool:
-    """As peft compares a name in a list with a module's path."""
+    """Return whether a name in a list means the module at a path, as peft compares them."""
     return path == name or path.endswith(f".{name}")
 
 
-def shortest(model: nn.Module, paths: list[str]) -> list[str]:
-    """The same modules by their last names, where those name nothing else in the model."""
-    chosen, ends = set(paths), {path.rpartition(".")[2] for path in paths}
-    for path, _ in model.named_modules():
-        if path not in chosen:
-            ends.discard(path.rpartition(".")[2])
-    rest = [path for path in paths if path.rpartition(".")[2] not in ends]
+def shortest(model: nn.Module, chosen: list[str]) -> list[str]:
+    """Return the same modules by their last names, where those mean nothing else in the model."""
+    others = {path.rpartition(".")[2] for path in paths(model) if path not in set(chosen)}
+    ends = {path.rpartition(".")[2] for path in chosen} - others
+    rest = [path for path in chosen if path.rpartition(".")[2] not in ends]
     return sorted({*ends, *rest})
 
 
 def _in_block(model: nn.Module, path: str) -> bool:
+    """Return whether a module is inside a list or dict of modules."""
     parts = path.split(".")
     above = (".".join(parts[:i]) for i in range(len(parts)))
     return any(isinstance(model.get_submodule(p), nn.ModuleList | nn.ModuleDict) for p in above)

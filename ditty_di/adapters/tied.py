@@ -14,11 +14,11 @@ def tie(adapted: nn.Module, config: Any) -> None:
     """Let layers tied to the input embedding use its LoRA matrices, transposed.
 
     peft gives these layers parameters of their own that share memory with the embedding's: an
-    optimizer would update them twice, and the meta device and sharding part them. Here there is
-    one parameter, with the gradients of both uses.
+    optimizer would update them twice, and the meta device and sharding would part them. Here there
+    is one parameter, with the gradients of both uses.
 
     Args:
-        adapted: a model that peft has put its layers into.
+        adapted: a model that peft has added its layers to.
         config: the configuration that peft has written into.
 
     Raises:
@@ -48,7 +48,7 @@ class _Transposed(nn.Module):
 
     def __init__(self, parameters: nn.ParameterDict) -> None:
         super().__init__()
-        self._parameters_of = (parameters,)  # a tuple: they belong to that layer, not to this one
+        self._parameters_of = (parameters,)  # in a tuple, so that they are not this layer's too
 
     @property
     def weight(self) -> Tensor:

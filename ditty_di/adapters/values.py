@@ -1,4 +1,4 @@
-"""First values of adapters, on any layout: what the files of the base do not have."""
+"""Initialise adapters on any layout: tensors that the files of the base do not have."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ditty_di.adapters.state import NAME, peft_model
 from ditty_di.adapters.targets import is_quantized
+from ditty_di.messages import first_of
 from ditty_di.models.weights import (
-    generator_for,
+    derived_seed,
     hugging_face,
     local,
     slices,
+    swapped,
     torch_reset,
     transformers_model,
 )
@@ -31,7 +33,7 @@ from ditty_di.seed import run_seed
 def initialize(
     model: nn.Module, names: list[str], /, *, device: torch.device, seed: int | None = None
 ) -> None:
-    """Gives adapters the values that peft starts from, the same on any layout.
+    """Initialise adapters as peft does, with the same values on any layout.
 
     Random values depend on `seed` and the layer's name only. LoRA's second matrix is zero, so that
     the first step's output is the base's. DoRA's magnitudes are the norms of the base's rows, of
@@ -40,11 +42,13 @@ def initialize(
     classifier, is initialised as the base's library does it.
 
     Args:
+        model: with adapters; all tensors but `names` have their values.
+        names: of parameters and persistent buffers without a value.
+        device: of the model.
         seed: of random values; None is the run's seed (`ditty_di.seed`).
-        names: of parameters and saved buffers without a value; all others have theirs.
 
     Raises:
-        ValueError: something of `names` that nobody knows how to start, on all ranks alike.
+        ValueError: one of `names` cannot be initialised, on all ranks alike.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -55,32 +59,31 @@ def initialize(
             if isinstance(layer, BaseTunerLayer):
                 own = left & set(_own_names(path, layer))
                 left -= own
-                own -= _from_base(layer, path)
+                own -= _init_from_base(layer, path)
                 if own:
-                    torch.manual_seed(_seed(seed, canonical_fqn(path)))
+                    torch.manual_seed(derived_seed(seed, canonical_fqn(path)))
                     with _whole(model, own):
                         _reset(layer, path, peft_model(model).peft_config[NAME])
-        _start_copies(model, left, seed)
+        _init_copies(model, left, seed)
 
 
-def _start_copies(model: nn.Module, names: set[str], seed: int) -> None:
-    """Modules that are trained whole and that the base lacks, and their untrained originals."""
-    if of_base := [
-        n for n in sorted(names) if not {"modules_to_save", "original_module"} & {*n.split(".")}
-    ]:
+def _init_copies(model: nn.Module, names: set[str], seed: int) -> None:
+    """Initialise modules that are trained whole and that the base lacks, and their originals."""
+    copies = {"modules_to_save", "original_module"}
+    if of_base := [name for name in sorted(names) if not copies & {*name.split(".")}]:
         raise ValueError(
-            f"adapters: the base's files do not have {', '.join(of_base[:5])}, and these are no "
+            f"adapters: the base's files do not have {first_of(of_base, 5)}, and these are not "
             f"adapters; what the base lacks must be in modules_to_save"
         )
     init = hugging_face if transformers_model(model)[1] is not None else torch_reset
     for path, own in _by_module(names).items():
-        torch.manual_seed(_seed(seed, base_fqn(path)))
+        torch.manual_seed(derived_seed(seed, base_fqn(path)))
         with _whole(model, own):
             init(model)(model.get_submodule(path))
 
 
 def _own_names(path: str, layer: Any) -> Iterator[str]:
-    """Names of what a layer has beside the layer that it wraps."""
+    """Yield the names of what a layer has beside the layer that it wraps."""
     for name, _ in [*layer.named_parameters(), *layer.named_buffers()]:
         if not name.startswith("base_layer."):
             yield f"{path}.{name}" if path else name
@@ -93,18 +96,50 @@ def _by_module(names: Iterable[str]) -> dict[str, set[str]]:
     return found
 
 
-def _seed(seed: int, name: str) -> int:
-    return generator_for(seed, name).initial_seed()
+@contextmanager
+def _whole(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Make the tensors of the modules that own `names` whole, then copy slices of `names` back.
+
+    Raises:
+        ValueError: one of `names` was not set.
+    """
+
+    def scratch(tensor: Tensor) -> Tensor:
+        unset = torch.nan if tensor.is_floating_point() else 0
+        device = local(tensor).device
+        return torch.full(tensor.shape, unset, dtype=tensor.dtype, device=device)
+
+    modules = {path: model.get_submodule(path) for path in _by_module(names)}
+    wanted = {
+        id(getattr(modules[path], name.rpartition(".")[2])): name
+        for path, own_names in _by_module(names).items()
+        for name in own_names
+    }
+    with swapped(modules.values(), scratch) as pairs:
+        yield
+    made = {wanted[id(own)]: (own, new) for own, new in pairs if id(own) in wanted}
+    if not_set := [
+        name
+        for name, (_, new) in sorted(made.items())
+        if not new.is_floating_point() or new.isnan().any()
+    ]:
+        raise ValueError(
+            f"adapters: it is unknown how to initialise {first_of(not_set, 5)}; use a kind of "
+            f"adapter whose layers have reset_..._parameters, such as LoraConfig or IA3Config"
+        )
+    for own, new in made.values():
+        if local(own).numel():
+            local(own).copy_(new[slices(own)])
 
 
-# -- starts that do not depend on the base --------------------------------------------------------
+# -- initialisations that do not depend on the base -----------------------------------------------
 
 
 def _reset(layer: Any, path: str, config: Any) -> None:
-    """PyTorch's start of each module in the layer, then peft's of the layer."""
+    """Run PyTorch's initialisation of each module in the layer, then peft's of the layer."""
     for name, module in layer.named_modules():
-        base = not name or name == "base_layer" or name.startswith("base_layer.")
-        reset = None if base else getattr(module, "reset_parameters", None)
+        is_base = not name or name == "base_layer" or name.startswith("base_layer.")
+        reset = None if is_base else getattr(module, "reset_parameters", None)
         if reset is not None and next(module.parameters(), None) is not None:
             reset()
     if getattr(config, "init_lora_weights", True) == "orthogonal":
@@ -119,10 +154,10 @@ def _reset(layer: Any, path: str, config: Any) -> None:
     starts = {k: v for k, v in vars(config).items() if re.fullmatch(r"init_(\w+_)?weights", k)}
     for method in resets:
         options = [p for p in inspect.signature(method).parameters if p != "adapter_name"]
-        untold = [f"{k}={v}" for k, v in starts.items() if v is not True and k not in options]
+        unused = [f"{k}={v}" for k, v in starts.items() if v is not True and k not in options]
         unknown = [option for option in options if not hasattr(config, option)]
-        if len(resets) > 1 or untold or unknown:
-            how = f"with {', '.join(untold or unknown)}" if untold or unknown else "in several ways"
+        if len(resets) > 1 or unused or unknown:
+            how = f"with {', '.join(unused or unknown)}" if unused or unknown else "in several ways"
             raise ValueError(
                 f"adapters: {type(layer).__name__} at {path} starts {how}, by what peft does only "
                 f"while it makes the layer; init_weights=true, or LoraConfig, can be made here"
@@ -130,53 +165,11 @@ def _reset(layer: Any, path: str, config: Any) -> None:
         method(adapter_name=NAME, **{option: getattr(config, option) for option in options})
 
 
-@contextmanager
-def _whole(model: nn.Module, names: set[str]) -> Iterator[None]:
-    """Within it, the modules that own `names` have whole tensors; then slices are copied back.
-
-    What else these modules own is scratch within it and stays as it was.
-
-    Raises:
-        ValueError: one of `names` was not set.
-    """
-    swapped: list[tuple[dict[str, Any], str, str, Tensor]] = []
-    for path in _by_module(names):
-        module = model.get_submodule(path)
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for own, tensor in table.items():
-                if tensor is not None:
-                    swapped.append((table, own, f"{path}.{own}".lstrip("."), tensor))
-                    table[own] = _scratch(tensor)
-    try:
-        yield
-        made = {name: table[own] for table, own, name, _ in swapped}
-    finally:
-        for table, own, _, tensor in swapped:
-            table[own] = tensor
-    not_set = [n for n in sorted(names) if not made[n].is_floating_point() or made[n].isnan().any()]
-    if not_set:
-        raise ValueError(
-            f"adapters: nobody knows how to start {', '.join(not_set[:5])}; a kind of adapter with "
-            f"reset_..._parameters in its layers would, such as LoraConfig or IA3Config"
-        )
-    for _, _, name, tensor in swapped:
-        if name in names and local(tensor).numel():
-            local(tensor).copy_(made[name][slices(tensor)])
+# -- initialisations from the base's values -------------------------------------------------------
 
 
-def _scratch(tensor: Tensor) -> Tensor:
-    unset = torch.nan if tensor.is_floating_point() else 0
-    whole = torch.full(tensor.shape, unset, dtype=tensor.dtype, device=local(tensor).device)
-    is_parameter = isinstance(tensor, nn.Parameter)
-    return nn.Parameter(whole, requires_grad=False) if is_parameter else whole
-
-
-# -- starts that do -------------------------------------------------------------------------------
-
-
-def _from_base(layer: Any, path: str) -> set[str]:
-    """Sets what is computed from the layer's base; the names of that."""
+def _init_from_base(layer: Any, path: str) -> set[str]:
+    """Set what is computed from the layer's base; return the names of that."""
     from peft.tuners.ln_tuning.layer import LNTuningLayer
     from peft.tuners.lora.dora import DoraLinearLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -202,9 +195,9 @@ def _from_base(layer: Any, path: str) -> set[str]:
 
 
 def _set_magnitude(dora: Any, base: Any, path: str) -> None:
-    """DoRA's magnitude: norms over all but the output dimension (https://arxiv.org/abs/2402.09353).
+    """Set DoRA's magnitude: norms over all but the output dimension (arXiv:2402.09353).
 
-    With rows of the weight and of the magnitude on the same ranks, nothing travels.
+    With rows of the weight and of the magnitude on the same ranks, nothing is communicated.
     """
     target, plain = dora.weight, None if is_quantized(base) else base.weight
     here = local(target)
@@ -214,7 +207,7 @@ def _set_magnitude(dora: Any, base: Any, path: str) -> None:
         held = slices(getattr(base, "qweight", weight))[0]
     elif plain.dim() == 2 and not dora.fan_in_fan_out:
         weight, held = local(plain), slices(plain)[0]
-    else:  # convolutions, embeddings, transposed weights: rows are something else, so all of it
+    else:  # convolutions, embeddings, transposed weights: their rows are not outputs, so all of it
         weight = plain.full_tensor() if isinstance(plain, DTensor) else plain
         norms = dora.get_weight_norm(weight.to(here.dtype), weight.new_zeros(()), 0)
         here.copy_(norms.reshape(target.shape)[slices(target)])
@@ -228,7 +221,7 @@ def _set_magnitude(dora: Any, base: Any, path: str) -> None:
 
 
 def _rows(weight: Tensor, indices: list[int]) -> Tensor:
-    """Rows `[len(indices), ...]` of a weight that may be sharded by rows, whole on every rank."""
+    """Return rows `[len(indices), ...]` of a weight that may be sharded by rows, on every rank."""
     held, here = slices(weight)[0], local(weight)
     rows = torch.zeros(len(indices), *weight.shape[1:], dtype=here.dtype, device=here.device)
     for i, index in enumerate(indices):

@@ -1,4 +1,4 @@
-"""What the package carries so that fine-tuning works at once, without network."""
+"""Files in the package, so that fine-tuning works without a network."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def base() -> str:
-    """The folder of a small pretrained Llama with its tokenizer; its README says how it is made."""
+    """Return the folder of a small pretrained Llama with its tokenizer (see its README)."""
     return str(Path(__file__).parent / "base")

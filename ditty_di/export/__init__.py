@@ -1,4 +1,4 @@
-"""What was trained, as others open it: a whole model, adapters, adapters merged; the Hub."""
+"""Exports: a whole model, adapters, or adapters merged into their base; uploads to the Hub."""
 
 from ditty_di.export.adapter import AdapterExport
 from ditty_di.export.auto import AutoExport

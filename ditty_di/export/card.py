@@ -1,4 +1,4 @@
-"""The model card: a README that tells what was trained, how, and how to load it."""
+"""Write the model card: what was trained, how, and how to load it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from ditty_di.export.record import RunRecord
 
-#: Parts of the configuration that the card shows, as what it calls them.
+#: Keys of the configuration that the card shows, and their names in the card.
 _SECTIONS = {
     "data.corpus": "corpus",
     "data.train": "training data",
@@ -21,29 +23,15 @@ _SECTIONS = {
     "lr_scheduler": "schedule",
     "parallelize": "layout",
 }
+_LOSSES = {
+    "validation/loss": "held-out loss",
+    "validation/perplexity": "held-out perplexity",
+    "loss": "training loss",
+}
 _NUMBERS = ("global_batch_size", "epochs", "seed")
 _PACKAGES = ("torch", "transformers", "peft", "torchao", "bitsandbytes", "ditty_di")
 _SECRET = re.compile(r"token$|secret|password|api_?key|credential", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-_OPEN_MODEL = """\
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-"""
-_OPEN_ADAPTER = """\
-from peft import PeftModel
-from transformers import {auto}, AutoTokenizer
-
-base = {auto}.from_pretrained("{base}"{revision})
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-{grown}model = PeftModel.from_pretrained(base, "{name}")
-"""
-_GROWN = """\
-if len(tokenizer) > base.get_input_embeddings().num_embeddings:
-    base.resize_token_embeddings(len(tokenizer))
-"""
 
 
 def write_card(
@@ -54,22 +42,23 @@ def write_card(
     license: str | None = None,
     name: str | None = None,
 ) -> None:
-    """Writes `README.md` with the Hub's metadata into an exported folder.
+    """Write `README.md` with the Hub's metadata into an exported folder.
 
     Args:
-        record: `kind` ("model", "adapter" or "merged") and, as far as there are any, `base`,
-            `revision`, `drift` (see `drift.Drift`) of the export.
+        folder: the exported folder; its `config.json` is read if there is one.
+        record: `kind` ("model", "adapter" or "merged") and, where known, `base`, `revision`,
+            `seq2seq` and `drift` (logit differences) of the export.
         run: the run directory; what it does not say is left out.
-        name: `user/name`, where the folder will be.
+        license: a name that the Hub knows.
+        name: `user/name` on the Hub, if the folder will be uploaded.
     """
-    from huggingface_hub import ModelCardData
-
     known = RunRecord(run)
     source = "weights" if known.at("weights") else "model"  # a model brings its own weights
     base = record.get("base") or known.at(f"{source}.path")
     revision = record.get("revision") or known.at(f"{source}.revision")
     seq2seq = bool(_config(folder).get("is_encoder_decoder")) or bool(record.get("seq2seq"))
     adapter = record["kind"] == "adapter"
+    place = name or folder.name.strip(".").removesuffix(".new")
     data = ModelCardData(
         base_model=_on_hub(base),
         datasets=_on_hub(known.at("data.path")),
@@ -78,19 +67,22 @@ def write_card(
         license=license,
         tags=["ditty_di", *(["adapter"] if adapter else [])],
     )
-    place = name or folder.name.strip(".").removesuffix(".new")
-    title = name.rpartition("/")[2] if name else known.at("name") or place
-    parts = [
-        f"---\n{data.to_yaml()}\n---\n",
-        f"# {title}\n",
-        _what(record["kind"], _shown(base), revision),
-        _usage(adapter, place, base, revision, seq2seq),
-        *_losses(known),
-        *_drift(record),
-        *_table("Training", _training(known)),
-        *_table("Versions", _versions(known)),
-    ]
-    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("card.md.jinja")),
+        title=name.rpartition("/")[2] if name else known.at("name") or place,
+        summary=_summary(record["kind"], _shown(base), revision),
+        adapter=adapter,
+        auto="AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM",
+        name=place,
+        base=_on_hub(base) or f"path/to/{_shown(base)}",
+        revision=revision,
+        losses=list(_losses(known)),
+        drift=record.get("drift"),
+        training=list(_training(known)),
+        versions=list(_versions(known)),
+    )
+    (folder / "README.md").write_text(f"{card.content}\n", encoding="utf-8")
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -101,64 +93,27 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _on_hub(name: Any) -> str | None:
-    """A name that the Hub may know, and that is nothing on this machine."""
+    """Return a name that may be on the Hub and is not a path on this machine, else None."""
     if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name).exists():
         return name
     return None
 
 
-def _what(kind: str, base: str | None, revision: str | None) -> str:
+def _summary(kind: str, base: str | None, revision: str | None) -> str:
     at = f" at revision `{revision}`" if revision else ""
-    start = {
+    return {
         "adapter": f"Adapters for `{base}`{at}",
         "merged": f"`{base}`{at} with adapters merged into its weights",
         "model": f"`{base}`{at}, fine-tuned" if base else "A model trained from scratch",
     }[kind]
-    return f"{start}, trained with ditty_di.\n"
 
 
-def _usage(adapter: bool, name: str, base: Any, revision: str | None, seq2seq: bool) -> str:
-    auto = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
-    if adapter:
-        at = f', revision="{revision}"' if revision else ""
-        where = _on_hub(base) or f"path/to/{_shown(base)}"
-        text = _OPEN_ADAPTER.format(auto=auto, name=name, base=where, revision=at, grown=_GROWN)
-    else:
-        text = _OPEN_MODEL.format(auto=auto, name=name)
-    return f"## Use\n\n```python\n{text}```\n"
-
-
-def _losses(known: RunRecord) -> list[str]:
-    rows = []
-    for name, called in (
-        ("validation/loss", "held-out loss"),
-        ("validation/perplexity", "held-out perplexity"),
-        ("loss", "training loss"),
-    ):
-        found = known.first_and_last(name)
-        if found:
+def _losses(known: RunRecord) -> Iterator[tuple[str, str, str]]:
+    for metric, name in _LOSSES.items():
+        if found := known.first_and_last(metric):
             (then, before), (now, after) = found
             first = f"{before:.4f} (step {then})" if then < now else ""
-            rows.append(f"| {called} | {first} | {after:.4f} (step {now}) |")
-    if not rows:
-        return []
-    return ["## Losses\n\n| | first | last |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"]
-
-
-def _drift(record: dict[str, Any]) -> list[str]:
-    drift = record.get("drift")
-    if not drift:
-        return []
-    rows = "".join(
-        f"| {name.replace('_', ' ')} | {one['max_abs']:.2g} | {one['mean_abs']:.2g} "
-        f"| {one['kl']:.2g} |\n"
-        for name, one in drift["from"].items()
-    )
-    return [
-        f"## What merging changed\n\nLogits of the merged model against others, on "
-        f"{drift['tokens']} tokens of {drift['rows']} rows:\n\n| against | largest difference "
-        f"| mean difference | KL divergence (nats) |\n| --- | --- | --- | --- |\n{rows}"
-    ]
+            yield name, first, f"{after:.4f} (step {now})"
 
 
 def _training(known: RunRecord) -> Iterator[tuple[str, str]]:
@@ -167,57 +122,55 @@ def _training(known: RunRecord) -> Iterator[tuple[str, str]]:
     for name in _NUMBERS:
         if (value := known.at(name)) is not None:
             yield name.replace("_", " "), str(value)
-    for key, called in _SECTIONS.items():
+    for key, name in _SECTIONS.items():
         if (value := known.at(key)) is not None and (text := describe(known, value)):
-            yield called, f"`{text}`"
+            yield name, f"`{text}`"
 
 
 def _versions(known: RunRecord) -> Iterator[tuple[str, str]]:
-    if python := known.environment.get("python"):
-        yield "python", str(python)
-    packages: Any = known.environment.get("packages")
+    packages = known.environment.get("packages")
+    found = {"python": known.environment.get("python")}
     if isinstance(packages, dict):
-        yield from ((name, str(packages[name])) for name in _PACKAGES if name in packages)
-
-
-def _table(title: str, rows: Iterator[tuple[str, str]]) -> list[str]:
-    lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows]
-    if not lines:
-        return []
-    return [f"## {title}\n\n| | |\n| --- | --- |\n" + "\n".join(lines) + "\n"]
+        found |= {name: packages.get(name) for name in _PACKAGES}
+    return ((name, str(version)) for name, version in found.items() if version)
 
 
 def describe(known: RunRecord, value: Any, depth: int = 0) -> str:
-    """A part of a configuration as one line of Python-like text: `AdamW(lr=0.001)`.
+    """Return a part of a configuration as one line of Python-like text: `AdamW(lr=0.001)`.
 
-    Deeper than two constructors no arguments are shown, no secrets, and of absolute paths the last
-    name.
+    Secrets are left out, of absolute paths only the last name is shown, and arguments only down to
+    two nested constructors.
+
+    Args:
+        known: the run whose references are followed.
+        value: the part of its configuration.
+        depth: number of constructors around it.
     """
     value = known.value(value)
-    if isinstance(value, dict):
-        target = _called(str(value.get("_target_", "")))
-        if depth > 2:
-            return f"{target}(...)"
-        pairs = {
-            name: describe(known, part, depth + 1)
-            for name, part in value.items()
-            if not str(name).startswith("_") and known.value(part) is not None
-        }
-        shown = ", ".join(f"{n}={t}" for n, t in pairs.items() if not _SECRET.search(str(n)))
-        return f"{target}({shown})"
     if isinstance(value, list):
         return f"[{', '.join(describe(known, part, depth + 1) for part in value)}]"
-    return _shown(value) or ""
+    if not isinstance(value, dict):
+        return _shown(value) or ""
+    target = _called(str(value.get("_target_", "")))
+    if depth > 2:
+        return f"{target}(...)"
+    shown = (
+        f"{name}={describe(known, part, depth + 1)}"
+        for name, part in value.items()
+        if not str(name).startswith("_") and not _SECRET.search(str(name))
+        if known.value(part) is not None
+    )
+    return f"{target}({', '.join(shown)})"
 
 
 def _called(target: str) -> str:
-    """A constructor's name without its module, a class method's with its class."""
+    """Return a constructor's name without its module; that of a classmethod with its class."""
     owner, name = ["", *target.split(".")][-2:]
     return f"{owner}.{name}" if owner[:1].isupper() else name
 
 
 def _shown(value: Any) -> str | None:
-    """A value as text; folders of this machine are no business of the card's readers."""
+    """Return a value as text, without the folders of an absolute path."""
     if value is None:
         return None
     text = " ".join(str(value).split())

@@ -1,4 +1,4 @@
-"""An export's folder: whole or not there, and what it says about itself."""
+"""The folder of an export: complete or absent, with a record of what it is."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-#: What an export is, in every exported folder: kind, base, dtype, drift, and where it is to go.
+from transformers.utils import logging
+
+#: Record in every exported folder: kind, base, dtype, drift, and the repository to upload to.
 RECORD = "export.json"
 
 
 @contextmanager
 def replaced_whole(path: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the place of `path` when nothing went wrong inside."""
+    """Yield a new folder to write in, which replaces `path` if nothing raises inside."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
-    if old.exists() and not path.exists():  # died between the two renames below
+    if old.exists() and not path.exists():  # killed between the two renames below
         old.rename(path)
     for stale in (new, old):
         shutil.rmtree(stale, ignore_errors=True)
     new.mkdir()
     yield new
-    for file in new.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+    for file in filter(Path.is_file, new.rglob("*")):
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
     if path.exists():
         path.rename(old)
     new.rename(path)
@@ -36,12 +37,13 @@ def replaced_whole(path: Path) -> Iterator[Path]:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record of an export into its folder."""
     text = json.dumps(record, indent=2, ensure_ascii=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `write_record` wrote; empty for a folder that something else made."""
+    """Return the record in a folder; empty for a folder that is not an export."""
     try:
         found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -51,9 +53,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' bars, which draw over the training's."""
-    from transformers.utils import logging
-
+    """Hide transformers' progress bars, which would draw over the training's."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

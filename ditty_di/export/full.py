@@ -1,136 +1,121 @@
-"""A whole model as a folder that others open."""
+"""Export a whole model as a folder for transformers, or as plain safetensors."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: see `ditty_di.export.base`.
 import copy
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ditty_di.dtypes import dtype_name
+from ditty_di.export.base import Export, require_writable
 from ditty_di.export.folder import quiet, replaced_whole
 from ditty_di.export.gather import gathered, is_first_rank, only_part, saved
-from ditty_di.export.publish import Publication
+from ditty_di.models.conversion import bare_model
 from ditty_di.names import canonical_fqn
 
-# torch is imported when a model is exported: the command line must answer without it.
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+@dataclass(eq=False)
+class HuggingFaceExport(Export):
+    """Write config, safetensors and tokenizer for transformers' `from_pretrained`.
 
-class HuggingFaceExport:
-    """Writes config, safetensors and tokenizer for transformers' `from_pretrained`.
-
-    Called with the trainer's model parts, on every rank: sharded parameters are gathered one by
-    one, and rank 0 keeps copies on the CPU and writes. What is written is the model's own class,
-    whatever training put into it (float8 layers, a loss that takes the head's place, noise).
+    Sharded parameters are gathered one by one, and rank 0 keeps copies on the CPU. What is written
+    is the model's own class, without what training added (float8 layers, a deferred head, noise).
 
     Args:
-        tokenizer: written beside the model.
-        path: the folder; one that is there already is replaced once the new one is whole.
-        dtype: a name in torch for the floating-point values; None keeps each tensor's own.
+        tokenizer: see `Export`.
+        path: see `Export`.
+        dtype: name in torch, for the floating-point values; None keeps each tensor's own.
         max_shard_size: of one safetensors file, such as `5GB`.
-        run, push_to, private, license: see `publish.Publication`.
+        run: see `Export`.
+        push_to: see `Export`.
+        private: see `Export`.
+        license: see `Export`.
 
     Raises:
-        ValueError: a quantised base, adapters, or a pipeline's stages: these have other exports.
+        ValueError: a quantised base, adapters or pipeline stages: these have other exports.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        path: str,
-        *,
-        dtype: str | None = None,
-        max_shard_size: str = "5GB",
-        run: str | None = None,
-        push_to: str | None = None,
-        private: bool = True,
-        license: str | None = None,
-    ) -> None:
-        self.dtype, self.max_shard_size = dtype, max_shard_size
-        self.publication = Publication(
-            path, tokenizer=tokenizer, run=run, push_to=push_to, private=private, license=license
-        )
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
 
-    def prepare(self, model_parts: list[nn.Module]) -> None:
-        """Try before the training what the export needs after it.
-
-        Raises:
-            ValueError: see the class; also for a folder that cannot be written.
-        """
-        model: Any = only_part(model_parts)
-        _refuse_parts_of_a_model(model)
-        _as_expected(_bare(model), {canonical_fqn(name): t for name, t in saved(model)})
-        if is_first_rank():
-            self.publication.prepare()
+    def check(self, model: Any) -> None:
+        """Raise ValueError for a model that is not an unchanged model of transformers."""
+        _require_exportable(model)
+        _match(_bare(model), {canonical_fqn(name): t for name, t in saved(model)})
 
     def __call__(self, model_parts: list[nn.Module]) -> None:
+        """Write the model; called on every rank."""
         model: Any = only_part(model_parts)
-        _refuse_parts_of_a_model(model)
+        _require_exportable(model)
         state_dict = gathered(model, self.dtype)
         if state_dict is None:
             return
         bare: Any = _bare(model)
-        bare.generation_config = self.publication.generation_config(model)
-        with self.publication.written({"kind": "model"}) as folder:
+        bare.generation_config = self.generation_config(model)
+        with self.written({"kind": "model"}) as folder:
             save_model(bare, folder, state_dict, self.max_shard_size)
 
 
 class SafetensorsExport:
-    """Writes `model.safetensors` alone, for a model of any kind; otherwise as `HuggingFaceExport`.
+    """Write `model.safetensors` alone, for a model of any kind.
 
     Tied parameters are written once, under the first of their names.
+
+    Args:
+        path: folder to write; an earlier export there is replaced once the new one is complete.
+        dtype: name in torch, for the floating-point values; None keeps each tensor's own.
     """
 
     def __init__(self, path: str, *, dtype: str | None = None) -> None:
-        self.path, self.dtype = path, dtype
+        self.path, self.dtype = Path(path).expanduser(), dtype
 
     def prepare(self, model_parts: list[nn.Module]) -> None:
-        """Try before the training what the export needs after it.
+        """Check before training what the export needs after it.
+
+        Args:
+            model_parts: the trainer's.
 
         Raises:
-            ValueError: a pipeline's stages, or a folder that cannot be written.
+            ValueError: pipeline stages, or a folder that cannot be written.
         """
         only_part(model_parts)
         if is_first_rank():
-            Publication(
-                self.path, tokenizer=None, run=None, push_to=None, private=True, license=None
-            ).prepare()
+            require_writable(self.path)
 
     def __call__(self, model_parts: list[nn.Module]) -> None:
+        """Write the tensors; called on every rank."""
         state_dict = gathered(only_part(model_parts), self.dtype)
         if state_dict is None:
             return
-        from safetensors.torch import save_file
-
-        path = Path(self.path).expanduser()
-        with replaced_whole(path) as folder:
+        with replaced_whole(self.path) as folder:
             save_file(state_dict, folder / "model.safetensors", metadata={"format": "pt"})
-        print(f"exported: {path}/model.safetensors")
+        print(f"exported: {self.path}/model.safetensors")
 
 
-def _refuse_parts_of_a_model(model: Any) -> None:
+def _require_exportable(model: Any) -> None:
     instead = "write the adapters alone (export=adapter), or merge them (export=merged)"
     if any(not p.is_floating_point() for p in model.parameters()):
         raise ValueError(
-            f"export: the base is quantised, and its rounded weights are no model to publish; "
+            f"export: the base is quantised, and its rounded weights are not worth publishing; "
             f"{instead}"
         )
     if any(hasattr(module, "peft_config") for module in model.modules()):
         raise ValueError(f"export: the model has adapters beside its base; {instead}")
     if not hasattr(model, "save_pretrained"):
         raise ValueError(
-            f"export: {type(model).__name__} is no transformers model; export=safetensors writes "
-            f"the tensors of any model"
+            f"export: {type(model).__name__} is not a transformers model; export=safetensors "
+            f"writes the tensors of any model"
         )
 
 
 def _bare(model: Any) -> PreTrainedModel:
-    """The model's own class on meta, as `from_pretrained` builds it, with its real vocabulary."""
-    from ditty_di.models.conversion import bare_model
-
+    """Return the model's own class on meta, with its real vocabulary."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "use_cache"):
         config.use_cache = True  # off while training
@@ -145,25 +130,35 @@ def _bare(model: Any) -> PreTrainedModel:
 def save_model(
     bare: PreTrainedModel, folder: Path, state_dict: dict[str, Tensor], max_shard_size: str
 ) -> None:
-    """Writes config and safetensors of a model whose tensors are in `state_dict`.
+    """Write config and safetensors of a model whose tensors are in `state_dict`.
+
+    Args:
+        bare: a model of the class to write, also on meta.
+        folder: to write in.
+        state_dict: the tensors by name.
+        max_shard_size: of one safetensors file, such as `5GB`.
 
     Raises:
         ValueError: `state_dict` is not what the class will look for; nothing is written.
     """
-    state_dict = _as_expected(bare, state_dict)
-    weight: Counter[str] = Counter()
+    state_dict = _match(bare, state_dict)
+    elements: Counter[str] = Counter()
     for tensor in state_dict.values():
-        weight[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        elements[dtype_name(tensor.dtype)] += tensor.numel()
     with quiet():
         bare.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
     # transformers writes the dtype of `bare`; what is in the files counts.
     file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) | {"dtype": weight.most_common(1)[0][0]}
+    config = json.loads(file.read_text(encoding="utf-8")) | {"dtype": elements.most_common(1)[0][0]}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _as_expected(bare: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the names of `bare`, of which tied parameters have one each."""
+def _match(bare: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under the names of `bare`, where tied parameters have one name each.
+
+    Raises:
+        ValueError: tensors are missing, left over, or of another shape.
+    """
     # Of tied parameters, transformers saves the one that the others are tied to.
     tied, named = bare.all_tied_weights_keys, dict(bare.named_parameters(remove_duplicate=False))
     order = sorted(reversed(named), key=lambda name: name not in tied)
@@ -174,7 +169,7 @@ def _as_expected(bare: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[s
     expected |= {name: b.shape for name, b in bare.named_buffers() if name in persistent}
     found = {aliases.get(name, name): tensor for name, tensor in state_dict.items()}
     problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
-    problems += [f"{name} is too much" for name in found.keys() - expected.keys()]
+    problems += [f"{name} is not expected" for name in found.keys() - expected.keys()]
     problems += [
         f"{name} is {list(found[name].shape)} and should be {list(shape)}"
         for name, shape in expected.items()
@@ -182,7 +177,7 @@ def _as_expected(bare: PreTrainedModel, state_dict: dict[str, Tensor]) -> dict[s
     ]
     if problems:
         raise ValueError(
-            f"export: the trained model is no {type(bare).__name__} any more (export=safetensors "
-            f"writes what it is): " + "; ".join(sorted(problems)[:5])
+            f"export: the trained model no longer fits {type(bare).__name__} (export=safetensors "
+            f"writes the tensors that it has): " + "; ".join(sorted(problems)[:5])
         )
     return found

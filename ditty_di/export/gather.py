@@ -1,26 +1,29 @@
-"""Whole tensors of a sharded model, on the CPU of the first rank."""
+"""Gather the tensors of a sharded model on the CPU of the first rank."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ditty_di.dtypes import dtype_by_name
+from ditty_di.models.conversion import kept_in_float32
+from ditty_di.names import canonical_fqn
 
 
 def is_first_rank() -> bool:
-    import torch.distributed as dist
-
+    """Return whether this process is rank 0, also without a process group."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def only_part(model_parts: list[nn.Module]) -> nn.Module:
-    """The one model.
+    """Return the only model part.
 
     Raises:
-        ValueError: a pipeline's stages instead.
+        ValueError: the model is split into pipeline stages.
     """
     if len(model_parts) != 1:
         raise ValueError(
@@ -31,52 +34,35 @@ def only_part(model_parts: list[nn.Module]) -> nn.Module:
 
 
 def gathered(model: nn.Module, dtype: str | None = None) -> dict[str, Tensor] | None:
-    """Whole parameters and saved buffers on the CPU, on the first rank; None on other ranks.
+    """Return whole parameters and persistent buffers on the CPU of the first rank.
 
-    Every rank must call it. Tied parameters come once, under the first of their names, which are
-    without wrappers' segments. `dtype` is a name in torch, for floating-point values; None keeps
-    each tensor's own, and so do those that transformers never reads in 16 bits.
+    Every rank must call it. Tied parameters come once, under the first of their names, without
+    wrappers' segments.
+
+    Args:
+        model: may be sharded.
+        dtype: name in torch, for floating-point values; None keeps each tensor's own. Parameters
+            that transformers never reads in 16 bits keep theirs.
+
+    Returns:
+        The tensors by name on the first rank, None on the others.
     """
-    import torch
-    from torch.distributed.tensor import DTensor
-
-    from ditty_di.names import canonical_fqn
-
-    keep, found, wide = is_first_rank(), {}, _wide(model, dtype)
+    wanted = dtype_by_name(dtype) if dtype else None
+    is_wide = kept_in_float32(model, wanted) if wanted else None
+    keep, found = is_first_rank(), {}
     with torch.no_grad():
         for name, tensor in saved(model):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if keep:
-                own = wide is not None and wide.search(name)
-                found[canonical_fqn(name)] = _copied(whole, None if own else dtype)
+                casts = is_wide and tensor.is_floating_point() and not is_wide(name)
+                # Copied into a plain tensor: the parameter may be a subclass, as for float8.
+                copy = torch.empty(whole.shape, dtype=wanted if casts else whole.dtype)
+                found[canonical_fqn(name)] = copy.copy_(whole.detach())
     return found if keep else None
 
 
-def _wide(model: Any, dtype: str | None) -> Any:
-    """Pattern of the names that a model of transformers keeps in float32; None without any."""
-    import torch
-
-    if dtype is None or not hasattr(model, "_get_dtype_plan"):
-        return None
-    patterns = list(model._get_dtype_plan(getattr(torch, dtype)))
-    if not patterns:
-        return None
-    from transformers.core_model_loading import build_glob_alternation
-
-    return build_glob_alternation(patterns)[0]
-
-
-def _copied(tensor: Tensor, dtype: str | None) -> torch.Tensor:
-    import torch
-
-    wanted = getattr(torch, dtype) if dtype and tensor.is_floating_point() else tensor.dtype
-    copy = torch.empty(tensor.shape, dtype=wanted)
-    # Into a plain tensor, whatever subclass the parameter is (torchao's for float8, ...).
-    return copy.copy_(tensor.detach())
-
-
 def saved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, each once, and the buffers that a state dict has."""
+    """Yield (name, tensor) of each parameter once, and of the persistent buffers."""
     yield from model.named_parameters()
     persistent = set(model.state_dict())
     yield from ((name, b) for name, b in model.named_buffers() if name in persistent)

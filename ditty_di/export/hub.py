@@ -1,46 +1,54 @@
-"""Uploading an exported folder to the Hugging Face Hub."""
+"""Upload an exported folder to the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-#: Files of an earlier upload that the new one does not bring again are taken out: shards of
-#: another size would otherwise stay beside the new ones, and be loaded.
+import httpx
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._runtime import is_xet_available
+
+#: Files of an earlier upload that the new one does not replace are deleted: shards of another size
+#: would otherwise stay beside the new ones, and be loaded.
 _STALE = ["*.safetensors", "*.safetensors.index.json"]
 
-
-NO_NAME = "{to!r} is no name of a repository; write user/name"
-NO_TOKEN = "there is no token for the Hub: type `hf auth login`, or set HF_TOKEN"
-OFFLINE = "HF_HUB_OFFLINE is set, so nothing can be uploaded"
+#: Explanations of the Hub's answers by HTTP status.
+_STATUS = {
+    401: "{endpoint} does not accept the token (401): type `hf auth login` again",
+    403: "the token may not write to {to} (403): it needs write permission there",
+    404: "{endpoint} has no {to}, or the token may not see it (404)",
+}
 
 
 class HubError(RuntimeError):
-    """An upload that did not happen; the message is one sentence and how to go on."""
+    """An upload failed; the message says why and how to go on."""
 
 
 def require_ready(to: str) -> None:
-    """What can be known before a training whose result is to be uploaded, without a network.
+    """Check what an upload needs and what can be known without a network.
+
+    Args:
+        to: the repository, `user/name`.
 
     Raises:
-        HubError: no name of a repository, no token, or offline mode.
+        HubError: not a repository's name, no token, or offline mode.
     """
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import validate_repo_id
-
     try:
         if to.count("/") != 1:
             raise ValueError
         validate_repo_id(to)
     except ValueError as error:
-        raise HubError(NO_NAME.format(to=to)) from error
+        raise HubError(f"{to!r} is not a repository's name; write user/name") from error
     if constants.HF_HUB_OFFLINE:
-        raise HubError(OFFLINE)
+        raise HubError("HF_HUB_OFFLINE is set, so nothing can be uploaded")
     if get_token() is None:
-        raise HubError(NO_TOKEN)
+        raise HubError("there is no token for the Hub: type `hf auth login`, or set HF_TOKEN")
 
 
 def push_folder(
@@ -51,24 +59,25 @@ def push_folder(
     message: str | None = None,
     endpoint: str | None = None,
 ) -> str:
-    """Uploads a folder as the repository `to`; returns its address.
+    """Upload a folder as the repository `to`, and return its address.
 
-    A repeated call sends only what is not there yet, so an interrupted upload is completed by the
-    same call. The token is huggingface_hub's own (`HF_TOKEN`, or `hf auth login`).
+    A repeated call sends only what is missing there, so it completes an interrupted upload. The
+    token is huggingface_hub's own (`HF_TOKEN`, or `hf auth login`).
 
     Args:
-        to: `user/name`; made if it does not exist.
-        private: of a repository that is made. One that is public already is refused unless False.
-        endpoint: of another hub than `HF_ENDPOINT` says.
+        folder: an exported folder.
+        to: `user/name`; created if it does not exist.
+        private: whether a repository that is created is private. A public one that exists is
+            refused unless this is False.
+        message: of the commit; None names the folder.
+        endpoint: address of another hub than that of `HF_ENDPOINT`.
 
     Raises:
-        HubError: no folder, no token, no permission, no connection, ...
+        HubError: no folder, token, permission, connection, ...
     """
-    from huggingface_hub import HfApi
-
     folder = Path(folder).expanduser()
     if not any(folder.glob("*.safetensors")):
-        raise HubError(f"push: {folder} is no exported folder: it has no .safetensors file in it")
+        raise HubError(f"push: {folder} is not an exported folder: it has no .safetensors file")
     api = HfApi(endpoint=endpoint)
     with _explained(folder, to, private, api.endpoint):
         require_ready(to)
@@ -81,38 +90,29 @@ def push_folder(
     return address
 
 
-def _upload(api: Any, folder: Path, to: str, message: str) -> None:
-    """Through Xet where it is installed; where it fails, once more with plain HTTP uploads.
+def _upload(api: HfApi, folder: Path, to: str, message: str) -> None:
+    """Upload through Xet where it is installed, and once more over plain HTTP where that fails.
 
-    Not every hub, proxy or mirror speaks Xet, and its errors do not tell why it failed.
+    Not every hub, proxy or mirror supports Xet, and its errors do not say why it failed.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils._runtime import is_xet_available
-
-    upload: dict[str, Any] = {
-        "repo_id": to,
-        "folder_path": folder,
-        "commit_message": message,
-        "delete_patterns": _STALE,
-    }
-    if not is_xet_available():
-        api.upload_folder(**upload)
-        return
-    try:
-        api.upload_folder(**upload)
-    except Exception as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            raise
-        with _without_xet():
-            api.upload_folder(**upload)
+    transports: list[Any] = [nullcontext, _without_xet] if is_xet_available() else [nullcontext]
+    for transport in transports:
+        try:
+            with transport():
+                api.upload_folder(
+                    repo_id=to, folder_path=folder, commit_message=message, delete_patterns=_STALE
+                )
+            return
+        except Exception as error:
+            refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
+            if refused or transport is transports[-1]:
+                raise
 
 
 @contextmanager
 def _without_xet() -> Iterator[None]:
-    from huggingface_hub import constants
-
     before = constants.HF_HUB_DISABLE_XET
-    constants.HF_HUB_DISABLE_XET = True  # what the variable of that name sets, read at each upload
+    constants.HF_HUB_DISABLE_XET = True  # the variable of that name; read at each upload
     try:
         yield
     finally:
@@ -121,7 +121,7 @@ def _without_xet() -> Iterator[None]:
 
 @contextmanager
 def _explained(folder: Path, to: str, private: bool, endpoint: str) -> Iterator[None]:
-    """Whatever goes wrong inside, as one sentence, and the command that completes the upload."""
+    """Turn any error into one sentence and the command that completes the upload."""
     try:
         yield
     except Exception as error:
@@ -133,9 +133,6 @@ def _explained(folder: Path, to: str, private: bool, endpoint: str) -> Iterator[
 
 
 def _reason(error: BaseException, to: str, endpoint: str) -> str:
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
-
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
@@ -143,20 +140,11 @@ def _reason(error: BaseException, to: str, endpoint: str) -> str:
         if isinstance(found, HubError):
             return str(found)
         if isinstance(found, HfHubHTTPError):
-            return _status(found, to, endpoint)
+            code = found.response.status_code
+            answer: Any = found.server_message or str(found).splitlines()[0]
+            text = _STATUS.get(code, "{endpoint} answered {code}: {answer}")
+            return text.format(endpoint=endpoint, to=to, code=code, answer=answer)
     for found in chain:
         if isinstance(found, httpx.HTTPError | OSError):
             return f"no connection to {endpoint} ({type(found).__name__}: {found})"
     return f"{type(error).__name__}: {error}"
-
-
-def _status(error: Any, to: str, endpoint: str) -> str:
-    code = error.response.status_code
-    said = error.server_message or str(error).splitlines()[0]
-    if code == 401:
-        return f"{endpoint} does not accept the token (401): type `hf auth login` again"
-    if code == 403:
-        return f"the token may not write to {to} (403): it needs write permission there"
-    if code == 404:
-        return f"{endpoint} has no {to}, or the token may not see it (404)"
-    return f"{endpoint} answered {code}: {said}"

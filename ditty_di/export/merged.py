@@ -1,27 +1,27 @@
-"""Adapters merged into the unquantised base, and how much that changed."""
+"""Export adapters merged into their unquantised base, and measure how much that changes logits."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: see `ditty_di.export.base`.
 import copy
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ditty_di.adapters import adapter_state
+from ditty_di.dtypes import dtype_by_name
+from ditty_di.export import drift
 from ditty_di.export.adapter import adapter_file, write_adapter
+from ditty_di.export.base import Export
 from ditty_di.export.full import save_model
 from ditty_di.export.gather import gathered, is_first_rank, only_part
 from ditty_di.export.opening import on_base
-from ditty_di.export.publish import Publication
-
-# torch is imported when a model is exported: the command line must answer without it.
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from ditty_di.export.drift import Row
+from ditty_di.models.files import ModelFiles
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and nobody knows why it would want to.",
@@ -31,92 +31,69 @@ TEXTS = (
 )
 
 
-class MergedExport:
-    """Writes a whole model: the base as it was published, with the adapters added to its weights.
+@dataclass(eq=False)
+class MergedExport(Export):
+    """Write a whole model: the published base with the adapters added to its weights.
 
-    The base is read again, in `dtype`, never the quantised values that training saw: merging into
-    those would round twice. peft merges in float32 on the CPU, where the result is rounded to
-    `dtype` once; so 4 bytes a parameter are needed. Called on every rank; rank 0 merges.
+    The base is read again in `dtype`, not taken from the quantised values that training used:
+    merging into those would round twice. peft merges in float32 on the CPU (4 bytes a parameter),
+    and the result is rounded to `dtype` once. Rank 0 merges.
 
-    How far the logits went is printed, and written to `export.json` and the card, against
+    The differences of the logits are printed, and written to `export.json` and the card: against
     `unmerged`, the adapters on the same base, and against `training`, the model as it was trained,
     whose base may have been quantised.
 
     Args:
-        tokenizer: written beside the model.
-        path: the folder; one that is there already is replaced once the new one is whole.
-        base, revision: what to merge into; None is where the base was read from.
+        tokenizer: see `Export`.
+        path: see `Export`.
+        base: what to merge into; None is where the base was read from.
+        revision: of the base on the Hub.
         dtype: of what is written, a name in torch.
         max_shard_size: of one safetensors file, such as `5GB`.
-        texts: what the logits are compared on, unless `dataset` has rows of `(inputs, labels)`.
-        rows, max_tokens: how much of them.
-        run, push_to, private, license: see `publish.Publication`.
+        texts: what logits are compared on, unless `dataset` is given.
+        dataset: of `(inputs, labels)`; logits are compared on its first rows.
+        rows: number of rows to compare.
+        max_tokens: of each row.
+        run: see `Export`.
+        push_to: see `Export`.
+        private: see `Export`.
+        license: see `Export`.
 
     Raises:
-        ValueError: a model without adapters, or a pipeline's stages.
+        ValueError: a model without adapters, or with pipeline stages.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        path: str,
-        *,
-        base: str | None = None,
-        revision: str | None = None,
-        dtype: str = "bfloat16",
-        max_shard_size: str = "5GB",
-        texts: Sequence[str] = TEXTS,
-        dataset: Any = None,
-        rows: int = 4,
-        max_tokens: int = 128,
-        run: str | None = None,
-        push_to: str | None = None,
-        private: bool = True,
-        license: str | None = None,
-    ) -> None:
-        self.tokenizer, self.base, self.revision = tokenizer, base, revision
-        self.dtype, self.max_shard_size = dtype, max_shard_size
-        self.texts, self.dataset = list(texts), dataset
-        self.rows, self.max_tokens = rows, max_tokens
-        self.publication = Publication(
-            path, tokenizer=tokenizer, run=run, push_to=push_to, private=private, license=license
-        )
+    base: str | None = None
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    max_shard_size: str = "5GB"
+    texts: Sequence[str] = TEXTS
+    dataset: Any = None
+    rows: int = 4
+    max_tokens: int = 128
 
-    def prepare(self, model_parts: list[nn.Module]) -> None:
-        """Try before the training what the export needs after it: base, rows and folder.
+    def check(self, model: Any) -> None:
+        """Check adapters, base, dtype and rows.
 
         Raises:
-            ValueError: see the class; also for a dtype or a folder that cannot be.
+            ValueError: a model without adapters, or an unknown dtype.
             FileNotFoundError, PermissionError, ConnectionError: the base; see `ModelFiles`.
         """
-        import torch
-
-        from ditty_di.models.files import ModelFiles
-
-        model: Any = only_part(model_parts)
         config = adapter_file(model, self.base, self.revision)
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(
-                f"export.dtype={self.dtype!r} is not a dtype; write float32, bfloat16 or float16"
-            )
+        dtype_by_name(self.dtype, "export.dtype")
         self._rows(model)
         if is_first_rank():
             ModelFiles(config["base_model_name_or_path"], config["revision"]).config()
-            self.publication.prepare()
 
-    def _rows(self, model: Any) -> list[Row]:
+    def _rows(self, model: Any) -> list[drift.Row]:
         """Return the rows that logits are compared on."""
-        from ditty_di.export import drift
-
         if self.dataset is not None:
             return drift.rows_of_dataset(self.dataset, self.rows, model.config, self.max_tokens)
         texts = self.texts[: self.rows]
         return drift.rows_of_texts(texts, self.tokenizer, model.config, self.max_tokens)
 
     def __call__(self, model_parts: list[nn.Module]) -> None:
-        from ditty_di.adapters import adapter_state
-        from ditty_di.export import drift
-
+        """Merge and write; called on every rank."""
         model: Any = only_part(model_parts)
         config = adapter_file(model, self.base, self.revision)
         state_dict = adapter_state(model)
@@ -130,9 +107,11 @@ class MergedExport:
             adapted = on_base(folder, base, revision, dtype=self.dtype)
         adapted.float()
         unmerged = drift.logits_on(adapted, rows)
-        merged: Any = _merged(adapted, rows)
-        merged.generation_config = self.publication.generation_config(model)
-        _round(merged, self.dtype)
+        merged: Any = _merge(adapted, rows)
+        merged.generation_config = self.generation_config(model)
+        with torch.no_grad():  # float32 parameters get the values that they will have in `dtype`
+            for parameter in merged.parameters():
+                parameter.copy_(parameter.to(dtype_by_name(self.dtype)))
         logits = drift.logits_on(merged, rows)
         found = {
             "unmerged": drift.difference(unmerged, logits),
@@ -145,10 +124,8 @@ class MergedExport:
             "dtype": self.dtype,
             "drift": {"rows": len(rows), "tokens": sum(map(len, logits)), "from": found},
         }
-        with self.publication.written(record) as folder:
-            tensors = gathered(merged, self.dtype)
-            assert tensors is not None
-            save_model(merged, folder, tensors, self.max_shard_size)
+        with self.written(record) as path:
+            save_model(merged, path, gathered(merged, self.dtype) or {}, self.max_shard_size)
         for name, one in found.items():
             print(
                 f"logits of the merged model against {name}: largest difference "
@@ -156,18 +133,24 @@ class MergedExport:
             )
 
 
-def _merged(adapted: PeftModel, rows: list[Row]) -> PreTrainedModel:
+def _merge(adapted: Any, rows: list[drift.Row]) -> PreTrainedModel:
     """Merge the adapters into the weights, and return the model without them.
 
     An adapter belongs to one layer, a tied weight to several: each gets a copy before the merge,
-    and those that are still equal after it are tied again. Where they are not, `config` says so.
-    """
-    import torch
+    and those that are still equal after it are tied again. Otherwise `config` says they are not.
 
+    Args:
+        adapted: a `peft.PeftModel`.
+        rows: inputs, to find out what tying changes.
+    """
     base: Any = adapted.get_base_model()
     config, tied = base.config, getattr(base.config, "tie_word_embeddings", False)
-    for module, name in _shared(base):
-        module._parameters[name] = copy.deepcopy(module._parameters[name])
+    seen: set[int] = set()
+    for layer in base.modules():
+        for name, parameter in layer._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                layer._parameters[name] = copy.deepcopy(parameter)
+            seen.add(id(parameter))
     for layer in base.modules():
         # Trainable tokens inside LoRA, on a tied head: peft merges the outer one only.
         inner: Any = getattr(layer, "base_layer", None)
@@ -181,49 +164,24 @@ def _merged(adapted: PeftModel, rows: list[Row]) -> PreTrainedModel:
     if all(torch.equal(parameter, merged.get_parameter(b)) for parameter, b in pairs):
         merged.tie_weights()
     elif pairs:
-        _say_untied(merged, rows)
+        _declare_untied(merged, rows)
         names = [name for pair in merged.all_tied_weights_keys.items() for name in pair]
         print(f"untied, for the adapters of {' and '.join(dict.fromkeys(names))} differ")
     return merged
 
 
-def _shared(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the (module, name) of every parameter that was met in another module before."""
-    met: set[int] = set()
-    found = []
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in met:
-                found.append((module, name))
-            met.add(id(parameter))
-    return found
+def _declare_untied(model: Any, rows: list[drift.Row]) -> None:
+    """Set `tie_word_embeddings=False` in the model's config, unless that changes anything else.
 
-
-def _say_untied(model: Any, rows: list[Row]) -> None:
-    """Write into the model's config that no weight is tied, if that means nothing else for it.
-
-    In T5's family it also changes the scale of the output. There it stays: transformers keeps
-    apart what the files have apart.
+    In T5's family it also changes the scale of the output, so there it stays: transformers does
+    not tie what is different in the files.
     """
-    import torch
-
-    from ditty_di.export.drift import logits_on
-
-    before = logits_on(model, rows)
-    parts = {id(part): part for part in (model.config, model.config.get_text_config())}
-    for part in parts.values():
-        part.tie_word_embeddings = False
+    before = drift.logits_on(model, rows)
+    configs = (model.config, model.config.get_text_config())
+    for config in configs:
+        config.tie_word_embeddings = False
     read = type(model.config).from_dict(model.config.to_dict())
-    same = all(map(torch.equal, before, logits_on(model, rows)))
+    same = all(map(torch.equal, before, drift.logits_on(model, rows)))
     if read.tie_word_embeddings or not same:
-        for part in parts.values():
-            part.tie_word_embeddings = True
-
-
-def _round(model: nn.Module, dtype: str) -> None:
-    """Gives float32 parameters the values that they will have in `dtype`."""
-    import torch
-
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(getattr(torch, dtype)))
+        for config in configs:
+            config.tie_word_embeddings = True

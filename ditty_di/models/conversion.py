@@ -1,4 +1,4 @@
-"""From the tensors of files to those of transformers' models: names, merged experts, ties.
+"""Map tensors of files to those of transformers' models: names, merged experts, tied weights.
 
 transformers 5 keeps the names and shapes of published files apart from those of its models and
 converts while it reads and saves. The same conversions are applied here without reading a tensor
@@ -17,27 +17,31 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import build_glob_alternation
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
 
+from ditty_di.messages import first_of
 from ditty_di.models.deferred import Deferred, deferred
+from ditty_di.models.files import ModelFiles
 from ditty_di.models.safetensors import Index, Safetensors
+from ditty_di.models.weights import own_class
 
 log = logging.getLogger(__name__)
 
 
-def own_class(model: Any) -> Any:
-    """The class that a model had before `fully_shard` put one of its own before it."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-
-
 def bare_model(model: Any, config: Any = None) -> Any:
-    """A model of the same class on meta, as transformers builds it: without what was done to this.
+    """Return a model of the same class on meta, as transformers builds it.
 
     Weights that are no longer tied in `model` are not tied in it.
 
     Args:
+        model: may be sharded and changed.
         config: of the new model; None is a copy of `model`'s.
     """
     with torch.device("meta"):
@@ -55,7 +59,7 @@ def bare_model(model: Any, config: Any = None) -> Any:
 class Group:
     """Tensors of the files that become one tensor of the model, or several.
 
-    Args:
+    Attributes:
         converter: of transformers; None where only the name changes.
         sources: names in the files, by the pattern of the converter that matched them.
     """
@@ -66,10 +70,10 @@ class Group:
 
 @dataclass
 class Names:
-    """The names of the files' tensors in the model.
+    """The names that the files' tensors have in the model.
 
-    Args:
-        groups: by the name in the model, of several names the first.
+    Attributes:
+        groups: by the name in the model; of several names the first.
         unused: names in the files that the model has no tensor for.
         conversions: those of transformers that matched a name. It reverts these when it saves.
     """
@@ -83,15 +87,11 @@ def convert_names(names: Iterable[str], model: Any) -> Names:
     """Find the model's tensor for each tensor of the files, as `from_pretrained` does.
 
     Follows transformers' `core_model_loading.convert_and_load_state_dict_in_model`.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
 
+    Args:
+        names: of the tensors in the files.
+        model: of transformers, on meta.
+    """
     known, prefix = model.state_dict(), model.base_model_prefix
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -112,14 +112,14 @@ def convert_names(names: Iterable[str], model: Any) -> Names:
 
 
 def _unexpected(names: list[str], model: Any) -> list[str]:
-    """Those that transformers warns about, too: old models' files have buffers, for example."""
+    """Return those that transformers warns about: files of old models have buffers, for example."""
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     ignored += [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
     return [name for name in names if not any(re.search(pattern, name) for pattern in ignored)]
 
 
 def made_when_missing(name: str, model: Any) -> bool:
-    """Whether transformers does not save or expect a tensor, which `_init_weights` then makes."""
+    """Return whether a tensor need not be in files, for `_init_weights` makes it."""
     expected = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     saved = getattr(model, "_keys_to_ignore_on_save", None) or ()
     return name in saved or any(re.search(pattern, name) for pattern in expected)
@@ -158,33 +158,29 @@ class Converted:
         return name in self._groups
 
     def names(self) -> list[str]:
+        """Return the names of all tensors."""
         return list(self._groups)
 
     def tensor(self, name: str) -> Deferred:
-        """The tensor, unread.
+        """Return the tensor, unread.
 
         Raises:
             ValueError: its parts in the files do not fit each other.
         """
         first, group = self._groups[name]
         if group.converter is None:
-            return self._files.deferred(self._only(group))
-        made = self._convert(first, group, self._files.deferred)
-        return deferred(made[name])
+            return self._files.deferred(_stored_name(group))
+        return deferred(self._convert(first, group, self._files.deferred)[name])
 
     def read(self, name: str, index: Index = None) -> torch.Tensor:
-        """The tensor, or a part of it; a view of the file where nothing is converted."""
+        """Return the tensor or a part of it; a view of the file where nothing is converted."""
         _, group = self._groups[name]
         if group.converter is None:
-            return self._files.read(self._only(group), index)
+            return self._files.read(_stored_name(group), index)
         return self.tensor(name).read(index)
 
-    def _only(self, group: Group) -> str:
-        # transformers takes the first of several that get the same name.
-        return next(iter(group.sources.values()))[0]
-
     def _targets(self, first: str, group: Group) -> list[str]:
-        """Names of all that a conversion makes, by doing it to shapes."""
+        """Return the names of all that a conversion makes, by converting shapes."""
 
         def shaped(name: str) -> torch.Tensor:
             return torch.empty(self._files.shape(name), device="meta")
@@ -194,25 +190,28 @@ class Converted:
         except ValueError:
             return [first]  # `tensor` will say what does not fit
 
-    def _convert(self, first: str, group: Group, make: Any) -> dict[str, Any]:
+    def _convert(self, first: str, group: Group, load: Callable[[str], Any]) -> dict[str, Any]:
         converter = copy.deepcopy(group.converter)
         for pattern, names in group.sources.items():
             for name in names:
-                converter.add_tensor(first, name, pattern, make(name))
+                converter.add_tensor(first, name, pattern, load(name))
         try:
             made = converter.convert(first, model=self._model, config=self._model.config)
         except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
             found = [name for names in group.sources.values() for name in names]
-            raise ValueError(
-                f"cannot be made of {', '.join(found[:4])}{', ...' if found[4:] else ''}: {error}"
-            ) from None
+            raise ValueError(f"cannot be made of {first_of(found, 4)}: {error}") from None
         return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
 
 
-# -- ties -----------------------------------------------------------------------------------------
+def _stored_name(group: Group) -> str:
+    """Return the name in the files; transformers takes the first of several for one name."""
+    return next(iter(group.sources.values()))[0]
 
 
-def fit_to_files(files: Any, model: Any) -> None:
+# -- tied weights ---------------------------------------------------------------------------------
+
+
+def fit_to_files(files: ModelFiles, model: Any) -> None:
     """Prepare a model for a pretrained one's files, as `from_pretrained` would.
 
     Weights that the configuration ties, but of which the files have two different tensors, are
@@ -220,12 +219,12 @@ def fit_to_files(files: Any, model: Any) -> None:
     them when it saves the model.
 
     Args:
-        files: `ModelFiles`. If there are no weights, nothing is done.
+        files: if there are no weights, nothing is done.
         model: of transformers, on meta.
     """
     try:
         names = convert_names(files.tensor_names(), model)
-    except (FileNotFoundError, ConnectionError):  # the weights slot will say so, if it reads them
+    except (FileNotFoundError, ConnectionError):  # raised again when the weights are read
         return
     model._weight_conversions = names.conversions
     both = [pair for pair in model.all_tied_weights_keys.items() if set(pair) <= set(names.groups)]
@@ -237,9 +236,7 @@ def fit_to_files(files: Any, model: Any) -> None:
         log.warning(
             "the configuration of %s ties %s to %s, but its files have two different tensors: "
             "they are not tied",
-            files.path,
-            name,
-            other,
+            *(files.path, name, other),
         )
     untie(model, apart)
     if apart and not model.all_tied_weights_keys:
@@ -258,13 +255,16 @@ def untie(model: Any, names: Iterable[str]) -> None:
 
 
 def equal(stored: Converted, name: str, other: str) -> bool:
-    """Whether two tensors of the files are the same, read a piece at a time."""
+    """Return whether two tensors of the files are the same, read piece by piece."""
     one, two = stored.tensor(name), stored.tensor(other)
-    if one.shape != two.shape:
-        return False
-    rows = one.shape[0] if one.ndim else 1
-    step = max(1, (1 << 22) // max(1, one.shape.numel() // max(1, rows)))
-    return all(
+    return one.shape == two.shape and all(
         torch.equal(stored.read(name, part), stored.read(other, part))
-        for part in ((slice(start, min(rows, start + step)),) for start in range(0, rows, step))
+        for part in pieces(one.shape, 1 << 22)
     )
+
+
+def pieces(shape: torch.Size, elements: int) -> Iterable[tuple[slice, ...]]:
+    """Return slices of rows that split a shape into pieces of about `elements` elements."""
+    rows = shape[0] if shape else 1
+    step = max(1, elements // max(1, shape.numel() // max(1, rows)))
+    return ((slice(start, min(rows, start + step)),) for start in range(0, rows, step))

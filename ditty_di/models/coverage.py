@@ -1,4 +1,4 @@
-"""How much of a model a transform leaves as it is."""
+"""Describe how much of a model a transform does not change."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from torch import Tensor, nn
 
 
 def left_out(model: nn.Module, taken: Iterable[Tensor]) -> tuple[str, list[str]]:
-    """Return how much of the model's parameters are not among `taken`, and the fused ones of them.
+    """Return which of the model's parameters are not among `taken`, and the fused ones of them.
 
-    The text names each that has at least 1 % (`model.layers.*.mlp.experts.down_proj (31 %)`), the
-    largest first, and is empty where none has. Fused are parameters of three dimensions or more
-    with at least 1 %, such as a stack of experts; they come as parts of paths that name them.
+    Args:
+        model: whose parameters are compared.
+        taken: those that the transform changes.
+
+    Returns:
+        A text that names each group with at least 1 % of all parameters
+        (`model.layers.*.mlp.experts.down_proj (31 %)`), the largest first, empty if there are
+        none; and parts of the names of those with three dimensions or more, such as experts.
     """
     has = {id(parameter) for parameter in taken}
-    every = list(model.named_parameters())
-    whole = sum(parameter.numel() for _, parameter in every) or 1
+    total = sum(parameter.numel() for parameter in model.parameters()) or 1
     sizes: Counter[str] = Counter()
     fused: dict[str, str] = {}
-    for name, parameter in every:
+    for name, parameter in model.named_parameters():
         if id(parameter) not in has:
             pattern = re.sub(r"\.\d+\.", ".*.", name)
             sizes[pattern] += parameter.numel()
             if parameter.dim() > 2:
                 fused[pattern] = pattern.rpartition("*.")[2]
-    shown = [(name, size) for name, size in sizes.most_common() if size >= 0.01 * whole]
+    shown = [(name, size) for name, size in sizes.most_common() if size >= 0.01 * total]
     if not shown:
         return "", []
-    text = f"{_percent(sizes.total(), whole)} of the parameters: " + ", ".join(
-        f"{name} ({_percent(size, whole)})" for name, size in shown
-    )
+    parts = ", ".join(f"{name} ({100 * size / total:.0f} %)" for name, size in shown)
+    text = f"{100 * sizes.total() / total:.0f} % of the parameters: {parts}"
     return text, [fused[name] for name, _ in shown if name in fused]
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.0f} %"

@@ -1,4 +1,4 @@
-"""Tensors of files that are moved about before anything is read, then read by slices."""
+"""Tensors of files that are rearranged by shape only, and read by slices afterwards."""
 
 from __future__ import annotations
 
@@ -7,81 +7,124 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 Index = tuple[slice, ...]
 
 
 class Deferred:
-    """A tensor that is known by its shape and read on demand, as a whole or by slices.
+    """A tensor whose shape is known and whose elements are read on demand, whole or by slices.
 
-    torch functions that only move elements (`cat`, `stack`, `chunk`, `split`, `transpose` and the
-    methods of the same names) give another deferred tensor, of which a slice reads nothing but its
-    own elements. Any other function reads its arguments whole and gives an ordinary tensor.
+    torch functions that only move elements (`cat`, `stack`, `chunk`, `split`, `transpose`, and the
+    methods of the same names) return another deferred tensor; reading a slice of it reads nothing
+    but its own elements. Any other function reads its arguments whole.
 
     Args:
         shape: of the whole tensor.
-        dtype: of the elements as they are stored.
-        into: `into(out, index)` writes the part that the slices of `index`, one for each dimension
-            with a start and a stop, say into `out`, casting to its dtype.
+        dtype: of the stored elements.
+        into: `into(out, index)` writes the part given by `index` (one slice a dimension, with
+            start and stop) into `out`, cast to its dtype.
     """
 
     def __init__(
-        self,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        into: Callable[[Tensor, Index], None],
+        self, shape: Sequence[int], dtype: torch.dtype, into: Callable[[Tensor, Index], None]
     ) -> None:
         self.shape, self.dtype, self._into = torch.Size(shape), dtype, into
 
     @property
     def ndim(self) -> int:
+        """Number of dimensions."""
         return len(self.shape)
 
     def size(self, dim: int | None = None) -> Any:
+        """Return the shape, or the size of one dimension."""
         return self.shape if dim is None else self.shape[dim]
 
     def copy_into(self, out: Tensor, index: Index | None = None) -> None:
-        """Read the part that `index` says (None: all of it) into `out`, piece by piece."""
-        given = index or ()
-        full = [slice(0, n) for n in self.shape]
-        bounds = [s.indices(n) for s, n in zip(given, self.shape, strict=False)]
-        part = [slice(start, max(start, stop)) for start, stop, _ in bounds]
+        """Read the part given by `index` (None: all of it) into `out`."""
         if out.numel():
-            self._into(out, (*part, *full[len(part) :]))
+            self._into(out, self._bounds(index))
 
     def read(self, index: Index | None = None) -> Tensor:
-        """The tensor, or the part that `index` says, in memory of its own."""
-        bounds = [s.indices(n) for s, n in zip(index or (), self.shape, strict=False)]
-        shape = [max(0, stop - start) for start, stop, _ in bounds]
-        out = torch.empty((*shape, *self.shape[len(shape) :]), dtype=self.dtype)
-        self.copy_into(out, index)
+        """Return the tensor, or the part given by `index`, in newly allocated memory."""
+        bounds = self._bounds(index)
+        out = torch.empty([part.stop - part.start for part in bounds], dtype=self.dtype)
+        self.copy_into(out, bounds)
         return out
+
+    def _bounds(self, index: Index | None) -> Index:
+        """Return one slice a dimension, with start and stop in range."""
+        given = (*(index or ()), *[slice(None)] * self.ndim)
+        bounds = (part.indices(size) for part, size in zip(given, self.shape, strict=False))
+        return tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        moves = _MOVES.get(function)
-        if moves is not None:
-            return moves(*args, **(kwargs or {}))
-        return function(*_read(args), **_read(kwargs or {}))
+        moved = _MOVES.get(function)
+        if moved is not None:
+            return moved(*args, **(kwargs or {}))
+        return function(*tree_map(_read, args), **tree_map(_read, kwargs or {}))
 
     # -- methods of a tensor that conversions call ------------------------------------------------
 
     def contiguous(self) -> Deferred:
+        """Return itself."""
         return self
 
-    def chunk(self, chunks: int, dim: int = 0) -> tuple[Deferred, ...]:
-        return _chunk(self, chunks, dim)
+    def narrow(self, dim: int, start: int, length: int) -> Deferred:
+        """Return `length` entries of a dimension from `start` on."""
+
+        def into(out: Tensor, index: Index) -> None:
+            part = slice(index[dim].start + start, index[dim].stop + start)
+            self.copy_into(out, _with(index, dim, part))
+
+        return Deferred(_with(self.shape, dim, length), self.dtype, into)
 
     def split(self, sizes: int | Sequence[int], dim: int = 0) -> tuple[Deferred, ...]:
-        return _split(self, sizes, dim)
+        """Split a dimension as `torch.split` does."""
+        dim %= self.ndim
+        rows = self.shape[dim]
+        if isinstance(sizes, int):
+            sizes = [min(sizes, rows - start) for start in range(0, rows, sizes)]
+        if sum(sizes) != rows:
+            raise ValueError(f"{rows} in dimension {dim} cannot be split into {list(sizes)}")
+        starts = (sum(sizes[:i]) for i in range(len(sizes)))
+        return tuple(self.narrow(dim, s, n) for s, n in zip(starts, sizes, strict=True))
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[Deferred, ...]:
+        """Split a dimension as `torch.chunk` does."""
+        return self.split(max(1, -(-self.shape[dim] // chunks)), dim)
 
     def transpose(self, dim0: int, dim1: int) -> Deferred:
-        return _transpose(self, dim0, dim1)
+        """Swap two dimensions."""
+        order = list(range(self.ndim))
+        order[dim0], order[dim1] = order[dim1], order[dim0]
+
+        def into(out: Tensor, index: Index) -> None:
+            self.copy_into(out.transpose(dim0, dim1), tuple(index[i] for i in order))
+
+        return Deferred([self.shape[i] for i in order], self.dtype, into)
+
+    def unsqueeze(self, dim: int) -> Deferred:
+        """Add a dimension of size 1."""
+
+        def into(out: Tensor, index: Index) -> None:
+            self.copy_into(out.squeeze(dim), _with(index, dim))
+
+        return Deferred((*self.shape[:dim], 1, *self.shape[dim:]), self.dtype, into)
 
     def squeeze(self, dim: int) -> Deferred:
-        return _squeeze(self, dim)
+        """Remove a dimension of size 1."""
+        dim %= self.ndim
+        if self.shape[dim] != 1:
+            return self
+
+        def into(out: Tensor, index: Index) -> None:
+            self.copy_into(out.unsqueeze(dim), (*index[:dim], slice(0, 1), *index[dim:]))
+
+        return Deferred(_with(self.shape, dim), self.dtype, into)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -92,37 +135,31 @@ class Deferred:
         return self.read()[index]
 
 
-def _read(value: Any) -> Any:
-    if isinstance(value, Deferred):
-        return value.read()
-    if isinstance(value, dict):
-        return {name: _read(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_read(item) for item in value)
-    return value
-
-
 def deferred(value: Tensor | Deferred) -> Deferred:
-    """A tensor in memory as one that is read by slices."""
+    """Return a tensor in memory as one that is read by slices."""
     if isinstance(value, Deferred):
         return value
     whole: Tensor = value
-    return Deferred(whole.shape, whole.dtype, lambda out, index: _copy(out, whole[index]))
+
+    def into(out: Tensor, index: Index) -> None:
+        out.copy_(whole[index])
+
+    return Deferred(whole.shape, whole.dtype, into)
 
 
-def _copy(out: Tensor, value: Tensor) -> None:
-    out.copy_(value)
+def _read(value: Any) -> Any:
+    return value.read() if isinstance(value, Deferred) else value
 
 
-def _replaced(index: Index, dim: int, *parts: slice) -> Index:
-    return (*index[:dim], *parts, *index[dim + 1 :])
+def _with(values: Sequence[Any], dim: int, *instead: Any) -> tuple[Any, ...]:
+    """Return the values with that of one dimension replaced by none or more."""
+    return (*values[:dim], *instead, *values[dim + 1 :])
 
 
 def _cat(tensors: Sequence[Any], dim: int = 0) -> Deferred:
     parts = [deferred(t) for t in tensors]
     dim %= parts[0].ndim
-    rest = [_replaced_size(p.shape, dim) for p in parts]
-    if any(other != rest[0] for other in rest):
+    if len({_with(part.shape, dim) for part in parts}) > 1:
         raise ValueError(f"tensors of the shapes {[list(p.shape) for p in parts]} do not fit")
 
     def into(out: Tensor, index: Index) -> None:
@@ -131,79 +168,23 @@ def _cat(tensors: Sequence[Any], dim: int = 0) -> Deferred:
             start, stop = max(wanted.start, offset), min(wanted.stop, offset + part.shape[dim])
             if start < stop:
                 here = out.narrow(dim, start - wanted.start, stop - start)
-                part.copy_into(here, _replaced(index, dim, slice(start - offset, stop - offset)))
+                part.copy_into(here, _with(index, dim, slice(start - offset, stop - offset)))
             offset += part.shape[dim]
 
-    shape = [*parts[0].shape]
-    shape[dim] = sum(p.shape[dim] for p in parts)
+    shape = _with(parts[0].shape, dim, sum(p.shape[dim] for p in parts))
     return Deferred(shape, parts[0].dtype, into)
-
-
-def _replaced_size(shape: torch.Size, dim: int) -> tuple[int, ...]:
-    return (*shape[:dim], *shape[dim + 1 :])
 
 
 def _stack(tensors: Sequence[Any], dim: int = 0) -> Deferred:
     parts = [deferred(t) for t in tensors]
     dim %= parts[0].ndim + 1
-    return _cat([_unsqueeze(part, dim) for part in parts], dim)
-
-
-def _unsqueeze(tensor: Deferred, dim: int) -> Deferred:
-    def into(out: Tensor, index: Index) -> None:
-        tensor.copy_into(out.squeeze(dim), _replaced(index, dim))
-
-    return Deferred((*tensor.shape[:dim], 1, *tensor.shape[dim:]), tensor.dtype, into)
-
-
-def _squeeze(tensor: Deferred, dim: int) -> Deferred:
-    dim %= tensor.ndim
-    if tensor.shape[dim] != 1:
-        return tensor
-
-    def into(out: Tensor, index: Index) -> None:
-        tensor.copy_into(out.unsqueeze(dim), (*index[:dim], slice(0, 1), *index[dim:]))
-
-    return Deferred(_replaced_size(tensor.shape, dim), tensor.dtype, into)
-
-
-def _narrow(tensor: Deferred, dim: int, start: int, length: int) -> Deferred:
-    def into(out: Tensor, index: Index) -> None:
-        part = slice(index[dim].start + start, index[dim].stop + start)
-        tensor.copy_into(out, _replaced(index, dim, part))
-
-    return Deferred((*tensor.shape[:dim], length, *tensor.shape[dim + 1 :]), tensor.dtype, into)
-
-
-def _split(tensor: Deferred, sizes: int | Sequence[int], dim: int = 0) -> tuple[Deferred, ...]:
-    dim %= tensor.ndim
-    rows = tensor.shape[dim]
-    if isinstance(sizes, int):
-        sizes = [min(sizes, rows - start) for start in range(0, rows, sizes)]
-    if sum(sizes) != rows:
-        raise ValueError(f"{rows} in dimension {dim} cannot be split into {list(sizes)}")
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return tuple(_narrow(tensor, dim, s, n) for s, n in zip(starts, sizes, strict=True))
-
-
-def _chunk(tensor: Deferred, chunks: int, dim: int = 0) -> tuple[Deferred, ...]:
-    return _split(tensor, max(1, -(-tensor.shape[dim] // chunks)), dim)
-
-
-def _transpose(tensor: Deferred, dim0: int, dim1: int) -> Deferred:
-    order = list(range(tensor.ndim))
-    order[dim0], order[dim1] = order[dim1], order[dim0]
-
-    def into(out: Tensor, index: Index) -> None:
-        tensor.copy_into(out.transpose(dim0, dim1), tuple(index[i] for i in order))
-
-    return Deferred([tensor.shape[i] for i in order], tensor.dtype, into)
+    return _cat([part.unsqueeze(dim) for part in parts], dim)
 
 
 _MOVES: dict[Any, Callable[..., Any]] = {
     torch.cat: _cat,
     torch.stack: _stack,
-    torch.chunk: _chunk,
-    torch.split: _split,
-    torch.transpose: _transpose,
+    torch.chunk: Deferred.chunk,
+    torch.split: Deferred.split,
+    torch.transpose: Deferred.transpose,
 }

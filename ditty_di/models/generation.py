@@ -1,44 +1,62 @@
-"""How a model generates: `generation_config.json`, read as it is, written as stock accepts it."""
+"""Generation configs: read as they are published, written as transformers accepts them."""
 
 from __future__ import annotations
 
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from ditty_di.models.files import CONFIG, ModelFiles
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+from ditty_di.models.tokenizer import end_of_turn_ids
 
 log = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
+_INVALID = (ValueError, TypeError, AttributeError)
 
 
 def read(files: ModelFiles) -> GenerationConfig | None:
-    """Return the generation config of a pretrained model; None where no file says anything of it.
+    """Return the generation config of a pretrained model; None if no file has one.
 
-    As transformers reads it: `generation_config.json`, else the entries about generation of an
-    older `config.json`. Values that transformers refuses to read are left out with a warning.
+    As in transformers: `generation_config.json`, else the entries about generation of an older
+    `config.json`. Values that transformers refuses to read are left out with a warning.
     """
-    from transformers import GenerationConfig
-
-    file = files.find(FILE)
-    config = file is None and files.find(CONFIG)
-    if config:
-        return _of_model_config(config)
-    if not file:
-        return None
     with _quiet():
-        try:
-            return GenerationConfig.from_pretrained(file.parent)
-        except ValueError:
-            return GenerationConfig(**_readable(file, _json(file)))
+        if (file := files.find(FILE)) is not None:
+            try:
+                return GenerationConfig.from_pretrained(file.parent)
+            except ValueError:
+                return GenerationConfig(**_readable(file, _json(file)))
+        if (file := files.find(CONFIG)) is not None:
+            values = _json(file)
+            try:
+                return GenerationConfig.from_model_config(values)
+            except ValueError:
+                names = GenerationConfig().to_dict().keys() & values.keys()
+                refused = names - _readable(file, {name: values[name] for name in names}).keys()
+                return GenerationConfig.from_model_config(
+                    {name: value for name, value in values.items() if name not in refused}
+                )
+    return None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _readable(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that transformers reads together, with a warning about the others."""
+    kept = _consistent(GenerationConfig, values, strict=False)
+    refused = {name: value for name, value in values.items() if name not in kept}
+    log.warning("%s: transformers refuses %s; left out", file, shown(refused))
+    return kept
 
 
 def take_over(files: ModelFiles, model: Any) -> None:
@@ -54,53 +72,24 @@ def take_over(files: ModelFiles, model: Any) -> None:
     model.generation_config = found
 
 
-def _of_model_config(file: Path) -> GenerationConfig:
-    from transformers import GenerationConfig
-
-    values = _json(file)
-    with _quiet():
-        try:
-            return GenerationConfig.from_model_config(values)
-        except ValueError:
-            names = GenerationConfig().to_dict().keys() & values.keys()
-            kept = _readable(file, {name: values[name] for name in names})
-            refused = names - kept.keys()
-            return GenerationConfig.from_model_config(
-                {name: value for name, value in values.items() if name not in refused}
-            )
-
-
-def _readable(file: Path, values: dict[str, Any]) -> dict[str, Any]:
-    from transformers import GenerationConfig
-
-    kept = _consistent(GenerationConfig, values, strict=False)
-    left_out = {name: value for name, value in values.items() if name not in kept}
-    log.warning("%s: transformers refuses %s; left out", file, shown(left_out))
-    return kept
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8")))
-
-
 def savable(config: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Return a copy that `save_pretrained` accepts, and what had to be reset to its default.
+    """Return a copy that `save_pretrained` accepts, and the values that had to be reset.
 
     transformers refuses to save a changed config with values that contradict each other, such as
     a temperature without sampling or early stopping without beams, though it reads and ignores
-    them. Only these are reset; end tokens and everything consistent stay.
+    them. Only these are reset to their defaults; end tokens and everything consistent stay.
     """
-    kind, repaired = type(config), copy.deepcopy(config)
+    repaired = copy.deepcopy(config)
     with _quiet():
         try:
             repaired.validate(strict=True)
             return repaired, {}
-        except (ValueError, TypeError, AttributeError):
+        except _INVALID:
             pass
         values = {n: v for n, v in config.to_diff_dict().items() if not n.startswith("_")}
-        kept = _consistent(kind, values, strict=True)
+        kept = _consistent(type(config), values, strict=True)
         reset = {name: value for name, value in values.items() if name not in kept}
-        default = kind()
+        default = type(config)()
         for name in reset:
             if hasattr(default, name):
                 setattr(repaired, name, getattr(default, name))
@@ -116,8 +105,6 @@ def shown(values: Mapping[str, Any]) -> str:
 
 def end_with_turns(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add the tokens that end a turn of the tokenizer's chat template to `eos_token_id`."""
-    from ditty_di.models.tokenizer import end_of_turn_ids
-
     own = config.eos_token_id
     ends = [own] if isinstance(own, int) else list(own or ())
     if new := [token for token in end_of_turn_ids(tokenizer) if token not in ends]:
@@ -126,31 +113,31 @@ def end_with_turns(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase)
         config.eos_token_id = list(dict.fromkeys([*ends, *new]))
 
 
-def _consistent(kind: Any, values: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
-    """Return the values that a config of this class can have together.
+def _consistent(
+    make: Callable[..., GenerationConfig], values: Mapping[str, Any], *, strict: bool
+) -> dict[str, Any]:
+    """Return the values that a config can have together.
 
     One by one, as long as one fits those before: a temperature fits once sampling is on.
     """
+
+    def fits(candidate: dict[str, Any]) -> bool:
+        try:
+            make(**copy.deepcopy(candidate)).validate(strict=strict)
+        except _INVALID:
+            return False
+        return True
+
     kept: dict[str, Any] = {}
     left = dict(values)
-    while fits := next((n for n in left if _valid(kind, kept | {n: left[n]}, strict)), None):
-        kept[fits] = left.pop(fits)
-    return {name: value for name, value in values.items() if name in kept}
-
-
-def _valid(kind: Any, values: dict[str, Any], strict: bool) -> bool:
-    try:
-        kind(**copy.deepcopy(values)).validate(strict=strict)
-    except (ValueError, TypeError, AttributeError):
-        return False
-    return True
+    while name := next((name for name in left if fits(kept | {name: left[name]})), None):
+        kept[name] = left.pop(name)
+    return kept
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Run without transformers' own warnings about what is repaired here."""
-    from transformers.utils import logging as transformers_logging
-
+    """Hide transformers' own warnings about what is repaired here."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

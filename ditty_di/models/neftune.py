@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 
 def neftune(model: nn.Module, /, *, alpha: float = 5.0) -> nn.Module:
-    """Adds noise to the input embeddings of every training forward pass; names stay as they are.
+    """Add noise to the input embeddings in every training forward pass.
 
     The noise is uniform in (-1, 1) times `alpha / sqrt(L * d)` (Jain et al. 2023,
     arXiv:2310.05914, section 2), where `d` is the embeddings' width and `L` the length of the
     token's own sequence: with `position_ids` that restart (packed rows) that of its document, with
-    an `attention_mask` the row's tokens that are not masked (which get no noise, as in the
-    authors' training code), else the row with its padding (as in their README and in
-    transformers). The batch size has no part in it. What a decoder beside an encoder is fed has
-    noise too, with whole rows for `L`.
+    an `attention_mask` the number of the row's unmasked tokens (masked ones get no noise, as in
+    the authors' training code), else the row with its padding (as in their README and in
+    transformers). The batch size has no influence. A decoder beside an encoder gets noise too,
+    with whole rows for `L`.
 
-    There is none in evaluation mode or without gradients, so none in validation and generation.
-    Every rank has noise of its own, drawn from a seed that torch's global generator gives: a
-    resumed run goes on with the same.
+    There is no noise in evaluation mode or without gradients, so none in validation and
+    generation. Every rank draws its own noise, from a seed that torch's global generator gives: a
+    resumed run continues with the same.
 
     Args:
-        model: a Hugging Face model, with or without adapters.
+        model: a Hugging Face model, with or without adapters; the names of its parameters stay.
         alpha: the strength; 5, 10 and 15 are the paper's.
 
     Raises:
@@ -41,7 +41,7 @@ def neftune(model: nn.Module, /, *, alpha: float = 5.0) -> nn.Module:
 
 
 def _input_embeddings(model: Any) -> list[nn.Module]:
-    """Encoder and decoder may have tables of their own, which share their values only."""
+    """Return the embeddings; encoder and decoder may have tables that share only their values."""
     try:
         both = getattr(model.config, "is_encoder_decoder", False)
         parts = [model.get_encoder(), model.get_decoder()] if both else [model]
@@ -67,26 +67,24 @@ class _Noise:
         (mask, positions), self._masks = self._masks, (None, None)
         if not (module.training and torch.is_grad_enabled()):
             return None
-        shape = embedded.shape[:-1]
-        if mask is not None and mask.shape == shape:
-            real = mask != 0
-            lengths = real.sum(-1, keepdim=True).clamp(min=1)
+        shape, width = embedded.shape[:-1], embedded.shape[-1]  # [batch, seq], hidden
+        unmasked = mask != 0 if mask is not None and mask.shape == shape else None
+        if unmasked is not None:
+            lengths = unmasked.sum(-1, keepdim=True).clamp(min=1)  # [batch, 1]
         elif positions is not None and positions.dim() == 2:
-            real = None
-            lengths = document_lengths(positions.expand(shape))
+            lengths = document_lengths(positions.expand(shape))  # [batch, seq]
         else:
-            real = None
             lengths = torch.full((1,), shape[-1], device=embedded.device)
-        size = self.alpha * (lengths * embedded.shape[-1]).rsqrt()
-        if real is not None:
-            size = size * real
+        size = self.alpha * (lengths * width).rsqrt()
+        if unmasked is not None:
+            size = size * unmasked
         noise = torch.empty(embedded.shape, dtype=torch.float32, device=embedded.device)
         noise.uniform_(-1.0, 1.0, generator=own_generator(embedded.device)).mul_(size[..., None])
         return embedded + noise.to(embedded.dtype)
 
 
 def document_lengths(position_ids: Tensor) -> Tensor:
-    """How long each token's document is, where positions restart: both `[batch, seq]`."""
+    """Return the length of each token's document, where positions restart: both `[batch, seq]`."""
     starts = torch.ones_like(position_ids, dtype=torch.long)
     starts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
     document = starts.cumsum(-1) - 1
@@ -95,7 +93,7 @@ def document_lengths(position_ids: Tensor) -> Tensor:
 
 
 def own_generator(device: torch.device) -> torch.Generator:
-    """A generator for this rank alone, seeded by torch's global one, which all ranks move alike."""
+    """Return a generator for this rank, seeded from torch's global one, which all ranks share."""
     seed = int(torch.randint(2**62, ()))
     rank = dist.get_rank() if dist.is_initialized() else 0
     return torch.Generator(device).manual_seed((seed + rank * 0x9E3779B97F4A7C15) % 2**63)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 import ditty_di.compat  # noqa: F401
+
+# isort: split
+from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config
+from torchtitan.models.common.param_init import depth_scaled_std
+from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
+
 from ditty_di.models.weights import initialize, torchtitan
-
-if TYPE_CHECKING:
-    from torchtitan.models.llama3 import Llama3Model
-
 
 #: tokens [batch, seq] -> logits [batch, seq, vocab]
 CONTRACT = "0:2:i64 -> logits:3:f"
@@ -32,49 +36,40 @@ def llama3(
     rope_theta: float = 10000.0,
     inner_attention: Any = None,
 ) -> Llama3Model:
-    """Return a Llama 3 of torchtitan on meta, with torchtitan's initialization as its weights.
-
-    Args:
-        dim: features of a token.
-        n_layers: blocks.
-        n_heads: attention heads per block.
-        vocab_size: tokens; None takes the size of `tokenizer`.
-        max_seq_len: longest row, in tokens; None takes the `model_max_length` of `tokenizer`.
-        tokenizer: a transformers tokenizer.
-        n_kv_heads: key and value heads per block; None is `n_heads`.
-        rope_theta: base of the rotary frequencies.
-        hidden_dim: of the feed-forward layers; 8/3 of `dim`, rounded up to 64, when None.
-        inner_attention: a torchtitan attention configuration; None is scaled dot-product
-            attention, the one that also trains on a CPU.
+    """Build a Llama 3 of torchtitan, whose `default_weights` run its own initialisers.
 
     The standard deviations are torchtitan's (`models/llama3/__init__.py`): 0.02 for input
     projections, 0.02 / sqrt(2 * (layer + 1)) for output projections, 1 / sqrt(dim) for the head.
-    """
-    from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
-    from torchtitan.models.common.attention import ScaledDotProductAttention
-    from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config
-    from torchtitan.models.common.param_init import depth_scaled_std
-    from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
 
+    Args:
+        vocab_size: number of tokens; None is that of `tokenizer`.
+        dim: width of the hidden states.
+        n_layers: number of blocks.
+        n_heads: attention heads.
+        max_seq_len: longest sequence, in tokens; None is `model_max_length` of `tokenizer`.
+        tokenizer: a transformers tokenizer.
+        n_kv_heads: heads of keys and values; None is `n_heads`.
+        hidden_dim: width of the feed-forward layers; None is 8/3 of `dim`, rounded up to 64.
+        rope_theta: base of the rotary frequencies.
+        inner_attention: an attention configuration of torchtitan; None is scaled dot-product
+            attention, which also trains on a CPU.
+    """
     vocab_size = len(tokenizer) if vocab_size is None else vocab_size
     max_seq_len = tokenizer.model_max_length if max_seq_len is None else max_seq_len
     hidden_dim = hidden_dim or (8 * dim // 3 + 63) // 64 * 64
-    ones = {"weight": nn.init.ones_}
-
-    def norm() -> RMSNorm.Config:
-        return RMSNorm.Config(normalized_shape=dim, param_init=ones)
+    norm = RMSNorm.Config(normalized_shape=dim, param_init={"weight": nn.init.ones_})
 
     def block(layer: int) -> Llama3TransformerBlock.Config:
-        entering, leaving = _normal(0.02), _normal(depth_scaled_std(0.02, layer))
+        inputs, outputs = _normal(0.02), _normal(depth_scaled_std(0.02, layer))
         return Llama3TransformerBlock.Config(
-            attention_norm=norm(),
-            ffn_norm=norm(),
+            attention_norm=norm,
+            ffn_norm=norm,
             attention=make_gqa_config(
                 dim=dim,
                 n_heads=n_heads,
                 n_kv_heads=n_kv_heads,
-                wqkv_param_init=entering,
-                wo_param_init=leaving,
+                wqkv_param_init=inputs,
+                wo_param_init=outputs,
                 inner_attention=inner_attention or ScaledDotProductAttention.Config(),
                 fuse_qkv=True,
                 rope=ComplexRoPE.Config(
@@ -82,7 +77,7 @@ def llama3(
                 ),
             ),
             feed_forward=make_ffn_config(
-                dim=dim, hidden_dim=hidden_dim, w1_param_init=entering, w2w3_param_init=leaving
+                dim=dim, hidden_dim=hidden_dim, w1_param_init=inputs, w2w3_param_init=outputs
             ),
         )
 
@@ -92,7 +87,7 @@ def llama3(
         tok_embeddings=Embedding.Config(
             num_embeddings=vocab_size, embedding_dim=dim, param_init=_normal(1.0)
         ),
-        norm=norm(),
+        norm=norm,
         lm_head=Linear.Config(
             in_features=dim, out_features=vocab_size, param_init=_normal(dim**-0.5)
         ),
@@ -109,5 +104,5 @@ llama3.contract = CONTRACT  # type: ignore[attr-defined]
 
 
 def _normal(std: float) -> dict[str, Any]:
-    """A normal distribution cut at three standard deviations."""
+    """Return initialisers for a normal distribution cut at three standard deviations."""
     return {"weight": partial(nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)}

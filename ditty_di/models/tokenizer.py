@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ditty_di.models.files import ModelFiles
 
 
 def from_pretrained(
@@ -20,24 +21,22 @@ def from_pretrained(
     chat_template: str | None = None,
     model_max_length: int | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, or of the hub's `user/name`.
+    """Load the tokenizer of a folder or hub id.
 
     Args:
-        special_tokens: are added where the vocabulary lacks them; a model that is given this
-            tokenizer grows its embeddings to match.
-        chat_template: a Jinja template, or the file that holds one, in place of the tokenizer's.
-        model_max_length: in tokens, in place of the tokenizer's.
+        path: a folder, or the hub's `user/name`.
+        revision: branch, tag or commit on the hub; None is its main branch.
+        special_tokens: added where the vocabulary lacks them; a model that is given this tokenizer
+            grows its embeddings to match.
+        chat_template: a Jinja template, or a file with one, that replaces the tokenizer's.
+        model_max_length: in tokens; replaces the tokenizer's.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `ModelFiles`.
         ValueError: no tokenizer there, or one without an end-of-sequence token, which a model
             needs to learn where to stop.
     """
-    from transformers import AutoTokenizer
-
-    from ditty_di.models.files import ModelFiles
-
-    ModelFiles(path, revision).find("tokenizer_config.json")  # says better what is wrong
+    ModelFiles(path, revision).find("tokenizer_config.json")  # has the clearer error messages
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError, KeyError) as error:
@@ -74,7 +73,7 @@ def end_of_turn_ids(tokenizer: Any) -> list[int]:
     That is the first special token behind the content of the last turn (`<|im_end|>`, `<|eot_id|>`,
     `</s>`). A template that closes no turn ends it where the next one begins: there it is the first
     special token of a user's and of a tool's turn (`<|user|>`, `<|observation|>`). Added tokens
-    that are not marked as special are taken where no special one follows.
+    that are not marked as special count where no special one follows.
 
     Empty without a chat template, and for one that ends turns with plain text. `eos_token_id` is
     in the list only where the template renders it.
@@ -90,8 +89,8 @@ def end_of_turn_ids(tokenizer: Any) -> list[int]:
 def user_turn(tokenizer: Any) -> tuple[str, str]:
     """Return what the chat template writes before and behind the content of a user's last turn.
 
-    Before it is what is the same in the first turn and in a later one, without BOS; behind it what
-    comes up to and with the first special token. Empty without a chat template.
+    Before it is what is the same in the first turn and in a later one, without BOS; behind it the
+    text up to and including the first special token. Empty without a chat template.
     """
     if not getattr(tokenizer, "chat_template", None):
         return "", ""
@@ -110,9 +109,9 @@ def user_turn(tokenizer: Any) -> tuple[str, str]:
     return opening, behind[: end.end()] if end else behind
 
 
-# Turns that may follow an answer.
+#: Roles of turns that may follow an answer.
 _NEXT_ROLES = ("user", "tool")
-# Words that no template holds by itself, to find the contents in the rendered text.
+#: Contents that no template contains by itself, so that they can be found in the rendered text.
 _QUESTION, _ANSWER, _NEXT = "qvestion1", "ansver2", "nekst3"
 
 
@@ -127,13 +126,13 @@ def _behind_answer(tokenizer: Any, next_role: str | None = None) -> str:
 def _rendered(tokenizer: Any, turns: list[tuple[str, str]], **options: Any) -> str:
     """Return a conversation as the template renders it.
 
-    Empty where the template refuses the conversation or does not write contents as they are.
+    Empty where the template refuses the conversation or changes its contents.
     """
     for content in (str, lambda text: [{"type": "text", "text": text}]):
         messages = [{"role": role, "content": content(text)} for role, text in turns]
         try:
             text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-        except Exception:  # a template is code: it may raise anything for what it does not take
+        except Exception:  # a template is code and may raise anything
             continue
         if all(word in text for _, word in turns):
             return text
@@ -146,8 +145,5 @@ def _first_marker(tokenizer: Any, text: str) -> int | None:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     words = {i for i, token in added.items() if token.content.strip(" \t\r\n▁")}
-    for markers in (special, words):
-        for token in ids:
-            if token in markers:
-                return int(token)
-    return None
+    found = (token for markers in (special, words) for token in ids if token in markers)
+    return next(map(int, found), None)

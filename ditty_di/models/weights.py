@@ -1,9 +1,9 @@
-"""Filling a parallelised model with random numbers: the same values on any layout.
+"""Fill a parallelised model with random numbers: the same values on any layout.
 
-A model comes here with its parameters allocated and uninitialised: `materialize` fills them with
-NaN (integers with their smallest value), so that a tensor which nobody set is found before the
-first step, not in the loss. Bytes have no such value, but packed ones have their scales beside
-them. `ditty_di.models.pretrained` reads files.
+The model's tensors are allocated and uninitialised: `materialize` fills them with NaN (integers
+with their smallest value), so that a tensor which was never set is found before the first step,
+not in the loss. Bytes have no such value, but packed ones have their scales beside them.
+`ditty_di.models.pretrained` reads files.
 """
 
 from __future__ import annotations
@@ -11,27 +11,39 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ditty_di.names import base_fqn, canonical_fqn
 from ditty_di.seed import run_seed
 
+#: Initialises one module.
+InitModule = Callable[[nn.Module], None]
+
 
 def is_meta(model: nn.Module) -> bool:
-    """Whether anything of the model still has no memory."""
+    """Return whether any tensor of the model is on the meta device."""
     return any(t.is_meta for _, t in _tensors(model))
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
-    """Gives every meta tensor of the model memory on `device`, filled with what says "unset".
+    """Allocate every meta tensor of the model, filled with values that mark it as unset.
 
-    Tied parameters stay tied (`nn.Module.to_empty` alone unties them), and what already has
-    values keeps them.
+    Tied parameters stay tied (`nn.Module.to_empty` alone unties them). A model that has its values
+    is not changed.
+
+    Args:
+        model: all of it on meta, or none.
+        device: where to allocate.
+
+    Raises:
+        ValueError: some tensors are on meta and others are not.
     """
     owners = defaultdict(list)
     for module in model.modules():
@@ -57,7 +69,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def unset(model: nn.Module) -> list[str]:
-    """Names of parameters and buffers that are on meta, hold NaN, or integers as they were made."""
+    """Return the names of tensors that are on meta, hold NaN, or integers as allocated."""
     return [name for name, t in _tensors(model) if t.is_meta or _is_unset(local(t))]
 
 
@@ -68,7 +80,7 @@ def _unset_value(dtype: torch.dtype) -> float | int:
 
 
 def _is_unset(tensor: Tensor) -> bool:
-    """By pieces: a mask of a large embedding would be half as large again."""
+    """Compare piece by piece: a mask of a large embedding would be half as large again."""
     value = _unset_value(tensor.dtype)
     if value == 0 or not tensor.numel():
         return False
@@ -78,11 +90,11 @@ def _is_unset(tensor: Tensor) -> bool:
     return all(bool((piece == value).all()) for piece in pieces)
 
 
-# -- what initialises one module -----------------------------------------------------------------
+# -- initialisers of one module, by library -------------------------------------------------------
 
 
-def torch_reset(model: nn.Module) -> Callable[[nn.Module], None]:
-    """PyTorch's convention: a module initialises itself in `reset_parameters()`."""
+def torch_reset(model: nn.Module) -> InitModule:
+    """Return PyTorch's initialiser: a module's own `reset_parameters()`."""
 
     def init(module: nn.Module) -> None:
         reset = getattr(module, "reset_parameters", None)
@@ -92,20 +104,26 @@ def torch_reset(model: nn.Module) -> Callable[[nn.Module], None]:
     return init
 
 
-def hugging_face(model: nn.Module) -> Callable[[nn.Module], None]:
-    """transformers' convention: the model's `_init_weights(module)`, rotary buffers included.
+def hugging_face(model: nn.Module) -> InitModule:
+    """Return transformers' initialiser: the model's `_init_weights(module)`, buffers included.
 
-    The model may be inside others, such as peft's. A quantised layer makes its own random values.
-    What `_init_weights` leaves has the value that the model's constructor gives it; for the few
-    models that have such tensors, each rank constructs the whole model on the CPU.
+    A quantised layer draws its own random values. What `_init_weights` leaves unset gets the value
+    of the model's constructor; for the few models that have such tensors, each rank constructs the
+    whole model on the CPU.
+
+    Args:
+        model: of transformers, also inside others such as peft's.
+
+    Raises:
+        ValueError: there is no model of transformers in it.
     """
-    if transformers_model(model)[1] is None:
+    prefix, base = transformers_model(model)
+    if base is None:
         raise ValueError(
-            f"weights: {type(model).__name__} has no _init_weights, so it is no model of "
+            f"weights: {type(model).__name__} has no _init_weights, so it is not a model of "
             f"transformers; choose another init, such as weights=torch"
         )
     initialize = initializer(model)
-    prefix, base = transformers_model(model)
     paths = {id(m): base_fqn(n.removeprefix(prefix).lstrip(".")) for n, m in model.named_modules()}
     constructed: list[Any] = []
 
@@ -132,19 +150,24 @@ def hugging_face(model: nn.Module) -> Callable[[nn.Module], None]:
 
 
 def _constructed(base: Any) -> Any:
-    """A model of the class of `base` as its constructor leaves it, whole on the CPU."""
-    from ditty_di.models.conversion import own_class
-
+    """Return a model of the class of `base` as its constructor leaves it, whole on the CPU."""
     config, seed = copy.deepcopy(base.config), torch.initial_seed()
     with torch.device("cpu"), torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return own_class(base)(config)
 
 
-def initializer(model: nn.Module) -> Callable[[nn.Module], None]:
-    """The `_init_weights` of the innermost model of transformers that a module is in.
+def own_class(model: Any) -> Any:
+    """Return the class that a model had before `fully_shard` added one of its own."""
+    from torch.distributed.fsdp import FSDPModule
 
-    A model may be made of others, such as a text and a vision model, each with its own.
+    return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+
+
+def initializer(model: nn.Module) -> InitModule:
+    """Return a function that calls `_init_weights` of the innermost transformers model around it.
+
+    A model may consist of others, such as a text and a vision model, each with its own.
     """
     owners: dict[int, Any] = {}
 
@@ -160,13 +183,13 @@ def initializer(model: nn.Module) -> Callable[[nn.Module], None]:
 
 
 def transformers_model(model: nn.Module) -> tuple[str, Any]:
-    """(path, module) of the outermost model of transformers in it; ("", None) without one."""
+    """Return (path, module) of the outermost model of transformers in it; ("", None) without."""
     found = ((path, m) for path, m in model.named_modules() if hasattr(type(m), "_init_weights"))
     return next(found, ("", None))
 
 
-def torchtitan(model: nn.Module) -> Callable[[nn.Module], None]:
-    """torchtitan's convention: each module's own `param_init`, then its own buffers."""
+def torchtitan(model: nn.Module) -> InitModule:
+    """Return torchtitan's initialiser: each module's own `param_init`, then its buffers."""
 
     def init(module: nn.Module) -> None:
         titan: Any = module
@@ -177,7 +200,7 @@ def torchtitan(model: nn.Module) -> Callable[[nn.Module], None]:
     return init
 
 
-# -- the weights slot -----------------------------------------------------------------------------
+# -- the weights function -------------------------------------------------------------------------
 
 
 def initialize(
@@ -186,19 +209,20 @@ def initialize(
     *,
     device: torch.device,
     seed: int | None = None,
-    init: Callable[[nn.Module], Callable[[nn.Module], None]] = torch_reset,
+    init: Callable[[nn.Module], InitModule] = torch_reset,
 ) -> None:
-    """Initialises from random numbers that depend on the seed and each module's name only.
+    """Initialise from random numbers that depend on the seed and each module's name only.
 
-    Unit by unit (a repeated block, an embedding, ...), the unsharded tensors are made, initialised
-    module by module with a generator seeded by (seed, name), and this rank's slices are copied
-    into place: any number of ranks and any layout gives the same model, and no rank holds more
-    than one unit unsharded.
+    Unit by unit (a repeated block, an embedding, ...), the unsharded tensors are allocated,
+    initialised module by module with a generator seeded by (seed, name), and this rank's slices
+    are copied: any layout gives the same model, and no rank holds more than one unsharded unit.
 
     Args:
+        model: allocated by `materialize`.
+        device: of the model.
         seed: of all values; None is the run's seed (`ditty_di.seed`).
-        init: takes the model, returns the function that initialises one module. It is called for
-            children before their parents, as `nn.Module.apply` does.
+        init: returns the initialiser of one module for the model. It is called for children
+            before their parents, as by `nn.Module.apply`.
     """
     seed = run_seed() if seed is None else seed
     init_module = init(model)
@@ -209,81 +233,15 @@ def initialize(
             names = {id(m): name for name, m in unit.named_modules(prefix=path)}
             with unsharded(modules, done):
                 for module in reversed(modules):
-                    torch.manual_seed(_seed(seed, canonical_fqn(names[id(module)])))
+                    torch.manual_seed(derived_seed(seed, canonical_fqn(names[id(module)])))
                     init_module(module)
             for name, child in [] if whole_tree else unit.named_children():
-                torch.manual_seed(_seed(seed, canonical_fqn(f"{path}>{name}")))
-                _reach(unit, child, init_module)
-
-
-def _reach(parent: nn.Module, child: nn.Module, init_module: Callable[[nn.Module], None]) -> None:
-    """What a module's own initialisation writes into a child, as T5's does into its embedding.
-
-    The child's own parameters are whole for it, one child after another, and nothing else has
-    values: so what it gets is the same whether it is sharded or not.
-    """
-    wholes = {
-        id(p): torch.full(p.shape, _unset_value(p.dtype), dtype=p.dtype, device=local(p).device)
-        for p in child.parameters(recurse=False)
-    }
-    if not wholes:
-        return
-    tables: list[dict[str, Any]] = [
-        table for module in parent.modules() for table in (module._parameters, module._buffers)
-    ]
-    kept = [(table, name, x) for table in tables for name, x in table.items() if x is not None]
-    for table, name, tensor in kept:
-        scratch = wholes.get(id(tensor))
-        scratch = torch.empty_like(local(tensor), device="meta") if scratch is None else scratch
-        table[name] = nn.Parameter(scratch, requires_grad=False)
-    try:
-        init_module(parent)
-    finally:
-        for table, name, tensor in kept:
-            table[name] = tensor
-    for parameter in child.parameters(recurse=False):
-        whole = wholes[id(parameter)]
-        if not _is_unset(whole):
-            local(parameter).copy_(whole[slices(parameter)])
-
-
-# -- tensors and their shards ------------------------------------------------------------------
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it, to be written to."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.data
-
-
-def slices(tensor: Tensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this rank holds."""
-    if not isinstance(tensor, DTensor):
-        return tuple(slice(0, n) for n in tensor.shape)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-
-
-def generator_for(seed: int, name: str) -> torch.Generator:
-    """Random numbers on the CPU that depend on the seed and the name only."""
-    return torch.Generator().manual_seed(_seed(seed, name))
-
-
-def _seed(seed: int, name: str) -> int:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
+                torch.manual_seed(derived_seed(seed, canonical_fqn(f"{path}>{name}")))
+                _init_child(unit, child, init_module)
 
 
 def _units(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
-    """(path, module, with all that is below it): largest subtrees without repeated blocks."""
+    """Yield (path, module, with its subtree): largest subtrees without repeated blocks."""
     if not any(isinstance(m, nn.ModuleList | nn.ModuleDict) for m in model.modules()):
         yield path, model, True
         return
@@ -292,41 +250,119 @@ def _units(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, b
     yield path, model, False
 
 
-class unsharded:
-    """Within it, the modules' own sharded tensors are whole; then slices are copied back.
+def _init_child(parent: nn.Module, child: nn.Module, init_module: InitModule) -> None:
+    """Apply what a parent's initialisation writes into a child, as T5's does to its embedding.
 
-    Tensors in `done` (tied to one that has its values) are scratch within it, and stay as they
-    were.
+    The child's own parameters are unsharded for it, one child after another, and everything else
+    is on meta: so the values do not depend on the sharding.
     """
+    wholes = {id(p): _unset_like(p) for p in child.parameters(recurse=False)}
+    if not wholes:
+        return
 
-    def __init__(self, modules: list[nn.Module], done: set[int]) -> None:
-        self.modules, self.done = modules, done
+    def replacement(tensor: Tensor) -> Tensor:
+        whole = wholes.get(id(tensor))
+        return torch.empty_like(local(tensor), device="meta") if whole is None else whole
 
-    def __enter__(self) -> None:
-        self.swapped: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-        for module in self.modules:
+    with swapped(parent.modules(), replacement):
+        init_module(parent)
+    for parameter in child.parameters(recurse=False):
+        whole = wholes[id(parameter)]
+        if not _is_unset(whole):
+            local(parameter).copy_(whole[slices(parameter)])
+
+
+# -- tensors and their shards ---------------------------------------------------------------------
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, to be written to."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.data
+
+
+def slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Return which part of the whole tensor this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, n) for n in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """Return a seed that depends on a seed and a name only."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """Return a CPU generator that depends on a seed and a name only."""
+    return torch.Generator().manual_seed(derived_seed(seed, name))
+
+
+def _unset_like(tensor: Tensor) -> Tensor:
+    """Return an unsharded tensor of the same shape, marked as unset."""
+    value, device = _unset_value(tensor.dtype), local(tensor).device
+    return torch.full(tensor.shape, value, dtype=tensor.dtype, device=device)
+
+
+@contextmanager
+def swapped(
+    modules: Iterable[nn.Module], replacement: Callable[[Tensor], Tensor | None]
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Replace the modules' own parameters and buffers within the context.
+
+    Args:
+        modules: without their children.
+        replacement: returns the tensor to use instead of one; None keeps that.
+
+    Yields:
+        A list that has the pairs (own tensor, last value of its replacement) after the context.
+    """
+    entries: list[tuple[dict[str, Any], str, Tensor]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
+    try:
+        for module in modules:
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for table in tables:
                 for name, tensor in table.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) in self.done or isinstance(tensor, DTensor):
-                        whole = torch.full(
-                            tensor.shape,
-                            _unset_value(tensor.dtype),
-                            dtype=tensor.dtype,
-                            device=local(tensor).device,
-                        )
-                        scratch = nn.Parameter(whole, requires_grad=False)
-                        self.swapped.append((table, name, tensor, scratch))
-                        table[name] = scratch
-                    else:
-                        self.done.add(id(tensor))
-
-    def __exit__(self, *error: object) -> None:
-        for table, name, tensor, whole in self.swapped:
+                    new = None if tensor is None else replacement(tensor)
+                    if new is not None:
+                        entries.append((table, name, tensor))
+                        table[name] = nn.Parameter(new, requires_grad=False)
+        yield pairs
+        pairs += [(tensor, table[name]) for table, name, tensor in entries]
+    finally:
+        for table, name, tensor in entries:
             table[name] = tensor
-            here = local(tensor)
-            if id(tensor) not in self.done and here.numel():
-                here.copy_(whole[slices(tensor)])
-            self.done.add(id(tensor))
+
+
+@contextmanager
+def unsharded(modules: list[nn.Module], done: set[int]) -> Iterator[None]:
+    """Make the modules' own sharded tensors whole within the context, then copy slices back.
+
+    Args:
+        modules: without their children.
+        done: ids of tensors that have their values (tied to others): what is written to them is
+            dropped. Those of the modules are added.
+    """
+
+    def replacement(tensor: Tensor) -> Tensor | None:
+        if id(tensor) in done or isinstance(tensor, DTensor):
+            return _unset_like(tensor)
+        done.add(id(tensor))
+        return None
+
+    with swapped(modules, replacement) as pairs:
+        yield
+    for tensor, whole in pairs:
+        here = local(tensor)
+        if id(tensor) not in done and here.numel():
+            here.copy_(whole[slices(tensor)])
+        done.add(id(tensor))

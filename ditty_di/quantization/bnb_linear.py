@@ -1,4 +1,4 @@
-"""bitsandbytes' own layers, filled one by one while a base is read, with their traps closed."""
+"""bitsandbytes' layers, filled from a pretrained weight, with workarounds for their pitfalls."""
 
 from __future__ import annotations
 
@@ -9,15 +9,52 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ditty_di.quantization.linear import Read
+from ditty_di.quantization.linear import Read, require_shape
 
 
-class Linear4bit(bnb.nn.Linear4bit):
+class _Filled:
+    """Mixin of layers of bitsandbytes that make their weight from a pretrained one."""
+
+    def fill_from(self, read: Read) -> None:
+        """Read and quantise the pretrained `weight`."""
+        layer: Any = self
+        if isinstance(layer.weight, DTensor):
+            raise ValueError(
+                "bitsandbytes' layers cannot be sharded; use quantize=nf4 or quantize=int8, or one "
+                "process (launcher.nproc=1)"
+            )
+        # In the model's dtype, as transformers quantises it: what is dequantised has it then.
+        weight = read("weight", None).to(layer.dtype)
+        require_shape(layer, weight)
+        layer.weight = layer.quantized(weight, layer.weight.device)
+
+    def reset_parameters(self) -> None:
+        """Draw random values, uniform within 1 / sqrt(in)."""
+        layer: Any = self
+        if layer.weight.dtype.is_floating_point:
+            return  # called by the constructor of nn.Linear, before there is a packed weight
+        bound = layer.in_features**-0.5
+        shape = (layer.out_features, layer.in_features)
+        values = torch.empty(shape, device=layer.weight.device).uniform_(-bound, bound)
+        self.fill_from(lambda name, index: values)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+class Linear4bit(_Filled, bnb.nn.Linear4bit):
     """`bitsandbytes.nn.Linear4bit` in NF4 that makes its weight from a pretrained one.
 
     Until then the weight is uint8 of the packed size, so that a model on meta gets no more memory
     than it needs. On CPUs with AVX512-BF16 the stock layer repacks the weight in its first
-    evaluation and has no input gradient ever after; this one does not.
+    evaluation and has no input gradient afterwards; this one does not.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        bias: kept as it is, or None.
+        dtype: of `dequantize()`.
+        device: of the packed weight.
+        double_quant: bitsandbytes' `compress_statistics`.
     """
 
     def __init__(
@@ -30,48 +67,40 @@ class Linear4bit(bnb.nn.Linear4bit):
         device: torch.device | str | None = None,
         double_quant: bool = True,
     ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            bias=False,
-            compress_statistics=double_quant,
-            quant_type="nf4",
-            device="meta",
-        )
-        self.dtype, self.double_quant = dtype, double_quant
+        options: dict[str, Any] = {"compress_statistics": double_quant, "quant_type": "nf4"}
+        super().__init__(in_features, out_features, bias=False, device="meta", **options)
+        self.dtype, self._options = dtype, options
         self.support_avx512bf16_for_cpu = False
         self.register_parameter("bias", bias)
         size = -(-in_features * out_features // 2)
         packed = torch.empty(size, 1, dtype=torch.uint8, device=device)
         self.weight = self._parameter(packed, bnb_quantized=True)
 
-    def fill_from(self, read: Read) -> None:
-        """Reads and quantises the weight."""
-        weight = _whole(self, read)
-        # On the way to a device it quantises itself.
-        self.weight = self._parameter(weight, bnb_quantized=False).to(self.weight.device)
+    def quantized(self, weight: Tensor, device: torch.device) -> nn.Parameter:
+        """Return a weight as a parameter on a device; it quantises itself on the way."""
+        return self._parameter(weight, bnb_quantized=False).to(device)
 
     def dequantize(self) -> Tensor:
-        """`[out, in]` in the dtype that the layer was made with."""
+        """Return the weight `[out, in]` in the dtype that the layer was made with."""
         return bnb.functional.dequantize_4bit(self.weight.data, self.quant_state).to(self.dtype)
-
-    def reset_parameters(self) -> None:
-        """Random values, uniform within 1 / sqrt(in)."""
-        _reset(self)
 
     def _parameter(self, data: Tensor, *, bnb_quantized: bool) -> Any:
         return bnb.nn.Params4bit(
-            data,
-            requires_grad=False,
-            compress_statistics=self.double_quant,
-            quant_type="nf4",
-            module=self,
-            bnb_quantized=bnb_quantized,
+            data, requires_grad=False, module=self, bnb_quantized=bnb_quantized, **self._options
         )
 
 
-class Linear8bit(bnb.nn.Linear8bitLt):
-    """`bitsandbytes.nn.Linear8bitLt` that makes its weight from a pretrained one."""
+class Linear8bit(_Filled, bnb.nn.Linear8bitLt):
+    """`bitsandbytes.nn.Linear8bitLt` that makes its weight from a pretrained one.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        bias: kept as it is, or None.
+        dtype: of `dequantize()`.
+        device: of the packed weight.
+        threshold: inputs beyond it are multiplied in 16 bits.
+    """
 
     def __init__(
         self,
@@ -83,60 +112,23 @@ class Linear8bit(bnb.nn.Linear8bitLt):
         device: torch.device | str | None = None,
         threshold: float = 6.0,
     ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            bias=False,
-            has_fp16_weights=False,
-            threshold=threshold,
-            device="meta",
-        )
+        options: dict[str, Any] = {"has_fp16_weights": False, "threshold": threshold}
+        super().__init__(in_features, out_features, bias=False, device="meta", **options)
         self.dtype = dtype
         self.register_parameter("bias", bias)
         packed = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
 
-    def fill_from(self, read: Read) -> None:
-        """Reads and quantises the weight."""
-        weight = _whole(self, read)
-        device = self.weight.device
-        # It quantises on the way from the CPU only.
-        weight = weight.cpu()
-        parameter: Any = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        self.weight = parameter.to(device)
+    def quantized(self, weight: Tensor, device: torch.device) -> nn.Parameter:
+        """Return a weight as a parameter on a device; it is quantised on its way from the CPU."""
+        parameter: Any = bnb.nn.Int8Params(
+            weight.cpu(), requires_grad=False, has_fp16_weights=False
+        )
+        return parameter.to(device)
 
     def dequantize(self) -> Tensor:
-        """`[out, in]` in the dtype that the layer was made with."""
+        """Return the weight `[out, in]` in the dtype that the layer was made with."""
         weight, state = cast(Any, self.weight), cast(Any, self.state)
         # The first forward moves it from the one to the other.
         scale = state.SCB if weight.SCB is None else weight.SCB
         return (weight.data * (scale.view(-1, 1) / 127.0)).to(self.dtype)
-
-    def reset_parameters(self) -> None:
-        """Random values, uniform within 1 / sqrt(in)."""
-        _reset(self)
-
-
-def _whole(layer: Any, read: Read) -> Tensor:
-    if isinstance(layer.weight, DTensor):
-        raise ValueError(
-            "bitsandbytes' layers cannot be sharded; use quantize=nf4 or quantize=int8, or one "
-            "process (launcher.nproc=1)"
-        )
-    # In the model's dtype, as transformers quantises it: what is dequantised has it then.
-    weight = read("weight", None).to(layer.dtype)
-    wanted = (layer.out_features, layer.in_features)
-    if tuple(weight.shape) != wanted:
-        raise ValueError(f"weight: {list(weight.shape)} there, {list(wanted)} in the model")
-    return weight
-
-
-def _reset(layer: Any) -> None:
-    if layer.weight.dtype.is_floating_point:
-        return  # the constructor of nn.Linear calls it, before there is a packed weight
-    bound = layer.in_features**-0.5
-    shape = (layer.out_features, layer.in_features)
-    values = torch.empty(shape, device=layer.weight.device).uniform_(-bound, bound)
-    layer.fill_from(lambda name, index: values)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)

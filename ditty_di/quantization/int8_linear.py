@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ditty_di.models.weights import local
 from ditty_di.quantization.linear import Decoder, QuantizedLinear, frozen
 
 
 def decode(dtype: torch.dtype, in_features: int, qweight: Tensor, scale: Tensor) -> Tensor:
-    """`[out, in]`; exact in bfloat16 up to the rounding of the product."""
+    """Return the weight `[out, in]`; exact in bfloat16 up to the rounding of the product."""
     return qweight.to(dtype) * scale.to(dtype)
 
 
@@ -18,7 +17,14 @@ class Int8Linear(QuantizedLinear):
     """8 bits a weight: `qweight` int8 `[out, in]`, `scale` bfloat16 `[out, 1]`.
 
     The scale is the row's largest absolute value / 127. It is bfloat16, so that mixed precision
-    in bfloat16 gathers it as it is.
+    in bfloat16 gathers it unchanged.
+
+    Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        bias: kept as it is, or None.
+        dtype: of `dequantize()`.
+        device: of the packed tensors.
     """
 
     def __init__(
@@ -35,17 +41,16 @@ class Int8Linear(QuantizedLinear):
         self.scale = frozen(out_features, 1, torch.bfloat16, device)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return rows of the weight as `qweight` and `scale`."""
         weight = weight.float()
         scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16()
         steps = weight / scale.float().clamp_min(1e-38)
         return {"qweight": steps.round().clamp(-127, 127).to(torch.int8), "scale": scale}
 
     def packed(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors that `decode` takes."""
         return self.qweight, self.scale
 
     def decoder(self, device: torch.device) -> Decoder:
+        """Return `decode`."""
         return decode
-
-    def alone(self) -> Int8Linear:
-        device = local(self.qweight).device
-        return Int8Linear(self.in_features, self.out_features, dtype=self.dtype, device=device)

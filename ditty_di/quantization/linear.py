@@ -1,4 +1,4 @@
-"""What linear layers with a frozen weight of a few plain tensors of 4 or 8 bits share.
+"""Base classes of linear layers with a frozen weight packed in 4 or 8 bits.
 
 `qweight` and `scale` are ordinary parameters that need no gradient, with one row for each row of
 the weight: sharding, checkpoints and the meta device treat them as any other.
@@ -16,25 +16,27 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ditty_di.models.weights import local, slices
 
-#: `read(name, index)`: the pretrained tensor of that name in this module, or the part that the
-#: slices of `index` say.
+#: `read(name, index)`: the pretrained tensor of that name in this module, or the part of it given
+#: by the slices of `index`.
 Read = Callable[[str, Any], Tensor]
 
 #: `(dtype, in_features, *packed) -> [rows, in_features]`
 Decoder = Callable[..., Tensor]
 
 #: Weights that are quantised at a time: float32 copies of them are what a load needs beside the
-#: packed tensors. Fewer on a CPU, where there is less to gain from many.
+#: packed tensors. Fewer on a CPU, where larger pieces gain little.
 _CPU_PIECE, _PIECE = 1 << 18, 1 << 24
 
 
 class QuantizedLinear(nn.Module):
-    """What the layers share; a subclass says how to encode and decode.
+    """A linear layer whose weight is kept as packed tensors; subclasses encode and decode.
 
     Args:
-        in_features, out_features: of the layer.
-        bias: its bias, which stays as it is, or None.
-        dtype: of `dequantize()`; the product takes the input's dtype.
+        in_features: size of the input.
+        out_features: size of the output.
+        bias: kept as it is, or None.
+        dtype: of `dequantize()`; the product has the input's dtype.
+        options: further arguments of the subclass, to build another layer like this one.
     """
 
     qweight: nn.Parameter
@@ -42,57 +44,66 @@ class QuantizedLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: nn.Parameter | None, dtype: torch.dtype
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.options = options
         self.register_parameter("bias", bias)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Some rows of the weight as the module's packed tensors, by name."""
+        """Return rows of the weight `[rows, in]` as the module's packed tensors, by name."""
         raise NotImplementedError
 
     def packed(self) -> tuple[Tensor | None, ...]:
-        """What a decoder takes, of the tensors as they are now."""
+        """Return the tensors that a decoder takes."""
         raise NotImplementedError
 
     def decoder(self, device: torch.device) -> Decoder:
-        """What decodes them on this device."""
-        raise NotImplementedError
-
-    def alone(self) -> QuantizedLinear:
-        """An unfilled layer like this one, unsharded and without bias, on the same device."""
+        """Return the function that decodes on a device."""
         raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
-        """The dequantised weight, made anew each time: for code that looks at its dtype."""
+        """The dequantised weight, computed each time: for code that looks at its dtype."""
         return self.dequantize()
 
     def dequantize(self) -> Tensor:
-        """`[out, in]`, or this rank's rows of it where the parameters are sharded."""
+        """Return the weight `[out, in]`, or this rank's rows of it where it is sharded."""
         packed = [None if t is None else local(t) for t in self.packed()]
         decode = self.decoder(local(self.qweight).device)
         return decode(self.dtype, self.in_features, *packed)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in]` to `[..., out]`, in the dtype of `x` (or of autocast)."""
+        """Return the product `[..., out]` for `x` `[..., in]`, in the dtype of `x` or autocast."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return _Product.apply(x, self.bias, self.decoder(x.device), *self.packed())
 
     def fill_from(self, read: Read) -> None:
-        """Reads and quantises the rows that this rank holds, a piece at a time.
+        """Read and quantise the rows that this rank holds, piece by piece.
+
+        Args:
+            read: reads the pretrained `weight`.
 
         Raises:
-            ValueError: the pretrained weight has another shape, or the parameters are sharded
-                otherwise than by rows.
+            ValueError: the pretrained weight has another shape, or the parameters are not sharded
+                by rows.
         """
-        there, wanted = tuple(read("weight", None).shape), (self.out_features, self.in_features)
-        if there != wanted:
-            raise ValueError(f"weight: {list(there)} there, {list(wanted)} in the model")
-        rows = self._rows()
-        device = local(self.qweight).device
+        require_shape(self, read("weight", None))
+        for parameter in (self.qweight, self.scale):
+            if isinstance(parameter, DTensor) and any(
+                isinstance(p, Shard) and p.dim != 0 for p in parameter.placements
+            ):
+                raise ValueError(
+                    f"a quantised layer can be sharded by rows only, not as {parameter.placements}"
+                )
+        rows, device = slices(self.qweight)[0], local(self.qweight).device
         step = max(1, (_CPU_PIECE if device.type == "cpu" else _PIECE) // self.in_features)
         with torch.no_grad():
             for start in range(rows.start, rows.stop, step):
@@ -103,7 +114,7 @@ class QuantizedLinear(nn.Module):
                     local(getattr(self, name))[here].copy_(value)
 
     def reset_parameters(self) -> None:
-        """Random values, uniform within 1 / sqrt(in), as `torch.nn.Linear` has them."""
+        """Draw random values, uniform within 1 / sqrt(in), as `torch.nn.Linear` does."""
         bound = self.in_features**-0.5
         device = local(self.qweight).device
 
@@ -118,7 +129,10 @@ class QuantizedLinear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def verify_shards(self, read: Read) -> None:
-        """Gathers the sharded weight and compares it with one quantised whole: a collective call.
+        """Gather the sharded weight and compare it with one quantised whole: a collective call.
+
+        Args:
+            read: reads the pretrained `weight`.
 
         Raises:
             RuntimeError: they differ, on all ranks alike.
@@ -127,9 +141,8 @@ class QuantizedLinear(nn.Module):
         own.pop("bias", None)
         if not any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in own.values()):
             return
-        whole = self.alone()
+        whole, gathered = self._unsharded(), self._unsharded()
         whole.fill_from(read)
-        gathered = self.alone()
         for name, parameter in own.items():
             value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             getattr(gathered, name).data.copy_(value)
@@ -140,36 +153,35 @@ class QuantizedLinear(nn.Module):
                 f"layout and the packed tensors do not fit each other"
             )
 
-    def _rows(self) -> slice:
-        for parameter in (self.qweight, self.scale):
-            if isinstance(parameter, DTensor) and any(
-                isinstance(p, Shard) and p.dim != 0 for p in parameter.placements
-            ):
-                raise ValueError(
-                    f"a quantised layer can be sharded by rows only, not as {parameter.placements}"
-                )
-        return slices(self.qweight)[0]
+    def _unsharded(self) -> QuantizedLinear:
+        """Return an unfilled layer like this one, unsharded and without bias."""
+        make: Any = type(self)
+        device = local(self.qweight).device
+        return make(
+            self.in_features, self.out_features, dtype=self.dtype, device=device, **self.options
+        )
 
     def extra_repr(self) -> str:
+        """Return the sizes, for `repr`."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
 class _Product(torch.autograd.Function):
-    """`x @ weight.T + bias`, with the packed weight kept for the backward pass and nothing else."""
+    """`x @ weight.T + bias`; only the packed weight is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, decode: Any, *packed: Any) -> Tensor:
         ctx.decode, ctx.in_features, ctx.tensors = decode, x.shape[-1], len(packed)
         ctx.bias = None if bias is None else bias.dtype
         ctx.save_for_backward(*packed)
-        weight = decode(x.dtype, x.shape[-1], *packed)
+        weight = decode(x.dtype, x.shape[-1], *packed)  # [out, in]
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            # Once only: activation checkpointing gives them once.
+            # Accessed once only: activation checkpointing allows no second time.
             weight = ctx.decode(grad.dtype, ctx.in_features, *ctx.saved_tensors)
             grad_x = grad @ weight
         if ctx.needs_input_grad[1]:
@@ -177,8 +189,27 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_bias, None, *[None] * ctx.tensors
 
 
+def require_shape(layer: Any, weight: Tensor) -> None:
+    """Raise ValueError when a pretrained weight does not have the shape of a layer's."""
+    there, wanted = list(weight.shape), [layer.out_features, layer.in_features]
+    if there != wanted:
+        raise ValueError(f"weight: {there} there, {wanted} in the model")
+
+
 def frozen(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None
 ) -> nn.Parameter:
-    """An uninitialised parameter that needs no gradient: it is sharded and saved as any other."""
+    """Return an uninitialised parameter without gradient: sharded and saved as any other."""
     return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device), requires_grad=False)
+
+
+def require_bitsandbytes() -> Any:
+    """Return the module bitsandbytes; raise ImportError that says how to install it."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError(
+            "quantize: this needs bitsandbytes: pip install 'ditty_di[bnb]', or choose "
+            "quantize=nf4 or quantize=int8, which do not need it"
+        ) from error
+    return bitsandbytes

@@ -1,7 +1,7 @@
 """NormalFloat4: 4-bit codes in blocks, as in QLoRA (https://arxiv.org/abs/2305.14314, section 3).
 
 The packed bytes are those of bitsandbytes' `nf4`. Blocks never cross rows, so that any rank can
-quantise its own rows. Where a row is no multiple of the block, it is as if zeros followed.
+quantise its own rows. A row that is not a multiple of the block is padded with zeros.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditty_di.models.weights import local
-from ditty_di.quantization.linear import Decoder, QuantizedLinear, frozen
-from ditty_di.quantization.optional import require_bitsandbytes
+from ditty_di.quantization.linear import (
+    Decoder,
+    QuantizedLinear,
+    frozen,
+    require_bitsandbytes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ _CPU_PIECE, _PIECE = 1 << 18, 1 << 23
 
 
 def pairs(device: torch.device | None) -> Tensor:
-    """The two values of each byte, `[256, 2]` in float32: one look-up decodes two codes."""
+    """Return the two values of each byte, `[256, 2]` in float32: one look-up decodes two codes."""
     codes = torch.tensor(CODES, device=device)
     byte = torch.arange(256, device=device)
     return torch.stack((codes[byte >> 4], codes[byte & 15]), dim=1)
@@ -61,13 +65,21 @@ def _bounds(device: torch.device) -> Tensor:
 
 
 def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """`[out, in]` of any dtype to bytes `[out, blocks * block_size / 2]` and the largest absolute
-    value of each block, `[out, blocks]` in float32; `blocks` is `in / block_size`, rounded up."""
+    """Quantise a weight in blocks.
+
+    Args:
+        weight: `[out, in]`, of any dtype.
+        block_size: weights that share a scale.
+
+    Returns:
+        Bytes `[out, blocks * block_size / 2]`, and the largest absolute value of each block,
+        `[out, blocks]` in float32; `blocks` is `in / block_size`, rounded up.
+    """
     rows = weight.shape[0]
     values = F.pad(weight.float(), (0, -weight.shape[1] % block_size))
     blocks = values.view(rows, values.shape[1] // block_size, block_size)
     scale = blocks.abs().amax(-1)
-    # Times the reciprocal, as bitsandbytes does it: the bytes shall be the same.
+    # Times the reciprocal, as bitsandbytes does it, for the same bytes.
     scaled = blocks * (1.0 / scale.clamp_min(1e-38))[..., None]
     codes = torch.bucketize(scaled, _bounds(weight.device), out_int32=True).to(torch.uint8)
     codes = codes.view(rows, -1)
@@ -82,9 +94,18 @@ def decode(
     row_scale: Tensor | None,
     pairs: Tensor,
 ) -> Tensor:
-    """Bytes and the blocks' scales to `[out, in]`, computed in float32.
+    """Return the weight `[out, in]` of bytes and the blocks' scales, computed in float32.
 
-    Outside of compiled code it goes by pieces, which stay in the cache and hold little memory.
+    Outside of compiled code it is computed piece by piece, which stays in the cache and needs
+    little memory.
+
+    Args:
+        dtype: of the result.
+        in_features: size of the input.
+        qweight: `[out, blocks * block_size / 2]` uint8.
+        scale: `[out, blocks]`.
+        row_scale: `[out, 1]` of double quantisation, or None.
+        pairs: see `pairs`.
     """
     scales = _scales(scale, row_scale)
     if torch.compiler.is_compiling():
@@ -109,7 +130,7 @@ def decode_with_bitsandbytes(
     row_scale: Tensor | None,
     pairs: Tensor,
 ) -> Tensor:
-    """`decode` by bitsandbytes' kernel."""
+    """Return what `decode` returns, by bitsandbytes' kernel; the arguments are the same."""
     rows, blocks = scale.shape
     columns = 2 * qweight.shape[1]
     absmax = _scales(scale, row_scale).view(-1)
@@ -124,7 +145,7 @@ def _scales(scale: Tensor, row_scale: Tensor | None) -> Tensor:
 
 
 def _decoders(kernels: str, block_size: int) -> tuple[Decoder, Decoder]:
-    """Return what decodes on CUDA devices, and elsewhere."""
+    """Return the decoders for CUDA devices and for others."""
     if kernels not in ("auto", "torch", "bitsandbytes"):
         raise ValueError(
             f"quantize: kernels={kernels!r}; it can be 'auto', 'torch' or 'bitsandbytes'"
@@ -144,9 +165,9 @@ def _decoders(kernels: str, block_size: int) -> tuple[Decoder, Decoder]:
 
 @lru_cache
 def same_on_cpu() -> bool:
-    """Whether bitsandbytes' CPU kernel gives the values of `decode`, to the bit; tried once.
+    """Return whether bitsandbytes' CPU kernel gives the values of `decode`, to the bit.
 
-    It takes a sixth to a ninth of the time.
+    Tried once; the kernel takes a sixth to a ninth of the time.
     """
     try:
         require_bitsandbytes()
@@ -161,7 +182,7 @@ def same_on_cpu() -> bool:
             for scales in (scale, scale.bfloat16())
         ]
         return all(torch.equal(ours, theirs) for ours, theirs in tried)
-    except Exception as error:  # whatever a library built for another machine raises
+    except Exception as error:  # a library built for another machine may raise anything
         log.warning("bitsandbytes is installed and cannot be used on this CPU: %s", error)
         return False
 
@@ -173,6 +194,11 @@ class NF4Linear(QuantizedLinear):
     blocks' largest values, are exact; those of other dtypes are rounded by up to 1/512.
 
     Args:
+        in_features: size of the input.
+        out_features: size of the output.
+        bias: kept as it is, or None.
+        dtype: of `dequantize()`.
+        device: of the packed tensors.
         block_size: weights that share a scale, even.
         double_quant: scales of 8 bits (`scale` uint8) times 1/255 of the row's largest (`row_scale`
             bfloat16 `[out, 1]`): 0.517 bytes a weight instead of 0.531.
@@ -196,10 +222,15 @@ class NF4Linear(QuantizedLinear):
         double_quant: bool = False,
         kernels: str = "auto",
     ) -> None:
-        super().__init__(in_features, out_features, bias, dtype)
+        super().__init__(
+            *(in_features, out_features, bias, dtype),
+            block_size=block_size,
+            double_quant=double_quant,
+            kernels=kernels,
+        )
         if block_size < 2 or block_size % 2:
             raise ValueError(f"quantize: block_size={block_size} must be even, such as 64")
-        self.block_size, self.double_quant, self.kernels = block_size, double_quant, kernels
+        self.block_size, self.double_quant = block_size, double_quant
         self._on_cuda, self._elsewhere = _decoders(kernels, block_size)
         blocks = -(-in_features // block_size)
         self.qweight = frozen(out_features, blocks * block_size // 2, torch.uint8, device)
@@ -212,6 +243,7 @@ class NF4Linear(QuantizedLinear):
         self._pairs = pairs(self.qweight.device)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return rows of the weight as `qweight`, `scale` and, if it is doubled, `row_scale`."""
         qweight, scale = quantize(weight.to(self.dtype), self.block_size)
         if not self.double_quant:
             return {"qweight": qweight, "scale": scale}
@@ -224,25 +256,15 @@ class NF4Linear(QuantizedLinear):
         }
 
     def packed(self) -> tuple[Tensor | None, ...]:
-        table = self._pairs.to(self.qweight.device)
-        return self.qweight, self.scale, self.row_scale, table
+        """Return the tensors that `decode` takes."""
+        return self.qweight, self.scale, self.row_scale, self._pairs.to(self.qweight.device)
 
     def decoder(self, device: torch.device) -> Decoder:
+        """Return the function that decodes on a device."""
         return self._on_cuda if device.type == "cuda" else self._elsewhere
-
-    def alone(self) -> NF4Linear:
-        return NF4Linear(
-            self.in_features,
-            self.out_features,
-            dtype=self.dtype,
-            device=local(self.qweight).device,
-            block_size=self.block_size,
-            double_quant=self.double_quant,
-            kernels=self.kernels,
-        )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> NF4Linear:
         super()._apply(fn, recurse)
-        # No buffer: it would come back without a value from wherever buffers are emptied.
+        # Not a buffer: those lose their values where a model is emptied.
         self._pairs = pairs(local(self.qweight).device)
         return self

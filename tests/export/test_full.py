@@ -133,12 +133,14 @@ def test_a_model_that_is_another_one_by_now_is_not_exported_as_its_class(
 ):
     model.model.layers[0].extra = nn.Linear(2, 2, bias=False)
     del model.model.layers[1].mlp.up_proj
-    with pytest.raises(ValueError, match=r"no LlamaForCausalLM any more .*export=safetensors") as e:
+    with pytest.raises(
+        ValueError, match=r"no longer fits LlamaForCausalLM .*export=safetensors"
+    ) as e:
         HuggingFaceExport(tokenizer, str(tmp_path / "export"))([model])
-    assert "model.layers.0.extra.weight is too much" in str(e.value)
+    assert "model.layers.0.extra.weight is not expected" in str(e.value)
     assert "model.layers.1.mlp.up_proj.weight is missing" in str(e.value)
     assert not list(tmp_path.glob("export*"))
-    with pytest.raises(ValueError, match="Linear is no transformers model; export=safetensors"):
+    with pytest.raises(ValueError, match="Linear is not a transformers model; export=safetensors"):
         HuggingFaceExport(tokenizer, str(tmp_path / "export"))([nn.Linear(2, 2)])
 
 

@@ -123,7 +123,7 @@ def test_without_a_token(hub, folder, monkeypatch):
         ("hf_expired", NAME, r"does not accept the token \(401\)"),
         (READ_ONLY, NAME, r"may not write to someone/model \(403\)"),
         (TOKEN, "another/model", r"may not write to another/model \(403\)"),
-        (TOKEN, "a/b/c", "'a/b/c' is no name of a repository; write user/name"),
+        (TOKEN, "a/b/c", "'a/b/c' is not a repository's name; write user/name"),
     ],
 )
 def test_what_the_hub_refuses_is_one_sentence(hub, folder, monkeypatch, token, to, message):
@@ -140,7 +140,7 @@ def test_what_cannot_be_uploaded_is_said_before_training(hub, tokenizer, monkeyp
         HuggingFaceExport(tokenizer, str(tmp_path / "export"), push_to=to)
 
     export(NAME)
-    with pytest.raises(HubError, match="push_to=mine: 'mine' is no name of a repository"):
+    with pytest.raises(HubError, match="push_to=mine: 'mine' is not a repository's name"):
         export("mine")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match=f"push_to={NAME}: there is no token"):
@@ -171,7 +171,7 @@ def test_a_public_repository_is_never_filled_by_default(hub, folder):
 
 
 def test_a_folder_that_is_no_export(hub, tmp_path):
-    with pytest.raises(HubError, match=r"no exported folder: it has no \.safetensors"):
+    with pytest.raises(HubError, match=r"not an exported folder: it has no \.safetensors"):
         push(hub, tmp_path / "nowhere")
     assert hub.requests == []
 
