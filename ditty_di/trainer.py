@@ -286,7 +286,7 @@ class Trainer(Stepping):
                 self.checkpointer.maybe_wait_for_staging()  # a callback may change the weights
             self.callbacks.call("train_end", self)
         except BaseException as error:
-            if not hasattr(error, "training_step"):  # for `ditty_di.failure`
+            if not hasattr(error, "training_step"):  # for `ditty_di.launch.failure`
                 error.training_step = self.step  # type: ignore[attr-defined]
             self.metrics_processor.close()  # what was measured until then is worth the most now
             raise

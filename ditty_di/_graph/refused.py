@@ -110,8 +110,8 @@ hydra.main hydra.initialize hydra.compose hydra.utils.instantiate hydra.utils.ca
 hydra.utils.get_method hydra.utils.get_class hydra.utils.get_object hydra.utils.get_static_method
 hydra._internal hydra.core omegaconf.OmegaConf.save omegaconf.OmegaConf.register_new_resolver
 omegaconf.OmegaConf.register_resolver omegaconf.OmegaConf.clear_resolvers
-ditty_di.__main__ ditty_di.cli ditty_di.worker ditty_di.launchers.process
-ditty_di.launchers.sweep.job ditty_di.launchers.sweep.run
+ditty_di.__main__ ditty_di.cli ditty_di.launch.__main__ ditty_di.launch.worker
+ditty_di.launch.processes ditty_di.launch.warm ditty_di.launch.sweep.job ditty_di.launch.sweep.run
 """
 _ALLOWED_NAMES = """
 importlib.metadata.version importlib.resources io.BytesIO io.StringIO os._Environ.get os.cpu_count

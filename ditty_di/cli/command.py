@@ -22,7 +22,7 @@ from ditty_di.cli.overrides import (
     without,
 )
 from ditty_di.graph import ConfigError
-from ditty_di.rundir import GOOD_STATUSES, RunDirectory
+from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
 
 #: What `python -m ditty_di` does when no experiment and no run is named.
 DEFAULT_EXPERIMENT = "pretrain"

@@ -11,15 +11,15 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ditty_di import parent_death, stop_signals
 from ditty_di.data.order import Order
 from ditty_di.data.row_seeds import FILLING, SeededRows, draws, preserved_generators, preserving
+from ditty_di.launch import parent_death, signals
 from ditty_di.protocols import early_checks
 
 if TYPE_CHECKING:
     from ditty_di.protocols import Batch
 
-_STOP_SIGNALS = stop_signals.SIGNALS
+_STOP_SIGNALS = signals.SIGNALS
 
 
 NO_PAIR = """\

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty_di.rundir import RunDirectory
+from ditty_di.launch.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from torch import nn

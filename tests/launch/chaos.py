@@ -1,5 +1,5 @@
 """Kill processes of a training on two ranks at random, and compare where it ends with one that
-was left alone: `python -m tests.launchers.chaos --kills 30 --steps 400`.
+was left alone: `python -m tests.launch.chaos --kills 30 --steps 400`.
 
 Exit code 0 when the final states are equal bit for bit, nothing survived a kill by more than five
 seconds, and no second process ever got into the folder. Linux only.
