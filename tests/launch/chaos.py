@@ -240,9 +240,9 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
     import torch
 
     if isinstance(a, io.BytesIO | bytes) and isinstance(b, io.BytesIO | bytes):
-        from ditty_di.checkpoint.entries import unpack
+        from ditty_di.checkpoint.restricted import loads
 
-        a, b = (unpack(v.getvalue() if isinstance(v, io.BytesIO) else v)[1] for v in (a, b))
+        a, b = (loads(v.getvalue() if isinstance(v, io.BytesIO) else v)[1] for v in (a, b))
     if type(a) is not type(b):
         return [at]
     if isinstance(a, dict):
