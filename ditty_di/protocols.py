@@ -275,7 +275,7 @@ class Metrics(Protocol):
 #: What a callback has (`ditty_di.callbacks.Callback`): the moments at which it is called, in their
 #: order, and what it has to tell at the end.
 CALLBACK_METHODS = (
-    *("train_start", "step_end", "validation_end", "checkpoint_saved", "train_end"),
+    *("on_train_start", "on_step_end", "on_validation_end", "on_save", "on_train_end"),
     "report",
 )
 

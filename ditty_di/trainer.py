@@ -263,7 +263,7 @@ class Trainer(Stepping):
         gc_was_enabled = gc.isenabled()
         self.gc_handler = GarbageCollection(gc_freq=self.gc_every)  # takes it over
         try:
-            self.callbacks.call("train_start", self)
+            self.callbacks.call("on_train_start", self)
             self._restore()
             if restored is not None:
                 restored()
@@ -284,7 +284,7 @@ class Trainer(Stepping):
             self._save(force=True)
             if self.checkpointer:
                 self.checkpointer.maybe_wait_for_staging()  # a callback may change the weights
-            self.callbacks.call("train_end", self)
+            self.callbacks.call("on_train_end", self)
         except BaseException as error:
             if not hasattr(error, "training_step"):  # for `ditty_di.launch.failure`
                 error.training_step = self.step  # type: ignore[attr-defined]
@@ -376,7 +376,7 @@ class Trainer(Stepping):
                     raise ValueError("dataloader: it yields no batch on some rank") from None
                 self._validate(last=True)
                 return True
-            self._call("step_end")
+            self._call("on_step_end")
             self._validate(last=not self.should_continue_training())
             self._save()
             if profiler:
@@ -415,7 +415,7 @@ class Trainer(Stepping):
                     checks.require_finite_parameters(self.step, self.trained, self.runtime)
                 if self.checkpointer.save(self.step, force=force):
                     self.saved_step = self.step
-                    self._call("checkpoint_saved")
+                    self._call("on_save")
 
     def _validate(self, *, last: bool) -> None:
         """Validates when it is due; a stop request that comes meanwhile ends both."""
@@ -431,7 +431,7 @@ class Trainer(Stepping):
             named = {f"validation/{name}": value for name, value in values.items()}
             self.metrics_processor.log(self.step, named)
             with self.metrics_processor.pause():
-                self._call("validation_end")
+                self._call("on_validation_end")
 
     def _take_recent_objective(self) -> None:
         """Of a run that was stopped before it validated what it learnt: its training loss."""

@@ -179,7 +179,7 @@ class NoProcess:
         ("trainer: {callbacks: {mine: ema}}", r"callbacks.mine: 'ema': is no object of such"),
         (
             f"trainer: {{callbacks: {{mine: {{_target_: {__name__}.NoProcess}}}}}}",
-            r"callbacks.mine: .*has no train_start, step_end",
+            r"callbacks.mine: .*has no on_train_start, on_step_end",
         ),
         ("runtime: {pp: 2}", r"trainer.pipeline_fn: runtime.pp > 1 needs a function"),
         (
