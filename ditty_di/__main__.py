@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ditty_di.console import quiet_imports
-from ditty_di.launchers import torchrun
-from ditty_di.threads import limit_spinning
+from ditty_di.launch import torchrun
+from ditty_di.launch.local import limit_spinning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def start(arguments: Sequence[str], launcher: Callable[[str], int] | None = None
 
         from ditty_di.cli import composing
         from ditty_di.cli.job import execute
-        from ditty_di.launchers import sweep
+        from ditty_di.launch import sweep
 
         if command.sweep:
             return sweep.run(command)
@@ -67,7 +67,7 @@ def start(arguments: Sequence[str], launcher: Callable[[str], int] | None = None
 
 
 if __name__ == "__main__":
-    from ditty_di.worker import leave, own_process
+    from ditty_di.launch.worker import leave, own_process
 
     own_process()
     leave(main())

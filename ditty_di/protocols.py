@@ -317,7 +317,7 @@ class Metrics(Protocol):
 #: Methods of a callback (`ditty_di.callbacks.Callback`): the moments at which it is called, in
 #: order, and the text for the end.
 CALLBACK_METHODS = (
-    *("train_start", "step_end", "validation_end", "checkpoint_saved", "train_end"),
+    *("on_train_start", "on_step_end", "on_validation_end", "on_save", "on_train_end"),
     "report",
 )
 

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,19 +17,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ditty_di.models.weights import local
-
-if TYPE_CHECKING:
-    from ditty_di.protocols import Stateful
+from ditty_di.protocols import Stateful
 
 log = logging.getLogger(__name__)
 
-#: Ranks that fail together come here together. For one that fails alone the others do not come,
-#: since they are in a collective, so the wait is short: a run one of whose processes is killed has
-#: to end within five seconds.
+#: How long a failed rank waits for the others. Ranks that fail together arrive together. When one
+#: fails alone the others do not come, since they are in a collective, so the wait is short: a run
+#: one of whose processes is killed has to end within five seconds.
 _AGREEMENT_SECONDS = 3.0
 _EXCHANGE_SECONDS = 20.0
 #: 624 words and the position among them, each of 32 bits.
 _MT19937_BYTES = 4 * 625
+
+_Buffer = tuple[nn.Module, str, Tensor]  # a module, the name of a buffer of it, its value
+_Version = tuple[int, int | None, str]
 
 
 class RankFailedError(RuntimeError):
@@ -37,20 +38,22 @@ class RankFailedError(RuntimeError):
 
 
 class NumPyState:
-    """The state of NumPy's global generator, copied only when it was drawn from since the last
-    copy: `get_state` takes longer than the rest of a mark."""
+    """The state of NumPy's global generator, copied only when numbers were drawn meanwhile.
+
+    `numpy.random.get_state` takes longer than everything else that is recorded before a step.
+    """
 
     def __init__(self) -> None:
         self._state: Any = None
         self._words = b""
 
     def read(self) -> Any:
-        """As `np.random.get_state()`."""
+        """Return what `np.random.get_state()` returns."""
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if not isinstance(generator, np.random.MT19937):
             return np.random.get_state()
         words = ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
-        # A normal number that is kept back for the next call is taken without a trace in the words.
+        # Taking a normal number that was kept back for the next call does not change the words.
         kept_back = self._state is not None and self._state[3]
         if words != self._words or kept_back:
             self._state, self._words = np.random.get_state(), words
@@ -58,16 +61,26 @@ class NumPyState:
 
 
 class HeldPosition:
-    """A loader's state for a checkpoint: the live one, or the one that was held."""
+    """A data loader's state for a checkpoint: the live one, or an earlier one that is held.
+
+    Args:
+        dataloader: the loader; all its attributes are available here too.
+    """
 
     def __init__(self, dataloader: Any) -> None:
         self._dataloader = dataloader
         self.held: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the held state, or the live one."""
         return self._dataloader.state_dict() if self.held is None else self.held
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the loader.
+
+        Args:
+            state_dict: as `state_dict` returned it.
+        """
         self._dataloader.load_state_dict(state_dict)
 
     def __getattr__(self, name: str) -> Any:
@@ -78,14 +91,20 @@ class StepBoundary:
     """A snapshot, between two steps, of the state that a step changes before its update.
 
     A step that fails before the update has changed random numbers, the position in the data,
-    counters, and buffers such as those of batch norm. `mark` notes them between two steps,
-    `restore` puts them back. Parameters, optimizer and schedule change with the update alone.
+    counters, and buffers such as those of batch norm. `mark` records them between two steps,
+    `restore` sets them back. Parameters, optimizer and schedule change only with the update.
 
     Args:
         dataloader: with `state_dict`; it is called at every `mark`.
-        states: flat dicts of counters, noted whole.
-        modules: whose buffers are noted, as far as they change: which do is seen in the first step.
-        device: whose random numbers are noted beside those of Python, NumPy and torch's CPU.
+        states: flat dicts of counters, recorded whole.
+        modules: whose buffers are recorded if they change: the first step shows which do.
+        device: whose random numbers are recorded beside those of Python, NumPy and torch's CPU.
+
+    Attributes:
+        position: the loader's state, for the checkpointer.
+        changed: why the current step cannot be undone any more; None before its update and between
+            steps.
+        in_step: whether a step is running.
     """
 
     def __init__(
@@ -100,26 +119,31 @@ class StepBoundary:
         self._states, self._device = states, device
         self._numpy = NumPyState()
         self._modules = list(modules)
-        self._versions: dict[tuple[int, str], tuple[int, int | None, str]] = {}
-        self._moving: list[tuple[nn.Module, str, Tensor]] | None = None
+        self._versions: dict[tuple[int, str], _Version] = {}
+        self._moving: list[_Buffer] = []
         self._marks = 0
-        #: Why the current step cannot be undone any more; None before its update and between steps.
         self.changed: str | None = None
         self.in_step = False
 
     def mark(self) -> None:
-        """Note the state before a step."""
+        """Record the state before a step."""
         self.position.held = None
         self._data = copy.deepcopy(self.position.state_dict())
-        self._noted = {name: dict(s.state_dict()) for name, s in self._states.items()}
+        self._recorded = {name: dict(s.state_dict()) for name, s in self._states.items()}
         self._random = random.getstate(), self._numpy.read(), torch.get_rng_state()
         if self._device.type != "cpu":
             self._device_random = torch.get_device_module(self._device).get_rng_state(self._device)
         if self._marks < 2:
-            self._find_moving()
+            versions = {(id(m), name): _version(tensor) for m, name, tensor in self._buffers()}
+            if self._marks == 1:  # those that the first step changed are copied from now on
+                self._moving = [
+                    (module, name, tensor)
+                    for module, name, tensor in self._buffers()
+                    if versions[id(module), name] != self._versions.get((id(module), name))
+                ]
+            self._versions = versions
         self._marks += 1
-        if self._moving:
-            self._moving = [(m, name, _buffer(m, name).clone()) for m, name, _ in self._moving]
+        self._moving = [(m, name, _buffer(m, name).clone()) for m, name, _ in self._moving]
         self.changed, self.in_step = None, True
 
     def updating(self, what: str) -> None:
@@ -135,12 +159,12 @@ class StepBoundary:
         self.changed, self.in_step = None, False
 
     def restore(self) -> str | None:
-        """Go back to the last `mark`; why that cannot be done, or None."""
+        """Go back to the last `mark`; return why that is not possible, or None."""
         if self.changed is not None:
             return self.changed
         if not self.in_step:
             return None
-        moving = {(id(m), name) for m, name, _ in self._moving or ()}
+        moving = {(id(m), name) for m, name, _ in self._moving}
         for module, name, tensor in self._buffers():
             key = (id(module), name)
             if key not in moving and self._versions.get(key) != _version(tensor):
@@ -148,11 +172,11 @@ class StepBoundary:
         for module in (m for part in self._modules for m in part.modules()):
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 return f"{type(module).__name__} has a state of its own, which the step changed"
-        for module, name, before in self._moving or ():
+        for module, name, before in self._moving:
             _buffer(module, name).copy_(before)
         self.position.held = self._data
         for name, state in self._states.items():
-            state.load_state_dict(self._noted[name])
+            state.load_state_dict(self._recorded[name])
         python, numpy, cpu = self._random
         random.setstate(python)
         np.random.set_state(numpy)
@@ -163,18 +187,7 @@ class StepBoundary:
         self.in_step = False
         return None
 
-    def _find_moving(self) -> None:
-        """After the first step: the buffers that it changed are copied from then on."""
-        versions = {(id(m), name): _version(tensor) for m, name, tensor in self._buffers()}
-        if self._marks == 1:
-            self._moving = [
-                (module, name, tensor)
-                for module, name, tensor in self._buffers()
-                if versions[id(module), name] != self._versions.get((id(module), name))
-            ]
-        self._versions = versions
-
-    def _buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    def _buffers(self) -> Iterator[_Buffer]:
         for part in self._modules:
             for module in part.modules():
                 for name, tensor in module._buffers.items():
@@ -186,9 +199,11 @@ def _buffer(module: nn.Module, name: str) -> Tensor:
     return module._buffers[name]  # type: ignore[return-value]
 
 
-def _version(tensor: Tensor) -> tuple[int, int | None, str]:
-    """Which tensor it is, how often it was written in place, and the sum of its values: kernels
-    such as batch norm's write without counting."""
+def _version(tensor: Tensor) -> _Version:
+    """Return a tensor's id, how often it was written in place, and the sum of its values.
+
+    The sum is needed because kernels such as batch norm's write without counting.
+    """
     written = None if tensor.is_inference() else tensor._version
     try:
         content = str(local(tensor).detach().sum(dtype=torch.float64).item())
@@ -208,7 +223,11 @@ class Agreement:
             self.group = dist.new_group(backend="gloo", timeout=timeout)
 
     def gather(self, message: Any) -> list[Any] | None:
-        """Every rank's message; None when a rank does not come, which then never can again."""
+        """Return every rank's message; None when a rank does not come: the group is unusable then.
+
+        Args:
+            message: this rank's.
+        """
         if self.ranks == 1:
             return [message]
         try:
@@ -220,6 +239,7 @@ class Agreement:
         return messages
 
     def close(self) -> None:
+        """Destroy the group."""
         if self.group is not None and dist.is_initialized():
             dist.destroy_process_group(self.group)
         self.group = None
@@ -241,7 +261,7 @@ class Rescue:
         save: saves the current step and waits until it is written; None without a checkpointer.
             Ranks may agree only over the group that it is given: an exception in the middle of a
             collective leaves every other group's ranks in different ones.
-        unfit: why this rank's values are not to be saved, or None.
+        unfit: returns why this rank's values must not be saved, or None.
         rank: rank 0 logs where the training goes on.
     """
 
@@ -259,6 +279,7 @@ class Rescue:
         self.agreement = Agreement()
 
     def close(self) -> None:
+        """Destroy the process group."""
         self.agreement.close()
 
     def after(self, error: Exception) -> Exception:
@@ -266,18 +287,21 @@ class Rescue:
 
         With several ranks it is saved if all fail together (as they do when one fails in its data
         or in a callback). One that fails alone in the middle of a collective cannot be helped.
+
+        Args:
+            error: the exception.
         """
         progress = self.progress
         failed = progress.step
         error.training_step = failed  # type: ignore[attr-defined]
         problem = self.boundary.restore() or self.unfit()
         own = None if isinstance(error, RankFailedError) else f"{type(error).__name__}: {error}"
-        said = self.agreement.gather((progress.step, problem, own))
-        if said is None:
+        messages = self.agreement.gather((progress.step, problem, own))
+        if messages is None:
             problem = "the other ranks did not fail with this one"
         else:
-            problem = next((p for _, p, _ in said if p), None)
-            if len({step for step, _, _ in said}) > 1:
+            problem = next((p for _, p, _ in messages if p), None)
+            if len({step for step, _, _ in messages}) > 1:
                 problem = "the ranks failed in different steps"
         if problem is None and self.save and progress.step > progress.saved_step:
             try:
@@ -293,9 +317,9 @@ class Rescue:
                 failed,
                 f"{where} ({lost} lost: not saved, for {problem})" if lost else where,
             )
-        if own is None and said is not None:
+        if own is None and messages is not None:
             time.sleep(1.0)  # the rank that failed should report first
-            rank = next((r for r, (_, _, o) in enumerate(said) if o), None)
+            rank = next((r for r, (_, _, o) in enumerate(messages) if o), None)
             if rank is not None:
-                return RankFailedError(f"rank {rank}: {said[rank][2]}")
+                return RankFailedError(f"rank {rank}: {messages[rank][2]}")
         return error

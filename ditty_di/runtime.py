@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 import ditty_di.compat as compat
 from ditty_di.console import LAUNCHED
+from ditty_di.launch.signals import StopSignals, announce
 from ditty_di.seed import set_run_seed
-from ditty_di.stop_signals import StopSignals, announce
 
 # isort: split
 import torchtitan.distributed.utils as dist_utils

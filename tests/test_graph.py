@@ -477,7 +477,7 @@ def test_special_keys_that_say_what_happens_anyway() -> None:
         "torch.distributed.run.main", "torch.multiprocessing.spawn", "multiprocessing.Pool",
         "torch.utils.collect_env.run", "setuptools._distutils.spawn.spawn", "webbrowser.open",
         "torch.utils.cpp_extension.load_inline", "torch.distributed.launcher.api.elastic_launch",
-        "ditty_di.launchers.process.Child", "ditty_di.worker.main", "threading.Thread",
+        "ditty_di.launch.processes.Child", "ditty_di.launch.worker.main", "threading.Thread",
         # evaluate text
         "torch.fx.graph_module._exec_with_source", "torch._inductor.codecache.PyCodeCache.load",
         "sympy.sympify", "sympy.parsing.sympy_parser.parse_expr", "sympy.lambdify",

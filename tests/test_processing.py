@@ -311,15 +311,15 @@ def test_callbacks_of_every_moment_and_their_state(small, tmp_path):
         return calls, notes.steps
 
     calls, steps = run(3)
-    moments = [(1, "step_end"), (2, "step_end"), (2, "validation_end"), (2, "checkpoint_saved")]
-    moments += [(3, "step_end"), (3, "validation_end"), (3, "checkpoint_saved"), (3, "train_end")]
-    assert calls == ["n train_start 0", *(f"n {moment} {step}" for step, moment in moments)]
+    moments = [(1, "on_step_end"), (2, "on_step_end"), (2, "on_validation_end"), (2, "on_save")]
+    moments += [(3, "on_step_end"), (3, "on_validation_end"), (3, "on_save"), (3, "on_train_end")]
+    assert calls == ["n on_train_start 0", *(f"n {moment} {step}" for step, moment in moments)]
     assert steps == 3
     assert run(5)[1] == 5
 
 
 def test_what_is_no_callback_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"callbacks.ema: .* has no train_start, step_end"):
+    with pytest.raises(TypeError, match=r"callbacks.ema: .* has no on_train_start, on_step_end"):
         Callbacks({"ema": object()})
 
 
@@ -408,10 +408,10 @@ def test_early_stopping_stops_at_losses_that_are_no_numbers():
             self.stopped = reason
 
     trainer, callback = Nowhere(), EarlyStopping(2)
-    callback.train_start(trainer)
-    callback.validation_end(trainer)
+    callback.on_train_start(trainer)
+    callback.on_validation_end(trainer)
     assert trainer.stopped is None
-    callback.validation_end(trainer)
+    callback.on_validation_end(trainer)
     assert trainer.stopped
 
 

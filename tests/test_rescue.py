@@ -38,7 +38,7 @@ class Unwell(Callback):
     def __init__(self, step):
         self.step = step
 
-    def step_end(self, trainer):
+    def on_step_end(self, trainer):
         if trainer.step == self.step and dist.get_rank() == 1:
             raise OSError("the callback is unwell")
 
@@ -46,7 +46,7 @@ class Unwell(Callback):
 class Interrupted(Callback):
     """Fails as after an exception inside a save: rank 0 is in a collective that rank 1 has left."""
 
-    def step_end(self, trainer):
+    def on_step_end(self, trainer):
         if trainer.step == 5:
             if dist.get_rank() == 0:
                 own = trainer.checkpointer._group

@@ -425,7 +425,7 @@ def fail_in_loss(runtime, folder):
 
 
 def fail_in_callback(runtime, folder):
-    callbacks = {"bad": At("step_end", 5), "ema": EMA(0.9)}
+    callbacks = {"bad": At("on_step_end", 5), "ema": EMA(0.9)}
     return kept(runtime, folder, callbacks=callbacks)
 
 
@@ -552,7 +552,7 @@ def test_gradients_of_exactly_zero_for_ten_steps_are_warned_about_once(runtime, 
 
 def test_the_objective_of_a_stopped_run_is_not_that_of_the_time_before_training(runtime):
     class Stop(Callback):
-        def step_end(self, trainer):
+        def on_step_end(self, trainer):
             if trainer.step == 3:
                 trainer.runtime.request_stop()
 

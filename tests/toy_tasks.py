@@ -87,7 +87,7 @@ def fail_above(value: float, limit: float) -> dict[str, Any]:
 
 def until_asked(ready: str) -> dict[str, Any]:
     """Handles stop signals as a training loop does, and takes a moment to save."""
-    from ditty_di.stop_signals import StopSignals
+    from ditty_di.launch.signals import StopSignals
 
     asked: list[signal.Signals] = []
     signals = StopSignals(asked.append)

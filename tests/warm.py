@@ -28,7 +28,12 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 #: Imported before the first fork. None of them starts a thread.
 MODULES = (
-    *("ditty_di.cli.composing", "ditty_di.cli.job", "ditty_di.worker", "ditty_di.trainer"),
+    *(
+        "ditty_di.cli.composing",
+        "ditty_di.cli.job",
+        "ditty_di.launch.worker",
+        "ditty_di.training.trainer",
+    ),
     *("ditty_di.tasks.generate", "ditty_di.tasks.evaluate", "ditty_di.tasks.export"),
     *("ditty_di.data", "ditty_di.models.pretrained", "ditty_di.export", "ditty_di.front"),
     *("datasets", "peft", "transformers.models.llama.modeling_llama"),

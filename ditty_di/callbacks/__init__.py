@@ -1,4 +1,4 @@
-"""What acts while the trainer trains: at the end of a step, of a validation, of the training."""
+"""Callbacks: hooks at the end of a step, of a validation, of the training."""
 
 from ditty_di.callbacks.base import Callback, Callbacks
 from ditty_di.callbacks.early_stopping import EarlyStopping

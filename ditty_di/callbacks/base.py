@@ -1,49 +1,69 @@
-"""Where user code may act while the trainer trains."""
+"""Base class of callbacks, and the trainer's collection of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ditty_di.protocols import CALLBACK_METHODS
-
-if TYPE_CHECKING:
-    from ditty_di.protocols import Stateful, Training
+from ditty_di.protocols import CALLBACK_METHODS, Stateful, Training
 
 
 class Callback:
-    """Does nothing; subclasses override what they need.
+    """Hooks that the trainer calls; subclasses override the ones they need.
 
-    The trainer calls its callbacks in the order in which they were given, on all ranks at the same
-    points, so they may communicate; what it has for them is `ditty_di.protocols.Training`. One
-    that also has `state_dict` and `load_state_dict` is saved and resumed with the run.
+    Callbacks are called in the order in which they were given, on all ranks at the same points, so
+    they may communicate. What they may use of the trainer is `ditty_di.protocols.Training`. A
+    callback with `state_dict` and `load_state_dict` is saved and resumed with the run.
     """
 
-    def train_start(self, trainer: Training) -> None:
-        """Once, when the model has its values and before a checkpoint is loaded."""
+    def on_train_start(self, trainer: Training) -> None:
+        """Act once, after the model is initialised and before a checkpoint is loaded.
 
-    def step_end(self, trainer: Training) -> None:
-        """After each step, before validation and saving; `trainer.step` is its number."""
+        Args:
+            trainer: the trainer that calls it, as in every hook.
+        """
 
-    def validation_end(self, trainer: Training) -> None:
-        """After each validation; `trainer.objective` is its loss."""
+    def on_step_end(self, trainer: Training) -> None:
+        """Act after each optimizer step, before validation and saving.
 
-    def checkpoint_saved(self, trainer: Training) -> None:
-        """After a checkpoint was started (asynchronous saves go on in the background)."""
+        Args:
+            trainer: its `step` is the number of this step.
+        """
 
-    def train_end(self, trainer: Training) -> None:
-        """Once, after the last step, also of a run that was asked to stop."""
+    def on_validation_end(self, trainer: Training) -> None:
+        """Act after each validation.
+
+        Args:
+            trainer: its `objective` is the validation loss.
+        """
+
+    def on_save(self, trainer: Training) -> None:
+        """Act after a checkpoint was started (asynchronous saves go on in the background).
+
+        Args:
+            trainer: the trainer.
+        """
+
+    def on_train_end(self, trainer: Training) -> None:
+        """Act once after the last step, also of a run that was asked to stop.
+
+        Args:
+            trainer: the trainer.
+        """
 
     def report(self) -> str:
-        """What to tell when training has ended; may be empty."""
+        """Return text to print when training has ended; may be empty."""
         return ""
 
 
 class Callbacks:
-    """A trainer's callbacks by name, in their order; None stands for none.
+    """A trainer's callbacks by name, in their order.
+
+    Args:
+        named: the callbacks; a value of None is left out.
 
     Raises:
-        TypeError: no mapping; one that lacks a moment's method.
+        TypeError: not a mapping, or a callback without one of the hooks.
     """
 
     def __init__(self, named: Mapping[str, Callback | None]) -> None:
@@ -61,29 +81,34 @@ class Callbacks:
                     f"from ditty_di.callbacks.Callback, whose methods do nothing"
                 )
 
-    def call(self, moment: str, trainer: Training) -> None:
-        """Call a method of all callbacks.
+    def call(self, hook: str, trainer: Training) -> None:
+        """Call a hook of all callbacks.
 
-        When one raises, the others are still called before it goes on up: what they keep (such as
-        averages) belongs to the step that is saved then.
+        When one raises, the others are still called before its error is raised: what they keep
+        (such as averages) belongs to the step that is saved then.
+
+        Args:
+            hook: name of the method.
+            trainer: the trainer.
         """
         failure: Exception | None = None
         for callback in self.named.values():
             try:
-                getattr(callback, moment)(trainer)
+                getattr(callback, hook)(trainer)
             except Exception as error:
                 failure = failure or error
         if failure is not None:
             raise failure
 
     def reports(self) -> list[str]:
-        """What they have to tell, in their order."""
-        return [said for callback in self.named.values() if (said := callback.report())]
+        """Return the reports that are not empty, in order."""
+        return [text for callback in self.named.values() if (text := callback.report())]
 
     def states(self) -> dict[str, Stateful]:
-        """What a checkpoint holds of them, as `callback_<name>`."""
-        found: dict[str, Any] = {}
-        for name, callback in self.named.items():
-            if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict"):
-                found[f"callback_{name}"] = callback
+        """Return the callbacks that a checkpoint includes, as `callback_<name>`."""
+        found: dict[str, Any] = {
+            f"callback_{name}": callback
+            for name, callback in self.named.items()
+            if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
+        }
         return found

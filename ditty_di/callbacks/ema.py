@@ -1,10 +1,10 @@
-"""The exponential moving average of a model's weights."""
+"""Exponential moving average of a model's weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,11 @@ from torch.distributed.fsdp import FSDPModule
 from ditty_di.callbacks.base import Callback
 from ditty_di.models.weights import local
 from ditty_di.names import canonical_fqn
-
-if TYPE_CHECKING:
-    from ditty_di.protocols import Training
+from ditty_di.protocols import Training
 
 
 class EMA(Callback):
-    """Averages the trainable parameters after every step: average = d average + (1 - d) weights.
+    """Average the trainable parameters after every step: average = d average + (1 - d) weights.
 
     Each rank averages its own shards; nothing is communicated. The averages are float32 whatever
     the weights are, because bfloat16 would round the small changes away.
@@ -28,9 +26,9 @@ class EMA(Callback):
         decay: d; averages over about 1 / (1 - d) steps.
         warmup: d is min(decay, (1 + n) / (10 + n)) after n steps, so that the random weights of
             the beginning are soon forgotten (TensorFlow's ExponentialMovingAverage).
-        apply_at_end: when training has ended and is saved, the model gets the averages for good:
-            what is exported, or returned, are these. Validation is of the weights; `swap` lends
-            the averages at any time.
+        apply_at_end: replace the model's weights by the averages once training has ended and is
+            saved: these are exported, or returned. Validation uses the weights; `swap` gives the
+            averages at any time.
 
     Raises:
         ValueError: `decay` is not in [0, 1).
@@ -38,6 +36,11 @@ class EMA(Callback):
 
     @staticmethod
     def validate(*, decay: float = 0.0) -> None:
+        """Check the arguments; see the class.
+
+        Args:
+            decay: d.
+        """
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"EMA: decay={decay} must be at least 0 and below 1, such as 0.999")
 
@@ -51,19 +54,37 @@ class EMA(Callback):
         self._averages: dict[str, Tensor] = {}
         self._modules: list[torch.nn.Module] = []
 
-    def train_start(self, trainer: Training) -> None:
+    def on_train_start(self, trainer: Training) -> None:
+        """Start with the weights as they are.
+
+        Args:
+            trainer: the trainer.
+        """
         self.start(trainer.model_parts)
 
-    def step_end(self, trainer: Training) -> None:
+    def on_step_end(self, trainer: Training) -> None:
+        """Update the averages.
+
+        Args:
+            trainer: the trainer.
+        """
         self.update()
 
-    def train_end(self, trainer: Training) -> None:
+    def on_train_end(self, trainer: Training) -> None:
+        """Replace the weights with `apply_at_end`.
+
+        Args:
+            trainer: the trainer.
+        """
         if self.apply_at_end:
-            self._reshard()
-            self._put({name: local(a) for name, a in self._started().items()})
+            self._set_weights(self._started())
 
     def start(self, model_parts: list[torch.nn.Module]) -> None:
-        """Begins with the weights as they are."""
+        """Set the averages to the weights as they are.
+
+        Args:
+            model_parts: the model, or the pipeline stages of it that this rank has.
+        """
         self._modules = [m for part in model_parts for m in part.modules()]
         self._weights = {
             canonical_fqn(name): p
@@ -78,7 +99,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the weights of now into the averages."""
+        """Update the averages with the current weights."""
         self.updates += 1
         decay = self.decay
         if self.warmup:
@@ -89,40 +110,46 @@ class EMA(Callback):
 
     @contextmanager
     def swap(self) -> Iterator[None]:
-        """Within it, the model has the averages as weights; afterwards its own are back.
+        """Use the averages as the model's weights inside the block.
 
         Raises:
             RuntimeError: nothing has been averaged yet.
         """
         averages = self._started()
-        self._reshard()
-        own = {name: local(p).clone() for name, p in self._weights.items()}
-        self._put({name: local(a) for name, a in averages.items()})
+        own = {name: local(p).clone() for name, p in self._sharded().items()}
+        self._set_weights(averages)
         try:
             yield
         finally:
-            self._reshard()
-            self._put(own)
+            self._set_weights(own)
 
-    def _reshard(self) -> None:
-        """What is gathered would be neither swapped nor kept."""
+    def _sharded(self) -> dict[str, Tensor]:
+        """Return the weights, after freeing the gathered copies that FSDP may hold."""
         for module in self._modules:
             if isinstance(module, FSDPModule):
                 module.reshard()
+        return self._weights
 
     @torch.no_grad()
-    def _put(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self._weights.items():
-            local(parameter).copy_(values[name])
+    def _set_weights(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self._sharded().items():
+            local(parameter).copy_(local(values[name]))
 
     def state_dict(self) -> dict[str, Any]:
-        """`updates`, and `averages.<name>` for each weight: flat, so that each of them is a tensor
-        of its own in a checkpoint, which fits any layout."""
+        """Return `updates`, and `averages.<name>` for each weight.
+
+        It is flat, so that each average is a tensor of its own in a checkpoint and fits any layout.
+        """
         averages = {f"averages.{name}": a for name, a in self._started().items()}
         return {"updates": self.updates, **averages}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the averages.
+
+        Args:
+            state_dict: as `state_dict` returned it.
+        """
         for name, average in self._started().items():
             local(average).copy_(local(state_dict[f"averages.{name}"]))
         self.updates = state_dict["updates"]

@@ -1,22 +1,22 @@
-"""Stops a training when somebody has made a file."""
+"""Stop a training when a file appears."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ditty_di.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from ditty_di.protocols import Training
+from ditty_di.protocols import Training
 
 
 class StopFile(Callback):
-    """When the file is there, training ends as after SIGTERM: a checkpoint, and `preempted`.
+    """Stop the training as SIGTERM does when a file exists: save, exit with status `preempted`.
 
-    Only rank 0 looks, before the first step, after every step and after every validation; the next
-    step begins with all ranks agreeing, so nothing is communicated for it.
+    Only rank 0 looks, before the first step, after every step and after every validation. The next
+    step begins with all ranks agreeing on it, so nothing is communicated here.
+
+    Args:
+        path: the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -26,4 +26,4 @@ class StopFile(Callback):
         if trainer.runtime.rank == 0 and self.path.exists():
             trainer.runtime.request_stop()
 
-    train_start = step_end = validation_end = _look
+    on_train_start = on_step_end = on_validation_end = _look

@@ -1,28 +1,32 @@
-"""Saves and restores a training run, on all ranks together."""
+"""Save and restore a training run, on all ranks together."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ditty_di.checkpoint import folder as folders
 from ditty_di.checkpoint import space
-from ditty_di.checkpoint.folder import CheckpointError, Manifest
-
-# torch is imported when the first checkpointer is made: the command line must answer without it.
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ditty_di.checkpoint.entries import Entries
-    from ditty_di.protocols import Stateful
+from ditty_di.checkpoint.entries import Entries, leaves, pack, shown, to_host, to_save
+from ditty_di.checkpoint.folder import Checkpoint, CheckpointError, Manifest
+from ditty_di.checkpoint.load import LoadPlan
+from ditty_di.checkpoint.restricted import Reader
+from ditty_di.protocols import Stateful
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +38,13 @@ class Checkpointer:
     A process group must exist. The ranks share `folder` (one machine, or a shared file system).
 
     Args:
-        folder: where `step-00000100/` and so on are.
-        states: one logical object each over all ranks, sharded or replicated. A state with
+        folder: the folder of `step-00000100/` and so on.
+        states: by name; one logical object each over all ranks, sharded or replicated. A state with
             `prepare_load` (see `ditty_di.checkpoint.states`) must fit the checkpoint exactly; any
             other gets back what it saved.
-        rank_states: each rank's own, restored only when as many ranks load as saved.
+        rank_states: by name; each rank's own, restored only when as many ranks load as saved.
         every: steps between checkpoints; None saves only when forced.
-        keep: how many whole checkpoints remain; None keeps all.
+        keep: number of whole checkpoints that remain; None keeps all.
         async_save: write in the background, from a copy in host memory.
         load: state names that are not to be restored, as `{"optimizer": False}`.
 
@@ -50,6 +54,12 @@ class Checkpointer:
 
     @staticmethod
     def validate(*, every: int | None = None, keep: int | None = None) -> None:
+        """Check the arguments without touching anything; see the class.
+
+        Args:
+            every: steps between checkpoints.
+            keep: number of whole checkpoints that remain.
+        """
         wrong = [
             f"checkpoint.{name}={value}: use 1 or more, or null for no limit"
             for name, value in (("every", every), ("keep", keep))
@@ -73,9 +83,6 @@ class Checkpointer:
         names = [*states, *rank_states]
         if odd := [name for name in names if "." in name or names.count(name) > 1]:
             raise ValueError(f"checkpointer: state names must be unique and without dots: {odd}")
-
-        import torch.distributed as dist
-
         self.folder = Path(folder).expanduser().absolute()
         self.states, self.rank_states = dict(states), dict(rank_states)
         self.every, self.keep, self.async_save = every, keep, async_save
@@ -93,10 +100,14 @@ class Checkpointer:
     # -- saving -------------------------------------------------------------------------------
 
     def save(self, step: int, *, force: bool = False) -> bool:
-        """Saves when `step` is due, or `force`; False when it is not, or is saved already.
+        """Save a step that is due; return whether a checkpoint was started.
 
-        With `async_save` it returns once everything is copied; what went wrong in the background
-        is raised by the next `save` or by `close`.
+        With `async_save` it returns once everything is copied; errors in the background are raised
+        by the next `save` or by `close`.
+
+        Args:
+            step: optimizer steps done; one that is saved already is not saved again.
+            force: save even if the step is not due.
 
         Raises:
             CheckpointError: nothing was saved; earlier checkpoints are as they were.
@@ -105,13 +116,12 @@ class Checkpointer:
             return False
         self._wait()
         doing = f"saving step {step}"
-        there = self._first(lambda: folders.is_whole(self.folder, step, self._damaged))
-        if self._together(doing, there)[0]:
+        if self._on_rank_0(doing, lambda: folders.is_whole(self.folder, step, self._damaged)):
             return False
         entries: dict[str, Entries] = {}
         self._together(doing, lambda: entries.update(self._entries()))
         if self.async_save:
-            # A daemon: a process that fails must not wait at its end for ranks that are gone.
+            # A daemon: a process that fails must not wait at exit for ranks that are gone.
             self._writer = Thread(target=self._write_behind, args=(step, entries), daemon=True)
             self._writer.start()
         else:
@@ -130,27 +140,19 @@ class Checkpointer:
             CheckpointError: the folder cannot be written, or is clearly too small.
         """
         doing = f"preparing to save into {self.folder}"
-        sizes = self._together(doing, self._size_of_states)
-        needed = sum(sizes) + also
-        self._together(doing, self._first(lambda: space.require(self.folder, needed)))
 
-    def _size_of_states(self) -> int:
-        from ditty_di.checkpoint.entries import key_of, leaves
+        def values() -> Iterator[Any]:
+            for state in self.states.values():
+                yield from (value for _, value in leaves(state.state_dict()))
 
-        return self._size_of(
-            {
-                name: {key_of(path): value for path, value in leaves(state.state_dict())}
-                for name, state in self.states.items()
-            }
-        )
+        needed = sum(self._together(doing, lambda: self._size_of(values()))) + also
+        self._on_rank_0(doing, lambda: space.require(self.folder, needed))
 
     def maybe_wait_for_staging(self) -> None:
-        """Returns at once: `save` itself copies what training is about to change."""
+        """Return at once: `save` itself copies what training is about to change."""
 
     def close(self) -> None:
-        """Waits for what is being written; raises what went wrong in the background."""
-        import torch.distributed as dist
-
+        """Wait for a save in the background; raise its error."""
         try:
             self._wait()
         finally:
@@ -159,67 +161,59 @@ class Checkpointer:
             self._group = self._own_group = None
 
     def _entries(self) -> dict[str, Entries]:
-        from ditty_di.checkpoint.entries import pack, staged, to_save
-
-        entries = {}
-        for name, state in self.states.items():
-            of_state = to_save(state.state_dict())
-            entries[name] = staged(of_state) if self.async_save else of_state
+        entries = {name: to_save(state.state_dict()) for name, state in self.states.items()}
+        if self.async_save:
+            entries = {
+                name: {k: to_host(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+                for name, values in entries.items()
+            }
         for name, state in self.rank_states.items():
             entries[name] = {self._rank_key: pack((), state.state_dict())}
         return entries
 
+    def _size_of(self, values: Iterable[Any]) -> int:
+        return sum(space.size_of(value, first=self._rank == 0) for value in values)
+
     def _write(self, step: int, entries: dict[str, Entries]) -> None:
         doing, start = f"saving step {step}", time.monotonic()
         try:
-            self._write_checkpoint(step, entries)
+            self._write_checkpoint(step, doing, entries)
         except CheckpointError as error:
-            needed = sum(self._together(doing, lambda: self._size_of(entries)))
+            values = [value for state in entries.values() for value in state.values()]
+            needed = sum(self._together(doing, lambda: self._size_of(values)))
             why = str(error)
-            problem = self._together(doing, self._first(lambda: self._failed(why, needed)))[0]
-            if problem is None:
+
+            def explain() -> str | None:
+                explanation = space.explained(why, self.folder, needed)
+                folders.remove_leftovers(self.folder)
+                return explanation
+
+            explanation = self._on_rank_0(doing, explain)
+            if explanation is None:
                 raise
-            raise CheckpointError(f"{doing} into {self.folder}: {problem}") from error
+            raise CheckpointError(f"{doing} into {self.folder}: {explanation}") from error
         if self._rank == 0:
             log.info("saved step %d in %.1f s", step, time.monotonic() - start)
 
-    def _failed(self, problem: str, needed: int) -> str | None:
-        """Remove the files of a failed save; return the message if it failed for lack of space."""
-        explained = space.explained(problem, self.folder, needed)
-        folders.remove_leftovers(self.folder)
-        return explained
-
-    def _write_checkpoint(self, step: int, entries: dict[str, Entries]) -> None:
-        from torch.distributed.checkpoint.filesystem import FileSystemWriter
-        from torch.distributed.checkpoint.state_dict_saver import save
-
-        doing = f"saving step {step}"
-        aside = self._together(doing, self._first(lambda: folders.start_saving(self.folder, step)))
-        # Copying ahead from the device is for tensors that are there; in the background it would
-        # also open a context on the first device.
+    def _write_checkpoint(self, step: int, doing: str, entries: dict[str, Entries]) -> None:
+        temporary = self._on_rank_0(doing, lambda: folders.start_saving(self.folder, step))
+        # Copying ahead from the device is for tensors on it; in the background it would also open
+        # a context on the first device.
         ahead = 0 if self.async_save else 10_000_000  # bytes
-        writer = FileSystemWriter(aside[0], sync_files=True, per_thread_copy_ahead=ahead)
-        with _one_error(doing):
+        writer = FileSystemWriter(temporary, sync_files=True, per_thread_copy_ahead=ahead)
+        with _without_stacks(doing):
             save(entries, storage_writer=writer, process_group=self._group)
         # Each rank reads what it wrote itself: that is still in this machine's memory.
         own = f"__{self._rank}_*"
         of_ranks = self._together(
-            doing, lambda: {file.name: folders.digest_of(file) for file in aside[0].glob(own)}
+            doing, lambda: {file.name: folders.digest_of(file) for file in temporary.glob(own)}
         )
         digests = {name: digest for one in of_ranks for name, digest in one.items()}
-        self._together(doing, self._first(lambda: self._commit(step, aside[0], digests)))
+        self._on_rank_0(doing, lambda: self._commit(step, temporary, digests))
 
-    def _size_of(self, entries: Mapping[str, Mapping[str, Any]]) -> int:
-        values = (value for of_state in entries.values() for value in of_state.values())
-        return space.size_of(values, first=self._rank == 0)
-
-    def _commit(self, step: int, aside: Path, digests: dict[str, str]) -> None:
-        import torch
-
-        from ditty_di.checkpoint.restricted import Reader
-
-        metadata = Reader(aside).read_metadata()
-        files = {path.name: path.stat().st_size for path in aside.iterdir()}
+    def _commit(self, step: int, temporary: Path, digests: dict[str, str]) -> None:
+        metadata = Reader(temporary).read_metadata()
+        files = {path.name: path.stat().st_size for path in temporary.iterdir()}
         written = {info.relative_path for info in metadata.storage_data.values()}
         if unseen := sorted(written - files.keys()):
             raise CheckpointError(
@@ -234,7 +228,7 @@ class Checkpointer:
             keys=sorted(metadata.state_dict_metadata),
             digests=digests,
         )
-        checkpoint = folders.commit(aside, self.folder, manifest)
+        checkpoint = folders.commit(temporary, self.folder, manifest)
         self._damaged.pop(checkpoint, None)
         if self.keep is not None:
             folders.prune(self.folder, keep=self.keep, relied_on=checkpoint, damaged=self._damaged)
@@ -256,70 +250,64 @@ class Checkpointer:
     # -- loading ------------------------------------------------------------------------------
 
     def use_group(self, group: Any) -> None:
-        """Agree over another process group from here on.
+        """Use another process group from here on.
 
         An exception in the middle of a save leaves ranks in different collectives of the own one.
+
+        Args:
+            group: of all ranks, on the CPU.
         """
         self._group = group
 
     def load(self) -> int | None:
-        """Restores the newest whole checkpoint, the one that rank 0 finds.
+        """Restore the newest whole checkpoint that rank 0 finds, and return its step.
 
         Returns:
-            Its step; None when there is none.
+            None when there is none.
 
         Raises:
             CheckpointError: it does not fit the live states, or cannot be read.
         """
-        from torch.distributed.checkpoint.state_dict_loader import load
-
-        from ditty_di.checkpoint.load import LoadPlan
-        from ditty_di.checkpoint.restricted import Planner, Reader
-
         self._wait()
         start = time.monotonic()
-        if (found := self._newest_intact()) is None:
+        checkpoint = self._newest_undamaged()
+        if checkpoint is None:
             return None
-        checkpoint, manifest = found
-        doing = f"loading {checkpoint}"
-        own = self._rank_states_to_load(manifest.world_size)
+        doing = f"loading {checkpoint.path}"
         plan = LoadPlan(checkpoint, rank_key=self._rank_key)
+        own = self._rank_states_to_load(checkpoint.manifest.world_size)
         self._together(doing, lambda: plan.prepare(self._wanted(self.states), own))
-        unclaimed = plan.unclaimed(self._group)
-        self._together(doing, lambda: plan.require_claimed(unclaimed))
-        with _one_error(doing, "; move it away to go on from the one before"):
-            load(
-                plan.targets,
-                storage_reader=Reader(checkpoint),
-                planner=Planner(),
-                process_group=self._group,
-            )
+        if unclaimed := plan.unclaimed(self._group):
+            problem = f"the checkpoint has what this run does not: {shown(unclaimed)}"
+            raise CheckpointError(f"{doing}: {problem}")
+        with _without_stacks(doing, "; move it away to go on from the one before"):
+            checkpoint.read(plan.targets, group=self._group)
         self._together(doing, plan.restore)
         if self._rank == 0:
-            log.info("loaded %s in %.1f s", checkpoint, time.monotonic() - start)
-        return manifest.step
+            log.info("loaded %s in %.1f s", checkpoint.path, time.monotonic() - start)
+        return checkpoint.step
 
-    def _newest_intact(self) -> tuple[Path, Manifest] | None:
-        """The newest checkpoint whose files have the content that was written.
+    def _newest_undamaged(self) -> Checkpoint | None:
+        """Return the newest checkpoint whose files have the content that was written.
 
         The ranks share the files among them, so that each is read once for its digest.
         """
         doing = f"looking for checkpoints in {self.folder}"
-        while (found := self._together(doing, self._first(self._newest))[0]) is not None:
-            checkpoint, manifest = found
-            mine = sorted(manifest.digests)[self._rank :: self._world_size]
-            problems = self._together(doing, partial(_damage, checkpoint, manifest, mine))
+        while (found := self._on_rank_0(doing, self._newest)) is not None:
+            checkpoint: Checkpoint = found
+            mine = sorted(checkpoint.manifest.digests)[self._rank :: self._world_size]
+            problems = self._together(doing, partial(checkpoint.damage, mine))
             problem = next(filter(None, problems), None)
             if problem is None:
-                return checkpoint, manifest
+                return checkpoint
             if self._rank == 0:
-                folders.pass_over_damaged(checkpoint, problem, self._damaged)
+                folders.pass_over_damaged(checkpoint.path, problem, self._damaged)
         return None
 
-    def _newest(self) -> tuple[Path, Manifest] | None:
+    def _newest(self) -> Checkpoint | None:
         folders.remove_leftovers(self.folder)
-        checkpoint = folders.latest(self.folder, self._damaged)
-        return None if checkpoint is None else (checkpoint, folders.read_manifest(checkpoint))
+        path = folders.latest(self.folder, self._damaged)
+        return None if path is None else Checkpoint(path)
 
     def _wanted(self, states: Mapping[str, Stateful]) -> dict[str, Stateful]:
         return {name: state for name, state in states.items() if self._load.get(name, True)}
@@ -339,18 +327,16 @@ class Checkpointer:
 
     # -- ranks together -----------------------------------------------------------------------
 
-    def _first(self, do: Callable[[], Any]) -> Callable[[], Any]:
-        """For rank 0 only."""
-        return do if self._rank == 0 else lambda: None
+    def _on_rank_0(self, doing: str, do: Callable[[], Any]) -> Any:
+        """Call `do` on rank 0 and return its result on every rank."""
+        return self._together(doing, do if self._rank == 0 else lambda: None)[0]
 
     def _together(self, doing: str, do: Callable[[], Any]) -> list[Any]:
-        """What `do` returned on each rank.
+        """Call `do` on every rank and return the results of all.
 
         Raises:
             CheckpointError: on every rank, when it failed on any.
         """
-        import torch.distributed as dist
-
         result, problem, cause = None, None, None
         try:
             result = do()
@@ -364,20 +350,9 @@ class Checkpointer:
         return [result for result, _ in outcomes]
 
 
-def _damage(checkpoint: Path, manifest: Manifest, names: list[str]) -> str | None:
-    """Why a file of these has other content than was written; None if none has."""
-    try:
-        folders.verify(checkpoint, manifest, names)
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    return None
-
-
 @contextmanager
-def _one_error(doing: str, hint: str = "") -> Iterator[None]:
-    """torch raises the same error, of every rank that failed, on all ranks; here without stacks."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
+def _without_stacks(doing: str, hint: str = "") -> Iterator[None]:
+    """Shorten torch's error, which has the stacks of every rank that failed, to their messages."""
     try:
         yield
     except CheckpointException as error:
@@ -393,13 +368,12 @@ def _described(error: BaseException) -> str:
 
 
 def _by_rank(problems: Mapping[int, str]) -> str:
-    """The problems, each once, with the ranks that have it."""
+    """Return the problems, each once, with the ranks that have it."""
     ranks: dict[str, list[int]] = {}
     for rank, problem in problems.items():
         ranks.setdefault(problem, []).append(rank)
-    return "; ".join(f"{_ranks(numbers)}: {problem}" for problem, numbers in ranks.items())
-
-
-def _ranks(numbers: Iterable[int]) -> str:
-    numbers = list(numbers)
-    return f"rank {numbers[0]}" + (f" and {len(numbers) - 1} more" if len(numbers) > 1 else "")
+    parts = []
+    for problem, (first, *others) in ranks.items():
+        more = f" and {len(others)} more" if others else ""
+        parts.append(f"rank {first}{more}: {problem}")
+    return "; ".join(parts)

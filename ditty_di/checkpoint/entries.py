@@ -1,43 +1,52 @@
-"""Between the state dicts of live objects and the entries of a checkpoint.
+"""Convert the state dicts of live objects to the entries of a checkpoint, and back.
 
 A tensor is an entry of its own, which `torch.distributed.checkpoint` (DCP) shards, deduplicates
 and reshards. Anything else (numbers, lists, nested dicts, with the plain tensors inside) is one
 pickled entry, which comes back as it was saved, whatever the live object looks like now. Only a
-dict that holds a sharded tensor is taken apart. On disk an entry is called `<state>.<key>`.
+dict that holds a sharded tensor is split into its items. On disk an entry is called
+`<state>.<key>`.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ditty_di.checkpoint.restricted import Reader, loads
+from ditty_di.checkpoint.restricted import loads
 
 KeyPath = tuple[Any, ...]
 Entries = dict[str, Tensor | bytes]
 
 
 def key_of(path: KeyPath) -> str:
+    """Return the name of an entry.
+
+    Args:
+        path: the keys that lead to it in the state dict.
+    """
     return ".".join(map(str, path))
 
 
 def leaves(state_dict: Mapping[Any, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """(path, value) of every entry of a state dict.
+    """Yield (path, value) for every entry of a state dict.
+
+    Args:
+        state_dict: may be nested.
+        path: the keys that lead to it.
 
     Raises:
         TypeError: a sharded tensor inside a list or tuple, where it could not be resharded.
     """
     for key, value in state_dict.items():
         here = (*path, key)
-        if isinstance(value, Tensor) or not _holds_sharded(value):
+        sharded = any(isinstance(leaf, DTensor) for leaf in tree_leaves(value))
+        if isinstance(value, Tensor) or not sharded:
             yield here, value
         elif isinstance(value, Mapping):
             yield from leaves(value, here)
@@ -49,7 +58,10 @@ def leaves(state_dict: Mapping[Any, Any], path: KeyPath = ()) -> Iterator[tuple[
 
 
 def to_save(state_dict: Mapping[Any, Any]) -> Entries:
-    """The entries of a state; what is no tensor is pickled now, so that it may change later.
+    """Return the entries of a state; all but tensors are pickled now, since they may change.
+
+    Args:
+        state_dict: may be nested.
 
     Raises:
         TypeError: something that cannot be pickled.
@@ -65,9 +77,19 @@ def to_save(state_dict: Mapping[Any, Any]) -> Entries:
 
 
 def pack(path: KeyPath, value: Any) -> bytes:
+    """Pickle a value with its path; `loads` gives both back.
+
+    Args:
+        path: the keys that lead to it in the state dict.
+        value: tensors in it are copied to the CPU.
+
+    Raises:
+        TypeError: it cannot be pickled, or could not be read again.
+    """
     try:
-        packed = pickle.dumps((path, tree_map_only(Tensor, _plain_copy, value)))
-        loads(packed)  # what could not be read again must not be saved
+        copied = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), value)
+        packed = pickle.dumps((path, copied))
+        loads(packed)
         return packed
     except Exception as error:
         raise TypeError(
@@ -76,64 +98,68 @@ def pack(path: KeyPath, value: Any) -> bytes:
         ) from error
 
 
-def unpack(packed: bytes) -> tuple[KeyPath, Any]:
-    return loads(packed)
-
-
 def insert(state_dict: dict[Any, Any], path: KeyPath, value: Any) -> None:
-    """Puts a value in its (possibly nested) place."""
+    """Set a value in a nested dict.
+
+    Args:
+        state_dict: the dict.
+        path: the keys that lead to the value; missing dicts are made.
+        value: the value.
+    """
     *outer, last = path
     for key in outer:
         state_dict = state_dict.setdefault(key, {})
     state_dict[last] = value
 
 
-def staged(entries: Mapping[str, Tensor | bytes]) -> Entries:
-    """A copy in host memory, which training cannot change any more."""
-    return {k: _staged(v) if isinstance(v, Tensor) else v for k, v in entries.items()}
+def to_host(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory, of a kind that can be saved as the original can.
 
-
-def saved_entries(checkpoint: Path) -> dict[str, dict[str, Tensor | None]]:
-    """What a checkpoint holds, by state and key: a tensor without memory (on meta) for its shape
-    and dtype, or None for a pickled entry."""
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    saved: dict[str, dict[str, Tensor | None]] = {}
-    for name, entry in Reader(checkpoint).read_metadata().state_dict_metadata.items():
-        state, _, key = name.partition(".")
-        saved.setdefault(state, {})[key] = (
-            torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            if isinstance(entry, TensorStorageMetadata)
-            else None
-        )
-    return saved
+    Args:
+        tensor: a tensor made of tensors (DTensor, torchao's low-bit optimizer states) is copied
+            part by part: not every such class can be copied as a whole.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.detach().to("cpu", copy=True)
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: getattr(tensor, name) for name in names}
+    copies = {n: to_host(part) if isinstance(part, Tensor) else part for n, part in parts.items()}
+    return type(tensor).__tensor_unflatten__(copies, context, tensor.size(), tensor.stride())
 
 
 def require_same(
     live: Mapping[str, Any], saved: Mapping[str, Tensor | None], *, hint: str = ""
 ) -> None:
-    """Every live entry must be saved, in the same shape.
+    """Check that every live entry is saved, in the same shape.
+
+    Args:
+        live: the entries of a live state.
+        saved: the entries of the checkpoint (see `ditty_di.checkpoint.folder.Checkpoint.entries`).
+        hint: the end of the message.
 
     Raises:
-        ValueError: naming the first few that are not.
+        ValueError: naming the first few that are missing or have another shape.
     """
     missing = [key for key in live if key not in saved]
-    other = [
+    reshaped = [
         f"{key} ({_shape(there)} there, {_shape(live[key])} here)"
         for key, there in saved.items()
         if key in live and there is not None and there.dim() and _shape(there) != _shape(live[key])
     ]
-    problems = []
-    if missing:
-        problems.append(f"the checkpoint does not have {shown(missing)}")
-    if other:
-        problems.append(f"it has other shapes of {shown(other)}")
+    problems = [f"the checkpoint does not have {shown(missing)}"] if missing else []
+    if reshaped:
+        problems.append(f"it has other shapes of {shown(reshaped)}")
     if problems:
         raise ValueError("; ".join(problems) + hint)
 
 
 def shown(names: Iterable[str], first: int = 5) -> str:
-    """The first few names, and how many there are."""
+    """Return the first few names, and how many more there are.
+
+    Args:
+        names: the names.
+        first: how many are named.
+    """
     names = list(names)
     more = f" and {len(names) - first} more" if len(names) > first else ""
     return ", ".join(names[:first]) + more
@@ -141,26 +167,3 @@ def shown(names: Iterable[str], first: int = 5) -> str:
 
 def _shape(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _holds_sharded(value: Any) -> bool:
-    return any(isinstance(leaf, DTensor) for leaf in tree_leaves(value))
-
-
-def _plain_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()
-
-
-def _staged(tensor: Tensor) -> Tensor:
-    # A tensor made of tensors (DTensor, torchao's low-bit optimizer states) is copied part by part:
-    # not every such class can be copied as a whole.
-    if not is_traceable_wrapper_subclass(tensor):
-        return tensor.detach().to("cpu", copy=True)
-    names, context = tensor.__tensor_flatten__()
-    parts = {name: getattr(tensor, name) for name in names}
-    return type(tensor).__tensor_unflatten__(
-        {name: _staged(part) if isinstance(part, Tensor) else part for name, part in parts.items()},
-        context,
-        tensor.size(),
-        tensor.stride(),
-    )

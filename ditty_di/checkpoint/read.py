@@ -1,37 +1,29 @@
-"""Reading a model out of a checkpoint, without the run that wrote it."""
+"""Read a model, a loss or averages out of a checkpoint, without the run that wrote it."""
 
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ditty_di.checkpoint.folder import (
-    MANIFEST,
-    CheckpointError,
-    latest,
-    latest_intact,
-    read_manifest,
-    verify,
-)
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-# torch is imported when a model is read: the command line must answer without it.
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from ditty_di.checkpoint.restricted import Reader
-    from ditty_di.protocols import WeightsFn
-
-__all__ = ["from_checkpoint", "latest", "load_averages", "load_loss", "load_model", "read_base"]
+from ditty_di.checkpoint.entries import shown
+from ditty_di.checkpoint.folder import Checkpoint, CheckpointError
+from ditty_di.checkpoint.restricted import loads
+from ditty_di.checkpoint.states import ModelState, base_shown, require_base
+from ditty_di.models.weights import local
+from ditty_di.names import canonical_fqn
+from ditty_di.protocols import WeightsFn
 
 log = logging.getLogger(__name__)
 
 
 def load_model(path: str | Path, model: nn.Module) -> int:
-    """Reads the model's tensors in place, of any layout and into any layout.
+    """Load the model's tensors in place, of any layout and into any layout.
 
     No process group is needed; with several ranks each reads its own shards.
 
@@ -48,70 +40,33 @@ def load_model(path: str | Path, model: nn.Module) -> int:
         CheckpointError: no whole checkpoint, one that lacks something of the model or has it in
             another shape, or adapters that the model does not have.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    from ditty_di.checkpoint.entries import saved_entries, shown, unpack
-    from ditty_di.checkpoint.restricted import Reader
-    from ditty_di.checkpoint.states import ModelState
-
-    checkpoint = _find(Path(path).expanduser())
-    manifest = read_manifest(checkpoint)
-    reader = Reader(checkpoint)
-    try:
-        entries = saved_entries(checkpoint)
-        saved = entries.get("model", {})
-        state = ModelState([model], frozen="base" not in entries)
-        whole = ModelState([model]).state_dict()
-        beyond = [key for key in saved if key not in whole]
-        if beyond and "base" in entries:
-            raise ValueError(
-                f"it has adapters that the model does not: {shown(beyond)}; build the model with "
-                f"the same `adapter`"
-            )
-        state.prepare_load(saved)
-        live = state.state_dict()
-        read = {key: None if saved[key] is None else value for key, value in live.items()}
-        _read(reader, {"model": read})
-        state.load_state_dict(
-            {k: unpack(v)[1] if isinstance(v, bytes) else v for k, v in read.items()}
+    checkpoint = Checkpoint.find(path)
+    has_base = "base" in checkpoint.entries
+    whole = ModelState([model]).state_dict()
+    beyond = [key for key in checkpoint.entries.get("model", {}) if key not in whole]
+    if beyond and has_base:
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit the model: it has adapters that the model does not: "
+            f"{shown(beyond)}; build the model with the same `adapter`"
         )
-    except CheckpointException as error:
-        reason, _ = next(iter(error.failures.values()))
-        raise CheckpointError(f"{checkpoint} cannot be read: {reason}") from error
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{checkpoint} does not fit the model: {error}") from error
+    _load_state(checkpoint, "model", ModelState([model], frozen=not has_base))
     if beyond:
-        log.warning("%s has what the model does not: %s", checkpoint, shown(beyond))
-    return manifest.step
+        log.warning("%s has what the model does not: %s", checkpoint.path, shown(beyond))
+    return checkpoint.step
 
 
 def load_loss(loss_fn: Any, /, path: str | Path) -> None:
-    """Reads the parameters and buffers of a loss in place; of one that has none, nothing.
+    """Load the parameters and buffers of a loss in place; without any, nothing.
 
     Args:
+        loss_fn: the loss.
         path: see `load_model`.
 
     Raises:
         CheckpointError: no whole checkpoint, or one of a training with another loss.
     """
-    from torch import nn
-
-    from ditty_di.checkpoint.entries import saved_entries
-    from ditty_di.checkpoint.restricted import Reader
-    from ditty_di.checkpoint.states import ModelState
-
-    if not (isinstance(loss_fn, nn.Module) and loss_fn.state_dict()):
-        return
-    checkpoint = _find(Path(path).expanduser())
-    read_manifest(checkpoint)
-    state = ModelState([loss_fn])
-    try:
-        state.prepare_load(saved_entries(checkpoint).get("loss", {}))
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint} does not fit the loss: {error}") from error
-    read = state.state_dict()
-    _read(Reader(checkpoint), {"loss": read})
-    state.load_state_dict(read)
+    if isinstance(loss_fn, nn.Module) and loss_fn.state_dict():
+        _load_state(Checkpoint.find(path), "loss", ModelState([loss_fn]))
 
 
 def from_checkpoint(
@@ -124,19 +79,21 @@ def from_checkpoint(
     check_base: bool = True,
     averages: str | None = None,
 ) -> None:
-    """Fills a model from a checkpoint: for the `weights` slot.
+    """Fill a model from a checkpoint: for the `weights` slot.
 
     Args:
+        model: its parameters have memory.
+        device: passed to `initialize`.
         path: see `load_model`.
         initialize: called first, for what no checkpoint has (buffers that are not saved, such as
             rotary frequencies), and for the base of a checkpoint that holds adapters only. None is
             the model's own `default_weights`, if it has them.
         check_base: refuse adapters of another base than `initialize` reads.
         averages: the name of a callback that averaged weights (`ditty_di.callbacks.EMA`), whose
-            averages are taken instead of the weights.
+            averages are loaded instead of the weights.
 
     Raises:
-        CheckpointError: see `load_model`; another base, or none that says what it is; no averages.
+        CheckpointError: see `load_model`; another base, or one without identity; no averages.
     """
     initialize = initialize or getattr(model, "default_weights", None)
     there = read_base(path)
@@ -150,7 +107,7 @@ def from_checkpoint(
 
 
 def load_averages(path: str | Path, model: nn.Module, *, callback: str = "ema") -> None:
-    """Reads the averages that a callback made of the model's weights, in their place.
+    """Load the averages that a callback made of the model's weights, in place of the weights.
 
     Args:
         path: see `load_model`.
@@ -160,52 +117,45 @@ def load_averages(path: str | Path, model: nn.Module, *, callback: str = "ema") 
     Raises:
         CheckpointError: no whole checkpoint, or no averages of such a callback in it.
     """
-    import torch
-
-    from ditty_di.checkpoint.entries import saved_entries
-    from ditty_di.checkpoint.restricted import Reader
-    from ditty_di.models.weights import local
-    from ditty_di.names import canonical_fqn
-
-    checkpoint = _find(Path(path).expanduser())
-    read_manifest(checkpoint)
-    entries = saved_entries(checkpoint)
-    saved = entries.get(f"callback_{callback}", {})
+    checkpoint = Checkpoint.find(path)
+    state = f"callback_{callback}"
+    saved = checkpoint.entries.get(state, {})
     weights = {f"averages.{canonical_fqn(name)}": p for name, p in model.named_parameters()}
-    read: dict[str, Any] = {
+    averages: dict[str, Any] = {
         key: torch.empty_like(p, dtype=torch.float32) for key, p in weights.items() if key in saved
     }
-    if not read:
-        callbacks = [name.removeprefix("callback_") for name in entries if "callback_" in name]
+    if not averages:
+        names = [n.removeprefix("callback_") for n in checkpoint.entries if "callback_" in n]
         raise CheckpointError(
-            f"{checkpoint} has no averages of a callback {callback!r}; of callbacks it has "
-            f"{', '.join(callbacks) or 'nothing'}"
+            f"{checkpoint.path} has no averages of a callback {callback!r}; of callbacks it has "
+            f"{', '.join(names) or 'nothing'}"
         )
-    _read(Reader(checkpoint), {f"callback_{callback}": read})
+    checkpoint.read({state: averages})
     with torch.no_grad():
-        for key, average in read.items():
+        for key, average in averages.items():
             local(weights[key]).copy_(local(average))
 
 
 def read_base(path: str | Path) -> dict[str, Any] | None:
-    """Which base a checkpoint of adapters belongs to: path, revision, hash; None if to none.
+    """Return the base of a checkpoint of adapters: path, revision, hash; None for other ones.
+
+    Args:
+        path: see `load_model`.
 
     Raises:
         CheckpointError: no whole checkpoint.
     """
-    from ditty_di.checkpoint.entries import saved_entries
-    from ditty_di.checkpoint.restricted import Reader
-
-    checkpoint = _find(Path(path).expanduser())
-    read_manifest(checkpoint)
-    return _read_identity(Reader(checkpoint), saved_entries(checkpoint))
+    checkpoint = Checkpoint.find(path)
+    if "base" not in checkpoint.entries:
+        return None
+    base: dict[str, Any] = {"identity": None}
+    checkpoint.read({"base": base})
+    return loads(base["identity"])[1]
 
 
 def _require_base(
     path: str | Path, there: dict[str, Any], identity: Callable[[], dict[str, Any]] | None
 ) -> None:
-    from ditty_di.checkpoint.states import base_shown, require_base
-
     if identity is None:
         raise CheckpointError(
             f"{path} holds adapters for the base {base_shown(there)}, and not the base; pass "
@@ -219,37 +169,20 @@ def _require_base(
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _read_identity(
-    reader: Reader, entries: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any] | None:
-    from ditty_di.checkpoint.entries import unpack
-
-    if "base" not in entries:
-        return None
-    read: dict[str, Any] = {"identity": None}
-    _read(reader, {"base": read})
-    return unpack(read["identity"])[1]
-
-
-def _read(reader: Reader, targets: dict[str, Any]) -> None:
-    """Fills `targets` in place, without a process group."""
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    from ditty_di.checkpoint.restricted import Planner
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(targets, storage_reader=reader, planner=Planner(), no_dist=True)
-
-
-def _find(path: Path) -> Path:
-    if (path / MANIFEST).exists():
-        verify(path, read_manifest(path))
-        return path
-    checkpoint = latest_intact(path)
-    if checkpoint is None:
-        what = "holds no whole checkpoint" if path.is_dir() else "is no folder"
-        raise CheckpointError(
-            f"{path} {what}; give a folder with step-00000100/ and so on in it, or one of those"
+def _load_state(checkpoint: Checkpoint, name: str, state: ModelState) -> None:
+    """Load one state of a checkpoint, without a process group."""
+    saved = checkpoint.entries.get(name, {})
+    try:
+        state.prepare_load(saved)
+        read = {
+            key: None if saved[key] is None else value for key, value in state.state_dict().items()
+        }
+        checkpoint.read({name: read})
+        state.load_state_dict(
+            {key: loads(v)[1] if isinstance(v, bytes) else v for key, v in read.items()}
         )
-    return checkpoint
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise CheckpointError(f"{checkpoint.path} cannot be read: {reason}") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit the {name}: {error}") from error

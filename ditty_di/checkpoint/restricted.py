@@ -1,8 +1,8 @@
 """Read a checkpoint's pickles without running code that is in them.
 
 `torch.distributed.checkpoint` keeps its `.metadata`, and this package the entries that are not
-tensors, as pickles. Only plain data comes back: numbers, containers, arrays, tensors, dates, and
-classes of modules of the user's own that are imported already.
+tensors, as pickles. Only plain data is read: numbers, containers, arrays, tensors, dates, and
+classes of the user's own modules that are imported already.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ _BUILT_IN_OBJECT = ("builtins", "object")
 
 
 class _Unpickler(pickle.Unpickler):
+    """Finds plain classes only."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return _storage
@@ -68,7 +70,7 @@ class _Unpickler(pickle.Unpickler):
                 return found
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        # a class of the user's own, whose module this run has imported by itself
+        # a class of the user's own, whose module this run has imported already
         found = getattr(sys.modules.get(module), name, None)
         if isinstance(found, type) and is_users_own(found):
             return found
@@ -79,7 +81,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def loads(data: bytes) -> Any:
-    """Return what `pickle.dumps` made of plain data.
+    """Unpickle plain data.
+
+    Args:
+        data: what `pickle.dumps` returned.
 
     Raises:
         pickle.UnpicklingError: it names a function or class that is not plain data.
@@ -95,6 +100,12 @@ class Reader(FileSystemReader):
     """torch's reader of a checkpoint folder, with a restricted reading of `.metadata`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the checkpoint's metadata.
+
+        Args:
+            *args: ignored.
+            **kwargs: `rank`, if each rank has metadata of its own.
+        """
         path = self._get_metadata_path(kwargs.get("rank"))
         with self.fs.create_stream(path, "rb") as stream:
             metadata = loads(stream.read())
@@ -108,6 +119,12 @@ class Planner(DefaultLoadPlanner):
     """torch's plan of a load; an entry that is not a tensor is bytes, to be read by `loads`."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put the bytes of an entry into the state dict.
+
+        Args:
+            read_item: which entry.
+            value: a stream of what `torch.save` wrote.
+        """
         name, packed = read_item.dest_index.fqn, torch.load(value, weights_only=True)
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[name], packed)

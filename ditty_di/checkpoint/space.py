@@ -1,4 +1,4 @@
-"""Disk space: what a checkpoint needs, what there is, and errors that mean there is too little."""
+"""Disk space: what a checkpoint needs, what is free, and errors that mean there is too little."""
 
 from __future__ import annotations
 
@@ -6,52 +6,64 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
 from ditty_di.checkpoint.folder import CheckpointError
 
-# ENOSPC and EDQUOT, as Python and C++ say them, and EFBIG. torch's writer does not hand on what
-# the system said: a file that is shorter than it should be is all that it tells.
+# ENOSPC and EDQUOT, as Python and C++ spell them, and EFBIG. torch's writer does not pass on the
+# system's message: it only reports a file that is shorter than it should be.
 _FULL = re.compile(r"\[Errno (28|122)\]|No space left|Disk quota exceeded", re.IGNORECASE)
 _CUT_SHORT = re.compile(r"\[Errno 27\]|File too large|unexpected pos|file write failed|inline_cont")
 
 
-def size_of(values: Iterable[Any], *, first: bool) -> int:
-    """Bytes that this rank writes of tensors and pickled entries.
+def size_of(value: Any, *, first: bool) -> int:
+    """Return the bytes that this rank writes of a tensor or pickled entry.
 
     Args:
-        first: whether this rank counts what all ranks hold alike.
+        value: the entry.
+        first: whether this rank writes what all ranks hold alike.
     """
-    return sum(_size(value, first) for value in values)
-
-
-def _size(value: Any, first: bool) -> int:
-    import torch
-    from torch.distributed.tensor import DTensor
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
     if isinstance(value, DTensor):
         copies = 1
         for dim, placement in enumerate(value.placements):
             copies *= value.device_mesh.size(dim) if placement.is_replicate() else 1
-        return _size(value._local_tensor, True) // copies
-    if not isinstance(value, torch.Tensor):
-        return len(value) if first and isinstance(value, bytes) else 0
-    if is_traceable_wrapper_subclass(value):  # such as torchao's 8-bit optimizer states
-        return sum(_size(getattr(value, name), first) for name in value.__tensor_flatten__()[0])
-    return value.numel() * value.element_size() if first else 0
+        return size_of(value._local_tensor, first=True) // copies
+    if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+        # such as torchao's 8-bit optimizer states
+        parts = (getattr(value, name) for name in value.__tensor_flatten__()[0])
+        return sum(size_of(part, first=first) for part in parts)
+    if not first:
+        return 0
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return len(value) if isinstance(value, bytes) else 0
 
 
 def require(folder: Path, needed: int) -> None:
-    """Write a small file in `folder`, remove it, and compare the free space.
+    """Write and remove a small file in a folder, and check its free space.
+
+    Args:
+        folder: made if it does not exist.
+        needed: bytes.
 
     Raises:
         CheckpointError: the folder cannot be written, or has less than `needed` bytes free.
     """
+    probe = folder / f".probe-{secrets.token_hex(4)}"
     try:
-        probe_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with probe.open("wb") as file:
+                file.write(b"ditty_di")
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
     if (free := shutil.disk_usage(folder).free) < needed:
@@ -60,21 +72,14 @@ def require(folder: Path, needed: int) -> None:
         )
 
 
-def probe_folder(folder: Path) -> None:
-    """Make the folder, and write and remove a file of a few bytes in it. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe-{secrets.token_hex(4)}"
-    try:
-        with probe.open("wb") as file:
-            file.write(b"ditty_di")
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        probe.unlink(missing_ok=True)
-
-
 def explained(problem: str, folder: Path, needed: int) -> str | None:
-    """Return the message for a save that failed for lack of space; None for other failures."""
+    """Return the message for a save that failed for lack of space; None for other failures.
+
+    Args:
+        problem: message of the failed save.
+        folder: the folder of checkpoints.
+        needed: bytes of the checkpoint.
+    """
     try:
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     except OSError:
@@ -91,7 +96,11 @@ def explained(problem: str, folder: Path, needed: int) -> str | None:
 
 
 def shown(size: float) -> str:
-    """A number of bytes as `12.3 MB`."""
+    """Return a size as `12.3 MB`.
+
+    Args:
+        size: bytes.
+    """
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"

@@ -1,9 +1,9 @@
-"""What a training run saves: model, optimizer, schedule and random numbers, as `Stateful`s.
+"""The states that a training run saves: model, optimizer, learning-rate schedule, random numbers.
 
 `ModelState` and `OptimizerState` also have `prepare_load(saved)`, which the checkpointer calls
 before it asks for their state dict: `saved` maps each key that the checkpoint has for them to a
-tensor on meta (shape, dtype) or None (no tensor). A state with that method holds exactly what its
-state dict says; from any other state the saved structure wins.
+tensor on meta (shape, dtype) or None (not a tensor). A state with that method must match its state
+dict exactly; for any other state the saved structure wins.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from ditty_di.names import canonical_fqn
 
 log = logging.getLogger(__name__)
 
-#: The key under which a schedule's state has the rates of the next update.
+#: The key under which a schedule's state has the learning rates of the next update.
 _RATES = "next_rates"
 
 
 def model_states(
     model_parts: Iterable[nn.Module], weights: Any = None
 ) -> dict[str, ModelState | BaseState]:
-    """What a checkpoint holds of a model: all of it, or what a known base does not have.
+    """Return the states of a model: all of it, or what its pretrained base does not have.
 
     Args:
+        model_parts: the model, or the pipeline stages of it that this rank has.
         weights: what filled the model. With `identity` (see `ditty_di.protocols.WeightsFn`) it can
-            fill the frozen parameters again, so they are left out, and the base is noted instead.
+            fill the frozen parameters again, so the base's identity is saved instead of them.
     """
     parts = list(model_parts)
     identity = getattr(weights, "identity", None)
@@ -50,25 +51,41 @@ def model_states(
 
 
 class BaseState:
-    """Which base the frozen parameters are of; loading one that was made with another fails.
+    """The identity of the base that the frozen parameters belong to; loading another one fails.
 
-    A base is known by its `hash` alone: it may lie somewhere else by now. A checkpoint without a
-    base has its frozen parameters in it.
+    A base is identified by its `hash` alone: it may have been moved. A checkpoint without a base
+    has its frozen parameters in it.
+
+    Args:
+        identity: `path`, `revision` and `hash`.
     """
 
     def __init__(self, identity: Mapping[str, Any]) -> None:
         self.identity = dict(identity)
-        self._noted = True
+        self._saved = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"identity": self.identity} if self._noted else {}
+        """Return the identity, or nothing while a checkpoint without one is loaded."""
+        return {"identity": self.identity} if self._saved else {}
 
     def prepare_load(self, saved: Mapping[str, Tensor | None]) -> None:
-        self._noted = "identity" in saved
+        """Note whether the checkpoint has an identity.
+
+        Args:
+            saved: see the module.
+        """
+        self._saved = "identity" in saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises ValueError when the checkpoint's base is another."""
-        self._noted = True
+        """Compare the checkpoint's base.
+
+        Args:
+            state_dict: with `identity`, if the checkpoint has one.
+
+        Raises:
+            ValueError: it is another base.
+        """
+        self._saved = True
         if "identity" in state_dict:
             require_base(
                 state_dict["identity"],
@@ -78,20 +95,29 @@ class BaseState:
 
 
 def require_base(there: Mapping[str, Any], here: Mapping[str, Any], *, hint: str) -> None:
-    """The frozen parameters must be of the base that the checkpoint was made with.
+    """Check that the frozen parameters are of the base that the checkpoint was trained on.
+
+    Args:
+        there: the identity in the checkpoint.
+        here: the identity of the live base.
+        hint: the end of the message.
 
     Raises:
-        ValueError: they are of another, both named.
+        ValueError: they are of another base, both named.
     """
     if there["hash"] != here["hash"]:
         raise ValueError(
-            f"the checkpoint's adapters were trained on the base {base_shown(there)}, but the base "
-            f"here is {base_shown(here)}; {hint}"
+            f"the adapters were trained on the base {base_shown(there)}, and the base here is "
+            f"{base_shown(here)}; {hint}"
         )
 
 
 def base_shown(identity: Mapping[str, Any]) -> str:
-    """`path@revision (hash 0123456789ab)`."""
+    """Return `path@revision (hash 0123456789ab)`.
+
+    Args:
+        identity: `path`, `revision` and `hash`.
+    """
     revision = f"@{identity['revision']}" if identity.get("revision") else ""
     return f"{identity['path']}{revision} (hash {identity['hash'][:12]})"
 
@@ -100,20 +126,22 @@ class ModelState:
     """The model's parameters and persistent buffers, under the names of the whole model.
 
     Args:
-        model_parts: the model, or the stages of it that this rank has.
+        model_parts: the model, or the pipeline stages of it that this rank has.
         frozen: whether parameters that are not trained are saved. If not, they are still loaded
             from a checkpoint that has them.
-
-    Raises:
-        ValueError: two parts (or two wrapped modules) have different tensors of one name.
     """
 
     def __init__(self, model_parts: Iterable[nn.Module], *, frozen: bool = True) -> None:
         self.model_parts = list(model_parts)
         self.frozen = frozen
-        self._also: frozenset[str] = frozenset()
+        self._loading: frozenset[str] = frozenset()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the tensors by name.
+
+        Raises:
+            ValueError: two parts (or two wrapped modules) have different tensors of one name.
+        """
         merged: dict[str, Any] = {}
         for part in self.model_parts:
             for raw, value in self._of(part).items():
@@ -128,27 +156,40 @@ class ModelState:
         return merged
 
     def prepare_load(self, saved: Mapping[str, Tensor | None]) -> None:
-        """Raises ValueError when the checkpoint is not this model's."""
-        self._also = frozenset(saved)
+        """Compare the checkpoint's entries with the model's.
+
+        Args:
+            saved: see the module.
+
+        Raises:
+            ValueError: the checkpoint is of another model.
+        """
+        self._loading = frozenset(saved)
         require_same(self.state_dict(), saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy the tensors into the model.
+
+        Args:
+            state_dict: as `state_dict` returned it.
+        """
         for part in self.model_parts:
-            own = {raw: state_dict[canonical_fqn(raw)] for raw in self._of(part)}
-            extra = [raw for raw in own if raw.endswith(_EXTRA_STATE_KEY_SUFFIX)]
-            values = {**own, **{raw: own[raw][0] for raw in extra}}
+            values = {raw: state_dict[canonical_fqn(raw)] for raw in self._of(part)}
+            for raw in values:
+                if raw.endswith(_EXTRA_STATE_KEY_SUFFIX):
+                    (values[raw],) = values[raw]
             part.load_state_dict(values, strict=self.frozen)
-        self._also = frozenset()
+        self._loading = frozenset()
 
     def _of(self, part: nn.Module) -> dict[str, Any]:
-        """The entries of a part's state dict that are saved, or loaded now."""
+        """Return the entries of a part's state dict that are saved, or loaded now."""
         entries = part.state_dict()
         if self.frozen:
             return entries
         # By what is kept: quantised layers may put more into a state dict than parameters.
         kept = {name for name, _ in part.named_buffers(remove_duplicate=False)}
         kept |= {n for n, p in part.named_parameters(remove_duplicate=False) if p.requires_grad}
-        kept = {canonical_fqn(name) for name in kept} | self._also
+        kept = {canonical_fqn(name) for name in kept} | self._loading
         return {
             raw: value
             for raw, value in entries.items()
@@ -160,8 +201,8 @@ class OptimizerState:
     """An optimizer's state by parameter name, so that it fits any layout and any grouping.
 
     Keys are `state.<fqn>.<name>` and `param_groups.<fqn>` (the options of the parameter's group).
-    An option whose *configured* value is another than when the checkpoint was made keeps the new
-    value; the others take the saved one.
+    An option whose *configured* value differs from the one when the checkpoint was made keeps the
+    new value; the others take the saved one.
 
     Args:
         optimizer: its groups have `param_names` (it was built from (name, parameter) pairs).
@@ -185,28 +226,36 @@ class OptimizerState:
         self._configured = [copy.deepcopy(self._options(g)) for g in optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for name, parameter in self._named():
-            for key, value, _ in self._entries(name, parameter):
-                flat[key] = value
+        """Return the state and the options, flat."""
+        flat = {key: holder[name] for key, holder, name in self._entries()}
         for group, configured in zip(self.optimizer.param_groups, self._configured, strict=True):
             options = {"now": self._options(group), "configured": configured}
-            for name in self._names(group):
-                flat[f"param_groups.{name}"] = options
+            flat |= {f"param_groups.{name}": options for name in _names(group)}
         return flat
 
     def prepare_load(self, saved: Mapping[str, Tensor | None]) -> None:
-        """Makes the state that the checkpoint has and this optimizer does not yet.
+        """Allocate the state that the checkpoint has and this optimizer does not have yet.
 
-        Optimizers make their state in the first step; parameters without a gradient have none. So
-        only parameters that have state in the checkpoint get it, by a step that leaves no trace.
+        Optimizers allocate their state in the first step; parameters without a gradient have none.
+        So only parameters that have state in the checkpoint get it, by a step that is undone.
+
+        Args:
+            saved: see the module.
 
         Raises:
-            ValueError: the checkpoint is another optimizer's or another model's.
+            ValueError: the checkpoint is of another optimizer or another model.
         """
         parameters = dict(self._named())
         owned = {key: name for key in saved if (name := _owner(key, parameters)) is not None}
-        self._make_state([parameters[name] for name in dict.fromkeys(owned.values())])
+        lacking = [
+            parameters[name]
+            for name in dict.fromkeys(owned.values())
+            if not self.optimizer.state.get(parameters[name])
+        ]
+        if lacking:
+            with _undone_step(self.optimizer, lacking):
+                # The class's own step: a scheduler has put a counting one on the instance.
+                type(self.optimizer).step(self.optimizer)
         live = self.state_dict()
         hint = "; load.optimizer=false starts it afresh"
         if unknown := [key for key in owned if saved[key] is not None and key not in live]:
@@ -217,117 +266,113 @@ class OptimizerState:
         require_same(live, saved, hint=hint)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Puts the values in place.
+        """Set the values, not by `Optimizer.load_state_dict`: it casts to the parameter's dtype.
 
-        Not through `Optimizer.load_state_dict`, which casts state to the parameter's dtype.
+        Args:
+            state_dict: as `state_dict` returned it.
         """
         known: set[str] = set()
         with torch.no_grad():
-            for name, parameter in self._named():
-                for key, value, place in self._entries(name, parameter):
-                    _assign(*place, value, state_dict[key])
-                    known.add(key)
+            for key, holder, name in self._entries():
+                _assign(holder, name, state_dict[key])
+                known.add(key)
         parameters = dict(self._named())
-        for key, value in state_dict.items():  # what is made late in training, and is no tensor
+        for key, value in state_dict.items():  # allocated late in training, and not a tensor
             if key not in known and (owner := _owner(key, parameters)) is not None:
                 path = tuple(key.removeprefix(f"state.{owner}.").split("."))
                 insert(self.optimizer.state[parameters[owner]], path, value)
         for group, configured in zip(self.optimizer.param_groups, self._configured, strict=True):
-            for name in self._names(group)[:1]:  # one group, one set of options
-                there = state_dict[f"param_groups.{name}"]
+            for parameter_name in _names(group)[:1]:  # all of a group have its options
+                there = state_dict[f"param_groups.{parameter_name}"]
                 for option, value in there["now"].items():
                     if _same(configured.get(option), there["configured"].get(option)):
-                        _assign(group, option, group.get(option), value)
+                        _assign(group, option, value)
 
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in group.items() if key not in self._not_saved}
 
-    @staticmethod
-    def _names(group: dict[str, Any]) -> list[str]:
-        return [canonical_fqn(name) for name in group["param_names"]]
-
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.optimizer.param_groups:
-            yield from zip(self._names(group), group["params"], strict=True)
+            yield from zip(_names(group), group["params"], strict=True)
 
-    def _entries(
-        self, name: str, parameter: Tensor
-    ) -> Iterator[tuple[str, Any, tuple[dict[str, Any], str]]]:
-        """(key, value, where it is) of one parameter's state, nested dicts flattened."""
+    def _entries(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Yield (key, holder, name) for each value of the state: it is `holder[name]`."""
 
         def walk(prefix: str, state: dict[str, Any]) -> Iterator[Any]:
-            for key, value in state.items():
+            for name, value in state.items():
                 if isinstance(value, dict):
-                    yield from walk(f"{prefix}.{key}", value)
+                    yield from walk(f"{prefix}.{name}", value)
                 else:
-                    yield f"{prefix}.{key}", value, (state, key)
+                    yield f"{prefix}.{name}", state, name
 
-        if parameter in self.optimizer.state:
-            yield from walk(f"state.{name}", self.optimizer.state[parameter])
-
-    def _make_state(self, parameters: list[Tensor]) -> None:
-        lacking = [p for p in parameters if not self.optimizer.state.get(p)]
-        if not lacking:
-            return
-        with _without_trace(self.optimizer, lacking):
-            # The class's own step: a scheduler has put a counting one on the instance.
-            type(self.optimizer).step(self.optimizer)
+        for name, parameter in self._named():
+            if parameter in self.optimizer.state:
+                yield from walk(f"state.{name}", self.optimizer.state[parameter])
 
 
 class SchedulerState:
-    """A schedule's whole state; loading it also sets the learning rates that it had reached."""
+    """A schedule's whole state; loading it also sets the learning rates that it had reached.
+
+    Args:
+        scheduler: of any class of torch's interface.
+    """
 
     def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.scheduler.state_dict(), _RATES: list(map(float, self._rates()))}
-
-    def _rates(self) -> list[Any]:
-        return self.scheduler.get_last_lr()
+        """Return the schedule's state and the learning rates of the next update."""
+        rates = [float(rate) for rate in self.scheduler.get_last_lr()]
+        return {**self.scheduler.state_dict(), _RATES: rates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state_dict = dict(state_dict)
-        rates_before = state_dict.pop(_RATES, None)
+        """Restore the schedule; log how its curve differs from the configured one.
+
+        Args:
+            state_dict: as `state_dict` returned it.
+        """
+        saved = dict(state_dict)
+        rates_before = saved.pop(_RATES, None)
         fresh = self.scheduler.state_dict()
-        configured = fresh.get("base_lrs")
-        # Composite schedulers take what they are given apart.
-        self.scheduler.load_state_dict(copy.deepcopy(state_dict))
+        self.scheduler.load_state_dict(copy.deepcopy(saved))  # composite schedules modify it
         given = inspect.signature(type(self.scheduler)).parameters.keys() - {"last_epoch"}
-        other = {k: fresh[k] for k in given & fresh.keys() if fresh[k] != state_dict.get(k)}
+        other = {k: fresh[k] for k in given & fresh.keys() if fresh[k] != saved.get(k)}
         if other and all(isinstance(v, int | float) for v in other.values()):
             log.warning(
                 "the schedule continues from the checkpoint with %s, not the configured %s; "
                 "load.lr_scheduler=false starts the configured one",
-                ", ".join(f"{k}={state_dict.get(k)}" for k in other),
+                ", ".join(f"{k}={saved.get(k)}" for k in other),
                 ", ".join(f"{k}={v}" for k, v in other.items()),
             )
-        if configured != (saved := self.scheduler.state_dict().get("base_lrs")):
+        base_rates = self.scheduler.state_dict().get("base_lrs")
+        if base_rates != fresh.get("base_lrs"):
             log.warning(
                 "the schedule continues from the checkpoint with its base learning rates %s, not "
                 "the configured %s; load.lr_scheduler=false starts the configured one",
-                saved,
-                configured,
+                base_rates,
+                fresh.get("base_lrs"),
             )
         rates = self.scheduler.get_last_lr()
         for group, rate in zip(self.scheduler.optimizer.param_groups, rates, strict=True):
-            _assign(group, "lr", group["lr"], rate)
-        now = list(map(float, rates))
-        if rates_before is not None and now != rates_before:
+            _assign(group, "lr", rate)
+        if rates_before is not None and rates_before != [float(rate) for rate in rates]:
             log.warning(
                 "the learning rate goes from %.3g to %.3g here: the schedule follows its new curve "
                 "(with steps=N longer, lr_scheduler.total_steps=OLD keeps the old one, whose end "
                 "then holds)",
                 rates_before[0],
-                now[0],
+                float(rates[0]),
             )
 
 
 class RNGState:
-    """This process's random number generators: Python, NumPy's global one, torch's on the CPU and
-    on this process's accelerator."""
+    """This process's random number generators.
+
+    Python's, NumPy's global one, torch's on the CPU and on this process's accelerator.
+    """
 
     def state_dict(self) -> dict[str, Any]:
+        """Return their states, in plain types."""
         kind, keys, *rest = cast(tuple, np.random.get_state())
         return {
             "python": random.getstate(),
@@ -337,6 +382,11 @@ class RNGState:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set their states.
+
+        Args:
+            state_dict: as `state_dict` returned it.
+        """
         random.setstate(state_dict["python"])
         np.random.set_state(state_dict["numpy"])
         torch.set_rng_state(state_dict["torch"])
@@ -344,8 +394,12 @@ class RNGState:
             _accelerator().set_rng_state(state_dict["accelerator"])
 
 
+def _names(group: dict[str, Any]) -> list[str]:
+    return [canonical_fqn(name) for name in group["param_names"]]
+
+
 def _owner(key: str, parameters: Mapping[str, Any]) -> str | None:
-    """The parameter whose state is under `state.<its name>.<...>`, if it is one of these."""
+    """Return the parameter that an entry `state.<parameter>.<...>` belongs to, None for others."""
     name = key.removeprefix("state.")
     while name and name not in parameters:
         name = name.rpartition(".")[0]
@@ -356,8 +410,9 @@ def _accelerator() -> Any:
     return torch.get_device_module() if torch.accelerator.is_available() else None
 
 
-def _assign(holder: dict[Any, Any], key: Any, old: Any, new: Any) -> None:
-    """Sets a value; a tensor that fits keeps its identity, for others may hold it too."""
+def _assign(holder: dict[Any, Any], key: Any, new: Any) -> None:
+    """Set a value; a tensor of the same shape is written in place, as others may hold it too."""
+    old = holder.get(key)
     if isinstance(old, Tensor) and old is not new:
         new = torch.as_tensor(new)
         if old.shape == new.shape:
@@ -372,11 +427,12 @@ def _same(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def _without_trace(optimizer: Optimizer, stepped: list[Tensor]) -> Iterator[None]:
-    """A step within it, on zero gradients of `stepped`, makes their state and changes nothing else.
+def _undone_step(optimizer: Optimizer, stepped: list[Tensor]) -> Iterator[None]:
+    """Undo a step taken in this block but for the state that it allocates.
 
-    Zero gradients and a zero rate would not be enough: 0 * inf is no number, an epsilon may
-    underflow, -0.0 becomes 0.0, stochastic rounding draws random numbers, options count steps.
+    `stepped` get zero gradients. Zero gradients and a zero rate would not be enough: 0 * inf is
+    NaN, an epsilon may underflow, -0.0 becomes 0.0, stochastic rounding draws random numbers,
+    options count steps.
     """
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in everything]
@@ -385,16 +441,13 @@ def _without_trace(optimizer: Optimizer, stepped: list[Tensor]) -> Iterator[None
         {k: (v, copy.deepcopy(v)) for k, v in group.items() if k != "params"}
         for group in optimizer.param_groups
     ]
-    hooks = [
-        (table, list(table.items()))
-        for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-        if (table := getattr(optimizer, name, None))
-    ]
+    tables = [getattr(optimizer, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]
+    hooks = [list(table.items()) for table in tables]
     for parameter in everything:
         parameter.grad = None
     for parameter in stepped:
         parameter.grad = torch.zeros_like(parameter)
-    for table, _ in hooks:
+    for table in tables:
         table.clear()
     accelerator = _accelerator()
     devices = [accelerator.current_device()] if accelerator else []
@@ -405,12 +458,12 @@ def _without_trace(optimizer: Optimizer, stepped: list[Tensor]) -> Iterator[None
         with torch.no_grad():
             for parameter, value in zip(stepped, values, strict=True):
                 parameter.copy_(value)
-            for parameter, gradient in zip(everything, gradients, strict=True):
-                parameter.grad = gradient
             for group, saved in zip(optimizer.param_groups, groups, strict=True):
-                for key in [k for k in group if k != "params" and k not in saved]:
+                for key in group.keys() - saved.keys() - {"params"}:
                     del group[key]
                 for key, (value, content) in saved.items():
                     group[key] = value.copy_(content) if isinstance(value, Tensor) else content
-        for table, items in hooks:
+        for parameter, gradient in zip(everything, gradients, strict=True):
+            parameter.grad = gradient
+        for table, items in zip(tables, hooks, strict=True):
             table.update(items)

@@ -25,7 +25,7 @@ from ditty_di.cli.overrides import (
     without,
 )
 from ditty_di.config import ConfigError
-from ditty_di.rundir import GOOD_STATUSES, RunDirectory
+from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
 
 #: What `python -m ditty_di` does when no experiment and no run is named.
 DEFAULT_EXPERIMENT = "pretrain"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shlex
 import shutil
 import sys
@@ -22,7 +21,8 @@ from ditty_di.cli.command import Command, nearest, patched
 from ditty_di.cli.overrides import argument, value_of, without
 from ditty_di.config import ConfigError, Difference, Graph, Problem, difference, provenance
 from ditty_di.console import quiet, status
-from ditty_di.rundir import GOOD_STATUSES, RunDirectory
+from ditty_di.io import write_json, write_text
+from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
 
 Launcher = Callable[[str], int]
 
@@ -225,11 +225,11 @@ def _unused(path: Path) -> Path:
 
 
 def _write(run: RunDirectory, config: DictConfig, graph: Graph, command: Command) -> None:
-    run.write_text(run.config, OmegaConf.to_yaml(config))
+    write_text(run.config, OmegaConf.to_yaml(config))
     graph.save(run.resolved)
     dirs = [str(folder) for folder in searchpath.user_dirs(command.config_dirs)]
     run.write_command(command.lasting, command.config_name, dirs)
-    run.write_text(run.environment, json.dumps(environment.describe(sys.argv[1:]), indent=2) + "\n")
+    write_json(run.environment, environment.describe(sys.argv[1:]))
 
 
 # -- the end ----------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from ditty_di import parent_death, stop_signals
 from ditty_di.data import options
 from ditty_di.data.order import Order
 from ditty_di.data.row_seeds import PADDING, SeededRows, draws, preserved_generators, preserving
+from ditty_di.launch import parent_death, signals
 from ditty_di.protocols import LoadedBatch, early_checks
 
-_STOP_SIGNALS = stop_signals.SIGNALS
+_STOP_SIGNALS = signals.SIGNALS
 
 _NO_PAIR = """\
 a micro-batch must be a pair (inputs, labels), not {found}. Let the dataset's rows be pairs \

@@ -1,24 +1,31 @@
-"""Where metrics go: one small class each, all of them quiet until `start` (see `Writer`)."""
+"""Metrics writers: JSON lines, TensorBoard, Weights & Biases, the console.
+
+Each is started on rank 0 only (see `ditty_di.metrics.Writer`), and touches no file before that.
+"""
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from ditty_di.io import json_value, replacing
 
 
 class JSONLines:
     """One JSON object a line: `{"step": ..., name: value, ...}` or `{"step", "name", "text"}`.
 
-    A line is on its way to the disk when `write` returns. A resumed run first drops the lines
-    after the restored step, and a half-written last one. Values that are not finite become null,
-    which JSON has no other word for.
+    A line is handed to the operating system when `write` returns. A resumed run first drops the
+    lines after the restored step, and a half-written last one. NaN and infinity become null, as
+    JSON has neither.
+
+    Args:
+        path: the file.
     """
 
     def __init__(self, path: str) -> None:
@@ -26,37 +33,52 @@ class JSONLines:
         self._file: TextIO | None = None
 
     def start(self, *, step: int, total_steps: int) -> None:
+        """Open the file and drop the lines after a step.
+
+        Args:
+            step: the restored step, 0 in a new run.
+            total_steps: ignored.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self._drop_after(step)
+            kept = [line for line in self.path.read_bytes().splitlines() if _step_of(line) <= step]
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._line({"step": step, **finite})
+        """Append a line of values.
+
+        Args:
+            step: optimizer step.
+            values: by name.
+        """
+        self._line({"step": step, **values})
 
     def text(self, step: int, name: str, text: str) -> None:
+        """Append a line with a text.
+
+        Args:
+            step: optimizer step.
+            name: of the text.
+            text: its content.
+        """
         self._line({"step": step, "name": name, "text": text})
 
     def close(self) -> None:
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _line(self, entry: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            self._file.flush()
-
-    def _drop_after(self, step: int) -> None:
-        kept = [line for line in self.path.read_bytes().splitlines() if _step_of(line) <= step]
-        aside = self.path.with_name(self.path.name + ".new")
-        aside.write_bytes(b"".join(line + b"\n" for line in kept))
-        os.replace(aside, self.path)
+        assert self._file is not None, "not started"
+        self._file.write(json.dumps(json_value(entry), ensure_ascii=False) + "\n")
+        self._file.flush()
 
 
 def _step_of(line: bytes) -> float:
-    """The step of one line; infinity for a line that a killed process left half written."""
+    """Return the step of a line; infinity for a line that a killed process left half-written."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -65,6 +87,10 @@ def _step_of(line: bytes) -> float:
 
 class TensorBoard:
     """Scalars and texts for TensorBoard (`tensorboard --logdir FOLDER`).
+
+    Args:
+        folder: the folder of event files.
+        flush_seconds: time in seconds between two flushes to disk.
 
     Raises:
         ImportError: tensorboard is not installed.
@@ -76,38 +102,55 @@ class TensorBoard:
         self._writer: Any = None
 
     def start(self, *, step: int, total_steps: int) -> None:
+        """Open an event file that hides earlier events after a step.
+
+        Args:
+            step: the restored step, 0 in a new run.
+            total_steps: ignored.
+        """
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError(
-                "the TensorBoard metrics writer needs tensorboard: pip install tensorboard, or "
-                "take the writer out of metrics.writers"
-            ) from error
+            raise ImportError(_missing("TensorBoard")) from error
         self._writer = SummaryWriter(
             self.folder, purge_step=step + 1, flush_secs=self.flush_seconds
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        """Add scalars.
+
+        Args:
+            step: optimizer step.
+            values: by name.
+        """
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        if self._writer is not None:
-            # Indented by four, Markdown (which TensorBoard renders) shows it as it is.
-            self._writer.add_text(name, "    " + text.replace("\n", "\n    "), step)
+        """Add a text.
+
+        Args:
+            step: optimizer step.
+            name: of the text.
+            text: its content.
+        """
+        # Indented by four, Markdown (which TensorBoard renders) shows it unchanged.
+        self._writer.add_text(name, "    " + text.replace("\n", "\n    "), step)
 
     def close(self) -> None:
+        """Close the event file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
 
 class WandB:
-    """Weights & Biases. `init` goes to `wandb.init` as it is (project, mode, tags, config, ...).
+    """Weights & Biases. The x axis is the metric `step`.
 
-    `folder` receives wandb's files and `wandb-run-id.txt`: a run that is resumed in the same
-    folder continues the same W&B run. The x axis is the metric `step`.
+    Args:
+        folder: receives wandb's files and `wandb-run-id.txt`: a run that is resumed in the same
+            folder continues the same W&B run.
+        **init: passed to `wandb.init` (project, mode, tags, config, ...).
 
     Raises:
         ImportError: wandb is not installed.
@@ -119,13 +162,16 @@ class WandB:
         self._run: Any = None
 
     def start(self, *, step: int, total_steps: int) -> None:
+        """Start or continue the W&B run.
+
+        Args:
+            step: ignored.
+            total_steps: ignored.
+        """
         try:
             import wandb
         except ImportError as error:
-            raise ImportError(
-                "the WandB metrics writer needs wandb: pip install wandb, or take the writer out "
-                "of metrics.writers"
-            ) from error
+            raise ImportError(_missing("WandB")) from error
         self.folder.mkdir(parents=True, exist_ok=True)
         id_file = self.folder / "wandb-run-id.txt"
         known = id_file.read_text().strip() if id_file.exists() else None
@@ -137,36 +183,62 @@ class WandB:
             id_file.write_text(self._run.id + "\n")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        if self._run is not None:
-            self._run.log({"step": step, **values})
+        """Log values.
+
+        Args:
+            step: optimizer step.
+            values: by name.
+        """
+        self._run.log({"step": step, **values})
 
     def text(self, step: int, name: str, text: str) -> None:
-        if self._run is not None:
-            import html
+        """Log a text as preformatted HTML.
 
-            import wandb
+        Args:
+            step: optimizer step.
+            name: of the text.
+            text: its content.
+        """
+        import wandb
 
-            self._run.log({"step": step, name: wandb.Html(f"<pre>{html.escape(text)}</pre>")})
+        self._run.log({"step": step, name: wandb.Html(f"<pre>{html.escape(text)}</pre>")})
 
     def close(self) -> None:
+        """Finish the W&B run."""
         if self._run is not None:
             self._run.finish()
             self._run = None
 
 
-class ProgressBar:
-    """A bar on a terminal; elsewhere (a file, a pipe) one line a report. Texts go above the bar.
+def _missing(writer: str) -> str:
+    package = writer.lower()
+    return (
+        f"the {writer} metrics writer needs {package}: pip install {package}, or take the writer "
+        f"out of metrics.writers"
+    )
 
-    `file`: None writes to standard error, so that results on standard output stay apart.
+
+class ProgressBar:
+    """A progress bar on a terminal; elsewhere (a file, a pipe) one line for each report.
+
+    Args:
+        file: where to write; None means standard error, so that results on standard output stay
+            separate.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
         self.file = file
         self._bar: Any = None
-        self._print: Callable[[str], None] | None = None
+        self._print: Callable[[str], None] = lambda line: None
         self._total_steps = 0
 
     def start(self, *, step: int, total_steps: int) -> None:
+        """Show the bar.
+
+        Args:
+            step: the restored step, 0 in a new run.
+            total_steps: the last step.
+        """
         file = self.file or sys.stderr
         self._total_steps = total_steps
         if _columns(file):
@@ -180,13 +252,17 @@ class ProgressBar:
                 # Its own estimate would count validation as training.
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
-            self._print = self._above_bar
+            self._print = lambda line: self._bar.write(line, file=file)
         else:
             self._print = lambda line: print(line, file=file, flush=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        if self._print is None:
-            return
+        """Show values: in the bar those of a training step, others above it.
+
+        Args:
+            step: optimizer step.
+            values: by name.
+        """
         shown = _describe(values)
         if self._bar is None:
             self._print(f"step {step}/{self._total_steps}  {shown}")
@@ -194,24 +270,28 @@ class ProgressBar:
             self._bar.n = step
             self._bar.set_postfix_str(shown.replace("  ", " "))
         else:
-            self._above_bar(f"step {step}  {shown}")
+            self._print(f"step {step}  {shown}")
 
     def text(self, step: int, name: str, text: str) -> None:
-        if self._print is not None:
-            self._print(f"step {step}  {name}: {text}")
+        """Print a text above the bar.
+
+        Args:
+            step: optimizer step.
+            name: of the text.
+            text: its content.
+        """
+        self._print(f"step {step}  {name}: {text}")
 
     def close(self) -> None:
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        self._print = None
-
-    def _above_bar(self, line: str) -> None:
-        self._bar.write(line, file=self.file or sys.stderr)
+        self._print = lambda line: None
 
 
 def _columns(file: TextIO) -> int:
-    """Width of the terminal that `file` is; 0 when it is none, or has no width to draw in."""
+    """Return the width of the terminal behind a file, 0 without one or without a width."""
     try:
         return os.get_terminal_size(file.fileno()).columns if file.isatty() else 0
     except (OSError, ValueError):
@@ -229,7 +309,7 @@ _SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def _describe(values: dict[str, float]) -> str:
-    """The few values that a person watches; of a report without any of these, all."""
+    """Return the values that a person watches; without any of these, all values."""
     known = [f"{label} {show(values[k])}" for k, (label, show) in _SHOWN.items() if k in values]
     return "  ".join(known or [f"{name} {value:.4f}" for name, value in values.items()])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ditty_di.rundir import RunDirectory
+from ditty_di.launch.rundir import RunDirectory
 from ditty_di.training.trainer import Trainer
 
 

@@ -302,7 +302,7 @@ class Trainer(torchtitan.trainer.Trainer):
         gc_was_enabled = gc.isenabled()
         self.gc_handler = GarbageCollection(gc_freq=self.gc_every)  # disables automatic collection
         try:
-            self.callbacks.call("train_start", self)
+            self.callbacks.call("on_train_start", self)
             self._restore()
             if restored is not None:
                 restored()
@@ -323,9 +323,9 @@ class Trainer(torchtitan.trainer.Trainer):
             self._save(force=True)
             if self.checkpointer:
                 self.checkpointer.maybe_wait_for_staging()  # a callback may change the weights
-            self.callbacks.call("train_end", self)
+            self.callbacks.call("on_train_end", self)
         except BaseException as error:
-            if not hasattr(error, "training_step"):  # for `ditty_di.failure`
+            if not hasattr(error, "training_step"):  # for `ditty_di.launch.failure`
                 error.training_step = self.step  # type: ignore[attr-defined]
             self.metrics_processor.close()  # keep what was logged until then
             raise
@@ -453,7 +453,7 @@ class Trainer(torchtitan.trainer.Trainer):
                     raise ValueError("dataloader: it yields no batch on some rank") from None
                 self._validate(last=True)
                 return True
-            self._call("step_end")
+            self._call("on_step_end")
             self._validate(last=not self.should_continue_training())
             self._save()
             if profiler:
@@ -501,7 +501,7 @@ class Trainer(torchtitan.trainer.Trainer):
             named = {f"validation/{name}": value for name, value in values.items()}
             self.metrics_processor.log(self.step, named)
             with self.metrics_processor.pause():
-                self._call("validation_end")
+                self._call("on_validation_end")
 
     # ---------------------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict[str, Any]:
@@ -550,7 +550,7 @@ class Trainer(torchtitan.trainer.Trainer):
                     require_finite_parameters(self.step, self._trained, self.runtime)
                 if self.checkpointer.save(self.step, force=force):
                     self.saved_step = self.step
-                    self._call("checkpoint_saved")
+                    self._call("on_save")
 
     def _save_at_failure(self, group: Any) -> None:
         checkpointer: Any = self.checkpointer

@@ -25,10 +25,10 @@ class OneWeight:
 
 def test_the_average_is_the_one_of_the_formula():
     trainer, ema = OneWeight(), EMA(0.9, warmup=False)
-    ema.train_start(trainer)
+    ema.on_train_start(trainer)
     for _ in range(5):
         trainer.set(1.0)
-        ema.step_end(trainer)
+        ema.on_step_end(trainer)
     state = ema.state_dict()
     assert list(state) == ["updates", "averages.layer.weight"], "what is frozen has no average"
     assert state["averages.layer.weight"].item() == pytest.approx(1 - 0.9**5)
@@ -36,11 +36,11 @@ def test_the_average_is_the_one_of_the_formula():
 
 def test_the_beginning_is_forgotten_soon():
     trainer, ema = OneWeight(), EMA(0.9999)
-    ema.train_start(trainer)
+    ema.on_train_start(trainer)
     trainer.set(1.0)
     expected = 0.0
     for n in range(1, 8):
-        ema.step_end(trainer)
+        ema.on_step_end(trainer)
         decay = (1 + n) / (10 + n)
         expected = decay * expected + (1 - decay)
     assert ema.state_dict()["averages.layer.weight"].item() == pytest.approx(expected)
@@ -50,10 +50,10 @@ def test_the_beginning_is_forgotten_soon():
 def test_small_changes_of_bfloat16_weights_are_not_rounded_away():
     trainer, ema = OneWeight(torch.bfloat16), EMA(0.999, warmup=False)
     trainer.set(1.0)
-    ema.train_start(trainer)
+    ema.on_train_start(trainer)
     trainer.set(1.25)
     for _ in range(100):
-        ema.step_end(trainer)
+        ema.on_step_end(trainer)
     average = ema.state_dict()["averages.layer.weight"]
     assert average.item() == pytest.approx(1.25 - 0.25 * 0.999**100, rel=1e-4)
     with ema.swap():
@@ -63,9 +63,9 @@ def test_small_changes_of_bfloat16_weights_are_not_rounded_away():
 
 def test_the_averages_are_in_the_model_only_within_swap():
     trainer, ema = OneWeight(), EMA(0.5, warmup=False)
-    ema.train_start(trainer)
+    ema.on_train_start(trainer)
     trainer.set(1.0)
-    ema.step_end(trainer)
+    ema.on_step_end(trainer)
 
     def evaluate():
         with ema.swap():
@@ -80,19 +80,19 @@ def test_the_averages_are_in_the_model_only_within_swap():
 
 def test_it_goes_on_where_it_was_saved():
     trainer, ema = OneWeight(), EMA(0.999)
-    ema.train_start(trainer)
+    ema.on_train_start(trainer)
     values = [0.3, -2.0, 1.0, 4.0]
     for value in values[:2]:
         trainer.set(value)
-        ema.step_end(trainer)
+        ema.on_step_end(trainer)
     saved = copy.deepcopy(ema.state_dict())
     other, resumed = OneWeight(), EMA(0.999)
-    resumed.train_start(other)
+    resumed.on_train_start(other)
     resumed.load_state_dict(saved)
     for value in values[2:]:
         for t, e in ((trainer, ema), (other, resumed)):
             t.set(value)
-            e.step_end(t)
+            e.on_step_end(t)
     assert resumed.state_dict() == ema.state_dict()
 
 
@@ -108,11 +108,11 @@ def test_a_callback_may_leave_out_what_it_does_not_need():
     class Counting(Callback):
         steps = 0
 
-        def step_end(self, trainer):
+        def on_step_end(self, trainer):
             self.steps += 1
 
     callback = Counting()
-    for point in ("train_start", "step_end", "validation_end", "checkpoint_saved", "train_end"):
+    for point in ("on_train_start", "on_step_end", "on_validation_end", "on_save", "on_train_end"):
         getattr(callback, point)(None)
     assert callback.steps == 1
 

@@ -135,6 +135,6 @@ def test_texts_of_every_validation_change_nothing_else():
 def test_one_validation_has_nothing_to_be_compared_with():
     sample = SampleText(Letters(), ["ab"], max_new_tokens=1)
     trainer, _ = make_trainer(None, steps=1, validator=None)
-    sample.validation_end(trainer)
+    sample.on_validation_end(trainer)
     trainer.close()
     assert sample.report() == ""

@@ -14,7 +14,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "tests.checkpoint.cases"])
+# What ranks need is imported once, not in each of them.
+_context.set_forkserver_preload(["tests.checkpoint.cases", "ditty_di.trainer"])
+
+#: A folder in memory, where syncing files to disk costs no time; None where there is none.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 #: Exit code of a rank that ended itself on purpose.
 KILLED = 41
@@ -37,19 +41,29 @@ def run_dying(
     function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120
 ) -> tuple[list[Any], list[int | None]]:
     """As `run`, for ranks that may die: (what each returned or None, exit codes)."""
-    with tempfile.TemporaryDirectory() as folder:
-        processes, pipes = [], []
+    return Group(function, ranks, *args).wait(timeout)
+
+
+class Group:
+    """`function(*args)` started on every rank of a new process group."""
+
+    def __init__(self, function: Callable[..., Any], ranks: int, *args: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory(dir=MEMORY)
+        self._processes, self._pipes = [], []
         for rank in range(ranks):
             receiver, sender = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_rank, args=(sender, folder, rank, ranks, function, args)
+                target=_rank, args=(sender, self._folder.name, rank, ranks, function, args)
             )
             process.start()
             sender.close()
-            processes.append(process)
-            pipes.append(receiver)
+            self._processes.append(process)
+            self._pipes.append(receiver)
+
+    def wait(self, timeout: float = 120) -> tuple[list[Any], list[int | None]]:
+        """(what each rank returned or None, exit codes)."""
         results = []
-        for process, pipe in zip(processes, pipes, strict=True):
+        for process, pipe in zip(self._processes, self._pipes, strict=True):
             try:
                 results.append(pickle.loads(pipe.recv_bytes()) if pipe.poll(timeout) else None)
             except EOFError:
@@ -57,7 +71,8 @@ def run_dying(
             process.join(10)
             if process.is_alive():
                 process.kill()
-        return results, [process.exitcode for process in processes]
+        self._folder.cleanup()
+        return results, [process.exitcode for process in self._processes]
 
 
 class _Failure:

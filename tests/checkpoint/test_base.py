@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ditty_di.checkpoint import CheckpointError
-from ditty_di.checkpoint.entries import saved_entries
+from ditty_di.checkpoint.folder import Checkpoint
 from ditty_di.checkpoint.read import from_checkpoint, load_model, read_base
 from ditty_di.checkpoint.states import BaseState, ModelState, model_states
 from tests.adapters import cases
@@ -47,7 +47,7 @@ def saved(base, tmp_path_factory):
 def test_it_holds_adapters_their_optimizer_state_and_which_base(saved):
     folder, adapter_bytes, base_bytes, trained = saved
     checkpoint = folder / "checkpoints" / "step-00000002"
-    entries = saved_entries(checkpoint)
+    entries = Checkpoint(checkpoint).entries
     assert set(entries["model"]) == set(trained)
     assert set(entries["base"]) == {"identity"}
     size = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
@@ -56,9 +56,12 @@ def test_it_holds_adapters_their_optimizer_state_and_which_base(saved):
     assert adapter_bytes < base_bytes
 
 
-def resume(folder, base, load):
-    import torch.distributed as dist
+def resume_all(runs):
+    """What `resume` gives for each run."""
+    return {name: resume(*run) for name, run in runs.items()}
 
+
+def resume(folder, base, load):
     trainer, recorder = make_trainer(
         None,
         **cases.slots(base, "qlora"),
@@ -71,22 +74,21 @@ def resume(folder, base, load):
         return str(error)
     finally:
         trainer.close()
-        dist.barrier()
     return recorder.losses()
 
 
 def test_another_base_is_refused_and_a_moved_one_is_not(saved, base, other, tmp_path):
-    def again(name, base, load):
-        folder = tmp_path / f"run-{name}"
-        shutil.copytree(saved[0], folder)
-        return ranks.run(resume, 1, folder, base, load, timeout=300)[0]
-
-    message = again("other", other, {})
-    assert f"trained on the base {base} (hash " in message
-    assert f"the base here is {other} (hash " in message and "load.base=false" in message
-    assert len(again("overridden", other, {"base": False})) == 1
     moved = shutil.copytree(base, tmp_path / "moved")
-    assert again("moved", str(moved), {}) == again("same", base, {})
+    runs = {"other": (other, {}), "overridden": (other, {"base": False})}
+    runs |= {"moved": (str(moved), {}), "same": (base, {})}
+    copies = {n: (shutil.copytree(saved[0], tmp_path / f"run-{n}"), *r) for n, r in runs.items()}
+    (found,) = ranks.run(resume_all, 1, copies, timeout=300)
+
+    assert f"trained on the base {base} (hash " in found["other"]
+    assert f"the base here is {other} (hash " in found["other"]
+    assert "load.base=false" in found["other"]
+    assert len(found["overridden"]) == 1
+    assert found["moved"] == found["same"]
 
 
 def empty(base, **transforms):

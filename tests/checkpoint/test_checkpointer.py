@@ -135,7 +135,7 @@ def test_sharded_tensors_in_nested_dicts(tmp_path):
 def test_a_tensor_may_be_sharded_now_and_whole_before(tmp_path):
     loaded = roundtrip(tmp_path, {"x": torch.arange(2.0)}, {"x": sharded(torch.zeros(2))})
     assert loaded["x"].full_tensor().tolist() == [0, 1]
-    with pytest.raises(CheckpointError, match=r"box\.x is no tensor of shape \[3\] there"):
+    with pytest.raises(CheckpointError, match=r"box\.x is not a tensor of shape \[3\] there"):
         checkpointer(tmp_path, {"box": Box({"x": sharded(torch.zeros(3))})}).load()
 
 

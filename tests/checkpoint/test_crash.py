@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tests.checkpoint import ranks
 from tests.checkpoint.cases import Box, checkpointer
 from tests.checkpoint.crash import FileSystemCalls
 
+AT_ONCE = 6  # saves that die at the same time, each in a folder of its own
 KEEP = 1  # nothing to fall back on but the one checkpoint that is there
 
 
@@ -25,9 +28,13 @@ def saver(folder, step=0, **options):
 
 
 @pytest.fixture
-def prepared(tmp_path, process_group):
+def prepared(process_group):
     """A whole checkpoint of step 1, and all kinds of rubbish."""
-    folder = tmp_path / "prepared"
+    with tempfile.TemporaryDirectory(dir=ranks.MEMORY) as parent:
+        yield make_prepared(Path(parent) / "prepared")
+
+
+def make_prepared(folder):
     saver(folder, 1)[2].save(1, force=True)
     for name in (".saving-step-00000002-0a0a", ".deleting-step-00000000-0b0b", "step-00000002"):
         (folder / name / "sub").mkdir(parents=True)
@@ -68,13 +75,20 @@ def require_usable(folder):
 def every_death(prepared, number, rank, points, async_save=False):
     """The step found after dying at each of these calls."""
     found = {}
-    for point in points:
-        folder = prepared.with_name(f"{point}")
-        shutil.copytree(prepared, folder)
-        _, codes = ranks.run_dying(save_and_die, number, folder, rank, point, async_save)
-        assert codes[rank] == ranks.KILLED, (point, codes)
-        found[point] = require_usable(folder)
-        shutil.rmtree(folder)
+    for first in range(0, len(points), AT_ONCE):
+        groups = {}
+        for point in points[first : first + AT_ONCE]:
+            folder = prepared.with_name(f"{point}")
+            shutil.copytree(prepared, folder)
+            groups[folder] = (
+                point,
+                ranks.Group(save_and_die, number, folder, rank, point, async_save),
+            )
+        for folder, (point, group) in groups.items():
+            _, codes = group.wait()
+            assert codes[rank] == ranks.KILLED, (point, codes)
+            found[point] = require_usable(folder)
+            shutil.rmtree(folder)
     return found
 
 

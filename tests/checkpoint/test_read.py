@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ditty_di.checkpoint import CheckpointError
-from ditty_di.checkpoint.read import from_checkpoint, latest, load_model
+from ditty_di.checkpoint.folder import Checkpoint
+from ditty_di.checkpoint.read import from_checkpoint, load_model
 from ditty_di.checkpoint.states import ModelState
 from tests.checkpoint import ranks
 from tests.checkpoint.cases import Box, Model, Run, checkpointer, without_digests
@@ -54,7 +55,7 @@ def test_the_newest_or_a_given_one(saved):
     newest, older = Model(), Model()
     assert load_model(str(folder), newest) == 2 and matches(newest, content)
     assert load_model(folder / "step-00000001", older) == 1 and not matches(older, content)
-    assert latest(folder).name == "step-00000002"
+    assert Checkpoint.find(folder).path.name == "step-00000002"
 
 
 def read_sharded(folder):
@@ -115,7 +116,9 @@ def test_a_model_that_does_not_fit(saved, caplog):
 
 @pytest.mark.usefixtures("process_group")
 def test_what_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=r"missing is no folder; give a folder with step-0"):
+    with pytest.raises(
+        CheckpointError, match=r"missing is not a folder; give a folder with step-0"
+    ):
         load_model(tmp_path / "missing", Model())
     with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
         load_model(tmp_path, Model())

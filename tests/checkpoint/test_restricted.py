@@ -17,8 +17,7 @@ import pytest
 import torch
 
 from ditty_di.checkpoint import CheckpointError
-from ditty_di.checkpoint.entries import saved_entries
-from ditty_di.checkpoint.folder import METADATA
+from ditty_di.checkpoint.folder import METADATA, Checkpoint
 from ditty_di.checkpoint.restricted import loads
 from tests.checkpoint.cases import Box, checkpointer
 
@@ -89,11 +88,11 @@ def test_a_storage_inside_is_read_with_the_same_restriction(tmp_path: Path) -> N
 def test_a_checkpoint_is_read_without_running_its_pickles(tmp_path: Path, process_group) -> None:
     checkpointer(tmp_path, {"box": Box({"a": 1, "b": torch.ones(2)})}, every=1).save(1)
     checkpoint = tmp_path / "step-00000001"
-    assert set(saved_entries(checkpoint)["box"]) == {"a", "b"}
-    evil = pickle.dumps(Calls(os.mkdir, str(tmp_path / "made")))
+    assert set(Checkpoint(checkpoint).entries["box"]) == {"a", "b"}
+    evil, opened = pickle.dumps(Calls(os.mkdir, str(tmp_path / "made"))), Checkpoint(checkpoint)
     (checkpoint / METADATA).write_bytes(evil)
     with pytest.raises(pickle.UnpicklingError, match=r"posix\.mkdir|nt\.mkdir"):
-        saved_entries(checkpoint)
+        print(opened.entries)
     assert not (tmp_path / "made").exists()
 
 

@@ -7,7 +7,7 @@ import pytest
 from ditty_di.cli.command import Command, parse, patched
 from ditty_di.cli.overrides import merge, normalise
 from ditty_di.config import ConfigError
-from ditty_di.rundir import RunDirectory
+from ditty_di.launch.rundir import RunDirectory
 
 
 def test_what_is_said_later_replaces_what_was_said_earlier() -> None:

@@ -35,7 +35,7 @@ OPTIONS = [
 OPTIONS += ["lr_scheduler=linear", "validator=none"]
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ditty_di.launchers.warm_imports"])
+_context.set_forkserver_preload(["ditty_di.launch.warm_imports"])
 
 
 def _command(folder, arguments):
@@ -44,7 +44,7 @@ def _command(folder, arguments):
         for stream in (1, 2):
             os.dup2(said.fileno(), stream)
     from ditty_di.__main__ import main
-    from ditty_di.worker import leave
+    from ditty_di.launch.worker import leave
 
     leave(main(arguments))
 

@@ -216,7 +216,7 @@ def main() -> None:
     if os.environ["RANK"] == "0":
         Path(result).write_text(json.dumps(value))
     sys.stdout.flush()
-    os._exit(0)  # as ditty_di.worker does: gloo's threads may outlive the interpreter
+    os._exit(0)  # as ditty_di.launch.worker does: gloo's threads may outlive the interpreter
 
 
 if __name__ == "__main__":

@@ -176,21 +176,21 @@ class Notes(Callback):
     def _note(self, moment: str, trainer: Trainer) -> None:
         self.calls.append(f"{self.name} {moment} {trainer.step}")
 
-    def train_start(self, trainer: Trainer) -> None:
-        self._note("train_start", trainer)
+    def on_train_start(self, trainer: Trainer) -> None:
+        self._note("on_train_start", trainer)
 
-    def step_end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Trainer) -> None:
         self.steps += 1
-        self._note("step_end", trainer)
+        self._note("on_step_end", trainer)
 
-    def validation_end(self, trainer: Trainer) -> None:
-        self._note("validation_end", trainer)
+    def on_validation_end(self, trainer: Trainer) -> None:
+        self._note("on_validation_end", trainer)
 
-    def checkpoint_saved(self, trainer: Trainer) -> None:
-        self._note("checkpoint_saved", trainer)
+    def on_save(self, trainer: Trainer) -> None:
+        self._note("on_save", trainer)
 
-    def train_end(self, trainer: Trainer) -> None:
-        self._note("train_end", trainer)
+    def on_train_end(self, trainer: Trainer) -> None:
+        self._note("on_train_end", trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps}

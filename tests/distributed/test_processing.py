@@ -102,9 +102,9 @@ def test_a_rank_that_rejects_all_its_validation_data_waits_for_the_other(rejecte
 def test_callbacks_come_in_their_order_at_the_same_moments_on_all_ranks(two):
     (first, result), (second, other) = two["callbacks"]
     assert first == second
-    assert first[:2] == ["a train_start 0", "z train_start 0"]
-    assert first[4:8] == [f"{n} {m} 2" for m in ("step_end", "validation_end") for n in "az"]
-    assert first[-2:] == ["a train_end 6", "z train_end 6"]
+    assert first[:2] == ["a on_train_start 0", "z on_train_start 0"]
+    assert first[4:8] == [f"{n} {m} 2" for m in ("on_step_end", "on_validation_end") for n in "az"]
+    assert first[-2:] == ["a on_train_end 6", "z on_train_end 6"]
     assert result["stopped"] == other["stopped"] is not None
 
 
@@ -113,7 +113,7 @@ def test_early_stopping_ends_all_ranks_after_its_patience(one, two):
         # The validations of steps 4 and 6 are no better than that of step 2.
         assert (result["status"], result["step"]) == ("finished", 6)
         assert "of step 2, in 2 validations" in result["stopped"]
-        assert "a checkpoint_saved 6" not in calls  # there is no checkpointer
+        assert "a on_save 6" not in calls  # there is no checkpointer
 
 
 # -- pipelines ------------------------------------------------------------------------------------

@@ -302,7 +302,7 @@ def test_other_slots_of_the_trainer():
     class Counts(Callback):
         steps = 0
 
-        def step_end(self, trainer):
+        def on_step_end(self, trainer):
             self.steps += 1
 
     counts = Counts()

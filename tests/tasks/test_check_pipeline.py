@@ -186,7 +186,7 @@ class NoProcess:
         ),
         (
             f"callbacks: {{mine: {{_target_: {__name__}.NoProcess}}}}",
-            r"callbacks.mine: .*has no train_start, step_end",
+            r"callbacks.mine: .*has no on_train_start, on_step_end",
         ),
         ("runtime: {pp: 2}", r"trainer.pipeline_fn: runtime.pp > 1 needs a function"),
         (

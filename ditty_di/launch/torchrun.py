@@ -8,29 +8,36 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
+from ditty_di.launch import parent_death, worker
+
 _KEY = "ditty_di/job"
 _TIMEOUT = timedelta(hours=1)  # rank 0 may be importing everything from a slow disk
 
 
 def is_parent() -> bool:
-    """Whether this process is one of torchrun's ranks (or of anything that speaks the same)."""
+    """Return whether this process is a rank of torchrun, or of a compatible launcher."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def run(arguments: Sequence[str], start: Callable[..., int]) -> int:
-    """Rank 0 starts the command and tells the others, through the rendezvous store, where the run
-    directory is; they import no Hydra. When rank 0 cannot start, all leave with its exit code."""
-    from torch.distributed import rendezvous
+    """Run the command on all ranks and return this rank's exit code.
 
-    from ditty_di import parent_death, worker
+    Rank 0 starts the command and sends the path of the run directory to the others through the
+    rendezvous store; they import no Hydra. When rank 0 cannot start, all exit with its code.
+
+    Args:
+        arguments: the command line.
+        start: composes a command and runs it with a launcher (`ditty_di.__main__.start`).
+    """
+    from torch.distributed import rendezvous
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # its main thread starts the ranks
         parent_death.die_with_parent_thread()
     # torchrun's own store when it keeps one; the process group will use it as well.
     store = next(iter(rendezvous("env://", timeout=_TIMEOUT)))[0]
     if int(os.environ["RANK"]):
-        said = store.get(_KEY).decode()
-        return int(said) if said.isdigit() else worker.main(said)
+        answer = store.get(_KEY).decode()
+        return int(answer) if answer.isdigit() else worker.main(answer)
 
     def launch(run_dir: str) -> int:
         store.set(_KEY, run_dir)
@@ -40,7 +47,8 @@ def run(arguments: Sequence[str], start: Callable[..., int]) -> int:
     try:
         code = _refuse_sweep(arguments) or start(arguments, launch)
     finally:
-        # Unless they know better; not before rank 0 has said why, for who leaves ends the others.
+        # Unless a run directory was sent. Only now: a rank that exits makes torchrun end rank 0,
+        # which has to print its message first.
         store.compare_set(_KEY, "", str(code))
     return code
 

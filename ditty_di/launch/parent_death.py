@@ -12,9 +12,8 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 #: Environment variable of a started process: the parent's process id and the pipe's descriptor.
 PARENT = "DITTY_DI_PARENT"
@@ -22,55 +21,56 @@ PARENT = "DITTY_DI_PARENT"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-@dataclass(frozen=True)
-class Lifeline:
-    """A pipe through which a child notices that this process has ended.
-
-    Args:
-        descriptor: reading end of the pipe; belongs into `pass_fds` of `subprocess.Popen`.
-    """
-
-    descriptor: int
-
-    @property
-    def env(self) -> dict[str, str]:
-        return {PARENT: f"{os.getpid()}:{self.descriptor}"}
-
-
 @contextmanager
-def lifeline() -> Iterator[Lifeline]:
-    """Open the pipe for children that are started, and end, inside this context."""
+def lifeline() -> Iterator[int]:
+    """Open a pipe that children started in this block watch with `follow_parent`.
+
+    Yields:
+        The descriptor of its reading end, for `pass_fds` of `subprocess.Popen` and `lifeline_env`.
+    """
     reading, writing = os.pipe()
     try:
-        yield Lifeline(reading)
+        yield reading
     finally:
         os.close(reading)
         os.close(writing)
 
 
-def follow_parent() -> None:
-    """End this process as soon as the process that started it with a `Lifeline` ends.
+def lifeline_env(descriptor: int) -> dict[str, str]:
+    """Return the environment variable that makes `follow_parent` watch this process.
 
-    Does nothing in a process that was started otherwise. To be called as early as possible.
+    Args:
+        descriptor: what `lifeline` yielded.
+    """
+    return {PARENT: f"{os.getpid()}:{descriptor}"}
+
+
+def follow_parent() -> None:
+    """End this process as soon as the process that started it with a `lifeline` ends.
+
+    Does nothing in a process that was started otherwise. Call it as early as possible.
     """
     given = os.environ.pop(PARENT, None)
     if given is None:
         return
     parent, descriptor = map(int, given.split(":"))
-    # Another process may stand between the two (a wrapper script): the kernel would follow that.
+    # With a wrapper script between the two, the kernel would follow the wrapper.
     by_kernel = die_with_parent_thread() and os.getppid() == parent
     if select.select([descriptor], [], [], 0)[0]:
         _end()  # the parent ended before the kernel was asked
     if by_kernel:
         os.close(descriptor)
     else:
-        threading.Thread(target=_end_after, args=(descriptor,), daemon=True).start()
+        end_after(lambda: os.read(descriptor, 1))
 
 
 def die_with_parent_thread() -> bool:
     """Ask the kernel to kill this process when the thread that started it ends (Linux only).
 
-    Returns whether the kernel was asked. A child does not inherit it.
+    Children do not inherit it.
+
+    Returns:
+        Whether the kernel was asked.
     """
     if sys.platform != "linux":
         return False
@@ -78,33 +78,40 @@ def die_with_parent_thread() -> bool:
 
 
 def take_forks_along() -> None:
-    """From here on, processes that the main thread forks (data loader workers) end with this one.
+    """Make processes that the main thread forks from now on (data loader workers) end with it.
 
-    Not those of other threads: the kernel would kill them when the thread ends.
+    Forks of other threads are left out: the kernel would kill them when their thread ends.
     """
-    if sys.platform != "linux":
-        return
-    main_thread = False
+    by_main_thread = False
 
     def before() -> None:
-        nonlocal main_thread
-        main_thread = in_main_thread()
+        nonlocal by_main_thread
+        by_main_thread = in_main_thread()
 
     def in_child() -> None:
-        if main_thread:
+        if by_main_thread:
             die_with_parent_thread()
 
     os.register_at_fork(before=before, after_in_child=in_child)
 
 
 def in_main_thread() -> bool:
+    """Return whether the caller runs in the main thread."""
     return threading.current_thread() is threading.main_thread()
 
 
-def _end_after(descriptor: int) -> None:
-    while os.read(descriptor, 1):
-        pass
-    _end()
+def end_after(wait: Callable[[], object]) -> None:
+    """Kill this process when a function, called in a thread of its own, returns.
+
+    Args:
+        wait: blocks until the process has to end.
+    """
+
+    def run() -> None:
+        wait()
+        _end()
+
+    threading.Thread(target=run, daemon=True).start()
 
 
 def _end() -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ditty_di import worker
 from ditty_di.console import Console, Tee
-from ditty_di.failure import describe
-from ditty_di.rundir import RunDirectory
+from ditty_di.io import write_text
+from ditty_di.launch import worker
+from ditty_di.launch.failure import describe
+from ditty_di.launch.rundir import RunDirectory
 from tests.toy import result
 
 
@@ -136,7 +137,7 @@ def test_an_exception_of_a_data_loader_worker_is_told_by_its_own_line(tmp_path: 
 def test_a_directory_is_refused_while_a_rank_of_a_dead_launcher_lives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ditty_di.rundir._ENDING_SECONDS", 0.3)
+    monkeypatch.setattr("ditty_di.launch.rundir._ENDING_SECONDS", 0.3)
     launcher = run_of(tmp_path, "finish")
     rank = RunDirectory(launcher.path)
     rank.join(1)
@@ -156,22 +157,20 @@ def test_what_a_start_left_that_was_killed_is_no_obstacle(tmp_path: Path) -> Non
 
 
 def test_what_is_staged_becomes_the_runs_own_only_when_it_is_adopted(tmp_path):
-    from ditty_di.rundir import RunDirectory
-
     run = RunDirectory(tmp_path)
-    run.write_text(run.resolved, "old")
-    run.stage().write_text(run.stage().resolved, "new")
+    write_text(run.resolved, "old")
+    write_text(run.stage().resolved, "new")
     assert run.to_build.read_text() == "new" and run.resolved.read_text() == "old"
     run.unstage()
     assert run.to_build.read_text() == "old"
 
     staged = run.stage()
-    staged.write_text(staged.resolved, "new")
+    write_text(staged.resolved, "new")
     run.adopt()
     assert run.resolved.read_text() == "new" and not staged.path.exists()
 
     staged = run.stage()  # died while it was adopted: the next start finishes it
-    staged.write_text(staged.resolved, "newer")
+    write_text(staged.resolved, "newer")
     (staged.path / "loaded").touch()
     run.prepare()
     run.release()
@@ -179,8 +178,6 @@ def test_what_is_staged_becomes_the_runs_own_only_when_it_is_adopted(tmp_path):
 
 
 def test_a_result_that_cannot_be_written_is_on_the_console(tmp_path, capsys):
-    from ditty_di.rundir import RunDirectory
-
     run = RunDirectory(tmp_path / "file" / "run")
     (tmp_path / "file").touch()
     run.write_result({"status": "failed", "error": "no space"})

@@ -5,12 +5,13 @@ import csv
 import importlib.util
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from ditty_di.launchers.sweep import ParallelJobs
+from ditty_di.launch.sweep import ParallelJobs
 from tests.toy import Folder, wait_for
 
 
@@ -104,7 +105,7 @@ def test_no_job_outlives_a_killed_sweep(folder: Folder) -> None:
     jobs = [folder.path / "swept" / str(n) for n in range(2)]
     wait_for(*(job / "ready-0" for job in jobs), process=process)
     process.kill()
-    process.communicate(timeout=60)
+    process.wait()
     deadline = time.monotonic() + 5
     while left := processes_below(folder.path):
         assert time.monotonic() < deadline, left
@@ -161,3 +162,11 @@ def test_optuna_searches_an_interval_and_survives_failed_trials(folder: Folder) 
     assert "Best value" in out
     best = (folder.path / "swept/optimization_results.yaml").read_text()
     assert f"best_value: {good[0]}" in best
+
+
+def test_a_script_without_a_guard_can_run_a_sweep(folder: Folder) -> None:
+    (folder.path / "script.py").write_text(
+        "import sys\nfrom ditty_di.__main__ import main\nprint('once')\nsys.exit(main())\n"
+    )
+    out, _ = folder(*SWEEP, "value=3,2", command=(sys.executable, "script.py"))
+    assert out.count("once") == 1 and [row["status"] for row in rows(folder)] == ["finished"] * 2

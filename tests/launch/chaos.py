@@ -1,5 +1,5 @@
 """Kill processes of a training on two ranks at random, and compare where it ends with one that
-was left alone: `python -m tests.launchers.chaos --kills 30 --steps 400`.
+was left alone: `python -m tests.launch.chaos --kills 30 --steps 400`.
 
 Exit code 0 when the final states are equal bit for bit, nothing survived a kill by more than five
 seconds, and no second process ever got into the folder. Linux only.
@@ -240,9 +240,9 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
     import torch
 
     if isinstance(a, io.BytesIO | bytes) and isinstance(b, io.BytesIO | bytes):
-        from ditty_di.checkpoint.entries import unpack
+        from ditty_di.checkpoint.restricted import loads
 
-        a, b = (unpack(v.getvalue() if isinstance(v, io.BytesIO) else v)[1] for v in (a, b))
+        a, b = (loads(v.getvalue() if isinstance(v, io.BytesIO) else v)[1] for v in (a, b))
     if type(a) is not type(b):
         return [at]
     if isinstance(a, dict):

@@ -1,4 +1,4 @@
-"""A sweep: each job a fresh process, failures kept and marked, a table at the end."""
+"""Run a sweep: each job in its own process, failed jobs recorded, a table at the end."""
 
 from __future__ import annotations
 
@@ -13,41 +13,43 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
+from ditty_di.cli import composing
+from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import quoted, value_of
 from ditty_di.config import ConfigError, Graph
-from ditty_di.launchers.local import visible_gpus
-from ditty_di.launchers.warm import TARGETS, Job, WarmJobs
-from ditty_di.rundir import GOOD_STATUSES, RunDirectory
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from ditty_di.cli.command import Command
+from ditty_di.launch.local import visible_gpus
+from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
+from ditty_di.launch.warm import TARGETS, WarmJobs
 
 _COLUMNS = ("job", "status", "objective", "step", "tokens_per_second", "folder", "error")
-_GRACE_SECONDS = 300.0
 
 
 class Results(Callback):
-    """Hydra's callback (conf/hydra/ditty_di.yaml): sees a sweep's configuration before anybody."""
+    """Hydra callback (conf/hydra/ditty_di.yaml) that prepares a sweep before its first job."""
 
     folder: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note the sweep's folder and the targets to import, and let trials fail.
+
+        Args:
+            config: the composed configuration, with Hydra's section.
+            **kwargs: ignored.
+        """
         Results.folder = Path(config.hydra.sweep.dir)
         with contextlib.suppress(ConfigError):  # each job reports what is wrong with its own
             nodes = Graph(config).nodes("task").values()
             os.environ[TARGETS] = " ".join(sorted({node.target for node in nodes}))
-        # Optuna's sweeper gives up at the first failed trial, unless somebody has chosen.
+        # Optuna's sweeper gives up at the first failed trial, unless the user has set a rate.
         key, sweeper = "max_failure_rate", config.hydra.sweeper
         if (
             key in sweeper
@@ -58,9 +60,11 @@ class Results(Callback):
 
 
 def run(command: Command) -> int:
-    """Runs every job of a sweep; 1 when any of them failed."""
-    from ditty_di.cli import composing
+    """Run every job of a sweep and print the table; return 1 when any of them failed.
 
+    Args:
+        command: the parsed command line.
+    """
     Results.folder = None
     ParallelJobs.command = command
     sys.path.append(str(Path(__file__).with_name("plugins")))  # where Hydra finds its subclass
@@ -83,42 +87,40 @@ def run(command: Command) -> int:
 def job(command: Command) -> float | None:
     """Run the job whose configuration Hydra has composed; return its objective, None on failure.
 
-    None is what both Hydra's own sweeper (which ignores it) and Optuna's (which counts the trial
-    as failed, where NaN would end the study) go on after.
+    After None both Hydra's own sweeper (which ignores it) and Optuna's (which counts the trial as
+    failed, where NaN would end the study) go on.
+
+    Args:
+        command: the parsed command line of the sweep.
     """
     config = HydraConfig.get()
     return _run([_SweepJob(config, Path(config.runtime.output_dir), command)], [{}])[0]
 
 
-class _SweepJob(Job):
-    """A job of a sweep, from Hydra's own part of its configuration."""
+class _SweepJob:
+    """A job of a sweep, from Hydra's own section of its configuration."""
 
     def __init__(self, config: Any, folder: Path, command: Command) -> None:
         self.run_directory, self.sweep_folder = RunDirectory(folder), Path(config.sweep.dir)
         self.overrides = list(config.overrides.task)
         folders = [option for path in command.config_dirs for option in ("--config-dir", path)]
         search = [o for o in config.overrides.hydra if o.startswith("hydra.searchpath=")]
-        where = f"run={quoted(str(self.run_directory.path))}"
+        run_option = f"run={quoted(str(self.run_directory.path))}"
         options = ["--config-name", command.config_name, *folders, *search]
-        super().__init__([*options, *self.overrides, where])
+        self.arguments = [*options, *self.overrides, run_option]
 
-    def result(self) -> dict[str, Any]:
-        """Return the job's `result.json`, or, without one, how its process ended."""
-        found = self.run_directory.read_result()
-        if found is not None and not (self.code and found["status"] in GOOD_STATUSES):
-            return found
-        code = self.code or 0
-        how = f"exit code {code}" if code >= 0 else signal.strsignal(-code)
-        result = {"status": "failed", "error": f"the job's process ended with {how}"}
-        self.run_directory.path.mkdir(parents=True, exist_ok=True)
-        self.run_directory.write_result(result)
-        return result
-
-    def record(self) -> None:
-        """Note in the sweep's folder that the job has been run."""
+    def record(self, code: int) -> float | None:
+        """Add the ended job to the sweep's list; return its objective, None if it failed."""
+        result = self.run_directory.read_result()
+        if result is None or (code and result["status"] in GOOD_STATUSES):
+            how = f"exit code {code}" if code >= 0 else signal.strsignal(-code)
+            result = {"status": "failed", "error": f"the job's process ended with {how}"}
+            self.run_directory.path.mkdir(parents=True, exist_ok=True)
+            self.run_directory.write_result(result)
         line = {"folder": str(self.run_directory), "overrides": self.overrides}
         with (self.sweep_folder / "jobs.jsonl").open("a", encoding="utf-8") as jobs:
             jobs.write(json.dumps(line) + "\n")
+        return result.get("objective") if result["status"] in GOOD_STATUSES else None
 
 
 def _run(jobs: Sequence[_SweepJob], slots: Sequence[dict[str, str]]) -> list[float | None]:
@@ -127,27 +129,24 @@ def _run(jobs: Sequence[_SweepJob], slots: Sequence[dict[str, str]]) -> list[flo
     Raises:
         KeyboardInterrupt: the sweep was asked to stop.
     """
-    objectives: dict[int, float | None] = {}
+    objectives: list[float | None] = [None] * len(jobs)
 
-    def ended(job: _SweepJob) -> None:
-        result = job.result()
-        job.record()
-        good = result["status"] in GOOD_STATUSES
-        objectives[id(job)] = result.get("objective") if good else None
+    def ended(number: int, code: int) -> None:
+        objectives[number] = jobs[number].record(code)
 
-    runner = WarmJobs(slots, _GRACE_SECONDS)
-    runner.run(jobs, ended)
-    if runner.signalled is not None:
+    runner = WarmJobs(slots)
+    runner.run([job.arguments for job in jobs], ended)
+    if runner.signals.first is not None:
         raise KeyboardInterrupt
-    return [objectives[id(job)] for job in jobs]
+    return objectives
 
 
 class ParallelJobs(Launcher):
     """Hydra's launcher `parallel`: several jobs of a sweep at once on this machine.
 
     Args:
-        jobs: how many at once.
-        gpus_per_job: how many of the visible GPUs a job gets for itself; None shows it all.
+        jobs: number of jobs at a time.
+        gpus_per_job: number of visible GPUs reserved for each job; None lets each job use all.
 
     Raises:
         ValueError: `jobs` jobs of `gpus_per_job` GPUs need more than there are.
@@ -171,18 +170,31 @@ class ParallelJobs(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
+        """Keep what `launch` needs; called by Hydra.
+
+        Args:
+            hydra_context: has the loader that composes each job.
+            task_function: ignored; jobs run in processes of their own.
+            config: the sweep's configuration.
+        """
         self.loader, self.config = hydra_context.config_loader, config
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> list[JobReturn]:
+        """Run jobs; called by Hydra's sweeper.
+
+        Args:
+            job_overrides: the overrides of each job.
+            initial_job_idx: number of the first one.
+        """
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
         jobs = []
         for index, overrides in enumerate(job_overrides, initial_job_idx):
             config = self.loader.load_sweep_config(self.config, list(overrides))
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = index
-            HydraConfig.instance().set_config(config)  # for what refers to ${hydra:job.num}
+            HydraConfig.instance().set_config(config)  # for values that refer to ${hydra:job.num}
             sweep = config.hydra.sweep
             jobs.append(_SweepJob(config.hydra, Path(sweep.dir) / sweep.subdir, self.command))
         objectives = _run(jobs, self.slots)
@@ -193,14 +205,31 @@ class ParallelJobs(Launcher):
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
-    """Prints a sweep's jobs, best objective first, and writes results.json and results.csv."""
-    rows = sorted(_rows(folder), key=_rank)
-    if not rows:
-        return rows
-    said = Counter(override for row in rows for override in row["overrides"])
-    for row in rows:
-        told = [o for o in row["overrides"] if said[o] < len(rows) or len(rows) == 1]
-        row["changed"] = shlex.join(told)
+    """Print a sweep's jobs, best objective first, and write results.json and results.csv.
+
+    Args:
+        folder: the sweep's folder.
+
+    Returns:
+        The rows.
+    """
+    try:
+        lines = (folder / "jobs.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    # A sweep that was started again in its folder has run its jobs again.
+    jobs = {entry["folder"]: entry["overrides"] for entry in map(json.loads, lines)}
+    counts = Counter(override for overrides in jobs.values() for override in overrides)
+    rows = []
+    for path, overrides in jobs.items():
+        run = RunDirectory(path)
+        result = run.read_result() or {"status": "failed", "error": "left no result.json"}
+        row = {name: result.get(name) for name in _COLUMNS}
+        row["job"], row["folder"] = run.path.relative_to(folder.absolute()).as_posix(), str(run)
+        row["overrides"] = overrides
+        differing = [o for o in overrides if counts[o] < len(jobs) or len(jobs) == 1]
+        rows.append(row | {"changed": shlex.join(differing)})
+    rows.sort(key=_rank)
     columns = ["job", "changed", *_COLUMNS[1:]]
     (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
@@ -208,41 +237,20 @@ def table(folder: Path) -> list[dict[str, Any]]:
         writer.writeheader()
         writer.writerows(rows)
     print(f"\nbest first; the same table in {folder}/results.csv and results.json")
-    _print(rows, columns[:-1])
+    cells = [[_cell(row[column]) for column in columns[:-1]] for row in rows]
+    cells.insert(0, [column.replace("_", " ") for column in columns[:-1]])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip())
     for row in rows:
         if row["error"]:
             print(f"job {row['job']}: {row['error'].splitlines()[0]}")
     return rows
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    try:
-        lines = (folder / "jobs.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    # A sweep that was started again in its folder has run its jobs again.
-    jobs = {entry["folder"]: entry for entry in map(json.loads, lines)}
-    rows = []
-    for entry in jobs.values():
-        run = RunDirectory(entry["folder"])
-        result = run.read_result() or {"status": "failed", "error": "left no result.json"}
-        row = {name: result.get(name) for name in _COLUMNS}
-        job = run.path.relative_to(folder.absolute()).as_posix()
-        rows.append(row | {"job": job, "folder": str(run), "overrides": entry["overrides"]})
-    return rows
-
-
 def _rank(row: dict[str, Any]) -> tuple[bool, float]:
     objective = row["objective"]
     return row["status"] not in GOOD_STATUSES, math.inf if objective is None else objective
-
-
-def _print(rows: list[dict[str, Any]], columns: list[str]) -> None:
-    shown = [[_cell(row[column]) for column in columns] for row in rows]
-    table = [[column.replace("_", " ") for column in columns], *shown]
-    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip())
 
 
 def _cell(value: Any) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ditty_di.launchers import Local
-from ditty_di.launchers.local import gpu_count
-from tests.launchers import chaos
+from ditty_di.launch import Local
+from ditty_di.launch.local import gpu_count
+from tests.launch import chaos
 from tests.toy import REPOSITORY, Folder, gone, result, wait_for
 
 TWO = "launcher.nproc=2"
@@ -192,13 +192,14 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_is(folder: Folder) -
 
 def test_without_the_kernels_help_a_pipe_tells_that_the_parent_has_ended(tmp_path: Path) -> None:
     child = (
-        "import time, pathlib, os; from ditty_di import parent_death as p;"
+        "import time, pathlib, os; from ditty_di.launch import parent_death as p;"
         "p.die_with_parent_thread = lambda: False; p.follow_parent();"
         "pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(600)"
     )
     parent = (
-        "import sys; from ditty_di.launchers.process import Children, Start;"
-        f"Children(print, 1.0).run([Start([sys.executable, '-c', {child!r}])])"
+        "import os, sys; from ditty_di.launch.processes import Children;"
+        f"command = {{'args': [sys.executable, '-c', {child!r}], 'env': dict(os.environ)}};"
+        "Children(print, 1.0).run([command])"
     )
     env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=env)

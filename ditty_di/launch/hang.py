@@ -1,0 +1,179 @@
+"""Find the rank that did not reach a collective, and report where it was.
+
+Each rank registers a handler (`faulthandler`) that writes its Python stack to its log on SIGUSR1;
+it answers from native code too. A rank whose collective timed out asks the others of its machine.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import platform
+import re
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from ditty_di.launch.failure import is_own, relative
+from ditty_di.launch.rundir import RunDirectory
+
+_TIMEOUT = re.compile(r"(?i)timed ?out|timeout")
+_MILLISECONDS = re.compile(r"(?i)(?:waiting|after|ran for) (\d+) ?(?:ms|milliseconds)")
+_FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$', re.M)
+_CURRENT = "Current thread"
+_COLLECTIVES = os.path.join("torch", "distributed") + os.sep
+_WRAPPERS = ("wrapper", "wait", "synchronize", "__call__")
+_WAITING_FOR_A_CHILD = ("selectors.py", "connection.py", "queues.py", "queue.py")
+_ANSWER_SECONDS = 2.0
+_REPORTING = ("ditty_di/launch/hang.py", "ditty_di/launch/failure.py")
+
+Stack = list[tuple[str, int, str]]  # file, line, function; the innermost first
+
+
+@contextmanager
+def stacks_on_signal(log: TextIO) -> Iterator[None]:
+    """Write the stacks of all threads to a log on SIGUSR1, and on a crash in native code.
+
+    Args:
+        log: an open file; crashes go there unless `faulthandler` is enabled already.
+    """
+    crashes = not faulthandler.is_enabled()
+    if crashes:
+        faulthandler.enable(log)
+    faulthandler.register(signal.SIGUSR1, log)
+    try:
+        yield
+    finally:
+        faulthandler.unregister(signal.SIGUSR1)
+        if crashes:
+            faulthandler.disable()
+
+
+def diagnose(error: BaseException, run: RunDirectory, rank: int) -> dict[str, Any]:
+    """Return a description of the ranks that did not reach a collective, {} for another error.
+
+    Args:
+        error: what this rank raised.
+        run: the run, whose lock file lists the ranks' processes.
+        rank: this rank.
+
+    Returns:
+        `error` says which ranks waited in which collective for how long, and where the others were;
+        `hanging` lists the others, `pids` those of them that can be killed from here.
+    """
+    text = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
+    collective = _collective(error) if _TIMEOUT.search(text) else None
+    if collective is None:
+        return {}
+    time.sleep(0.5)  # ranks that waited as long are failing now
+    failed = {rank, *(entry["rank"] for entry in run.errors())}
+    hanging: dict[int, str] = {}
+    waiting: dict[int, str] = {}
+    pids: list[int] = []
+    for holder in run.holders():
+        role, _, number = holder["role"].partition(" ")
+        if role != "rank" or int(number) in failed:
+            continue
+        if holder["host"] != platform.node():
+            hanging[int(number)] = f"is on {holder['host']}: see its log there"
+            continue
+        stack = _stack_of(holder["pid"], run.logs / f"rank-{number}.log")
+        if any(file.endswith(_REPORTING) for file, _, _ in stack):
+            continue
+        if stack and _COLLECTIVES in stack[0][0]:
+            waiting[int(number)] = f"was in {stack[0][2]}{_own_line(stack)}"
+        else:
+            hanging[int(number)] = _position(stack)
+            pids.append(holder["pid"])
+    others = hanging or waiting
+    if not others:
+        return {}
+    milliseconds = _MILLISECONDS.search(text)
+    since = f" since {int(milliseconds[1]) / 1000:g} s" if milliseconds else ""
+    if hanging:
+        names = ", ".join(f"rank {number}" for number in sorted(hanging))
+        message = f"{names} did not reach the {collective} that rank {rank} waited for{since}"
+    else:
+        message = f"rank {rank} waited in {collective}{since} while others did something else"
+    positions = "; ".join(f"rank {number} {text}" for number, text in sorted(others.items()))
+    return {"error": f"{message}; {positions}", "hanging": sorted(others), "pids": pids}
+
+
+def _collective(error: BaseException) -> str | None:
+    """Return the innermost function of torch.distributed on the stacks of an error's chain."""
+    chain: BaseException | None = error
+    called: list[str] = []
+    while chain is not None:
+        for frame, _ in traceback.walk_tb(chain.__traceback__):
+            if _COLLECTIVES in frame.f_code.co_filename and frame.f_code.co_name not in _WRAPPERS:
+                called.append(frame.f_code.co_name)
+        chain = chain.__cause__ or chain.__context__
+    return called[-1] if called else None
+
+
+def _stack_of(pid: int, log: Path) -> Stack:
+    """Return the main thread's stack of a process, [] when it does not answer.
+
+    For a rank that waits for a data loader worker it is the worker's stack.
+    """
+    stack = _ask(pid, log)
+    if stack and stack[0][0].endswith(_WAITING_FOR_A_CHILD):
+        try:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except OSError:
+            return stack
+        for child in children:
+            inner = _ask(int(child), log)
+            if any(is_own(file) for file, _, _ in inner):
+                return inner
+    return stack
+
+
+def _ask(pid: int, log: Path) -> Stack:
+    """Send SIGUSR1 and read the stack that the process appends to its log."""
+    if not _handles_usr1(pid):
+        return []
+    begin = log.stat().st_size if log.exists() else 0
+    try:
+        os.kill(pid, signal.SIGUSR1)
+    except OSError:
+        return []
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    text = ""
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        with log.open("rb") as file:
+            file.seek(begin)
+            appended = file.read().decode(errors="replace")
+        if _CURRENT in appended and appended == text:  # complete
+            break
+        text = appended
+    current = text.partition(_CURRENT)[2].partition("\n\n")[0].partition("\nThread ")[0]
+    return [(m["file"], int(m["line"]), m["function"]) for m in _FRAME.finditer(current)]
+
+
+def _handles_usr1(pid: int) -> bool:
+    """Return whether SIGUSR1 is handled, which would kill otherwise. Assumed off Linux."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return not Path("/proc/self/status").exists()
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.M)
+    return bool(caught and int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
+def _position(stack: Stack) -> str:
+    if not stack:
+        return "does not answer (stopped?)"
+    own = [entry for entry in stack if is_own(entry[0])] or stack
+    file, line, function = own[0]
+    return f"was in {Path(file).stem}.{function} ({relative(file)}:{line})"
+
+
+def _own_line(stack: Stack) -> str:
+    own = [entry for entry in stack if is_own(entry[0])]
+    return f" ({relative(own[0][0])}:{own[0][1]})" if own else ""

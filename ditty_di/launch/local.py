@@ -1,0 +1,204 @@
+"""Ranks on this machine: one in this process, or several as child processes of this one.
+
+The ranks are started by `Children` and not by torch's `elastic_launch`, which was tried against
+the tests of this folder (torch 2.13). It imports torch in the parent, answers SIGTERM and Ctrl-C
+by ending the ranks within 30 s instead of letting them save, does not end ranks whose launcher was
+killed (SIGKILL), and logs several lines of its own where one message names the failed rank.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ditty_di.console import LAUNCHED
+from ditty_di.launch import worker
+from ditty_di.launch.failure import how_killed, oom_kills, report
+from ditty_di.launch.processes import Children
+from ditty_di.launch.rundir import RunDirectory
+from ditty_di.launch.signals import SIGNALS, announce
+
+
+class Local:
+    """Run the ranks of a run directory on this machine.
+
+    Several ranks get the environment of `torchrun` (`RANK`, `WORLD_SIZE`, `MASTER_PORT`, ...) and
+    are direct child processes: this process sees which rank failed first, and when one fails all
+    of them end.
+
+    A SIGTERM, SIGHUP or SIGINT creates the file `stop` in the run directory: all ranks agree on it
+    at the end of a step, save, and exit with status `preempted`. A second Ctrl-C kills them.
+
+    Args:
+        nproc: number of ranks; None means one for each GPU, or one without a GPU.
+        grace_seconds: time in seconds that ranks may take to save after a stop signal, before they
+            are killed. Only used with several ranks; a single one runs in this process.
+
+    Raises:
+        ValueError: `nproc` is less than one.
+    """
+
+    @staticmethod
+    def validate(*, nproc: int | None = None) -> None:
+        """Check the arguments without starting anything; see the class.
+
+        Args:
+            nproc: number of ranks.
+        """
+        if nproc is not None and nproc < 1:
+            raise ValueError(f"launcher.nproc={nproc}: give the number of ranks (null: one a GPU)")
+
+    def __init__(self, nproc: int | None = None, grace_seconds: float = 300.0) -> None:
+        self.validate(nproc=nproc)
+        self.nproc = nproc
+        self.grace_seconds = grace_seconds
+
+    def __call__(self, run_dir: str | Path) -> int:
+        """Run the ranks and return the exit code of the run.
+
+        Args:
+            run_dir: a prepared run directory.
+        """
+        nproc = self.nproc or max(gpu_count(), 1)
+        return worker.main(run_dir) if nproc == 1 else self._run_ranks(RunDirectory(run_dir), nproc)
+
+    def _run_ranks(self, run: RunDirectory, nproc: int) -> int:
+        def ask(number: signal.Signals) -> None:
+            run.stop.touch()
+            announce(number)
+
+        started, kills = time.time(), oom_kills()
+        children = Children(ask, self.grace_seconds)
+        with _reserved_port() as port, ExitStack() as logs:
+            codes = children.run([_command(run, rank, nproc, port, logs) for rank in range(nproc)])
+        if not any(codes):
+            return 0
+        failure = self._failure(run, children, codes, kills)
+        if failure is None:  # rank 0 has written a result, and no process failed
+            return 1
+        return report(run, {"seconds": time.time() - started} | failure)
+
+    def _failure(
+        self, run: RunDirectory, children: Children, codes: list[int], kills: int | None
+    ) -> dict[str, Any] | None:
+        """Return the failure that caused the others; None when no rank failed as a process."""
+        if children.quit:
+            return run.interrupted("quit without saving")
+        if children.overdue:
+            assert children.signals.first is not None
+            message = (
+                f"killed: the ranks did not stop when asked ({children.signals.first.name}), "
+                f"within launcher.grace_seconds={self.grace_seconds:g}"
+            )
+            return {"status": "failed", "error": message + run.resume_point()}
+        errors = run.errors()
+        for error in errors:
+            if error.get("hanging"):
+                return error
+        failed = [rank for rank in children.ended if codes[rank]]
+        if failed and failed[0] not in {error["rank"] for error in errors}:
+            return _unreported(run, failed[0], codes[failed[0]], kills)
+        if errors:
+            return errors[0]
+        if run.read_result() is not None:
+            return None
+        return {"status": "failed", "error": f"the ranks ended with exit codes {codes}"}
+
+
+def _command(
+    run: RunDirectory, rank: int, nproc: int, port: int, logs: ExitStack
+) -> dict[str, Any]:
+    """Return the `Popen` arguments of a rank: rank 0 has the console, others their log file."""
+    threads = str(max((os.cpu_count() or 1) // nproc, 1))
+    env = {"OMP_NUM_THREADS": threads} | dict(os.environ)
+    env |= {
+        LAUNCHED: "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    log = logs.enter_context((run.logs / f"rank-{rank}.log").open("ab")) if rank else None
+    return {
+        "args": [sys.executable, "-m", "ditty_di.launch", str(run.path)],
+        "env": env,
+        "stdin": subprocess.DEVNULL,
+        "stdout": log,
+        "stderr": log,
+    }
+
+
+def _unreported(run: RunDirectory, rank: int, code: int, kills: int | None) -> dict[str, Any]:
+    """Return the failure of a rank that ended without reporting one."""
+    if -code in SIGNALS:
+        name = signal.Signals(-code).name
+        how = f"{name} reached rank {rank} before it could save"
+        return run.interrupted(how) | {"rank": rank}
+    if code == -signal.SIGKILL:
+        how = f"was killed ({how_killed(kills)})"
+    elif code < 0:
+        how = f"died of signal {-code} ({signal.strsignal(-code)}); see {run}/logs/rank-{rank}.log"
+    else:
+        how = f"ended with exit code {code} and no message"
+    return {"status": "failed", "error": f"rank {rank} {how}", "rank": rank}
+
+
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """Yield a free port for rank 0's store.
+
+    On Linux it stays reserved inside the block: bound without listening, so that the system gives
+    it to no other process, while one that asks for this very port can have it.
+    """
+    dual = socket.has_dualstack_ipv6()
+    with socket.socket(socket.AF_INET6 if dual else socket.AF_INET) as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if dual:
+            reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        reserved.bind(("", 0))
+        port = reserved.getsockname()[1]
+        if sys.platform != "linux":
+            reserved.close()
+        yield port
+
+
+def gpu_count() -> int:
+    """Return the number of visible GPUs; import torch only where the machine may have any."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not visible.strip():
+        return 0
+    drivers = ("/proc/driver/nvidia/gpus", "/dev/dxg", "/dev/kfd")
+    if sys.platform == "linux" and not any(map(os.path.exists, drivers)):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def visible_gpus() -> list[str]:
+    """Return the visible GPUs by the names that `CUDA_VISIBLE_DEVICES` uses."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(n) for n in range(gpu_count())]
+
+
+def limit_spinning() -> None:
+    """Limit how long OpenMP threads of this process and its children spin, unless the user has.
+
+    GNU OpenMP's default (300,000 turns of a loop) burns the time of other processes, and of the
+    thread that it waits for, as soon as the machine has something else to do; sleeping at once
+    costs time too. `launch/bench threads` measures both. It takes effect where torch has not been
+    imported: the library reads the variable when it is loaded.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "10000"
