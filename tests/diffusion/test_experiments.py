@@ -4,7 +4,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
-from ditty_di.contracts.from_config import report
+from ditty_di.contracts.check import examine
+from ditty_di.contracts.from_config import stages
 from ditty_di.contracts.render import drawn
 from ditty_di.graph import Graph
 
@@ -13,7 +14,7 @@ def examined(*overrides):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("config", [*overrides])
     config.run = "run"
-    return report(Graph(config))
+    return examine(stages(Graph(config)))
 
 
 @pytest.mark.parametrize("experiment", ["diffusion", "flow_matching"])

@@ -9,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
-from ditty_di.contracts.from_config import report
+from ditty_di.contracts.check import examine
+from ditty_di.contracts.from_config import stages
 from ditty_di.graph import Graph
 from tests.front.cases import ROOT, python
 
@@ -48,7 +49,7 @@ def examined(*overrides):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("config", [*overrides])
     config.run = "run"
-    return report(Graph(config))
+    return examine(stages(Graph(config)))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
