@@ -93,11 +93,7 @@ class Letters(dict[str, tuple[int, str]]):
         return "" if compatible(entry.dtype, dtype) else f"needs dtype {entry.dtype}"
 
     def resolve(self, entry: Entry) -> Entry:
-        """Return an entry with its letter replaced by the number, or by `*` if it is unknown.
-
-        Args:
-            entry: of the contract.
-        """
+        """Return an entry with its letter replaced by the number, or by `*` if it is unknown."""
         letter, more = entry.variable
         if not letter:
             return entry
@@ -106,12 +102,7 @@ class Letters(dict[str, tuple[int, str]]):
 
 
 def compatible(a: str | None, b: str | None) -> bool:
-    """Return whether there is a dtype that both allow; None allows all.
-
-    Args:
-        a: a dtype of a contract.
-        b: the same, or a dtype that contracts do not have, which none allows.
-    """
+    """Return whether some dtype satisfies both; None allows all, other names than ours none."""
     return a is None or b is None or not DTYPES[a].isdisjoint(DTYPES.get(b, ()))
 
 

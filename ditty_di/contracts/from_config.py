@@ -29,7 +29,7 @@ def check(graph: Any, root: str = "trainer", *, strict: bool = False) -> Report:
     runtime = _slot(graph, root, "runtime")
     if (argument(runtime, "cp") or 1) > 1:
         wrong += [(s, f"{s}: {SPLIT_SEQUENCES}") for s in chain if s.kind in (PRE, POST)]
-    problems = [Problem(s.key, message, written_at(graph, s.key)) for s, message in wrong]
+    problems = [Problem(s.key, message, _written_at(graph, s.key)) for s, message in wrong]
     components: list[tuple[str, Any, tuple[str, ...]]] = [
         (f"{root}.{slot}.{n}", value, ("process",))
         for slot in ("preprocessors", "postprocessors")
@@ -42,23 +42,13 @@ def check(graph: Any, root: str = "trainer", *, strict: bool = False) -> Report:
     ]
     for key, value, methods in components:
         if message := _unfit(graph, value, methods):
-            problems.append(Problem(key, message, written_at(graph, key)))
+            problems.append(Problem(key, message, _written_at(graph, key)))
     if (argument(runtime, "pp") or 1) > 1 and not _slot(graph, root, "pipeline_fn"):
         message = "runtime.pp > 1 needs a function that splits the model"
         problems.append(Problem(f"{root}.pipeline_fn", message, graph.where(root) or ""))
     if problems:
         raise ConfigError(problems)
     return report
-
-
-def report(graph: Any, root: str = "trainer") -> Report:
-    """Return what `check` finds without raising.
-
-    Args:
-        graph: the configuration.
-        root: key of the trainer.
-    """
-    return examine(stages(graph, root))
 
 
 def stages(graph: Any, root: str = "trainer") -> list[Stage]:
@@ -79,13 +69,8 @@ def stages(graph: Any, root: str = "trainer") -> list[Stage]:
     )
 
 
-def written_at(graph: Any, key: str) -> str:
-    """Return file and line of a stage's contract, or else of its target; references are followed.
-
-    Args:
-        graph: the configuration.
-        key: of the stage.
-    """
+def _written_at(graph: Any, key: str) -> str:
+    """Return file and line of a stage's contract, or else of its target; follow references."""
     path: tuple[Any, ...] = ()
     for name in key.split("."):  # one by one, because each may be a reference
         path, node = graph.at((*path, int(name) if name.isdecimal() else name))

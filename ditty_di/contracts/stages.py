@@ -7,9 +7,12 @@ A node is a mapping with `_target_`, as in a configuration. The contract of the 
 * `contract_for(**arguments)`, a class method that returns the text, or the class attribute
   `contract`; of both, the one that is nearer to the class among its bases.
 
-With none of them the stage is unchecked. A class whose objects consist of parts (a composite loss)
-has a class method `parts_for(**arguments)`, and its objects an attribute `parts`; both are lists of
-(name, part). Its attribute `parts_argument` names the argument that holds them.
+With none of them, or with `contract = None` nearest to the class, the stage is unchecked until it
+is built: the source of a constructor that passes a contract to its base is not read.
+
+A class whose objects consist of parts (a composite loss) has a class method
+`parts_for(**arguments)`, and its objects an attribute `parts`; both are lists of (name, part). Its
+attribute `parts_argument` names the argument that holds them.
 """
 
 from __future__ import annotations

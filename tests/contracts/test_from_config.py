@@ -2,8 +2,14 @@ from __future__ import annotations
 
 import pytest
 
+<<<<<<< HEAD
 from ditty_di.config import ConfigError, Graph
 from ditty_di.contracts.from_config import check, report
+=======
+from ditty_di.contracts.check import examine
+from ditty_di.contracts.from_config import check, stages
+from ditty_di.graph import ConfigError, Graph
+>>>>>>> contracts
 
 STAGES = "tests.contracts.test_stages"
 CONFIG = {
@@ -25,7 +31,7 @@ def changed(**changes):
 
 
 def test_references_are_followed_and_nothing_is_built():
-    found = report(changed())
+    found = examine(stages(changed()))
     assert [str(p) for p in found.problems] == [
         # what the test's own Made writes has another rank than Net's logits
         "loss mse_loss: ctx.noise:n:f: needs rank 2 because of 0:n:f, but preprocessor made gives "

@@ -4,8 +4,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
+<<<<<<< HEAD
 from ditty_di.config import Graph
 from ditty_di.contracts.from_config import report
+=======
+from ditty_di.contracts.check import examine
+from ditty_di.contracts.from_config import stages
+>>>>>>> contracts
 from ditty_di.contracts.render import drawn
 
 
@@ -13,7 +18,7 @@ def examined(*overrides):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("config", [*overrides])
     config.run = "run"
-    return report(Graph(config))
+    return examine(stages(Graph(config)))
 
 
 @pytest.mark.parametrize("experiment", ["diffusion", "flow_matching"])

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ditty_di.front import FSDPConfig, ModelFactory, Pipeline
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(folder: Path, *command: str, **env: str) -> str:
+    """Run Python in a folder, and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 class Block(nn.Module):
@@ -92,13 +113,12 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def on_ranks(folder: str) -> dict[str, Any]:
-    """Losses of each way, and which modules hold shards."""
-    import torch.distributed as dist
-
+    """Return the losses of each way, and which modules hold shards."""
     size, found = 16 // dist.get_world_size(), {}
     for name, options in WAYS.items():
         saved = {"output_dir": Path(folder) / name} if name == "fsdp" else {}
-        losses, model = trained(**options, **saved, batch_size=size)
+        with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
+            losses, model = trained(**options, **saved, batch_size=size)
         # As a shard group of one, DDP's parameters are whole on each rank.
         local = model.first[0].linear.weight
         held = getattr(local, "_local_tensor", local).numel()
@@ -107,9 +127,10 @@ def on_ranks(folder: str) -> dict[str, Any]:
     return found
 
 
-def resumed(folder: str) -> list[float]:
-    """Goes on with the run of `on_ranks`, in twice as many steps."""
-    import torch.distributed as dist
-
+def resumed(*folders: str) -> list[list[float]]:
+    """Resume runs of `on_ranks`, for twice as many steps; return the losses of each."""
     size = 16 // dist.get_world_size()
-    return trained(fsdp_config=FSDP, output_dir=Path(folder), batch_size=size, max_steps=12)[0]
+    return [
+        trained(fsdp_config=FSDP, output_dir=Path(folder), batch_size=size, max_steps=12)[0]
+        for folder in folders
+    ]

@@ -4,43 +4,30 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
+<<<<<<< HEAD
 from ditty_di.config import Graph
 from ditty_di.contracts.from_config import report
+=======
+from ditty_di.contracts.check import examine
+from ditty_di.contracts.from_config import stages
+from ditty_di.graph import Graph
+from tests.front.cases import ROOT, python
+>>>>>>> contracts
 
 pytest.importorskip("sklearn")
-ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ("classification", "two_heads")
-
-
-def run(folder, *command):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_example_trains(name, tmp_path):
     file = ROOT / "examples" / f"{name}.py"
-    result = ast.literal_eval(run(tmp_path, str(file)).splitlines()[-1])
+    result = ast.literal_eval(python(tmp_path, str(file)).splitlines()[-1])
     assert result["status"] == "finished"
     assert result.get("accuracy", 1.0) > 0.95
     assert result["objective"] < 0.7
@@ -50,7 +37,9 @@ def test_an_example_trains(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_trains(name, tmp_path):
-    said = run(tmp_path, "-m", "ditty_di", f"+experiment={name}", "run=RUN", "hydra.verbose=false")
+    said = python(
+        tmp_path, "-m", "ditty_di", f"+experiment={name}", "run=RUN", "hydra.verbose=false"
+    )
     assert "go on" not in said and "task=generate" not in said, "it has no text"
     lines = [json.loads(x) for x in (tmp_path / "RUN" / "metrics.jsonl").read_text().splitlines()]
     (last,) = [line for line in lines if "validation/loss" in line and line["step"] == 200]
@@ -65,7 +54,7 @@ def examined(*overrides):
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("config", [*overrides])
     config.run = "run"
-    return report(Graph(config))
+    return examine(stages(Graph(config)))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -1,6 +1,7 @@
 """One rank and two train alike, in each of the ways that the classes offer."""
 
 import json
+import multiprocessing
 import shutil
 
 import pytest
@@ -8,6 +9,11 @@ from safetensors import safe_open
 
 from tests.checkpoint.ranks import run
 from tests.front import cases
+
+# The server imports once what each rank would import.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["torch", "torch.distributed.checkpoint", "tests.checkpoint.cases", cases.__name__]
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +50,8 @@ def test_what_two_ranks_exported_is_whole_and_what_they_saved_goes_on_with_one(r
         assert file.get_slice("first.0.linear.weight").get_shape() == [16, 16]
     lines = [json.loads(line) for line in (run_of_two / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    continued = []
-    for start in (1, 2):
-        folder = shutil.copytree(folders[start] / "fsdp", tmp_path / str(start))
-        continued.append(run(cases.resumed, 1, str(folder), timeout=300)[0])
+    copies = [shutil.copytree(folders[n] / "fsdp", tmp_path / str(n)) for n in (1, 2)]
+    (continued,) = run(cases.resumed, 1, *map(str, copies), timeout=300)
     assert len(continued[0]) == 6
     assert continued[1] == pytest.approx(continued[0], rel=1e-5)
     assert continued[0][-1] < found[1][0]["fsdp"]["losses"][-1]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.front.cases import ROOT, python
+
 HEADING = "## The classes of ditty"
 
 
@@ -27,28 +24,17 @@ def test_every_snippet_runs(tmp_path):
     texts = [{"text": f"def f{i}(x):\n    return x + {i}" if i % 4 else "short"} for i in range(40)]
     (tmp_path / "my_texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
     (tmp_path / "program.py").write_text("\n".join(snippets) + "\nprint(type(model).__name__)")
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        # inductor links a kernel wrongly now and then, and keeps it for all who share its cache
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"),
-    }
-    done = subprocess.run(
-        [sys.executable, "program.py"],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+    printed = python(
+        tmp_path,
+        "program.py",
+        HF_DATASETS_CACHE=str(tmp_path / "cache"),
+        HF_HUB_OFFLINE="1",
+        # inductor now and then links a kernel wrongly, and keeps it for all who share its cache
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled"),
     )
-    assert done.returncode == 0, done.stderr
-    refused, *_, last = done.stdout.splitlines()
+    refused, *_, last = printed.splitlines()
     assert last == "MyModel"
-    assert "mask" in done.stdout and "normalize" in done.stdout, refused
+    assert "mask" in printed and "normalize" in printed, refused
     for folder, weights in {"output": "model", "tuned": "adapter_model"}.items():
         assert (tmp_path / folder / "export" / f"{weights}.safetensors").exists()
         assert (tmp_path / folder / "metrics.jsonl").exists()
