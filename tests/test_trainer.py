@@ -574,7 +574,10 @@ def test_the_objective_of_a_stopped_run_is_not_that_of_the_time_before_training(
         ({"max_norm": 0}, "trainer.max_norm=0 must be above 0"),
         ({"global_batch_size": 12}, r"global_batch_size=12 is not a multiple of 8"),
         ({"global_batch_size": 0}, r"global_batch_size=0"),
-        ({"model": nn.Linear(2, 2, device="meta"), "weights": None}, "weights: the model is on the meta device"),
+        (
+            {"model": nn.Linear(2, 2, device="meta"), "weights": None},
+            "weights: the model is on the meta device",
+        ),
         (
             {"dataloader": Loader(Classes(), 8, dp_rank=1, dp_world_size=2)},
             r"dataloader: it was made for .*'dp_rank': 1",

@@ -2,14 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-<<<<<<< HEAD
 from ditty_di.config import ConfigError, Graph
-from ditty_di.contracts.from_config import check, report
-=======
 from ditty_di.contracts.check import examine
 from ditty_di.contracts.from_config import check, stages
-from ditty_di.graph import ConfigError, Graph
->>>>>>> contracts
 
 STAGES = "tests.contracts.test_stages"
 CONFIG = {

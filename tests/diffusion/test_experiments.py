@@ -4,13 +4,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
-<<<<<<< HEAD
 from ditty_di.config import Graph
-from ditty_di.contracts.from_config import report
-=======
 from ditty_di.contracts.check import examine
 from ditty_di.contracts.from_config import stages
->>>>>>> contracts
 from ditty_di.contracts.render import drawn
 
 

@@ -9,15 +9,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
-<<<<<<< HEAD
 from ditty_di.config import Graph
-from ditty_di.contracts.from_config import report
-=======
 from ditty_di.contracts.check import examine
 from ditty_di.contracts.from_config import stages
-from ditty_di.graph import Graph
 from tests.front.cases import ROOT, python
->>>>>>> contracts
 
 pytest.importorskip("sklearn")
 EXPERIMENTS = ("classification", "two_heads")
