@@ -3,7 +3,7 @@
 from ditty_di.batch import Context
 from ditty_di.contracts.check import Report, examine
 from ditty_di.contracts.grammar import Contract, ContractError
-from ditty_di.contracts.stages import Stage
+from ditty_di.contracts.stages import Stage, contract_of, pipeline
 from ditty_di.processors.base import PostProcessor, PreProcessor
 from ditty_di.processors.keep_input import KeepInput
 from ditty_di.processors.teacher import Teacher
