@@ -69,17 +69,28 @@ class LossCalculator(Configured, Loss):
         self.contract = as_contract(self.contract) or contract_of_class(type(self), given)
 
     @classmethod
-    def contract_for(cls, **arguments: Any) -> str | None:
+    def contract_for(
+        cls,
+        *,
+        output_index: int | str = 0,
+        target_key: str = "target",
+        mask_key: str | None = None,
+        **others: Any,
+    ) -> str | None:
         """Return the contract of a loss with these arguments, or None for no contract.
 
         Args:
-            arguments: arguments of the constructor; others have their defaults.
+            output_index: the prediction in the model's output.
+            target_key: context key of the target.
+            mask_key: context key of the mask.
+            others: other arguments of the constructor.
         """
-        known = {argument.name: argument.default for argument in fields(cls)} | arguments
-        if cls.contract_template is None or "." in str(known["output_index"]):
+        if cls.contract_template is None or "." in str(output_index):
             return None
-        mask = f", ctx.{known['mask_key']}:n" if known["mask_key"] else ""
-        return cls.contract_template.format(**known, mask=mask)
+        mask = f", ctx.{mask_key}:n" if mask_key else ""
+        return cls.contract_template.format(
+            output_index=output_index, target_key=target_key, mask=mask
+        )
 
     # ------------------------------------------------------------------------ for subclasses
     def compute(self, model_output: Any, ctx: Context) -> LossOutput:
