@@ -353,7 +353,7 @@ class Encoder:
         if self._is_tokenized(record) and all(
             record.get(key) is None for key in given_tokens.MASK_KEYS
         ):
-            notes.add(Note("all_learnt"))
+            notes.add(Note("all_in_loss"))
         output = [i for i, is_output in zip(ids, mask, strict=True) if is_output]
         if output and not self._markers.ends(output):
             notes.add(Note("no_end_text"))

@@ -204,8 +204,8 @@ def _write_pairs(folder: Path, max_chars: int) -> None:
         split = "train"
         if held_out_module(module):
             split = held_out.setdefault(module, ("val", "test")[len(held_out) % 2])
-        for name, source, summary in _functions(path):
-            if len(source) <= max_chars and not {source, summary} & seen:
+        for name, source, summary in _functions(path, max_chars):
+            if not {source, summary} & seen:
                 seen |= {source, summary}
                 pair = {"input": f"{source}\n\n# Summary:", "output": f" {summary}"}
                 splits[split].append(json.dumps({**pair, "module": module, "name": name}) + "\n")
@@ -215,7 +215,7 @@ def _write_pairs(folder: Path, max_chars: int) -> None:
         (folder / split / "functions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _functions(path: Path) -> Iterator[tuple[str, str, str]]:
+def _functions(path: Path, max_chars: int) -> Iterator[tuple[str, str, str]]:
     """Yield name, source without docstring, and summary of each function that has one."""
     tree, lines = _parse(path), _source(path).splitlines()
     for node in ast.walk(tree) if tree and lines else []:
@@ -229,7 +229,7 @@ def _functions(path: Path) -> Iterator[tuple[str, str, str]]:
         kept += lines[docstring.end_lineno or docstring.lineno : node.end_lineno]
         source = textwrap.dedent("\n".join(kept)).strip("\n")
         # Leaves out `def f(): "doc"; body`, whose lines cannot be separated.
-        if kept and _is_one_statement(source):
+        if kept and len(source) <= max_chars and _is_one_statement(source):
             yield node.name, source, summary
 
 
