@@ -1,35 +1,13 @@
 """From a LoRA run to answers: out of the run, its adapters, and a merged model."""
 
 import json
-import multiprocessing
-import os
-import sys
 
 import pytest
 
-from ditty_di.__main__ import main
 from ditty_di.export.opening import open_model, open_tokenizer
 from ditty_di.tasks.generate import generate
 from tests.export import cases
-
-
-def run(folder, arguments):
-    os.chdir(folder)
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    sys.stdout, sys.stderr = (os.fdopen(stream, "w") for stream in (1, 2))
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    sys.exit(main(list(arguments)))
-
-
-def ditty_di(folder, *arguments):
-    """Run a command line in a forked process, which needs not import anything; return its text."""
-    child = multiprocessing.get_context("fork").Process(target=run, args=(folder, arguments))
-    child.start()
-    child.join(300)
-    texts = [(folder / name).read_text() for name in ("stdout", "stderr")]
-    assert child.exitcode == 0, "".join(texts)
-    return texts[0]
+from tests.forked import ditty_di
 
 
 def answers(path):
