@@ -15,7 +15,7 @@ from ditty_di.data.audit import Note, refusal
 from ditty_di.data.cache import fingerprint
 from ditty_di.data.conversations import Conversation, Turns, holds, is_turns
 from ditty_di.data.rendering import ASSISTANT_TURNS, ChatRenderer, Format
-from ditty_di.data.token_spans import Markers, TokenSpans
+from ditty_di.data.token_spans import Markers, TokenSpans, special_tokens_around
 from ditty_di.data.tokens import eos_id, tokenizer_fingerprint
 
 # Raise it when the same records and options would give other ids.
@@ -402,13 +402,3 @@ class Encoder:
         options.require(bool(messages), text)
         chat, _ = self._read(record, chat.with_messages(messages))
         return self._tokens.ids(self._renderer.template.render(chat, prompt=True))
-
-
-def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer adds before and after a text, such as BOS, or T5's EOS."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start], full[start + len(plain) :]
-    return [], []
