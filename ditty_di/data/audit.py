@@ -34,31 +34,31 @@ KINDS = {
         "data.encoder.ignored_fields if they are not needed"
     ),
     "unread_roles": Kind("the chat template leaves out turns of {subjects}"),
-    "not_learnt": Kind("turns of {subjects} ask to be trained on; only the assistant's are"),
+    "not_trained_on": Kind("turns of {subjects} ask to be trained on; only the assistant's are"),
     "no_end": Kind(
-        "no end of turn is learnt, so the model will not learn to stop: let the template close the "
-        "turn with a special token (tokenizer.special_tokens), inside {{% generation %}} if it has "
-        "that tag"
+        "no end of turn is trained on, so the model will not learn to stop: let the template close "
+        "the turn with a special token (tokenizer.special_tokens), inside {{% generation %}} if it "
+        "has that tag"
     ),
     "no_end_text": Kind(
-        "no end is learnt, so the model will not learn to stop: the last token in the loss is not "
-        "a special token"
+        "no end is trained on, so the model will not learn to stop: the last token in the loss is "
+        "not a special token"
     ),
-    "all_learnt": Kind(
+    "all_in_loss": Kind(
         "input_ids come without labels (the ids, -100 where excluded): all are in the loss", False
     ),
     "empty": Kind("an answer has only its end-of-turn token"),
     "tools": Kind("the chat template does not render tools, so the model does not see them"),
-    "tool_calls": Kind("the chat template does not render tool calls: they are not learnt"),
+    "tool_calls": Kind("the chat template does not render tool calls: they are not trained on"),
     "kwargs": Kind("chat_template_kwargs do not change what the chat template renders"),
     "next_marker": Kind(
         "the template does not close turns, so answers end with the marker of the next one, "
-        "{subjects}, which is learnt; generation has to stop there",
+        "{subjects}, which is trained on; generation has to stop there",
         False,
     ),
     "other_prompt": Kind(
         "the template's generation prompt {subjects} differs from how it renders an answer; the "
-        "answer is learnt from where the two differ, and generation uses the former",
+        "answer begins where the two differ, and generation uses the former",
         False,
     ),
     "border": Kind(

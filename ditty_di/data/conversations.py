@@ -131,7 +131,7 @@ class Turns:
                 message, trained_on = self._message(turn, f'turn {i} of "{key}"')
                 if message["role"] != "assistant":
                     if any(turn.get(name) is True for name in _TRAIN_KEYS):
-                        notes.append(Note("not_learnt", message["role"]))
+                        notes.append(Note("not_trained_on", message["role"]))
                 elif trained_on and key == keys[-1]:
                     answers.append(len(messages))
                 messages.append(message)

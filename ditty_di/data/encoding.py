@@ -15,7 +15,7 @@ from ditty_di.data.audit import Note, refusal
 from ditty_di.data.cache import fingerprint
 from ditty_di.data.conversations import Conversation, Turns, holds, is_turns
 from ditty_di.data.rendering import ASSISTANT_TURNS, ChatRenderer, Format
-from ditty_di.data.token_spans import Markers, TokenSpans
+from ditty_di.data.token_spans import Markers, TokenSpans, special_tokens_around
 from ditty_di.data.tokens import eos_id, tokenizer_fingerprint
 
 # Raise it when the same records and options would give other ids.
@@ -353,7 +353,7 @@ class Encoder:
         if self._is_tokenized(record) and all(
             record.get(key) is None for key in given_tokens.MASK_KEYS
         ):
-            notes.add(Note("all_learnt"))
+            notes.add(Note("all_in_loss"))
         output = [i for i, is_output in zip(ids, mask, strict=True) if is_output]
         if output and not self._markers.ends(output):
             notes.add(Note("no_end_text"))
@@ -402,13 +402,3 @@ class Encoder:
         options.require(bool(messages), text)
         chat, _ = self._read(record, chat.with_messages(messages))
         return self._tokens.ids(self._renderer.template.render(chat, prompt=True))
-
-
-def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer adds before and after a text, such as BOS, or T5's EOS."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return full[:start], full[start + len(plain) :]
-    return [], []

@@ -26,7 +26,7 @@ from ditty_di.data.tokens import id_dtype
 log = logging.getLogger(__name__)
 
 # Raise it when the same records would be stored in another way, or others be refused.
-_EXAMPLES_FORMAT = 2
+_EXAMPLES_FORMAT = 3
 _PROMPTS_KEPT = 32
 _PROMPT_TOKENS = 16
 _RECORDS_AT_ONCE = 1000
@@ -122,7 +122,7 @@ class Examples:
     def _open(self) -> None:
         self._tokens, self._mask, self._offsets, self._inputs = (
             np.load(self._folder / f"{name}.npy", mmap_mode="r")
-            for name in ("tokens", "learnt", "offsets", "inputs")
+            for name in ("tokens", "loss_mask", "offsets", "inputs")
         )
         self.lengths: np.ndarray = np.diff(self._offsets) - 1
         self._about = json.loads((self._folder / "about.json").read_text(encoding="utf-8"))
@@ -339,7 +339,7 @@ def _build(folder: Path, records: Records, reader: _Reader) -> None:
     sizes = [*map(len, tokens)]
     folder.mkdir()
     np.save(folder / "tokens.npy", np.concatenate(tokens))
-    np.save(folder / "learnt.npy", np.concatenate(masks))
+    np.save(folder / "loss_mask.npy", np.concatenate(masks))
     np.save(folder / "offsets.npy", np.cumsum([0, *sizes], dtype=np.int64))
     np.save(folder / "inputs.npy", np.array(inputs, np.int64))
     summary = (

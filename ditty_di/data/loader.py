@@ -117,29 +117,19 @@ class Loader:
         rows = len(dataset)
         options.require(rows > 0, "the dataset has no rows")
         self.validate(batch_size=batch_size, seed=seed, num_workers=num_workers)
-        options.require(
-            0 <= dp_rank < dp_world_size,
-            f"dp_rank={dp_rank} must be at least 0 and below dp_world_size={dp_world_size}",
-        )
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.num_workers = num_workers
-        self.collate_fn = collate_fn
-        self.ignore_index = ignore_index
-        self.pin_memory = pin_memory
-        self.dp_rank = dp_rank
-        self.dp_world_size = dp_world_size
+        text = f"dp_rank={dp_rank} must be at least 0 and below dp_world_size={dp_world_size}"
+        options.require(0 <= dp_rank < dp_world_size, text)
+        self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
+        self.batch_size, self.dp_rank, self.dp_world_size = batch_size, dp_rank, dp_world_size
+        self.collate_fn, self.ignore_index = collate_fn, ignore_index
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         self._order = (order or Order)(rows, seed, shuffle)
         self._collate = collate_fn or default_collate
         self._pads = bool(getattr(collate_fn, "fills", False))
         self._step = batch_size * dp_world_size  # rows of a global micro-batch
         self._end = math.inf if epochs is None else _rows_in(epochs, rows)
-        options.require(
-            not drop_last or self._end >= self._step,
-            f"drop_last leaves nothing: {self._end} rows make no micro-batch of {self._step}",
-        )
+        text = f"drop_last leaves nothing: {self._end} rows make no micro-batch of {self._step}"
+        options.require(not drop_last or self._end >= self._step, text)
         self._drop_last = drop_last
         self._spread = False  # the last micro-batch is spread over the ranks, not padded
         self._start = self._consumed = 0  # positions of the newest iterator in the stream
@@ -168,17 +158,15 @@ class Loader:
             ValueError: The position is one in another order of rows.
         """
         missing = [key for key in self.state_dict() if state_dict.get(key) is None]
-        options.require(
-            not missing, f"the saved data position lacks {missing}: it has {[*state_dict]}"
-        )
+        text = f"the saved data position lacks {missing}: it has {[*state_dict]}"
+        options.require(not missing, text)
         saved = {key: value for key, value in state_dict.items() if key != "consumed"}
-        here = self._order.identity()
-        options.require(
-            saved == here,
-            f"the data position was saved with {_listed(saved)}, but this loader has "
-            f"{_listed(here)}: its rows come in another order. Give it the same dataset and seed, "
-            "or start the data anew (load.data=false).",
-        )
+        if saved != (here := self._order.identity()):
+            raise ValueError(
+                f"the data position was saved with {_listed(saved)}, but this loader has "
+                f"{_listed(here)}: its rows come in another order. Give it the same dataset and "
+                "seed, or start the data anew (load.data=false)."
+            )
         self._start = self._consumed = int(state_dict["consumed"])
         self._resuming = True
 
@@ -275,10 +263,8 @@ def _validate_horizon(*, steps: Any = ..., epochs: Any = ..., global_batch_size:
         options.at_least(1, steps=steps)
     if isinstance(epochs, int | float):
         _check_epochs(epochs)
-        options.require(
-            global_batch_size is not None,
-            f"epochs={epochs} need a global_batch_size to be counted in steps",
-        )
+        text = f"epochs={epochs} need a global_batch_size to be counted in steps"
+        options.require(global_batch_size is not None, text)
     if isinstance(global_batch_size, int):
         options.at_least(1, global_batch_size=global_batch_size)
 

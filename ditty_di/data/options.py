@@ -15,8 +15,9 @@ def require(condition: bool, message: str) -> None:
 
 def at_least(minimum: float, **options: float | None) -> None:
     """Require each option to be None or at least `minimum`."""
+    bound = f"must be at least {minimum}" if minimum else "must not be negative"
     for name, value in options.items():
-        require(value is None or value >= minimum, f"{name}={value} must be at least {minimum}")
+        require(value is None or value >= minimum, f"{name}={value} {bound}")
 
 
 def one_of(known: Iterable[str], **options: Any) -> None:

@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,6 +31,10 @@ _TEST_FOLDERS = {"test", "tests", "idle_test"}
 # Tables of numbers, and the text that `_topics` yields.
 _NOT_PROGRAMS = {"encodings", "pydoc_data"}
 _SCOPES = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_LIBRARY = Path(sysconfig.get_path("stdlib"))
+_NO_SOURCES = f"""\
+the standard library in {_LIBRARY} has no Python sources with documentation. Use data of your own: \
+data=text data.corpus.path=..., or data=jsonl data.path=..."""
 _VERSION = f"{sys.implementation.name}-{platform.python_version()}"
 
 
@@ -54,10 +58,12 @@ def python_docs(
     def read() -> Corpus:
         found = chain((("", topic) for topic in _topics()), _docstrings())
         entries = counted(found, "reading the documentation of this Python", "texts")
-        return split_documents(distinct(entries, _MIN_DOCUMENT_CHARS), validation_fraction)
+        documents = distinct(entries, _MIN_DOCUMENT_CHARS)
+        options.require(bool(documents), _NO_SOURCES)
+        return split_documents(documents, validation_fraction)
 
     # v1: raise it when the same Python would give other documents.
-    return _cached(cache_dir, f"python-docs-{_VERSION}-{validation_fraction:g}-v1", read)
+    return cached_corpus(cache_dir, f"python-docs-{_VERSION}-{validation_fraction:g}-v1", read)
 
 
 def python_code(cache_dir: str | os.PathLike[str] | None = None) -> Corpus:
@@ -78,9 +84,10 @@ def python_code(cache_dir: str | os.PathLike[str] | None = None) -> Corpus:
         for module, path in _modules():
             if module.partition(".")[0] not in _NOT_PROGRAMS and _parse(path) is not None:
                 sides[held_out_module(module)].extend(filter(None, [_source(path).strip()]))
+        options.require(bool(sides[0]), _NO_SOURCES)
         return Corpus([*_topics(), *sides[0]], sides[1])
 
-    return _cached(cache_dir, f"python-code-{_VERSION}-v1", read)
+    return cached_corpus(cache_dir, f"python-code-{_VERSION}-v1", read)
 
 
 def docstring_pairs(max_chars: int = 1200, cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -109,33 +116,10 @@ def held_out_module(name: str) -> bool:
     return content_hash(name) < 2**64 // 10
 
 
-def _cached(
-    cache_dir: str | os.PathLike[str] | None, name: str, read: Callable[[], Corpus]
-) -> Corpus:
-    def checked() -> Corpus:
-        corpus = read()
-        options.require(bool(corpus.train), _no_sources("a corpus", "data=text data.corpus.path"))
-        return corpus
-
-    return cached_corpus(cache_dir, name, checked)
-
-
-def _no_sources(what: str, key: str) -> str:
-    return (
-        f"the standard library in {_library()} has no Python sources with documentation. "
-        f"Use {what} of your own: {key}=..."
-    )
-
-
-def _library() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
 def _modules() -> Iterator[tuple[str, Path]]:
     """Yield name and file of each module, in the same order on every machine."""
-    library = _library()
-    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).parts):
-        parts = path.relative_to(library).with_suffix("").parts
+    for path in sorted(_LIBRARY.rglob("*.py"), key=lambda path: path.relative_to(_LIBRARY).parts):
+        parts = path.relative_to(_LIBRARY).with_suffix("").parts
         # Without site-packages, which is in the same folder, and the library's own tests.
         if parts[0] in sys.stdlib_module_names and not _TEST_FOLDERS.intersection(parts):
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
@@ -160,7 +144,7 @@ def _source(path: Path) -> str:
 
 def _topics() -> Iterator[str]:
     """Yield the texts behind `help("topic")`: one literal dict in one source file."""
-    path = _library() / "pydoc_data" / "topics.py"
+    path = _LIBRARY / "pydoc_data" / "topics.py"
     tree = _parse(path) if path.is_file() else None
     for node in tree.body if tree else []:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
@@ -204,18 +188,18 @@ def _write_pairs(folder: Path, max_chars: int) -> None:
         split = "train"
         if held_out_module(module):
             split = held_out.setdefault(module, ("val", "test")[len(held_out) % 2])
-        for name, source, summary in _functions(path):
-            if len(source) <= max_chars and not {source, summary} & seen:
+        for name, source, summary in _functions(path, max_chars):
+            if not {source, summary} & seen:
                 seen |= {source, summary}
                 pair = {"input": f"{source}\n\n# Summary:", "output": f" {summary}"}
                 splits[split].append(json.dumps({**pair, "module": module, "name": name}) + "\n")
-    options.require(bool(splits["train"]), _no_sources("examples", "data.path"))
+    options.require(bool(splits["train"]), _NO_SOURCES)
     for split, lines in splits.items():
         (folder / split).mkdir(parents=True)
         (folder / split / "functions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _functions(path: Path) -> Iterator[tuple[str, str, str]]:
+def _functions(path: Path, max_chars: int) -> Iterator[tuple[str, str, str]]:
     """Yield name, source without docstring, and summary of each function that has one."""
     tree, lines = _parse(path), _source(path).splitlines()
     for node in ast.walk(tree) if tree and lines else []:
@@ -229,7 +213,7 @@ def _functions(path: Path) -> Iterator[tuple[str, str, str]]:
         kept += lines[docstring.end_lineno or docstring.lineno : node.end_lineno]
         source = textwrap.dedent("\n".join(kept)).strip("\n")
         # Leaves out `def f(): "doc"; body`, whose lines cannot be separated.
-        if kept and _is_one_statement(source):
+        if kept and len(source) <= max_chars and _is_one_statement(source):
             yield node.name, source, summary
 
 

@@ -23,7 +23,7 @@ the chat template renders earlier turns differently once later ones follow (turn
 conversation cannot be one example that shows each answer as the model would give it. \
 data.encoder.assistant_turns=each makes an example of every answer, =last of the last one"""
 _UNMARKED = """\
-the chat template's {{% generation %}} marks nothing in turn {turn}, so it cannot be learnt alone"""
+the chat template's {{% generation %}} marks nothing in turn {turn}: it has no loss mask alone"""
 _OTHER_PROMPT = """\
 the chat template renders the turns before turn {turn} differently once that answer follows, so it \
 does not begin where the model is prompted: the prompt ends in {prompt!r}, the conversation has \
@@ -123,9 +123,9 @@ class ChatRenderer:
 
     - Where the generation prompt is not how the template renders an answer (it opens `<think>`),
       the answer begins where the two differ.
-    - Where turns are not closed and the next one's marker is a special token, that is learnt as the
-      end; after the last answer it is added, as a turn of the user (after tool calls: of the tool)
-      would begin.
+    - Where turns are not closed and the next one's marker is a special token, that is the end of
+      the answer; after the last answer it is added, as a turn of the user (after tool calls: of a
+      tool) would begin.
 
     Args:
         tokenizer: The tokenizer.

@@ -161,3 +161,13 @@ def _without_trimming(tokenizer: Any) -> Any:
     exact = copy.deepcopy(tokenizer)
     exact.backend_tokenizer.post_processor = None
     return exact
+
+
+def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer adds before and after a text, such as BOS, or T5's EOS."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start], full[start + len(plain) :]
+    return [], []

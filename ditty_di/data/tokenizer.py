@@ -40,11 +40,8 @@ def train_bpe(
         ValueError: No documents, or a `vocab_size` below 258 (all bytes, two special tokens).
     """
     require(bool(documents), "no documents to train a tokenizer on: the training split is empty")
-    require(
-        vocab_size >= _MIN_VOCAB_SIZE,
-        f"vocab_size={vocab_size} is too small: 256 bytes and 2 special tokens need "
-        f"at least {_MIN_VOCAB_SIZE}",
-    )
+    needed = f"256 bytes and 2 special tokens need at least {_MIN_VOCAB_SIZE}"
+    require(vocab_size >= _MIN_VOCAB_SIZE, f"vocab_size={vocab_size} is too small: {needed}")
     # v1: raise it when the same documents would give another tokenizer.
     name = f"bpe-{vocab_size}-v1-{fingerprint(*documents)[:32]}"
     folder = build_once(

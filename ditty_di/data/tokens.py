@@ -25,10 +25,6 @@ _IRRELEVANT = {"model_max_length", "is_local", "local_files_only", "name_or_path
 _DOCUMENTS_AT_ONCE = 1000
 _TOKENS_AT_ONCE = 1 << 24
 
-_NO_EOS = """\
-the tokenizer {name!r} has no EOS token to end {what} with: set its `eos_token` (in YAML: \
-`eos_token: <token>` in the tokenizer node)"""
-
 
 def tokenize(
     documents: Sequence[str],
@@ -88,9 +84,12 @@ def eos_id(tokenizer: PreTrainedTokenizerBase, what: str) -> int:
     Raises:
         ValueError: The tokenizer has no EOS.
     """
-    eos = tokenizer.eos_token_id
-    options.require(eos is not None, _NO_EOS.format(name=tokenizer.name_or_path, what=what))
-    return int(eos)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token to end {what} with: set "
+            "`eos_token` (in YAML: `eos_token: <token>` in the tokenizer node)"
+        )
+    return int(tokenizer.eos_token_id)
 
 
 def id_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
@@ -141,15 +140,10 @@ class TokenDataset:
         self, tokens: np.ndarray, seq_len: int, pad_id: int = 0, ignore_index: int = -100
     ) -> None:
         self.validate(seq_len=seq_len)
-        options.require(
-            len(tokens) >= 2,
-            f"{len(tokens)} tokens make no row: at least 2 are needed, one to read and one to "
-            "predict. The split of the corpus that they come from is empty or nearly so.",
-        )
-        self.tokens = tokens
-        self.seq_len = seq_len
-        self.pad_id = pad_id
-        self.ignore_index = ignore_index
+        few = f"{len(tokens)} tokens make no row, which needs 2: the split has hardly any text"
+        options.require(len(tokens) >= 2, few)
+        self.tokens, self.seq_len = tokens, seq_len
+        self.pad_id, self.ignore_index = pad_id, ignore_index
 
     def __len__(self) -> int:
         return math.ceil((len(self.tokens) - 1) / self.seq_len)

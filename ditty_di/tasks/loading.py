@@ -24,7 +24,7 @@ def ready(model: nn.Module, weights: WeightsFn | None, device: torch.device) -> 
         model.to(device)
     elif weights is None:
         raise ValueError(
-            "weights: the model is on the meta device, so something must fill it; pass a partial of "
+            "weights: the model is on the meta device, so something must fill it: a partial of "
             "ditty_di.checkpoint.read.from_checkpoint, or a ditty_di.models.pretrained.Pretrained"
         )
     else:

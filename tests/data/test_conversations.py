@@ -67,7 +67,7 @@ def test_what_cannot_be_obeyed_is_refused(texts, turn, words):
 
 def test_other_roles_that_ask_to_be_learnt_are_told(texts):
     _, notes = texts(chat(user("a", train=True), bot("b")))
-    assert {tuple(note) for note in notes} == {("not_learnt", "user")}
+    assert {tuple(note) for note in notes} == {("not_trained_on", "user")}
     assert not texts(chat(user("a", weight=1), bot("b", weight=1)))[1]
 
 

@@ -224,5 +224,5 @@ def test_token_ids_without_labels_are_learnt_and_it_is_said():
     ids = tokenizer.convert_tokens_to_ids([*"abc"])
     ((example,),) = Encoder(tokenizer)([{"input_ids": ids, "attention_mask": [1, 1, 0]}])
     assert shown(example, tokenizer) == "[ab]"
-    assert "all_learnt" in {note.kind for note in example.notes}
+    assert "all_in_loss" in {note.kind for note in example.notes}
     assert encode(AB | {"input_ids": ids}) == "a b[c d<eos>]"  # what can be read is

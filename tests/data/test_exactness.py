@@ -90,22 +90,15 @@ def test_another_document_changes_nothing(architecture, attention, how):
         assert same == (document != places[0][2])
 
 
-@pytest.mark.slow
 def test_flex_attention_is_exact():
     """Forward only: on a CPU it has no backward pass; tests/gpu has that."""
-    from torch._inductor.exc import InductorError
-
     model = make_model("llama", "sdpa").eval()
-    torch._dynamo.reset()
-    # The C++ that torch 2.13 writes for dynamic shapes does not compile.
-    with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+    # Uncompiled: the masks are the same, and a CPU needs a minute to compile them.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for how in ("packed", "padding_free"):
             (inputs, _), _ = batches(how)
             model.set_attn_implementation("sdpa")
             expected = run(model, inputs)
             model.set_attn_implementation("flex_attention")
-            try:
-                found = run(model, inputs)
-            except InductorError as error:
-                pytest.skip(f"flex attention does not compile here: {str(error).splitlines()[0]}")
+            found = run(model, inputs)
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -186,7 +186,7 @@ def _prepare(folder, cache_dir, queue):
 
 def test_processes_without_a_group_wait_for_the_first(tmp_path):
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, RECORDS * 200)))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     queue = context.Queue()
     arguments = (tmp_path, tmp_path / "cache", queue)
     workers = [context.Process(target=_prepare, args=arguments) for _ in range(3)]

@@ -1,10 +1,6 @@
 """The conf files of examples and batching, built as the command line builds them."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from omegaconf import OmegaConf
 from ditty_di.cli.searchpath import conf_dir
 from ditty_di.config import Graph
 from tests.data.words import CHAT, word_tokenizer
+from tests.forked import ditty_di
 
 BATCHINGS = ["padded", "length_grouped", "packed", "padding_free", "seq2seq"]
 PAIRS = [{"input": "a b", "output": "c"}, {"input": "d", "output": "e f"}] * 20
@@ -93,7 +90,7 @@ def texts_of(folder, name, records, *overrides):
     )  # fmt: skip
     tokenizer, examples = program.build("tokenizer"), program.build("data.examples")
     return [
-        "".join(tokenizer.convert_ids_to_tokens(examples.tokens_of(i).ids.tolist()))
+        "".join(tokenizer.convert_ids_to_tokens(examples.tokens_of(i)[0].tolist()))
         for i in range(len(examples))
     ]
 
@@ -151,18 +148,15 @@ def test_without_a_path_it_is_functions_of_the_standard_library(folder):
 
 def test_training_with_workers_over_two_epochs(folder):
     """Through the command line: the last micro-batches and the validation are filled up."""
-    command = [
-        *(sys.executable, "-m", "ditty_di", "data=jsonl", f"data.path={folder}"),
-        *("batching=padding_free", "data.seq_len=16", "data.loader.num_workers=1"),
+    ditty_di(
+        folder,
+        *("data=jsonl", f"data.path={folder}", "batching=padding_free", "data.seq_len=16"),
+        *("data.loader.num_workers=1", "data.validation_loader.batch_size=2"),
         *("tokenizer=pretrained", "validator=loss_only", "export=none", "checkpoint=none"),
         f"tokenizer.pretrained_model_name_or_path={folder / 'tokenizer'}",
         *("steps=null", "epochs=2", f"run={folder / 'run'}", "model.config.num_hidden_layers=1"),
-        *("global_batch_size=8", "data.validation_loader.batch_size=2"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+        "global_batch_size=8",
+    )
     result = json.loads((folder / "run" / "result.json").read_text())
     assert result["status"] == "finished" and result["objective"] < 3.5
     assert result["step"] == 10

@@ -159,7 +159,7 @@ def test_answers_without_an_end_are_told_or_refused():
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     for template in (t.MARKED, plain):
         assert learnt(template, TWO)[1] == {"no_end"}
-        with pytest.raises(ValueError, match="no end of turn is learnt"):
+        with pytest.raises(ValueError, match="no end of turn is trained on"):
             learnt(template, TWO, audit="refuse")
     # The same template: what is not one token to the tokenizer cannot stop a generation.
     unaware = chat_tokenizer(t.CHATML, special=[])

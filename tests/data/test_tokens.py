@@ -66,7 +66,7 @@ def _prepare(cache_dir, queue):
 
 
 def test_several_processes_prepare_the_same_data_at_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     queue = context.Queue()
     workers = [context.Process(target=_prepare, args=(tmp_path, queue)) for _ in range(3)]
     for worker in workers:

@@ -1,32 +1,13 @@
 """From a LoRA run to answers: out of the run, its adapters, and a merged model."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from ditty_di.export.opening import open_model, open_tokenizer
 from ditty_di.tasks.generate import generate
 from tests.export import cases
-
-ROOT = str(Path(__file__).parents[2])
-
-
-def ditty_di(folder, *arguments):
-    env = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "ditty_di", *arguments],
-        cwd=folder,
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from tests.forked import ditty_di
 
 
 def answers(path):

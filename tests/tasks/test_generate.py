@@ -271,7 +271,7 @@ def test_a_folder_with_a_chat_template_is_asked_by_it(model, chatty, tmp_path, c
         "mark": 1,
     }
     assert second["input"] == "user: D<|end|>\nassistant:"
-    assert "is asked as a turn of the user, by the chat template; chat=false" in caplog.text
+    assert "is sent as a turn of the user, by the chat template; chat=false" in caplog.text
     capsys.readouterr()
     text = generate(model, chatty, prompt="Document", **options)["text"]
     assert text == first["text"] and capsys.readouterr().out == text.strip() + "\n"
