@@ -2,8 +2,8 @@
 
 `run([...])` is `subprocess.run([sys.executable, ...])` without the seconds of imports: the forked
 process gets its own arguments, folder, environment and output, and runs the program as `__main__`.
-Modules are imported already, so whatever reads the environment at import time (HF_HOME,
-HF_HUB_OFFLINE, ...) needs a fresh interpreter instead.
+Modules are imported already, without access to the hub: whatever reads the environment when it is
+imported (HF_HOME, ...) needs a fresh interpreter instead.
 """
 
 from __future__ import annotations
@@ -90,6 +90,17 @@ def run(
     return Process(arguments, Path(cwd).absolute(), env or os.environ).wait(timeout)
 
 
+def ditty_di(folder: str | os.PathLike, *arguments: Any) -> str:
+    """Run a command line that has to succeed in a folder, and return what it printed."""
+    done = run(
+        ["-m", "ditty_di", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def ranks(
     arguments: Sequence[Any],
     count: int = 2,
@@ -131,7 +142,7 @@ def _server() -> subprocess.Popen:
         stdin=subprocess.PIPE,
         stderr=tempfile.TemporaryFile(),  # noqa: SIM115
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     atexit.register(server.kill)
     return server

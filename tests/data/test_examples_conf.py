@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from ditty_di.cli.searchpath import conf_dir
 from ditty_di.config import Graph
 from tests.data.words import CHAT, word_tokenizer
-from tests.forked import ditty_di
+from tests.warm import ditty_di
 
 BATCHINGS = ["padded", "length_grouped", "packed", "padding_free", "seq2seq"]
 PAIRS = [{"input": "a b", "output": "c"}, {"input": "d", "output": "e f"}] * 20

@@ -7,7 +7,7 @@ import pytest
 from ditty_di.export.opening import open_model, open_tokenizer
 from ditty_di.tasks.generate import generate
 from tests.export import cases
-from tests.forked import ditty_di
+from tests.warm import ditty_di
 
 
 def answers(path):
