@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ditty_di.io import is_first_rank
 from ditty_di.names import canonical_fqn
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor] | None:
         ValueError: a model without adapters.
     """
     adapted = peft_model(model)
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    first = is_first_rank()
     whole: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, tensor in _selected(adapted).items():

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from ditty_di.io import fsync, fsync_tree
+
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _REPORT_SECONDS = 5.0
@@ -67,9 +69,9 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
         aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
             build(aside)
-            _flush(aside)
+            fsync_tree(aside)
             os.replace(aside, target)
-            _flush_folder(target.parent)
+            fsync(target.parent)
         finally:
             _remove(aside)
     finally:
@@ -94,23 +96,6 @@ def _digest(parts: Iterable[bytes]) -> str:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        if file.is_dir():
-            _flush_folder(file)
-        else:
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

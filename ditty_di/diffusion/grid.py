@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ditty_di.diffusion.samplers import Sampler, generate
+from ditty_di.io import replacing
 from ditty_di.metrics.validation import evaluating
 
 if TYPE_CHECKING:
@@ -138,6 +138,5 @@ def write_png(path: Path, pixels: Tensor) -> None:
         for kind, content in chunks
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-    os.replace(aside, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"\x89PNG\r\n\x1a\n" + body)

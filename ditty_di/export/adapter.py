@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditty_di.export.gather import is_first_rank, only_part
+from ditty_di.export.gather import only_part
 from ditty_di.export.publish import Publication
+from ditty_di.io import is_first_rank
 
 # torch is imported when a model is exported: the command line must answer without it.
 if TYPE_CHECKING:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ditty_di.io import fsync_tree
 
 #: What an export is, in every exported folder: kind, base, dtype, drift, and where it is to go.
 RECORD = "export.json"
@@ -25,10 +26,7 @@ def replaced_whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(stale, ignore_errors=True)
     new.mkdir()
     yield new
-    for file in new.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
+    fsync_tree(new)
     if path.exists():
         path.rename(old)
     new.rename(path)

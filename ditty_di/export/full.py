@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty_di.export.folder import quiet, replaced_whole
-from ditty_di.export.gather import gathered, is_first_rank, only_part, saved
+from ditty_di.export.gather import gathered, only_part, saved
 from ditty_di.export.publish import Publication
+from ditty_di.io import is_first_rank
 from ditty_di.names import canonical_fqn
 
 # torch is imported when a model is exported: the command line must answer without it.

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ditty_di.io import is_first_rank
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-
-def is_first_rank() -> bool:
-    import torch.distributed as dist
-
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def only_part(model_parts: list[nn.Module]) -> nn.Module:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ditty_di.export.adapter import adapter_file, write_adapter
 from ditty_di.export.full import save_model
-from ditty_di.export.gather import gathered, is_first_rank, only_part
+from ditty_di.export.gather import gathered, only_part
 from ditty_di.export.opening import on_base
 from ditty_di.export.publish import Publication
+from ditty_di.io import is_first_rank
 
 # torch is imported when a model is exported: the command line must answer without it.
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ditty_di.export.card import write_card
 from ditty_di.export.folder import replaced_whole, write_record
 from ditty_di.export.hub import HubError, push_folder, require_ready
+from ditty_di.io import is_first_rank
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ class Publication:
     ) -> None:
         self.path, self.tokenizer, self.run = Path(path).expanduser(), tokenizer, run
         self.push_to, self.private, self.license = push_to, private, license
-        if push_to is not None and os.environ.get("RANK", "0") == "0":
+        if push_to is not None and is_first_rank():
             try:
                 require_ready(push_to)
             except HubError as error:

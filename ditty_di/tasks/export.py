@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from ditty_di.io import is_first_rank
 
 # torch is imported when a task runs: the command line must answer without it.
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def export(
             "export: this run exports nothing; add export=hugging_face for a whole model, "
             "adapter or merged for one with adapters"
         )
-    if int(os.environ.get("RANK", "0")):
+    if not is_first_rank():
         return {}
     import torch
 

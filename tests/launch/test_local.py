@@ -12,7 +12,7 @@ import pytest
 from ditty_di.launch import Local
 from ditty_di.launch.local import gpu_count
 from tests.launch import chaos
-from tests.toy import REPOSITORY, Folder, gone, result, wait_for
+from tests.toy import MODULE, REPOSITORY, Folder, gone, result, wait_for
 
 TWO = "launcher.nproc=2"
 
@@ -28,7 +28,7 @@ def told(err: str) -> str:
 
 
 def test_two_ranks_share_a_directory_and_rank_0_has_the_console(folder: Folder) -> None:
-    out, err = folder(TWO, "task=finish", "run=mine")
+    out, err = folder(TWO, "task=finish", "run=mine", command=MODULE)
     assert out.count("rank 0 says 1.0") == 1 and "rank 1" not in out
     assert told(err) == ""
     logs = folder.path / "mine/logs"
