@@ -90,16 +90,17 @@ class Folder:
         self,
         *arguments: str,
         command: tuple[str, ...] = (),
+        module: str = "ditty_di",
         env: Mapping[str, str] = MappingProxyType({}),
     ) -> Any:
-        """A started `python -m ditty_di`, or `command`, as `subprocess.Popen`."""
+        """A started `python -m MODULE`, or `command`, as `subprocess.Popen`."""
         path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         env = outside | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **env}
         if not command and sys.platform == "linux":
-            return Forked(list(arguments), self.path, env)
+            return Forked(module, list(arguments), self.path, env)
         return subprocess.Popen(
-            [*(command or MODULE), *arguments],
+            [*(command or (sys.executable, "-m", module)), *arguments],
             cwd=self.path,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -126,12 +127,22 @@ class Folder:
 
 
 class Forked:
-    """`python -m ditty_di` in a process forked from one that has imported what it needs."""
+    """`python -m MODULE` in a process forked from one that has imported what it needs.
 
-    def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str]) -> None:
+    Its output goes to `log`, or is returned by `communicate`.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: list[str],
+        cwd: Path,
+        env: dict[str, str],
+        log: Path | None = None,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._streams = [Path(self._folder.name) / name for name in ("out", "err")]
-        args = (arguments, cwd, env, self._streams)
+        self._streams = [log or Path(self._folder.name) / name for name in ("out", "err")]
+        args = (module, arguments, cwd, env, self._streams)
         self._process = context.Process(target=_command, args=args)
         # Otherwise the child would import the test process's __main__.
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
@@ -167,14 +178,16 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _command(arguments: list[str], cwd: Path, env: dict[str, str], streams: list[Path]) -> None:
+def _command(
+    module: str, arguments: list[str], cwd: Path, env: dict[str, str], streams: list[Path]
+) -> None:
     for descriptor, file in enumerate(streams, 1):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = ["ditty_di", *arguments]
-    runpy.run_module("ditty_di", run_name="__main__", alter_sys=True)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def result(run: Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-#: Forks processes from a server that has imported what ranks and commands need. There is one server
-#: for a test process: whoever needs it takes this one, as a second list of modules replaces the first.
+#: Forks processes from a server that has imported what ranks and commands need. A test process has
+#: one server and one list of modules: who needs it takes it from here.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     ["tests.checkpoint.cases", "ditty_di.trainer", "ditty_di.launch.warm_imports"]
