@@ -101,6 +101,12 @@ def test_a_signal_that_comes_twice_is_one_request_and_the_grace_ends(folder: Fol
     assert result(mine)["status"] == "failed"
 
 
+def test_starting_a_run_imports_no_torch() -> None:
+    modules = "ditty_di.launch.sweep, ditty_di.launch.torchrun, ditty_di.launch.worker"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpu_count() == 0
