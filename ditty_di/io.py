@@ -1,4 +1,4 @@
-"""Write files so that a reader, or a crash, never finds half of one."""
+"""Write files so that neither a reader nor a crash finds half of one, and on one rank only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,16 @@ def json_value(value: Any) -> Any:
     return number if math.isfinite(number) else None
 
 
+def fsync_tree(path: Path) -> None:
+    """Flush a file, or a folder with everything in it, to disk.
+
+    Args:
+        path: the file or folder.
+    """
+    for file in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        fsync(file)
+
+
 def fsync(path: Path) -> None:
     """Flush a file's content, or a folder's entries, to disk.
 
@@ -96,3 +107,11 @@ def fsync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is rank 0, which writes the files that all ranks share."""
+    distributed = sys.modules.get("torch.distributed")  # the command line must answer without torch
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"

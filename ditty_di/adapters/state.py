@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
+from ditty_di.io import is_first_rank
 from ditty_di.names import canonical_fqn
 
 #: The name that peft gives the only adapter of a model; it is in the names of its parameters.
@@ -50,7 +50,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor] | None:
         ValueError: a model without adapters.
     """
     adapted = peft_model(model)
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = is_first_rank()
     whole: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, tensor in _selected(adapted).items():

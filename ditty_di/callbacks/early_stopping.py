@@ -49,7 +49,7 @@ class EarlyStopping(Callback):
             trainer: the trainer.
         """
         if trainer.validator is None:
-            raise ValueError("EarlyStopping: the trainer has no validator, so no validation loss")
+            raise ValueError("EarlyStopping: it needs a validator, whose loss it watches")
         self._trainer = trainer
 
     def on_validation_end(self, trainer: Training) -> None:

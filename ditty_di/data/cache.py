@@ -15,6 +15,8 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from ditty_di.io import fsync, fsync_tree
+
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _REPORT_SECONDS = 5.0
@@ -73,10 +75,9 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
         aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
             build(aside)
-            for path in [aside, *aside.rglob("*")]:
-                _sync(path)
+            fsync_tree(aside)
             os.replace(aside, target)
-            _sync(target.parent)
+            fsync(target.parent)
         finally:
             _remove(aside)
     return target
@@ -98,14 +99,6 @@ def chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

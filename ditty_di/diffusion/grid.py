@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from ditty_di.callbacks import EMA
 from ditty_di.diffusion.samplers import Sampler, generate
-from ditty_di.export.gather import is_first_rank, only_part
+from ditty_di.export.gather import only_part
+from ditty_di.io import is_first_rank, replacing
 from ditty_di.metrics.validation import evaluating
 
 
@@ -143,6 +143,5 @@ def write_png(path: Path, pixels: Tensor) -> None:
         crc = struct.pack(">I", zlib.crc32(kind + content))
         body += struct.pack(">I", len(content)) + kind + content + crc
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_bytes(body)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(body)

@@ -15,8 +15,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ditty_di.export.card import write_card
 from ditty_di.export.folder import replaced_whole, write_record
-from ditty_di.export.gather import is_first_rank, only_part
+from ditty_di.export.gather import only_part
 from ditty_di.export.hub import HubError, push_folder, require_ready
+from ditty_di.io import is_first_rank
 from ditty_di.models import generation
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
+
+from ditty_di.io import fsync_tree
 
 #: Record in every exported folder: kind, base, dtype, drift, and the repository to upload to.
 RECORD = "export.json"
@@ -27,9 +28,7 @@ def replaced_whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(stale, ignore_errors=True)
     new.mkdir()
     yield new
-    for file in filter(Path.is_file, new.rglob("*")):
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
+    fsync_tree(new)
     if path.exists():
         path.rename(old)
     new.rename(path)

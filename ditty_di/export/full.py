@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from ditty_di.dtypes import dtype_name
 from ditty_di.export.base import Export, require_writable
 from ditty_di.export.folder import quiet, replaced_whole
-from ditty_di.export.gather import gathered, is_first_rank, only_part, saved
+from ditty_di.export.gather import gathered, only_part, saved
+from ditty_di.io import is_first_rank
 from ditty_di.models.conversion import bare_model
 from ditty_di.names import canonical_fqn
 

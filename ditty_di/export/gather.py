@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ditty_di.dtypes import dtype_by_name
+from ditty_di.io import is_first_rank
 from ditty_di.models.conversion import kept_in_float32
 from ditty_di.names import canonical_fqn
-
-
-def is_first_rank() -> bool:
-    """Return whether this process is rank 0, also without a process group."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def only_part(model_parts: list[nn.Module]) -> nn.Module:

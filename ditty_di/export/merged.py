@@ -19,8 +19,9 @@ from ditty_di.export import drift
 from ditty_di.export.adapter import adapter_file, write_adapter
 from ditty_di.export.base import Export
 from ditty_di.export.full import save_model
-from ditty_di.export.gather import gathered, is_first_rank, only_part
+from ditty_di.export.gather import gathered, only_part
 from ditty_di.export.opening import on_base
+from ditty_di.io import is_first_rank
 from ditty_di.models.files import ModelFiles
 
 TEXTS = (

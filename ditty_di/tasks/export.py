@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ditty_di.io import is_first_rank
 from ditty_di.protocols import WeightsFn
 from ditty_di.tasks.loading import ready
 
@@ -33,7 +33,7 @@ def export(
             "export: this run exports nothing; add export=hugging_face for a whole model, "
             "adapter or merged for one with adapters"
         )
-    if not int(os.environ.get("RANK", "0")):
+    if is_first_rank():
         ready(model, weights, torch.device("cpu"))
         export([model])
     return {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from ditty_di.generation.decoding import (
     positions,
 )
 from ditty_di.generation.prompts import Encoder, Prompts, read_prompts
+from ditty_di.io import is_first_rank, replacing
 from ditty_di.protocols import ModelTransform, WeightsFn, early_checks
 from ditty_di.tasks.loading import ready
 
@@ -140,7 +140,7 @@ def generate(
             number, reason); options out of range.
     """
     decoding = {name: value for name, value in locals().items() if name in _DECODING}
-    if int(os.environ.get("RANK", "0")):
+    if not is_first_rank():
         return {}
     _validate(prompt=prompt, prompts=prompts, batch_size=batch_size)
     seq2seq = is_seq2seq(model)
@@ -234,7 +234,5 @@ def _written_whole(path: str | None) -> Iterator[TextIO]:
         return
     target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.new")
-    with aside.open("w", encoding="utf-8") as file:
+    with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
         yield file
-    os.replace(aside, target)

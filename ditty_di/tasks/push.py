@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from ditty_di.export.folder import read_record
 from ditty_di.export.hub import HubError, push_folder
+from ditty_di.io import is_first_rank
 
 
 def push(folder: str, to: str | None = None, private: bool | None = None) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def push(folder: str, to: str | None = None, private: bool | None = None) -> dic
     Raises:
         HubError: It could not be uploaded, or the repository is not given; see `hub.push_folder`.
     """
-    if int(os.environ.get("RANK", "0")):
+    if not is_first_rank():
         return {}
     path = Path(folder).expanduser()
     record = read_record(path)

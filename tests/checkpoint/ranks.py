@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-_context = multiprocessing.get_context("forkserver")
-# What ranks need is imported once, not in each of them.
-_context.set_forkserver_preload(["tests.checkpoint.cases", "ditty_di.trainer"])
+#: Forks processes from a server that has imported what ranks and commands need. A test process has
+#: one server and one list of modules: who needs it takes it from here.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    ["tests.checkpoint.cases", "ditty_di.trainer", "ditty_di.launch.warm_imports"]
+)
 
 #: A folder in memory, where syncing files to disk costs no time; None where there is none.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -51,8 +54,8 @@ class Group:
         self._folder = tempfile.TemporaryDirectory(dir=MEMORY)
         self._processes, self._pipes = [], []
         for rank in range(ranks):
-            receiver, sender = _context.Pipe(duplex=False)
-            process = _context.Process(
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
                 target=_rank, args=(sender, self._folder.name, rank, ranks, function, args)
             )
             process.start()

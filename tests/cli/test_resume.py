@@ -2,11 +2,12 @@
 each command in a process forked from one that has imported torch."""
 
 import json
-import multiprocessing
 import os
 import shutil
 
 import pytest
+
+from tests.checkpoint.ranks import context
 
 MINE = """
 import json
@@ -34,9 +35,6 @@ OPTIONS = [
 ]
 OPTIONS += ["lr_scheduler=linear", "validator=none"]
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ditty_di.launch.warm_imports"])
-
 
 def _command(folder, arguments):
     os.chdir(folder)
@@ -51,7 +49,7 @@ def _command(folder, arguments):
 
 def ditty_di(folder, *arguments):
     """(exit code, standard output and error) of a command in a folder."""
-    process = _context.Process(target=_command, args=(folder, arguments))
+    process = context.Process(target=_command, args=(folder, arguments))
     process.start()
     process.join(300)
     return process.exitcode, (folder / "said.txt").read_text()

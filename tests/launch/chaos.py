@@ -15,15 +15,14 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-MARK = "DITTY_DI_CHAOS"  # in the environment of every process of the run, whoever started it
+from tests.toy import REPOSITORY, Forked
+
 SURVIVAL_SECONDS = 5.0
 
 MODULE = """
@@ -99,25 +98,19 @@ class Chaos:
         self.wild, self.calm = folder / "wild", folder / "calm"
         for group in ("experiment", "model", "data"):
             (folder / "conf" / group).mkdir(parents=True)
-        self.log = (folder / "output.log").open("w")
+        self.log = folder / "output.log"
         (folder / "mylib.py").write_text(MODULE)
         (folder / "conf/model/chaos.yaml").write_text("_target_: mylib.Model\n")
         (folder / "conf/data/chaos.yaml").write_text(DATA.format(workers=workers))
         text = EXPERIMENT.format(steps=steps)
         (folder / "conf/experiment/chaos.yaml").write_text(text.lstrip())
 
-    def start(self, *arguments: str, mark: str = "wild") -> subprocess.Popen:
+    def start(self, *arguments: str) -> Forked:
         paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = os.environ | {MARK: f"{self.folder}/{mark}", "PYTHONPATH": os.pathsep.join(paths)}
-        return subprocess.Popen(
-            [sys.executable, "-m", "ditty_di", *arguments],
-            cwd=self.folder,
-            env=env | {"OMP_NUM_THREADS": "1"},
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-        )
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        return Forked("ditty_di", list(arguments), self.folder, env, self.log)
 
-    def go_on(self) -> subprocess.Popen:
+    def go_on(self) -> Forked:
         first = () if (self.wild / "overrides.yaml").exists() else ("+experiment=chaos",)
         return self.start(*first, "run=wild")
 
@@ -129,18 +122,12 @@ class Chaos:
             return 0
 
     def processes(self) -> list[int]:
-        """Every living process of the run."""
-        mark = f"{MARK}={self.folder}/wild".encode()
+        """Every living process of the run: it works in the folder."""
         found = []
         for entry in Path("/proc").iterdir():
-            try:
-                marked = entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(
-                    b"\0"
-                )
-            except OSError:
-                continue
-            if marked:
-                found.append(int(entry.name))
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and (entry / "cwd").readlink() == self.folder:
+                    found.append(int(entry.name))
         return found
 
     def roles(self) -> dict[str, list[int]]:
@@ -194,7 +181,7 @@ def strike(chaos: Chaos, kill: tuple[str, signal.Signals, int, tuple[int, ...]],
             break
         if when == "save" and any(chaos.wild.glob("checkpoints/.saving-*")):
             break
-        time.sleep(0.005)
+        time.sleep(0.02)
     row = {"whom": whom, "signal": f"{number.name}{' x2' * (times > 1)}", "when": when}
     victims = chaos.roles()[whom] if process.poll() is None else []
     struck = time.monotonic()
@@ -270,7 +257,7 @@ def run(folder: Path, *, kills: int, steps: int, workers: int = 1, seed: int = 0
     """Return what went wrong, and print a table on the way."""
     chaos = Chaos(folder, steps, workers, seed)
     wrong: list[str] = []
-    if code := chaos.start("+experiment=chaos", "run=calm", mark="calm").wait():
+    if code := chaos.start("+experiment=chaos", "run=calm").wait():
         return [f"the undisturbed run ended with exit code {code}; see {folder}/output.log"]
     print("   #  step  when   whom      signal      exit  gone  left", flush=True)
     for number in range(kills):

@@ -12,7 +12,7 @@ import pytest
 from ditty_di.launch import Local
 from ditty_di.launch.local import gpu_count
 from tests.launch import chaos
-from tests.toy import REPOSITORY, Folder, gone, result, wait_for
+from tests.toy import MODULE, REPOSITORY, Folder, gone, result, wait_for
 
 TWO = "launcher.nproc=2"
 
@@ -28,7 +28,7 @@ def told(err: str) -> str:
 
 
 def test_two_ranks_share_a_directory_and_rank_0_has_the_console(folder: Folder) -> None:
-    out, err = folder(TWO, "task=finish", "run=mine")
+    out, err = folder(TWO, "task=finish", "run=mine", command=MODULE)
     assert out.count("rank 0 says 1.0") == 1 and "rank 1" not in out
     assert told(err) == ""
     logs = folder.path / "mine/logs"
@@ -99,6 +99,12 @@ def test_a_signal_that_comes_twice_is_one_request_and_the_grace_ends(folder: Fol
     assert "did not stop when asked (SIGTERM), within launcher.grace_seconds=3" in err
     assert all(gone(int((mine / f"ready-{rank}").read_text())) for rank in (0, 1))
     assert result(mine)["status"] == "failed"
+
+
+def test_starting_a_run_imports_no_torch() -> None:
+    modules = "ditty_di.launch.sweep, ditty_di.launch.torchrun, ditty_di.launch.worker"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,16 @@
 """Started by hand under torchrun."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.toy import Folder, result
 
-TORCHRUN = (
-    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    *("-m", "ditty_di"),
-)
+TORCHRUN = ("--standalone", "--nproc-per-node", "2", "-m", "ditty_di")
+
+
+def torchrun(folder: Folder, *arguments: str, code: int = 0) -> tuple[str, str]:
+    return folder(*TORCHRUN, *arguments, module="torch.distributed.run", code=code)
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> Folder:
 
 def test_all_ranks_work_in_one_directory(folder: Folder) -> None:
     folder.write("conf/task/hydra_free.yaml", "_target_: tests.toy_tasks.hydra_on_rank")
-    out, _ = folder("task=hydra_free", command=TORCHRUN)
+    out, _ = torchrun(folder, "task=hydra_free")
     run = folder.run()
     assert {p.name for p in (run / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
     assert "hydra False" in (run / "logs/rank-1.log").read_text()
@@ -29,19 +29,19 @@ def test_all_ranks_work_in_one_directory(folder: Folder) -> None:
 
 
 def test_a_configuration_error_ends_all_ranks_with_one_message(folder: Folder) -> None:
-    _, err = folder("vlaue=3", command=TORCHRUN, code=1)
+    _, err = torchrun(folder, "vlaue=3", code=1)
     assert err.count("did you mean 'value'?") == 1
     assert not (folder.path / "outputs").exists()
 
 
 def test_a_failing_rank_ends_all_with_one_message(folder: Folder) -> None:
     task = folder.task("collective", fails_on=1)
-    _, err = folder(task, "run=mine", command=TORCHRUN, code=1)
+    _, err = torchrun(folder, task, "run=mine", code=1)
     assert err.count("this rank cannot go on") == 1 and "failed: " in err
     assert result(folder.path / "mine")["rank"] == 1
 
 
 def test_a_sweep_under_torchrun_is_refused(folder: Folder) -> None:
-    _, err = folder("--multirun", "value=1,2", command=TORCHRUN, code=1)
+    _, err = torchrun(folder, "--multirun", "value=1,2", code=1)
     assert err.count("python -m ditty_di --multirun value=1,2 launcher.nproc=2") == 1
     assert not (folder.path / "multirun").exists()
