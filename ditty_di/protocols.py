@@ -76,11 +76,9 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save."""
-        ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        ...
 
 
 class DataLoader(Protocol):
@@ -93,13 +91,15 @@ class DataLoader(Protocol):
     batch_size: int
     """Rows per micro-batch and rank."""
 
-    def __iter__(self) -> Iterator[LoadedBatch | Batch]: ...
+    def __iter__(self) -> Iterator[LoadedBatch | Batch]:
+        """Yield the micro-batches."""
 
 
 class DataLoaderFactory(Protocol):
     """Make the loader of one data-parallel rank."""
 
-    def __call__(self, *, dp_rank: int, dp_world_size: int) -> DataLoader: ...
+    def __call__(self, *, dp_rank: int, dp_world_size: int) -> DataLoader:
+        """Return the loader of this data-parallel rank."""
 
 
 class Loss(Protocol):
@@ -114,11 +114,11 @@ class Loss(Protocol):
 
     def num_valid(self, batch: Batch, /) -> Tensor:
         """Return the number of valid elements in a batch."""
-        ...
 
     def __call__(
         self, output: Any, batch: Batch, num_valid_global: Tensor, /
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the batch's part of the loss and of each metric."""
 
 
 class LossFunction(Protocol):
@@ -127,7 +127,8 @@ class LossFunction(Protocol):
     The trainer counts rows, or what its attributes `ignore_index` and `reduction` say.
     """
 
-    def __call__(self, output: Any, labels: Any, /) -> Tensor: ...
+    def __call__(self, output: Any, labels: Any, /) -> Tensor:
+        """Return the mean over the rows, shape `[]`."""
 
 
 class OptimizerFactory(Protocol):
@@ -135,19 +136,22 @@ class OptimizerFactory(Protocol):
 
     def __call__(
         self, named_parameters: list[tuple[str, nn.Parameter]], /
-    ) -> torch.optim.Optimizer: ...
+    ) -> torch.optim.Optimizer:
+        """Return the optimizer."""
 
 
 class SchedulerFactory(Protocol):
     """Make the learning-rate scheduler of an optimizer."""
 
-    def __call__(self, optimizer: torch.optim.Optimizer, /) -> LRScheduler: ...
+    def __call__(self, optimizer: torch.optim.Optimizer, /) -> LRScheduler:
+        """Return the scheduler."""
 
 
 class GradScalerFactory(Protocol):
     """Make the gradient scaler for a device type, such as `cuda`."""
 
-    def __call__(self, *, device: str) -> torch.amp.GradScaler: ...
+    def __call__(self, *, device: str) -> torch.amp.GradScaler:
+        """Return the scaler."""
 
 
 class ModelTransform(Protocol):
@@ -156,13 +160,15 @@ class ModelTransform(Protocol):
     The model is on meta, or has its values. The same module or one around it is returned.
     """
 
-    def __call__(self, model: nn.Module, /) -> nn.Module: ...
+    def __call__(self, model: nn.Module, /) -> nn.Module:
+        """Return the changed model."""
 
 
 class ParallelizeFn(Protocol):
     """Shard, wrap or compile; return the module to train (usually the same one)."""
 
-    def __call__(self, model: nn.Module, /, *, parallel_dims: ParallelDims) -> nn.Module: ...
+    def __call__(self, model: nn.Module, /, *, parallel_dims: ParallelDims) -> nn.Module:
+        """Return the module to train."""
 
 
 class PipelineFn(Protocol):
@@ -181,7 +187,8 @@ class PipelineFn(Protocol):
         device: torch.device,
         loss_fn: Callable[..., Tensor],
         parallelize_fn: Callable[..., nn.Module],
-    ) -> tuple[Any, list[nn.Module], bool, bool]: ...
+    ) -> tuple[Any, list[nn.Module], bool, bool]:
+        """Return the schedule and the stages of this rank."""
 
 
 class WeightsFn(Protocol):
@@ -192,7 +199,8 @@ class WeightsFn(Protocol):
     frozen parameters again, so checkpoints leave them out.
     """
 
-    def __call__(self, model: nn.Module, /, *, device: torch.device) -> None: ...
+    def __call__(self, model: nn.Module, /, *, device: torch.device) -> None:
+        """Fill the model."""
 
 
 class MissingWeightsFn(Protocol):
@@ -201,7 +209,8 @@ class MissingWeightsFn(Protocol):
     `names` are fully qualified in `model`, whose other parameters already have their values.
     """
 
-    def __call__(self, model: nn.Module, names: list[str], /, *, device: torch.device) -> None: ...
+    def __call__(self, model: nn.Module, names: list[str], /, *, device: torch.device) -> None:
+        """Fill the named parameters."""
 
 
 class Validator(Protocol):
@@ -209,18 +218,15 @@ class Validator(Protocol):
 
     def should_validate(self, step: int) -> bool:
         """Return whether to validate after a step; step 0 is before training starts."""
-        ...
 
     def report(self) -> str:
         """Return text for the end of the training; may be empty."""
-        ...
 
     def validate(self, step: int) -> dict[str, float]:
         """Return `"loss"` and any other metrics, the same on every rank.
 
         Empty when a stop was requested meanwhile.
         """
-        ...
 
 
 class ValidatorFactory(Protocol):
@@ -239,7 +245,8 @@ class ValidatorFactory(Protocol):
         loss_fn: Loss,
         runtime: Runtime,
         prepare: Callable[[Batch], Batch | None],
-    ) -> Validator: ...
+    ) -> Validator:
+        """Return the validator."""
 
 
 class Checkpointer(Protocol):
@@ -247,19 +254,15 @@ class Checkpointer(Protocol):
 
     def load(self) -> int | None:
         """Restore the newest whole checkpoint; return its step, or None when there is none."""
-        ...
 
     def save(self, step: int, *, force: bool = False) -> bool:
         """Save when `step` is due, or `force`; return True when a checkpoint was started."""
-        ...
 
     def maybe_wait_for_staging(self) -> None:
         """Return once parameters may change under a save; called before every update."""
-        ...
 
     def close(self) -> None:
         """Wait for the checkpoint being written; raise what went wrong in the background."""
-        ...
 
 
 class CheckpointerFactory(Protocol):
@@ -271,7 +274,8 @@ class CheckpointerFactory(Protocol):
 
     def __call__(
         self, *, states: dict[str, Stateful], rank_states: dict[str, Stateful]
-    ) -> Checkpointer: ...
+    ) -> Checkpointer:
+        """Return the checkpointer."""
 
 
 class Metrics(Protocol):
@@ -287,31 +291,24 @@ class Metrics(Protocol):
         self, *, model_parts: list[nn.Module], total_steps: int, runtime: Runtime, step: int
     ) -> None:
         """Start, once the weights are set and a checkpoint of `step` was loaded."""
-        ...
 
     def should_log(self, step: int) -> bool:
         """Return whether the metrics of a step are logged."""
-        ...
 
     def pause(self) -> AbstractContextManager[None]:
         """Exclude the time within the context (validation, saving) from training time."""
-        ...
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write metrics of a step."""
-        ...
 
     def text(self, step: int, name: str, text: str) -> None:
         """Write text of a step."""
-        ...
 
     def summary(self) -> dict[str, float]:
         """Return metrics of the whole run: tokens_per_second, peak_memory_gib, ..."""
-        ...
 
     def close(self) -> None:
         """Close all writers."""
-        ...
 
 
 #: Methods of a callback (`ditty_di.callbacks.Callback`): the moments at which it is called, in
@@ -336,20 +333,20 @@ class Training(Protocol):
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """Return the model's output for one micro-batch of inputs."""
-        ...
 
     def stop(self, reason: str) -> None:
         """End the training after this step, as if it had been the last; call on all ranks."""
-        ...
 
 
 class ProfilerFactory(Protocol):
     """Make a context manager with a method `step()`, as `torchtitan.tools.profiler.Profiler`."""
 
-    def __call__(self, *, global_step: int) -> Any: ...
+    def __call__(self, *, global_step: int) -> Any:
+        """Return the context manager."""
 
 
 class GraphTask(Protocol):
     """A root node that is a partial: it works on the configuration, in the parent process."""
 
-    def __call__(self, graph: Any, /) -> None: ...
+    def __call__(self, graph: Any, /) -> None:
+        """Run the task."""

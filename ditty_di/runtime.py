@@ -1,4 +1,4 @@
-"""Device, process group, mesh and seeds: built first, closed last."""
+"""Device, process group, mesh and seeds: set up first, closed last."""
 
 from __future__ import annotations
 
@@ -26,22 +26,27 @@ from torchtitan.tools.utils import device_module, device_type
 
 
 class Runtime:
-    """One process's place among all: rank, device, mesh, seeds, and whether to stop.
+    """Rank, device, mesh and seeds of this process, and whether it was asked to stop.
 
-    A process group that exists already is used and left alone when the runtime closes; otherwise
-    one is made (gloo on CPU, NCCL with gloo beside it on CUDA), with one rank as well, so that the
-    code above never asks.
+    An existing process group is used, and left alone when the runtime closes; otherwise one is made
+    (gloo on CPU, NCCL with gloo beside it on CUDA), also for one rank, so that no other code has to
+    check.
 
     Args:
-        seed: seeds Python, NumPy and torch; pipeline stages get different ones, every other rank
-            the same, because the data order already tells data-parallel ranks apart.
-        dp_replicate, dp_shard, cp, tp, pp, ep: degrees of the parallel layout. One of the first
-            two may be -1: what the world size leaves.
+        seed: seeds Python, NumPy and torch; pipeline stages get different seeds, all other ranks
+            the same, because the sampling order already differs between data-parallel ranks.
+        dp_replicate: number of replicas (DDP, HSDP); -1 is what the world size leaves.
+        dp_shard: number of shards (FSDP2); -1 is what the world size leaves. Only one of the two
+            may be -1.
+        cp: context-parallel degree.
+        tp: tensor-parallel degree.
+        pp: pipeline-parallel degree.
+        ep: expert-parallel degree.
         spmd_backend: how torchtitan describes sharding; `partial_dtensor` runs on every torch.
-        deterministic: deterministic kernels only; slower.
-        init_timeout, train_timeout: seconds that a collective may take until, and after, the first
-            step.
-        threads: CPU threads of this process; None leaves torch's choice.
+        deterministic: use deterministic kernels only; slower.
+        init_timeout: seconds that a collective may take until the first step is done.
+        train_timeout: seconds that a collective may take afterwards.
+        threads: CPU threads of this process; None is torch's default.
 
     Raises:
         ValueError: the layout does not fit the world size, or the backend does not fit this torch.
@@ -59,6 +64,7 @@ class Runtime:
         threads: int | None = None,
         spmd_backend: str = "partial_dtensor",
     ) -> None:
+        """Raise ValueError for arguments out of range, or a backend that this torch lacks."""
         if spmd_backend not in compat.SPMD_BACKENDS:
             works = " or ".join(map(repr, compat.SPMD_BACKENDS))
             raise ValueError(
@@ -73,7 +79,7 @@ class Runtime:
             if value is not None and value < 1
         ]
         wrong += [
-            f"{name}={value} must be at least 1, or -1 for what is left"
+            f"{name}={value} must be at least 1, or -1 for what the world size leaves"
             for name, value in (("dp_replicate", dp_replicate), ("dp_shard", dp_shard))
             if value < 1 and value != -1
         ]
@@ -151,11 +157,10 @@ class Runtime:
         self._stop_requested = False
         self._signals = StopSignals(self._asked)
 
-    # -- stopping ---------------------------------------------------------------------------
+    # -- stopping ----------------------------------------------------------------------------
 
     def catch_signals(self) -> None:
-        """From here on SIGTERM, SIGINT and SIGHUP ask for a stop instead of ending the process; a
-        second Ctrl-C raises KeyboardInterrupt."""
+        """Make SIGTERM, SIGINT and SIGHUP request a stop; a second Ctrl-C interrupts."""
         self._signals.install()
 
     def _asked(self, number: signal.Signals) -> None:
@@ -164,43 +169,56 @@ class Runtime:
         self.request_stop()
 
     def release_signals(self) -> None:
+        """Restore the signal handlers from before `catch_signals`."""
         self._signals.restore()
 
     def request_stop(self) -> None:
-        """Asks for a stop in good order at the next step; it is enough that one rank does."""
+        """Request an orderly stop at the next step; one rank is enough."""
         self._stop_requested = True
 
     def stop_requested(self) -> bool:
-        """Whether this rank was asked, by a signal or `request_stop`; ranks agree with `any`."""
+        """Return whether this rank was asked to stop, by a signal or `request_stop`."""
         return self._stop_requested
 
-    # -- agreement between ranks: always on the CPU, so the device is never waited for ---------
+    # -- collectives on the CPU: they do not wait for the device -------------------------------
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sums over the data-parallel ranks, in float64 (exact for counts up to 2**53)."""
+        """Return sums over the data-parallel ranks, in float64 (exact for counts up to 2**53).
+
+        Args:
+            values: this rank's numbers.
+        """
         if self.world_size == 1:
             return [float(v) for v in values]
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
-        # Ranks that differ only in tp, cp or pp hold the same values: each was counted that often.
+        # Ranks that differ only in tp, cp or pp hold the same values, so each was added repeatedly.
         return (total / (self.world_size // self.dp_world_size)).tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Return whether the flag is set on any rank.
+
+        Args:
+            flag: this rank's flag.
+        """
         return self.sum([float(flag)])[0] > 0 if self.world_size > 1 else flag
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank.
+
+        Args:
+            value: any object that can be pickled; used on rank 0.
+        """
         if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
-    # -- life ---------------------------------------------------------------------------------
+    # -- setup and shutdown --------------------------------------------------------------------
 
     def close(self) -> None:
-        """Releases signals and the process group (only one that this runtime made)."""
+        """Restore signal handlers, and destroy a process group that this runtime made."""
         self.release_signals()
         set_run_seed(None)
         if self._owns_process_group and dist.is_initialized():
@@ -238,14 +256,28 @@ class Runtime:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch (all devices). Any int is fine, 0 too."""
+    """Seed Python, NumPy and torch on all devices.
+
+    Args:
+        seed: any int.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def data_degrees(replicate: int, shard: int, rest: int, world_size: int) -> tuple[int, int]:
-    """Resolve the -1 in (dp_replicate, dp_shard) and check that the layout fills the world."""
+    """Return (dp_replicate, dp_shard) without -1, for a layout that uses all ranks.
+
+    Args:
+        replicate: `dp_replicate` as given.
+        shard: `dp_shard` as given.
+        rest: product of the other degrees, cp * tp * pp.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: the layout does not fit the number of ranks.
+    """
     asked = f"dp_replicate={replicate}, dp_shard={shard}, cp*tp*pp={rest}"
     if replicate == -1 and shard == -1:
         raise ValueError(f"runtime: {asked}: only one of dp_replicate and dp_shard can be -1")

@@ -194,7 +194,7 @@ class DeferredOutput:
 pytree.register_pytree_node(
     DeferredOutput,
     lambda output: ([output.last_hidden_state, output.others], output.head),
-    lambda children, head: DeferredOutput(children[0], children[1], head),
+    lambda children, head: DeferredOutput(*tuple(children), head),  # type: ignore[call-arg]
     serialized_type_name="ditty_di.losses.deferred.DeferredOutput",
 )
 

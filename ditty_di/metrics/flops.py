@@ -1,4 +1,4 @@
-"""Floating-point operations that training spends on one token."""
+"""Floating-point operations of training per token."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from torch import nn
 
 
 def per_token(model_parts: list[nn.Module]) -> float:
-    """FLOPs of one training step per token, without attention scores: 6 N, or 4 N where frozen.
+    """Return the FLOPs of a training step per token without attention scores: 6 N, frozen 4 N.
 
     A weight costs 2 operations a token in the forward pass, 2 for the gradient of its input and 2
     for its own gradient; a frozen one saves the last two (Kaplan et al. 2020, arXiv:2001.08361,
     section 2.1). Tables that are only looked up (`nn.Embedding`) cost none; one that is tied to the
     output projection is used there and counts. A linear layer that holds its weight packed (in
-    integers) counts for what it stands for. Recomputation is not counted, so that the figure
-    can serve the *model* FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+    integers) counts as unpacked. Recomputation is not counted, so that the figure can be used for
+    *model* FLOPs utilization (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+
+    Args:
+        model_parts: the modules as this rank trains them.
     """
     weights: dict[int, nn.Parameter] = {}
     packed = 0.0
@@ -31,8 +34,13 @@ def per_token(model_parts: list[nn.Module]) -> float:
 
 
 def attention_per_token(*, num_layers: int, hidden_size: int, seq_len: int) -> float:
-    """FLOPs of the attention scores per token, `12 L d T` (arXiv:2204.02311, appendix B).
+    """Return the FLOPs of the attention scores per token, `12 L d T`.
 
-    Not halved for causal masks, as there.
+    As in arXiv:2204.02311, appendix B, they are not halved for causal masks.
+
+    Args:
+        num_layers: L.
+        hidden_size: d.
+        seq_len: T, in tokens.
     """
     return 12.0 * num_layers * hidden_size * seq_len

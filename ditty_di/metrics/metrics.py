@@ -1,4 +1,4 @@
-"""What a run measures about itself, handed to any number of writers."""
+"""Metrics of a run, passed to any number of writers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from ditty_di.metrics import flops
-
-if TYPE_CHECKING:
-    from ditty_di.runtime import Runtime
+from ditty_di.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -26,37 +24,49 @@ GIB = 1024**3
 
 
 class Writer(Protocol):
-    """Where values go. Only rank 0's is ever started, and so only it may touch a file."""
+    """Where metrics are written. Only rank 0's is started, and so only it may open a file."""
 
     def start(self, *, step: int, total_steps: int) -> None:
-        """Called once before the first value; `step` is the restored step, 0 in a new run."""
+        """Start before the first value; `step` is the restored step, 0 in a new run."""
         ...
 
-    def write(self, step: int, values: dict[str, float]) -> None: ...
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write the metrics of a step."""
+        ...
 
-    def text(self, step: int, name: str, text: str) -> None: ...
+    def text(self, step: int, name: str, text: str) -> None:
+        """Write a text of a step."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Flush and close."""
+        ...
 
 
 class Metrics:
-    """Adds speed, memory and remaining time to what the trainer reports; rank 0 writes it.
+    """Add speed, memory and remaining time to the trainer's metrics; rank 0 writes them.
 
-    `writers`: a list, or a mapping whose names only tell them apart (in YAML, one can be added or
-    taken out by its name; None is left out). `every`: steps between two reports (the first and
-    the last step are always reported). `flops_per_token`: None takes `flops.per_token` of the
-    model; `attention_flops_per_token` is added to either (`flops.attention_per_token`).
-    `peak_flops`: of one device, in FLOP/s; None looks the GPU up, and on a CPU there is no
-    utilisation to speak of.
+    Args:
+        writers: a list, or a mapping by name (in YAML, one can be added or removed by its name;
+            None is left out).
+        every: optimizer steps between two reports; the first and the last step are always reported.
+        flops_per_token: FLOPs of a training step per token; None is `flops.per_token` of the model.
+        attention_flops_per_token: added to them (`flops.attention_per_token`).
+        peak_flops: of one device, in FLOP/s; None looks the GPU up. Without it, as on a CPU, there
+            is no `mfu`.
 
     Added to each report of a training step: `tokens_per_second` (all ranks, padding included),
     `seconds_per_step`, `data_loading_share` (of this rank's time, 0 to 1), `eta_seconds`,
-    `tflops` (a device) and `mfu` (0 to 1, CUDA), `memory_gib` and `memory_reserved_gib` (this
-    rank's peak since the start; on a CPU `memory_gib` is the resident peak of the process).
+    `tflops` (per device) and `mfu` (0 to 1, CUDA), `memory_gib` and `memory_reserved_gib` (this
+    rank's peak since the start; on a CPU `memory_gib` is the peak resident memory of the process).
+
+    Raises:
+        ValueError: `every` is below 1.
     """
 
     @staticmethod
     def validate(*, every: int = 1) -> None:
+        """Raise ValueError for an interval below 1."""
         if every < 1:
             raise ValueError(f"metrics: every must be a number of steps, at least 1; got {every}")
 
@@ -71,31 +81,36 @@ class Metrics:
         self.validate(every=every)
         listed = writers.values() if isinstance(writers, Mapping) else writers
         self.writers = [writer for writer in listed if writer is not None]
-        self.every = every
+        self.every, self.peak_flops = every, peak_flops
         self.flops_per_token = flops_per_token
         self.attention_flops_per_token = attention_flops_per_token
-        self.peak_flops = peak_flops
-        # Both are filled by the batch generator that the trainer inherits.
+        # The trainer's batch generator adds to both.
         self.ntokens_since_last_log = 0
         self.data_loading_times: list[float] = []
         self.total_steps = 0
         self._device: torch.device | None = None
         self._dp_world_size = self._world_size = 1
         self._active: list[Writer] = []
-        self._left_out: list[str] = []
-        self._at = 0
+        self._failed: list[str] = []
+        self._step = self._last_report = 0
         self._speeds: list[float] = []
         self._paused = self._paused_in_interval = 0.0
         self._started = self._interval_started = time.perf_counter()
-        self._last_step = 0
 
     def start(
         self, *, model_parts: list[nn.Module], total_steps: int, runtime: Runtime, step: int = 0
     ) -> None:
-        """Opens the writers on rank 0. `step` is the restored step: what was written after it by
-        an earlier attempt is dropped, so that no step is reported twice."""
+        """Start the writers on rank 0.
+
+        Args:
+            model_parts: modules whose parameters are counted for `flops_per_token`.
+            total_steps: number of optimizer steps.
+            runtime: device and ranks.
+            step: restored step. What an earlier attempt wrote after it is dropped, so that no step
+                is reported twice.
+        """
         self.total_steps = total_steps
-        self._last_step = self._at = step
+        self._last_report = self._step = step
         self._device = runtime.device
         self._dp_world_size, self._world_size = runtime.dp_world_size, runtime.world_size
         if self.flops_per_token is None:
@@ -112,11 +127,12 @@ class Metrics:
         self._started = self._interval_started = time.perf_counter()
 
     def should_log(self, step: int) -> bool:
+        """Return whether the metrics of a step are reported."""
         return step == 1 or step % self.every == 0 or step == self.total_steps
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time spent inside (validation, a blocking save) is not counted as training time."""
+        """Exclude the time within the context (validation, a blocking save) from training time."""
         started = time.perf_counter()
         try:
             yield
@@ -126,36 +142,57 @@ class Metrics:
             self._paused_in_interval += seconds
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Writes `values`; with speed and memory where tokens were trained on and it is due."""
+        """Write metrics, with speed and memory if the step trained on tokens and is reported.
+
+        Args:
+            step: optimizer step.
+            values: metrics by name.
+        """
         values = {name: float(value) for name, value in values.items()}
         if self.ntokens_since_last_log and self.should_log(step):
             values |= self._interval(step)
-        self._at = step
+        self._step = step
         self._write(lambda writer: writer.write(step, values))
 
     def text(self, step: int, name: str, text: str) -> None:
-        self._at = step
+        """Write a text.
+
+        Args:
+            step: optimizer step.
+            name: name of the text.
+            text: the text.
+        """
+        self._step = step
         self._write(lambda writer: writer.text(step, name, text))
 
-    def _write(self, do: Callable[[Writer], None]) -> None:
-        """Do it with every writer. One that fails is left out from then on, with a warning: an
-        outage of a dashboard must not cost the training."""
+    def _write(self, call: Callable[[Writer], None]) -> None:
+        """Call every writer.
+
+        A writer that fails is left out from then on, with a warning: an outage of a dashboard must
+        not end the training.
+        """
         for writer in list(self._active):
             try:
-                do(writer)
+                call(writer)
             except ImportError:
-                raise  # what is not installed is known before the first step
+                raise  # a missing package is known before the first step
             except Exception as error:
                 self._active.remove(writer)
-                said = f"{_name(writer)} since step {self._at} ({type(error).__name__}: {error})"
-                self._left_out.append(said)
-                logger.warning("the training goes on without the metrics writer %s", said)
+                failed = (
+                    f"{_name(writer)} since step {self._step} ({type(error).__name__}: {error})"
+                )
+                self._failed.append(failed)
+                logger.warning("the training goes on without the metrics writer %s", failed)
                 with suppress(Exception):
                     writer.close()
 
     def summary(self) -> dict[str, float]:
-        """`tokens_per_second` (median over the reports, the first, a warm-up, left out),
-        `peak_memory_gib` (this rank's) and `train_seconds` (pauses left out)."""
+        """Return metrics of the whole run.
+
+        Returns:
+            `tokens_per_second` (median over the reports without the first, which has the warm-up),
+            `peak_memory_gib` (this rank's) and `train_seconds` (without pauses).
+        """
         speeds = self._speeds[1:] or self._speeds
         return {
             "tokens_per_second": statistics.median(speeds) if speeds else 0.0,
@@ -164,27 +201,25 @@ class Metrics:
         }
 
     def close(self) -> None:
-        """Closes every writer. One that fails is named in a warning: the training is over."""
+        """Close every writer. One that fails is named in a warning: the training is over."""
         writers, self._active = self._active, []
         for writer in writers:
             try:
                 writer.close()
             except Exception as error:
                 logger.warning("could not close the metrics writer %s", writer, exc_info=True)
-                self._left_out.append(
-                    f"the end of {_name(writer)} ({type(error).__name__}: {error})"
-                )
-        if self._left_out:
-            logger.warning("metrics are incomplete: without %s", "; ".join(self._left_out))
-            self._left_out = []
+                self._failed.append(f"the end of {_name(writer)} ({type(error).__name__}: {error})")
+        if self._failed:
+            logger.warning("metrics are incomplete: without %s", "; ".join(self._failed))
+            self._failed = []
 
     def _interval(self, step: int) -> dict[str, float]:
         now = time.perf_counter()
         seconds = max(now - self._interval_started - self._paused_in_interval, 1e-9)
-        steps = max(step - self._last_step, 1)
+        steps = max(step - self._last_report, 1)
         speed = self.ntokens_since_last_log * self._dp_world_size / seconds
         self._speeds.append(speed)
-        # The median of a few reports: the first one holds compilation and warm-up.
+        # The median of a few reports: the first one includes compilation and warm-up.
         usual = seconds / steps * speed / statistics.median(self._speeds[-5:])
         values = {
             "tokens_per_second": speed,
@@ -196,7 +231,7 @@ class Metrics:
         }
         self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
-        self._interval_started, self._paused_in_interval, self._last_step = now, 0.0, step
+        self._interval_started, self._paused_in_interval, self._last_report = now, 0.0, step
         return values
 
     def _flops(self, tokens_per_second: float) -> dict[str, float]:
@@ -219,6 +254,6 @@ class Metrics:
 
 
 def _name(writer: Writer) -> str:
-    """Its class, and the file or folder that it writes."""
+    """Return a writer's class, and the file or folder that it writes."""
     where = getattr(writer, "path", None) or getattr(writer, "folder", None)
     return f"{type(writer).__name__}({where})" if where else type(writer).__name__

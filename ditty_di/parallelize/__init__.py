@@ -1,1 +1,1 @@
-"""Functions for the trainer's `parallelize_fn` slot: data parallelism, recomputation, compile."""
+"""Functions for the trainer's `parallelize_fn` slot, and pipeline parallelism."""

@@ -1,22 +1,30 @@
 """Data parallelism for any model: FSDP2, DDP and hybrids are one function and a mesh.
 
-The mesh comes from the runtime: all ranks in `dp_shard` is FSDP2, all in `dp_replicate` is DDP
-(each rank a whole copy, gradients all-reduced), both is HSDP.
+The mesh comes from the runtime: `dp_shard` over all ranks is FSDP2, `dp_replicate` over all ranks
+is DDP (each rank has a whole copy, gradients are all-reduced), both is HSDP.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
-from ditty_di.compat import sum_gradients_on_gloo  # before torchtitan is imported by anyone
+from ditty_di.compat import sum_gradients_on_gloo
+
+# isort: split
+from torchtitan.distributed import ParallelDims
+
 from ditty_di.precision.casting import compute_in
-
-if TYPE_CHECKING:
-    from torchtitan.distributed import ParallelDims
 
 
 def shard(
@@ -35,32 +43,36 @@ def shard(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> nn.Module:
-    """Recomputes, compiles and shards the repeated blocks of a model, then the rest as one unit.
+    """Checkpoint, compile and shard the repeated blocks of a model, then the rest as one unit.
+
+    On one rank there is nothing to shard, and FSDP would copy every parameter: blocks are only
+    checkpointed and compiled, and `param_dtype` casts parameters of another dtype, with the numbers
+    of FSDP (`ditty_di.precision.casting`). For CPU offload and compiled blocks FSDP casts.
 
     Args:
+        model: the model, on meta or with values.
+        parallel_dims: the layout.
         dp_replicate: copies of the model that the runtime must have; -1 accepts any number. In a
             configuration, the runtime takes its degree from here.
         dp_shard: ranks that share one copy, likewise.
         blocks: path of the `ModuleList` (or `ModuleDict`) of repeated blocks, such as
             `model.layers`; None takes the one with the most parameters.
-        recompute: wraps a block for activation checkpointing (`ditty_di.parallelize.recompute`).
+        recompute: wraps a block for activation checkpointing (`ditty_di.parallelize.recompute`);
+            None keeps all activations.
         recompute_every: wrap every n-th block only.
         compile: arguments of `nn.Module.compile` for each block; None stays eager.
-        param_dtype, reduce_dtype: names of torch dtypes for computing and for reducing gradients;
-            None keeps the parameters' own. What the optimizer updates keeps its dtype (float32:
-            master weights), and so do buffers, such as rotary frequencies.
+        param_dtype: name of the torch dtype for computation; None is the parameters' own. The
+            optimizer's parameters keep their dtype (float32: master weights), and so do buffers,
+            such as rotary frequencies.
+        reduce_dtype: name of the torch dtype for reducing gradients; None is `param_dtype`.
         reshard_after_forward: free a block's gathered parameters between forward and backward.
-            What is in no block (embeddings, the last norm, the output head) always stays gathered,
-            for backward and the loss need it at once.
-        cpu_offload: parameters, gradients and optimizer state live in host memory.
-
-    On one rank there is nothing to shard, and FSDP would copy every parameter: the blocks are
-    recomputed and compiled only, and `param_dtype` casts what has another dtype, with the numbers
-    of FSDP (`ditty_di.precision.casting`). FSDP does it for offload and for compiled blocks.
+            Parameters outside the blocks (embeddings, the last norm, the LM head) stay gathered,
+            for the loss and the backward pass need them at once.
+        cpu_offload: keep parameters, gradients and optimizer state in host memory.
 
     Raises:
-        ValueError: `blocks` is no container of blocks; trainable parameters of several dtypes in
-            one block, whose gradients FSDP2 could not reduce together.
+        ValueError: `blocks` does not name a container of blocks, or one block has trainable
+            parameters of several dtypes, whose gradients FSDP2 could not reduce together.
     """
     for name, wanted in (("dp_replicate", dp_replicate), ("dp_shard", dp_shard)):
         found = getattr(parallel_dims, name)
@@ -91,14 +103,6 @@ def shard(
     if alone and param_dtype and not (compile is not None or flat or parallel_dims.pp_enabled):
         compute_in(model, getattr(torch, param_dtype), units=plain_blocks)
         return model
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        FSDPModule,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-    )
-
     shard_axis = "fsdp" if parallel_dims.spmd_backend == "partial_dtensor" else "dp_shard"
     axes = ["dp_replicate"] if parallel_dims.dp_replicate_enabled else []
     options: dict[str, Any] = {
@@ -115,7 +119,7 @@ def shard(
     fully_shard(model, **options, reshard_after_forward=None if reshard_after_forward else False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The loss is a sum over the global count already: gradients are added, not averaged.
+            # The loss is divided by the global count already: sum gradients, do not average.
             module.set_gradient_divide_factor(1.0)
     if options["mesh"].device_type == "cpu":
         sum_gradients_on_gloo(model)
@@ -123,7 +127,7 @@ def shard(
 
 
 def _require_one_dtype(unit: nn.Module, name: str, *, apart: Iterable[nn.Module]) -> None:
-    """FSDP2 itself would say so in the first forward pass, without names."""
+    """Raise with names what FSDP2 itself raises in the first forward pass without them."""
     others = {id(p) for module in apart for p in module.parameters()}
     examples: dict[torch.dtype, str] = {}
     for own, parameter in unit.named_parameters():
@@ -139,17 +143,17 @@ def _require_one_dtype(unit: nn.Module, name: str, *, apart: Iterable[nn.Module]
 
 
 def _blocks(model: nn.Module, path: str | None) -> nn.Module:
-    if path is not None:
-        try:
-            container = model.get_submodule(path)
-        except AttributeError as error:
-            raise ValueError(f"parallelize: blocks={path!r}: {error}") from None
-        if not any(True for _ in container.children()):
-            raise ValueError(f"parallelize: blocks={path!r} has no modules in it")
-        return container
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.ModuleDict) and len(m)]
-    return max(lists, key=_size, default=nn.ModuleList())
-
-
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    """Return the container of repeated blocks; an empty one for a model without."""
+    if path is None:
+        lists = [
+            m for m in model.modules() if isinstance(m, nn.ModuleList | nn.ModuleDict) and len(m)
+        ]
+        size = {id(m): sum(p.numel() for p in m.parameters()) for m in lists}
+        return max(lists, key=lambda m: size[id(m)], default=nn.ModuleList())
+    try:
+        container = model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"parallelize: blocks={path!r}: {error}") from None
+    if not any(True for _ in container.children()):
+        raise ValueError(f"parallelize: blocks={path!r} has no modules in it")
+    return container

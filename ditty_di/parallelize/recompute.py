@@ -1,4 +1,4 @@
-"""Activation checkpointing of one block: what is kept for backward, and what is computed again."""
+"""Activation checkpointing of one block: what is saved for backward, and what is recomputed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,27 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 
 def full(block: nn.Module, /, *, preserve_rng_state: bool = True) -> nn.Module:
-    """Keeps the block's inputs only."""
+    """Save only the block's inputs, and recompute all of it in the backward pass.
+
+    Args:
+        block: one of the repeated blocks.
+        preserve_rng_state: recompute dropout with the same random numbers.
+    """
     return checkpoint_wrapper(block, preserve_rng_state=preserve_rng_state)
 
 
 def selective(
     block: nn.Module, /, *, matmul_every: int = 2, preserve_rng_state: bool = True
 ) -> nn.Module:
-    """Keeps attention's output and every `matmul_every`-th matrix product, recomputes the rest.
+    """Save attention outputs and all but every n-th matrix product, and recompute the rest.
 
     The policy is torchtitan's (`distributed/activation_checkpoint.py`): attention and products are
-    dear to compute, norms and activations are cheap.
+    expensive to compute, norms and activations are cheap.
+
+    Args:
+        block: one of the repeated blocks.
+        matmul_every: every so many matrix products one is recomputed.
+        preserve_rng_state: recompute dropout with the same random numbers.
     """
     aten = torch.ops.aten
     attention = {
