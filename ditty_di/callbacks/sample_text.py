@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ditty_di.callbacks.base import Callback
-from ditty_di.generation.decoding import end_ids, positions
+from ditty_di.generation.decoding import end_ids, is_seq2seq, positions
 from ditty_di.generation.sampling import continuations, logits_of, prompt_ids
 from ditty_di.metrics.validation import evaluating, preserved_rng
 from ditty_di.models.tokenizer import user_turn
@@ -85,7 +85,12 @@ class SampleText(Callback):
         return {f"sample/{i}": f"{self._labels[i]}{text}" for i, text in enumerate(texts)}
 
     def validation_end(self, trainer: Training) -> None:
-        """Training flags, sharding and random numbers are left as they are found."""
+        """Log the texts; training flags, sharding and random numbers are left as they are found.
+
+        An encoder-decoder does not continue text: nothing is logged for it.
+        """
+        if is_seq2seq(trainer.model_parts[0]):
+            return
         with torch.no_grad(), evaluating(trainer.model_parts), preserved_rng(trainer.device):
             limit = positions(trainer.model_parts[0])
             texts = self(forward=trainer.forward, device=trainer.device, max_length=limit)
