@@ -33,7 +33,7 @@ class LigerLinearCrossEntropyLoss(nn.Module):
         RuntimeError: there is no accelerator for its kernels.
     """
 
-    contract = "logits:* | ctx.target:2:i64 -> loss:0:f"
+    contract = "logits:*:f | ctx.target:2:i64 -> loss:0:f"
 
     def __init__(self, *, ignore_index: int = -100, accum_dtype: str | None = None) -> None:
         super().__init__()
