@@ -87,7 +87,9 @@ def _described(title: str, choices: dict[str, str]) -> str:
 def _group(name: str, groups: dict[str, dict[str, str]], folders: Sequence[Path]) -> str:
     """Return the choices of a group with their first sentences, then the keys of each."""
     if name not in groups:
-        raise ConfigError(f"--help {name}: there is no such group; write one of {', '.join(groups)}")
+        raise ConfigError(
+            f"--help {name}: there is no such group; write one of {', '.join(groups)}"
+        )
     parts = [_described(f"{name}=CHOICE", groups[name])]
     for choice in groups[name]:
         keys = list(_keys(f"{name}/{choice}", folders))

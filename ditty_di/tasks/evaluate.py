@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ditty_di.processors import PostProcessor, PreProcessor
-    from ditty_di.protocols import Batch, Loss, ModelTransform, ParallelizeFn, ValidatorFactory, WeightsFn
+    from ditty_di.protocols import (
+        Batch,
+        Loss,
+        ModelTransform,
+        ParallelizeFn,
+        ValidatorFactory,
+        WeightsFn,
+    )
     from ditty_di.runtime import Runtime
 
 
@@ -30,8 +37,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Validates once, on the same batches and with the same loss as training did.
 
-    Processors see step 0 of 1. `convert` is what the trainer was given. `loss_weights` fills the parameters of a loss that has some, as
-    `ditty_di.checkpoint.read.load_loss` does.
+    Processors see step 0 of 1. `convert` is what the trainer was given. `loss_weights` fills the
+    parameters of a loss that has some, as `ditty_di.checkpoint.read.load_loss` does.
 
     Returns what the validator does, and `objective`, its loss; empty-handed (`status`
     "preempted") when a stop was requested meanwhile.

@@ -52,7 +52,9 @@ LOW_BIT = [f"{adam}_{bits}" for adam in ("adam", "adamw") for bits in ("8bit", "
 
 def node(path: Path) -> Any:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return instantiate(compose(overrides=[f"+optimizer={path.stem}"]).optimizer, _convert_="all")
+        return instantiate(
+            compose(overrides=[f"+optimizer={path.stem}"]).optimizer, _convert_="all"
+        )
 
 
 class Model(nn.Module):

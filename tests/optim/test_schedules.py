@@ -81,7 +81,8 @@ def test_exponential_is_dolomites() -> None:
     a = (1 - floor) * math.e / (math.e - 1)
     b = (floor * math.e - 1) / (math.e - 1)
     got = rates(
-        lambda o: exponential(o, total_steps=total, warmup_steps=warmup, min_lr_ratio=floor), total + 5
+        lambda o: exponential(o, total_steps=total, warmup_steps=warmup, min_lr_ratio=floor),
+        total + 5,
     )
     for step in range(warmup, total):
         assert got[step] == pytest.approx(a * math.exp(-(step - warmup) / (total - warmup)) + b)
@@ -100,7 +101,9 @@ def test_exponential_is_dolomites() -> None:
 )
 def test_wsd_written_out(shape: Callable[[float], float], quarter: float, half: float) -> None:
     got = rates(
-        lambda o: wsd(o, total_steps=100, warmup_steps=5, decay_steps=20, min_lr_ratio=0.2, shape=shape),
+        lambda o: wsd(
+            o, total_steps=100, warmup_steps=5, decay_steps=20, min_lr_ratio=0.2, shape=shape
+        ),
         110,
     )
     assert got[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -147,7 +150,10 @@ def test_power_decay_and_floor() -> None:
     assert got[75] == pytest.approx(0.05 + (begin - 0.05) / 2)
     assert got[100:] == pytest.approx([0.05] * 10)
     alone = rates(
-        lambda o: power(o, total_steps=10, batch_size=1, seq_len=1, a=1.0, b=-0.5, min_lr_ratio=0.25), 30
+        lambda o: power(
+            o, total_steps=10, batch_size=1, seq_len=1, a=1.0, b=-0.5, min_lr_ratio=0.25
+        ),
+        30,
     )
     assert alone[8] == pytest.approx(1 / 3) and alone[20:] == [0.25] * 10
 
@@ -245,8 +251,8 @@ def test_power_is_bounded_and_falls(
 ) -> None:
     total, warmup, decay = phases
     factor = power(
-        sgd(1.0), total_steps=total, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=floor, a=a, b=b,
-        batch_size=2, seq_len=3,
+        sgd(1.0), total_steps=total, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=floor,
+        a=a, b=b, batch_size=2, seq_len=3,
     ).factor  # fmt: skip
     factors = [factor(step) for step in range(total + 20)]
     assert all(0.0 < one <= 1.0 for one in factors[:total])
@@ -348,7 +354,11 @@ def test_curve_is_configuration() -> None:
         (linear, {"total_steps": 100, "warmup_steps": 200}, r"warmup_steps=200 is longer .*=100"),
         (linear, {"total_steps": 100, "warmup_steps": 0.1}, r"warmup_steps=0.1; .*warmup_steps=10"),
         (linear, {"total_steps": 100, "warmup_steps": -1}, r"warmup_steps=-1; write"),
-        (exponential, {"total_steps": 9, "min_lr_ratio": 1.5}, r"min_lr_ratio=1.5; write .*fraction of the peak"),
+        (
+            exponential,
+            {"total_steps": 9, "min_lr_ratio": 1.5},
+            r"min_lr_ratio=1.5; write .*fraction of the peak",
+        ),
         (cosine, {"total_steps": 9, "min_lr_ratio": -0.1}, r"min_lr_ratio=-0.1; write"),
         (constant, {"total_steps": 9, "warmup_steps": 10}, r"warmup_steps=10 is longer"),
         (
@@ -358,7 +368,11 @@ def test_curve_is_configuration() -> None:
         ),
         (power, {"total_steps": 9, "batch_size": 0, "seq_len": 8}, r"batch_size=0; write"),
         (power, {"total_steps": 9, "batch_size": 8, "seq_len": 8, "b": 0.5}, r"b=0.5; write"),
-        (infinite, {"total_steps": 9, "cooldown_steps": 4, "min_lr_ratio": 0.0}, r"0 < min_lr_ratio"),
+        (
+            infinite,
+            {"total_steps": 9, "cooldown_steps": 4, "min_lr_ratio": 0.0},
+            r"0 < min_lr_ratio",
+        ),
         (infinite, {"total_steps": 9, "cooldown_steps": 0}, r"cooldown_steps=0 would drop"),
         (
             infinite,
