@@ -26,8 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if {"--help", "-h"} & set(arguments):
             from ditty_di.cli import usage
+            from ditty_di.graph import ConfigError
 
-            print(usage.text(arguments))
+            try:
+                print(usage.text(arguments))
+            except ConfigError as error:
+                print(error, file=sys.stderr)
+                return 2
             return 0
         return torchrun.run(arguments, start) if torchrun.is_parent() else start(arguments)
     except KeyboardInterrupt:

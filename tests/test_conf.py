@@ -194,7 +194,7 @@ def test_a_file_begins_with_a_sentence(file):
     ids=lambda f: f.relative_to(conf_dir()).as_posix(),
 )
 def test_every_field_has_a_comment(file):
-    """A value that a user may change says what it is; wiring and constructors speak for themselves."""
+    """Every value that a user may change is explained; references and constructors need not be."""
     lines = file.read_text().splitlines()
     for key, line in fields(yaml.compose(file.read_text())):
         assert " # " in lines[line], f"{file}:{line + 1}: {key} has no comment"

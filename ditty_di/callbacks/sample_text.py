@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ditty_di.callbacks.base import Callback
-from ditty_di.generation.decoding import end_ids, positions
+from ditty_di.generation.decoding import end_ids, is_seq2seq, positions
 from ditty_di.generation.sampling import continuations, logits_of, prompt_ids
 from ditty_di.metrics.validation import evaluating, preserved_rng
 from ditty_di.models.tokenizer import user_turn
@@ -99,9 +99,13 @@ class SampleText(Callback):
     def on_validation_end(self, trainer: Training) -> None:
         """Generate and log texts; training flags, sharding and random numbers stay as they are.
 
+        An encoder-decoder does not continue text: nothing is logged for it.
+
         Args:
             trainer: the trainer.
         """
+        if is_seq2seq(trainer.model_parts[0]):
+            return
         with torch.no_grad(), evaluating(trainer.model_parts), preserved_rng(trainer.device):
             limit = positions(trainer.model_parts[0])
             texts = self(forward=trainer.forward, device=trainer.device, max_length=limit)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -87,16 +86,9 @@ def deferred_head(model: nn.Module, /) -> nn.Module:
 def defer_head(model: nn.Module) -> nn.Module:
     """Return the model with a deferred head, for a loss on hidden states (`Loss.prepare_model`).
 
-    A model whose head is deferred already stays as it is. Its contract says that logits exist only
-    when they are asked for.
+    A model whose head is deferred already stays as it is.
     """
-    if hasattr(model.forward, DEFERS):
-        return model
-    model = deferred_head(model)
-    contract = getattr(model, "contract", None)
-    if isinstance(contract, str):
-        model.contract = re.sub(r"\blogits:\S+", "logits:*", contract)
-    return model
+    return model if hasattr(model.forward, DEFERS) else deferred_head(model)
 
 
 LOGITS = object()

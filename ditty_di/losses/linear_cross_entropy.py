@@ -33,7 +33,7 @@ class LinearCrossEntropyLoss(Loss):
         ValueError: `chunk_tokens` is below 1.
     """
 
-    contract = "logits:* | ctx.target:2:i64 -> loss:0:f"
+    contract = "logits:*:f | ctx.target:2:i64 -> loss:0:f"
 
     def __init__(self, *, chunk_tokens: int = 1024, ignore_index: int = -100) -> None:
         super().__init__()

@@ -113,8 +113,8 @@ def _check(*, total_steps: int, min_lr_ratio: float = 0.0, **phases: int) -> Non
         )
     if not 0.0 <= min_lr_ratio <= 1.0:
         raise ValueError(
-            f"lr_scheduler: min_lr_ratio={min_lr_ratio}; write the lowest rate as a fraction of the "
-            f"peak, between 0 and 1 (min_lr_ratio=0.1 decays to a tenth of each group's lr)"
+            f"lr_scheduler: min_lr_ratio={min_lr_ratio}; write the lowest rate as a fraction of "
+            f"the peak, between 0 and 1 (min_lr_ratio=0.1 decays to a tenth of each group's lr)"
         )
 
 

@@ -9,12 +9,13 @@ from ditty_di.precision.context import forward_within
 
 
 def autocast(model: nn.Module, /, *, dtype: str = "bfloat16") -> nn.Module:
-    """Runs the model's forward pass under `torch.autocast`: products in `dtype`, norms in float32.
+    """Run the model's forward pass under `torch.autocast`: products in `dtype`, norms in float32.
 
-    Parameters stay as they are, also adapters in float32 beside a base in `dtype`.
+    Parameters keep their dtype, also adapters in float32 beside a base in `dtype`.
 
     Args:
-        dtype: a name in torch.
+        model: any module with parameters.
+        dtype: name of a torch dtype.
     """
     to = getattr(torch, dtype)
 

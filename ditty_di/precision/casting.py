@@ -18,6 +18,8 @@ def compute_in(model: nn.Module, dtype: torch.dtype, *, units: Iterable[nn.Modul
     What has `dtype` already, such as a frozen base, is used as it is. Packed weights stay too.
 
     Args:
+        model: any module.
+        dtype: dtype of the copies.
         units: modules inside the model whose copies live for their own forward pass only. Those of
             the rest of the model stay for the loss, which may use the output head, until their
             gradients are there or `release_copies`.

@@ -12,7 +12,7 @@ from torch import nn
 def forward_within(
     model: nn.Module, context: Callable[[nn.Module], AbstractContextManager[Any]]
 ) -> nn.Module:
-    """Enters `context(model)` before each forward pass of the model and leaves it after.
+    """Enter `context(model)` before each forward pass of the model and leave it after.
 
     By hooks, so that it does not matter what else replaces the forward, and the class stays.
     """

@@ -25,14 +25,15 @@ def torchao(
     emulate: bool | None = None,
     skip: Sequence[str] = ("lm_head",),
 ) -> nn.Module:
-    """Plain linear layers become torchao's `Float8Linear`: same names, same parameters.
+    """Replace plain linear layers by torchao's `Float8Linear`: same names, same parameters.
 
     Weights stay in their dtype; they, the inputs and the gradients are scaled and rounded to
     float8 for each product (arXiv 2209.05433). The base layers of a LoRA model are converted, its
-    adapters not; torchao then also computes the base's gradients, which nobody uses, so that less
-    time is won than with full fine-tuning. Layers of a quantised base are left alone.
+    adapters not; torchao then also computes the base's gradients, which are not used, so that the
+    speedup is smaller than with full fine-tuning. Layers of a quantised base are left alone.
 
     Args:
+        model: any module with linear layers.
         recipe: a name of torchao's `Float8LinearRecipeName`: `tensorwise` (one scale a tensor,
             fastest), `rowwise`, `rowwise_with_gw_hp` (weight gradients unrounded, most exact).
         emulate: round to float8 and multiply in float32, slowly; None does so where there is no
@@ -46,7 +47,7 @@ def torchao(
     from torchao.float8.config import Float8LinearRecipeName
 
     if recipe not in (names := [name.value for name in Float8LinearRecipeName]):
-        raise ValueError(f"model.convert: recipe={recipe!r} is none of torchao's {names}")
+        raise ValueError(f"precision: recipe={recipe!r} is none of torchao's {names}")
     if emulate is None:
         emulate = not _has_float8()
         if emulate:

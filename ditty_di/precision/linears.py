@@ -14,12 +14,13 @@ MULTIPLE = 16
 
 
 def replaceable(model: nn.Module, *, skip: Sequence[str]) -> list[tuple[str, nn.Linear]]:
-    """(name, module) of the plain linear layers with sides divisible by 16.
+    """Return (name, module) of the plain linear layers with both sides divisible by 16.
 
     Plain: `nn.Linear` itself, for a subclass (a quantised layer, another library's) computes in its
     own way. The small layers of an adapter beside a `base_layer` (peft's LoRA) stay as they are.
 
     Args:
+        model: any module.
         skip: whole parts of names, such as `lm_head` or `self_attn.q_proj`.
 
     Raises:
@@ -42,7 +43,7 @@ def replaceable(model: nn.Module, *, skip: Sequence[str]) -> list[tuple[str, nn.
     left = [name for name, m in linears if (name, m) not in taken]
     if not taken:
         raise ValueError(
-            f"model.convert: none of the model's {len(linears)} plain linear layers can be float8: "
+            f"precision: none of the model's {len(linears)} plain linear layers can be float8: "
             f"both sides must be multiples of {MULTIPLE}, and skip={list(skip)} leaves some out "
             f"(layers of a quantised base are never converted); use precision=bf16"
         )
@@ -55,7 +56,7 @@ def replaceable(model: nn.Module, *, skip: Sequence[str]) -> list[tuple[str, nn.
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The model with `module` in the place `name`; `module` itself when that is the root."""
+    """Return the model with the submodule `name` replaced; `module` itself for the root."""
     if not name:
         return module
     path, _, last = name.rpartition(".")

@@ -32,6 +32,7 @@ def convert(
     initialisation does not know these layers.
 
     Args:
+        model: any module with linear layers.
         recipe: a class of `transformer_engine.common.recipe` by its name (`DelayedScaling`,
             `Float8CurrentScaling`, `MXFP8BlockScaling`, ...), or an object of one.
         skip: parts of the names of layers to leave as they are.
@@ -44,7 +45,7 @@ def convert(
     if isinstance(recipe, str):
         if not hasattr(recipes, recipe):
             raise ValueError(
-                f"model.convert: transformer_engine.common.recipe has no {recipe!r}; use "
+                f"precision: transformer_engine.common.recipe has no {recipe!r}; use "
                 f"Float8CurrentScaling or DelayedScaling"
             )
         recipe = getattr(recipes, recipe)()
@@ -72,8 +73,10 @@ def convert(
 
 
 def recompute(block: nn.Module, /) -> nn.Module:
-    """Activation checkpointing for `parallelize.recompute`: torch's own would recompute the block
-    outside of the autocast, not in float8."""
+    """Checkpoint the activations of a block, for the node `recompute`.
+
+    torch's own function would recompute the block outside of the autocast, not in float8.
+    """
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     te, _ = _imported()

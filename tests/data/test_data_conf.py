@@ -53,5 +53,5 @@ def test_a_users_own_text_with_a_pretrained_tokenizer(tmp_path):
 
 
 def test_what_must_be_given_is_missing_until_then():
-    with pytest.raises(MissingMandatoryValue, match=r"data\.corpus\.path"):
+    with pytest.raises(MissingMandatoryValue, match=r"corpus\.path"):
         build("+data=text", "+tokenizer=bpe")

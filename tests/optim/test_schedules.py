@@ -251,8 +251,8 @@ def test_power_is_bounded_and_falls(
 ) -> None:
     total, warmup, decay = phases
     factor = power(
-        sgd(1.0), total_steps=total, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=floor, a=a, b=b,
-        batch_size=2, seq_len=3,
+        sgd(1.0), total_steps=total, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=floor,
+        a=a, b=b, batch_size=2, seq_len=3,
     ).factor  # fmt: skip
     factors = [factor(step) for step in range(total + 20)]
     assert all(0.0 < one <= 1.0 for one in factors[:total])
