@@ -21,8 +21,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ditty_di.config.policy import is_refused
-from ditty_di.config.targets import TargetError
 from ditty_di.config import (
     ABSENT,
     BuildError,
@@ -33,6 +31,8 @@ from ditty_di.config import (
     flatten,
     provenance,
 )
+from ditty_di.config.policy import is_refused
+from ditty_di.config.targets import TargetError
 from ditty_di.protocols import early_checks
 
 if TYPE_CHECKING:
@@ -1324,7 +1324,9 @@ def test_defaults_and_positional_arguments_are_known_to_validate() -> None:
     globals()["Sees"] = Sees
     Graph({"x": {"_target_": f"{HERE}.Sees", "_args_": [7]}}).check("x")
     assert seen == {"a": 7, "b": (1, 2), "c": "-", "d": 3}
-    with pytest.raises(ConfigError, match="circular reference"):  # and no endless look at the arguments
+    with pytest.raises(
+        ConfigError, match="circular reference"
+    ):  # and no endless look at the arguments
         Graph({"x": {"_target_": f"{HERE}.Sees", "a": 1, "b": ["${x}"]}}).check("x")
 
 

@@ -1,4 +1,4 @@
-"""What `--help` prints, read from the configuration folders; imports nothing heavy."""
+"""Print `--help` from the configuration folders; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ Completion in the shell: eval "$(ditty_di -sc install=bash)"   (or zsh, fish)
 
 
 def text(arguments: Sequence[str] = ()) -> str:
-    """The help text; `--config-dir` among the arguments adds its files to the lists."""
-    folders = [*searchpath.user_dirs(_config_dirs(arguments)), searchpath.conf_dir()]
+    """Return the help text; a `--config-dir` among the arguments adds its files to the lists."""
+    folders = searchpath.folders(_config_dirs(arguments))
     groups = {
         name: choices
         for name, choices in searchpath.groups(folders).items()

@@ -82,8 +82,16 @@ MISTAKES = [
     ("+experiment=lora lora_r=8", "'lora_r'", "did you mean 'adapter.config.r'?"),
     ("+experiment=lora lora_alpha=8", "'lora_alpha'", "'adapter.config.lora_alpha'"),
     ("lora_r=8", "'lora_r'", "'adapter.config.r', which is not in this configuration"),
-    ("trainer.callbacks.ema.decay=0.9", "'trainer.callbacks.ema.decay'", "'+callbacks=ema' adds it"),
-    ("trainer.callbacks.stopfile.path=x", "callbacks.stopfile", "'trainer.callbacks.stop_file.path'"),
+    (
+        "trainer.callbacks.ema.decay=0.9",
+        "'trainer.callbacks.ema.decay'",
+        "'+callbacks=ema' adds it",
+    ),
+    (
+        "trainer.callbacks.stopfile.path=x",
+        "callbacks.stopfile",
+        "'trainer.callbacks.stop_file.path'",
+    ),
     ("~validator", "config.yaml", "'~validator' deleted it, so delete 'trainer.validator' too"),
     ("export=none +export.x=3", "'+export.x=3': export", "a callable is wanted"),
     # values
