@@ -13,7 +13,7 @@ from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
-from ditty_di.graph import BuildError, ConfigError, Graph
+from ditty_di.config import BuildError, ConfigError, Graph
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
 _INSTALLED = tuple(

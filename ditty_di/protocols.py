@@ -11,7 +11,7 @@ class) or attributes (of a function: see `early_checks`):
 `validate(*, steps=None, config=None)`: keyword-only parameters named like those of the constructor,
 each with a default that means "not known" (or not given). `Graph.check`, and so `task=check` and
 each start, calls it with the arguments that are known without building: scalars, lists and dicts
-with references resolved, plain defaults of the signature, and `ditty_di.graph.View`s of nodes
+with references resolved, plain defaults of the signature, and `ditty_di.config.View`s of nodes
 (`.target` the callable, `.arguments` its known arguments). It raises ValueError; a message that
 begins with `name=` or `name: ` is reported at the file and line that set that argument
 (`config.r=0` at a value in it), several such lines each at its own. The constructor calls the same

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ditty_di import hang, parent_death, stop_signals
+from ditty_di.config import Graph
 from ditty_di.console import LAUNCHED, Console, quiet_imports
 from ditty_di.failure import describe
-from ditty_di.graph import Graph
 from ditty_di.memory_kills import how_killed, kills_so_far
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory
 

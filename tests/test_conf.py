@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
-from ditty_di.graph import ConfigError, Graph
+from ditty_di.config import ConfigError, Graph
 
 #: What a choice needs beside itself; a user has to say it too.
 FINE_TUNING = ["tokenizer=of_model", "model=hf_causal_lm", "validator=finetune"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ditty_di import adapters, quantization
-from ditty_di._graph.targets import did_you_mean
+from ditty_di.config.targets import did_you_mean
 from ditty_di.parallelize.data_parallel import shard
 
 if TYPE_CHECKING:

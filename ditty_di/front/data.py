@@ -9,7 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ditty_di._graph.targets import did_you_mean
+from ditty_di.config.targets import did_you_mean
 from ditty_di.data import LengthGrouped, Loader, PaddedCollate
 
 if TYPE_CHECKING:

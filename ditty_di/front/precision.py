@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ditty_di._graph.targets import did_you_mean
+from ditty_di.config.targets import did_you_mean
 from ditty_di.precision import float8
 from ditty_di.precision.autocast import autocast
 

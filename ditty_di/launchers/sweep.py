@@ -23,7 +23,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import open_dict, read_write
 
 from ditty_di.cli.overrides import quoted, value_of
-from ditty_di.graph import ConfigError, Graph
+from ditty_di.config import ConfigError, Graph
 from ditty_di.launchers.local import visible_gpus
 from ditty_di.launchers.warm import TARGETS, Job, WarmJobs
 from ditty_di.rundir import GOOD_STATUSES, RunDirectory

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import os
 
-from ditty_di._graph.targets import locate
+from ditty_di.config.targets import locate
 from ditty_di.console import quiet_imports
 from ditty_di.launchers.warm import TARGETS
 

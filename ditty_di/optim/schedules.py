@@ -189,7 +189,7 @@ def _validate(
     decay_steps: Any = 0,
     cooldown_steps: Any = 0,
 ) -> None:
-    """Check the phases that are known before anything is built (`ditty_di.graph.View`)."""
+    """Check the phases that are known before anything is built (`ditty_di.config.View`)."""
     total = _known(total_steps)
     known = {"warmup_steps": warmup_steps, "decay_steps": decay_steps}
     known["cooldown_steps"] = cooldown_steps

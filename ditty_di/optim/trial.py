@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 def complaints(optimizer: Any, prefix: str = "", /, **more: Any) -> list[str]:
     """Return the errors that the constructor of an optimizer raises for the arguments of its view
-    (`ditty_di.graph.View`), given one matrix to optimise: a rate below 0, betas above 1.
+    (`ditty_di.config.View`), given one matrix to optimise: a rate below 0, betas above 1.
 
     `prefix` stands before the name of the argument that is wrong; `more` are arguments that are
     given later. Empty when the view is of something else, or the constructor needs what is not

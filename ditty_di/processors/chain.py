@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ditty_di._graph.targets import did_you_mean
+from ditty_di.config.targets import did_you_mean
 from ditty_di.processors.contracts import DTYPES, MAX_RANK, Contract, ContractError, Entry
 
 #: What the trainer writes into every context.

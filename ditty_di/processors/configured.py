@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ditty_di._graph.errors import ConfigError, Problem, keys
+from ditty_di.config.errors import ConfigError, Problem, keys
 from ditty_di.processors.chain import POST, PRE, Report, Stage, examine
 from ditty_di.processors.stages import argument, is_node, pipeline
 from ditty_di.processors.workflow import SPLIT_SEQUENCES

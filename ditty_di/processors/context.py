@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ditty_di._graph.targets import did_you_mean
+from ditty_di.config.targets import did_you_mean
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ditty_di._graph.targets import SPECIAL, TargetError, locate
+from ditty_di.config.targets import SPECIAL, TargetError, locate
 from ditty_di.processors.base import as_contract, contract_of_class, snake_case
 from ditty_di.processors.chain import LOADER, LOSS, MODEL, POST, PRE, Stage
 from ditty_di.processors.contracts import Contract

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ditty_di.cli.searchpath import conf_dir
-from ditty_di.graph import Graph
+from ditty_di.config import Graph
 from tests.data.words import CHAT, word_tokenizer
 
 BATCHINGS = ["padded", "length_grouped", "packed", "padding_free", "seq2seq"]

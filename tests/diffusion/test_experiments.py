@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
-from ditty_di.graph import Graph
+from ditty_di.config import Graph
 from ditty_di.processors.configured import report
 from ditty_di.processors.picture import drawn
 

@@ -13,7 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
-from ditty_di.graph import Graph
+from ditty_di.config import Graph
 from ditty_di.processors.configured import report
 
 pytest.importorskip("sklearn")

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import BloomConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
 
-from ditty_di._graph.errors import ConfigError
-from ditty_di.graph import Graph
+from ditty_di.config import Graph
+from ditty_di.config.errors import ConfigError
 from ditty_di.models import causal_lm, seq2seq
 from ditty_di.models.weights import is_meta
 from tests.models.tiny import llama, save_llama

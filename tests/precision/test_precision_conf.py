@@ -7,7 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
-from ditty_di.graph import Graph
+from ditty_di.config import Graph
 
 
 def composed(*overrides):

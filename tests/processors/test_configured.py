@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ditty_di.graph import ConfigError, Graph
+from ditty_di.config import ConfigError, Graph
 from ditty_di.processors.configured import check, report
 
 STAGES = "tests.processors.test_stages"

@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from ditty_di.cli.searchpath import conf_dir
-from ditty_di.graph import ConfigError, Graph, provenance
+from ditty_di.config import ConfigError, Graph, provenance
 from ditty_di.processors.chain import LOSS, Stage, examine
 from ditty_di.processors.configured import stages
 from ditty_di.processors.contracts import Entry

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ditty_di.graph import Graph
+from ditty_di.config import Graph
 
 NAMED = ["tokenizer.pretrained_model_name_or_path=folder"]
 CONF = Path(__file__).parents[2] / "conf"
