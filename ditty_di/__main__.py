@@ -17,7 +17,14 @@ from ditty_di.launch.local import limit_spinning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns the exit code."""
+    """Run one command line.
+
+    Args:
+        arguments: what was typed after `python -m ditty_di`; None reads `sys.argv`.
+
+    Returns:
+        The exit code.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     quiet_imports()
     limit_spinning()
@@ -26,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if {"--help", "-h"} & set(arguments):
             from ditty_di.cli import usage
-            from ditty_di.graph import ConfigError
+            from ditty_di.config import ConfigError
 
             try:
                 print(usage.text(arguments))
@@ -37,15 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return torchrun.run(arguments, start) if torchrun.is_parent() else start(arguments)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def start(arguments: Sequence[str], launcher: Callable[[str], int] | None = None) -> int:
-    """Composes a command and does it; `launcher` takes the place of the configuration's.
+    """Compose a command and run its job; print an error that prevents it as one message.
 
-    Whatever keeps it from starting is one message on standard error.
+    Args:
+        arguments: the command line.
+        launcher: used instead of the configuration's launcher.
+
+    Returns:
+        The exit code.
     """
     from ditty_di.cli.command import Command, parse
 

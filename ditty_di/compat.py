@@ -1,7 +1,7 @@
-"""Every difference between torch versions, and what makes torchtitan run without an accelerator.
+"""Shims for differences between torch versions, and for torchtitan without an accelerator.
 
-Importing this module is what does it, so it comes before any import of torchtitan. Each shim asks
-for the capability, never for the version, and names the torch version with which it can go.
+Importing this module applies them, so it must be imported before torchtitan. Each shim tests for
+the capability, never for the version, and names the torch version that makes it obsolete.
 """
 
 from __future__ import annotations
@@ -34,31 +34,37 @@ PIPELINE_TAKES_MICROBATCHES: bool = (
 
 
 class CPUModule(ModuleType):
-    """`torch.cpu` with the few functions that torchtitan calls on any device module."""
+    """Add to `torch.cpu` the few functions that torchtitan calls on any device module."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
 
     def current_device(self) -> int:
+        """Return 0, the only device."""
         return 0
 
     def get_device_name(self, device: Any = None) -> str:
+        """Return "cpu"."""
         return "cpu"
 
     def get_device_properties(self, device: Any = None) -> SimpleNamespace:
+        """Return a name and the machine's memory in bytes."""
         pages = os.sysconf("SC_PHYS_PAGES")
         return SimpleNamespace(name="cpu", total_memory=pages * os.sysconf("SC_PAGE_SIZE"))
 
-    def reset_peak_memory_stats(self, device: Any = None) -> None: ...
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        """Do nothing."""
 
-    def empty_cache(self) -> None: ...
+    def empty_cache(self) -> None:
+        """Do nothing."""
 
     def memory_stats(self, device: Any = None) -> dict[str, int]:
+        """Return no statistics."""
         return {}
 
 
 def _cpu_device() -> None:
-    """No version ends it: torchtitan 0.3 falls back to "cuda" where there is no accelerator.
+    """Needed by every version: torchtitan 0.3 falls back to "cuda" where there is no accelerator.
 
     Its modules copy the two names when they are imported, some perhaps before this one.
     """
@@ -71,7 +77,7 @@ def _cpu_device() -> None:
 
 
 def _set_timeout() -> None:
-    """Ends with torch 2.14: `torch.distributed.set_timeout` is public there."""
+    """Obsolete from torch 2.14: `torch.distributed.set_timeout` is public there."""
     if not hasattr(torch.distributed, "set_timeout"):
         from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -82,7 +88,7 @@ def _set_timeout() -> None:
 
 
 def _data_parallel_mesh_dims() -> None:
-    """Ends with torch 2.12: torchtitan only needs the name to import where it is missing."""
+    """Obsolete from torch 2.12: torchtitan only needs the name to import where it is missing."""
     if not hasattr(torch.distributed.fsdp, "DataParallelMeshDims"):
 
         @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def _data_parallel_mesh_dims() -> None:
 
 
 def _pipeline_stage() -> None:
-    """Ends with torch 2.12: `PipelineStage` takes `get_mesh` there."""
+    """Obsolete from torch 2.12: `PipelineStage` takes `get_mesh` there."""
     stage = torch.distributed.pipelining.PipelineStage
     if "get_mesh" not in inspect.signature(stage.__init__).parameters:
 
@@ -106,9 +112,9 @@ def _pipeline_stage() -> None:
 
 
 def _integers_keep_their_dtype() -> None:
-    """Ends with torch 2.13: before it, FSDP2's mixed precision gathers integers as `param_dtype`,
-    and their shards would need gradients, which integers cannot.
+    """Obsolete from torch 2.13: FSDP2's mixed precision gathers integers as `param_dtype`.
 
+    Their shards would need gradients, which integers cannot have.
     Quantised weights are integers. Where torch does it itself, this changes nothing.
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_param
@@ -134,7 +140,7 @@ def _integers_keep_their_dtype() -> None:
 
 
 def _low_bit_views_keep_their_dtype() -> None:
-    """No version ends it yet: a view of torchao's (0.18) low-bit optimizer state forgets its dtype.
+    """Needed by every version so far: a view of torchao's low-bit optimizer state loses its dtype.
 
     Sharded state of bfloat16 parameters then says float32 to some and bfloat16 to others.
     """
@@ -156,7 +162,7 @@ def _low_bit_views_keep_their_dtype() -> None:
 
 
 def _muon_keeps_placements() -> None:
-    """No version ends it yet: Muon adds a whole update to a sharded matrix in place.
+    """Needed by every version so far: Muon adds a whole update to a sharded matrix in place.
 
     DTensor takes a dimension of one for broadcast and refuses that: a head of one row.
     """
@@ -175,8 +181,10 @@ def _muon_keeps_placements() -> None:
 
 
 def _one_sum_of_a_shared_weight() -> None:
-    """No version ends it: FSDP2 of torch 2.15 adds the gradients of a weight's several uses (a tied
-    embedding) in float32 in the first micro-batch of a window, and in `param_dtype` in the others.
+    """Sum the gradients of a shared weight (a tied embedding) in `param_dtype` always.
+
+    Needed from torch 2.15 on: its FSDP2 adds the gradients of a weight's several uses in float32 in
+    the first micro-batch of an optimizer step, and in `param_dtype` in the others.
 
     Before it, and here, all are added in `param_dtype`: losses do not depend on how a window is cut
     into micro-batches or on whether FSDP runs at all. Over micro-batches float32 stays.
@@ -208,7 +216,7 @@ def _one_sum_of_a_shared_weight() -> None:
 
 
 class _Postponed:
-    """A function or class of a module that is imported when it is called or tested for instances."""
+    """A function or class whose module is imported when it is called or tested for instances."""
 
     def __init__(self, module: str, name: str) -> None:
         self._module, self._name = module, name
@@ -225,7 +233,7 @@ class _Postponed:
 
 
 def _import_torchtitan_without_datasets() -> None:
-    """No version ends it: torchtitan 0.3's trainer imports `datasets`, with pandas and pyarrow.
+    """Needed by every version: torchtitan 0.3's trainer imports `datasets`, pandas and pyarrow.
 
     That takes a quarter of its time, for text loaders; here it is imported when one of them reads.
     """
@@ -245,7 +253,7 @@ def _import_torchtitan_without_datasets() -> None:
 
 
 def _compile_flex_attention_when_built() -> None:
-    """No version ends it: torchtitan 0.3 compiles two functions when it is imported.
+    """Needed by every version: torchtitan 0.3 compiles two functions when it is imported.
 
     That imports inductor, a quarter of the trainer's import; here the first such module does it.
     """
@@ -272,7 +280,13 @@ def _compile_flex_attention_when_built() -> None:
 
 
 def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
-    """No version ends it: gloo lacks the pre-multiplied sum that FSDP2 asks for by default."""
+    """Let FSDP2 sum gradients: gloo lacks the pre-multiplied sum that it uses by default.
+
+    Needed by every version.
+
+    Args:
+        model: a model that FSDP2 has wrapped.
+    """
     for module in model.modules():
         if isinstance(module, torch.distributed.fsdp.FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

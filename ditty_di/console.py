@@ -1,4 +1,4 @@
-"""A rank's standard output and error: on the console where one looks, and in its log file."""
+"""Write a rank's standard output and error to the console and to its log file."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from typing import Any, TextIO, cast
 #: Set for ranks whose failures are reported, and whose signals are answered, by a launcher.
 LAUNCHED = "DITTY_DI_LAUNCHED"
 
-
 #: Environment variable: "1" keeps what ranks print in their log files. A sweep sets it for its
 #: jobs, unless the user has.
 QUIET = "DITTY_DI_QUIET"
 
 
 def quiet() -> bool:
-    """Return whether ranks are to print to their log files only."""
+    """Return whether ranks print to their log files only."""
     return os.environ.get(QUIET, "0") not in ("", "0")
 
 
 def status(line: str) -> None:
-    """Say on standard error what is going on before there is a log, unless `quiet`."""
+    """Print progress to standard error before there is a log, unless `quiet`."""
     if not quiet():
         print(line, file=sys.stderr, flush=True)
 
 
 class Console:
-    """While it is open, what Python prints goes to `log` too, and with `show=False` only there.
+    """Copy what Python prints to a log file while the console is open.
 
-    Log records of `ditty_di` from INFO on, and of everybody else from WARNING on, are printed.
+    Log records of `ditty_di` from INFO on, and of other libraries from WARNING on, are printed.
+
+    Args:
+        log: the log file; it is appended to.
+        show: False prints to the log file only.
     """
 
     def __init__(self, log: Path, show: bool = True) -> None:
@@ -68,15 +71,20 @@ class Console:
             self.log.close()
 
     def log_only(self, text: str) -> None:
+        """Write text to the log file and not to the console."""
         with contextlib.suppress(OSError):  # a full disk
             self.log.write(text)
 
 
 class Tee:
-    """Write text to a console and a file. The file has a redrawn line (`\\r`) once.
+    r"""Write text to a console and a file. The file gets a redrawn line (`\r`) once.
 
-    A console that is gone (a closed terminal, a pipe without a reader) is left out from then on:
-    it must not end a training.
+    A console that is gone (a closed terminal, a pipe without a reader) is left out from then on: it
+    must not end a training.
+
+    Args:
+        console: the stream to show text on, or None.
+        file: the log file, or None.
     """
 
     def __init__(self, console: TextIO | None, file: TextIO | None) -> None:
@@ -85,6 +93,7 @@ class Tee:
         self._line = ""
 
     def write(self, text: str) -> int:
+        """Write text to both; return its length."""
         if self._console is not None:
             try:
                 self._console.write(text)
@@ -96,18 +105,19 @@ class Tee:
             self._line = _last_drawn(line)
             try:
                 self._file.writelines(_last_drawn(line) + "\n" for line in done)
-            except OSError:  # such as a full disk, which must not end what is being said
+            except OSError:  # such as a full disk, which must not stop the output
                 self._file = None
         return len(text)
 
     def detach(self) -> None:
-        """Lets go of the file; a library that kept this stream can go on writing."""
+        """Release the file; a library that kept this stream can go on writing."""
         if self._file is not None and self._line:
             with contextlib.suppress(OSError):
                 self._file.write(self._line + "\n")
         self._file = None
 
     def flush(self) -> None:
+        """Flush the console."""
         if self._console is not None:
             try:
                 self._console.flush()
@@ -115,6 +125,7 @@ class Tee:
                 self._console = None
 
     def isatty(self) -> bool:
+        """Return whether the console is a terminal."""
         return self._console is not None and self._console.isatty()
 
     def __getattr__(self, name: str) -> Any:
@@ -126,10 +137,10 @@ def _last_drawn(line: str) -> str:
 
 
 def quiet_imports() -> None:
-    """Keeps libraries from telling, at every start, what a user can do nothing about.
+    """Silence warnings of libraries at import that a user can do nothing about.
 
-    torchao 0.18 and bitsandbytes 0.50: which kernels they did not load. peft 0.21: that it asks
-    transformers 5 for something by its old name.
+    torchao 0.18 and bitsandbytes 0.50 list kernels they did not load; peft 0.21 uses a deprecated
+    name of transformers 5.
     """
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
         logging.getLogger(name).setLevel(logging.ERROR)

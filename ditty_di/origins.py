@@ -1,4 +1,4 @@
-"""Whether code is the user's own or part of an installed package."""
+"""Distinguish the user's own code from installed packages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @functools.cache
 def _installed() -> tuple[str, ...]:
-    """Folders of installed packages and of the standard library."""
+    """Return the folders of installed packages and of the standard library."""
     paths = sysconfig.get_paths()
     found = {paths["stdlib"], paths["platstdlib"], paths["purelib"], paths["platlib"]}
     found |= {*site.getsitepackages(), site.getusersitepackages()}

@@ -1,1 +1,1 @@
-"""The command line between `__main__` and the launchers: arguments, composition, one job."""
+"""The command line: arguments, composition, one job, help."""

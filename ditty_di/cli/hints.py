@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -59,7 +60,7 @@ def _unknown_key(text: str, key: str, command: Command) -> str:
             f"{text}\nnothing is chosen in the group {key!r} here: choose with "
             f"{key}=NAME, or add a node of your own with +{key}={{...}}"
         )
-    config = composing.composed(command.config_name, without(command.overrides, key))
+    config: Any = composing.composed(command.config_name, without(command.overrides, key))
     above, _, name = key.rpartition(".")
     try:
         target = OmegaConf.select(config, f"{above}._target_")

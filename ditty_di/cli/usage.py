@@ -1,4 +1,4 @@
-"""Help texts, read from the configuration folders; imports nothing heavy."""
+"""Print `--help` from the configuration folders; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ditty_di.cli import searchpath
-from ditty_di.graph import ConfigError
+from ditty_di.config import ConfigError
 
 _TEXT = """\
 ditty_di trains PyTorch models from a graph of constructors, written in YAML or typed here.
@@ -59,7 +59,7 @@ def text(arguments: Sequence[str] = ()) -> str:
     Raises:
         ConfigError: a word behind `--help` that is not a group.
     """
-    folders = [*searchpath.user_dirs(_config_dirs(arguments)), searchpath.conf_dir()]
+    folders = searchpath.folders(_config_dirs(arguments))
     groups = {
         name: choices
         for name, choices in searchpath.groups(folders).items()

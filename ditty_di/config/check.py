@@ -153,7 +153,7 @@ class Checker:
         """Check each argument of a node, then all of them by the target's own checks."""
         path, known = path_of(node), self.checked.nodes[key_of(node)]
         signature = self._signatures[path]
-        values = signature.plain_defaults() if signature else {}
+        values: dict[Any, Any] = signature.plain_defaults() if signature else {}
         self._trail.append(path)
         for argument, name, child in self._graph.arguments(node):
             value, below = self.visit(child, signature.slots(argument) if signature else ())

@@ -31,7 +31,7 @@ class Difference(NamedTuple):
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:
     """Return dotted key -> scalar, or empty mapping or list, of a configuration as written."""
-    plain = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
+    plain: Any = OmegaConf.to_container(cfg) if OmegaConf.is_config(cfg) else cfg
     found: dict[str, Any] = {}
     for key in keys(plain):
         below = flatten(plain[key], f"{prefix}{key}.")

@@ -1,8 +1,9 @@
-"""Targets that a configuration may not call unless the user allows them by name.
+"""Refuse targets that a configuration may not call unless the user allows them by name.
 
-The names are in `refused_targets.yaml`. They run commands, evaluate text, load pickles, write files, call what they are handed, or reach
-into the interpreter. This is defence in depth against a configuration from elsewhere, as Hydra's
-own policy is, and not a sandbox: a configuration is code (see README).
+The names are in `refused_targets.yaml`. Such targets run commands, evaluate text, load pickles,
+write files, call what they are handed, or reach into the interpreter. This is defence in depth
+against a configuration from elsewhere, as Hydra's own policy is, and not a sandbox: a configuration
+is code (see README).
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ import yaml
 
 from ditty_di.origins import is_users_own
 
-# Functions and methods that write, send or delete, told by their own name. They are refused in
-# installed packages and in the standard library, not in modules of the user's own.
+# Names of functions and methods that write, send or delete. They are refused in installed packages
+# and in the standard library, not in the user's own modules.
 _VERBS = re.compile(
     r"(save|write|dump|upload|urlretrieve|unlink|rmdir|rename|symlink|hardlink|link_to|chmod|lchmod"
     r"|touch|push|copyfile|copytree|extractall|to_(csv|json|parquet|pickle|sql|excel|hdf"
-    r"|feather|stata|html|file))(_\w+)?|tofile|savetxt|savez\w*|delete_\w+|create_repo|hardlink_to|symlink_to"
+    r"|feather|stata|html|file))(_\w+)?|tofile|savetxt|savez\w*|delete_\w+|create_repo|hardlink_to"
+    r"|symlink_to"
     r"|(im|mm|f)(save|write)|save(mat|fig|_\w+)"
 )
 _PATH_METHODS = frozenset(["open", "replace", "mkdir"])
-#: Values of arguments that turn a harmless function into one that unpickles or runs code.
+#: Argument values that make a harmless function unpickle or run code.
 UNSAFE_ARGUMENTS: Mapping[str, object] = {
     "weights_only": False,
     "allow_pickle": True,
@@ -38,7 +40,7 @@ UNSAFE_ARGUMENTS: Mapping[str, object] = {
     "shell": True,
     "use_pickle": True,
 }
-#: The same of single targets, by the place where they are defined: builders that unpickle.
+#: The same for single targets, by the name they were defined under: builders that unpickle.
 _UNSAFE_VALUES: Mapping[str, Mapping[str, Collection[str]]] = {
     "datasets.load.load_dataset": {"path": ("pandas",)},
     "datasets.load.load_dataset_builder": {"path": ("pandas",)},
@@ -103,8 +105,11 @@ def identities(obj: Any) -> set[str]:
 
 
 def is_refused_callable(obj: Any) -> bool:
-    """Return whether a callable is refused by the names it was defined under, by its own name (a
-    verb that writes) or by what its own code calls; the last two not in the user's own modules."""
+    """Return whether a callable is refused by name, or by what its own code calls.
+
+    The names are those it was defined under. A name such as `save`, and the code, do not count in
+    the user's own modules.
+    """
     names = identities(obj)
     if any(map(is_refused, names)):
         return True
@@ -132,8 +137,13 @@ def is_refused_object(obj: Any, allowed: Collection[str] = ()) -> bool:
 def unsafe_argument(
     fn: Callable[..., Any], args: Collection[Any], kwargs: Mapping[str, Any]
 ) -> str | None:
-    """Return `name=value` of an argument, given or by default, that lets `fn` load pickles or run
-    code; None when there is none."""
+    """Return `name=value` of an argument that lets `fn` load pickles or run code, or None.
+
+    Args:
+        fn: the callable; its defaults count.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
     given: dict[str, Any] = dict(kwargs)
     try:
         signature = inspect.signature(fn)
@@ -184,12 +194,11 @@ def _writes(name: str) -> bool:
 
 
 def _functions(obj: Any) -> Iterator[types.FunctionType]:
-    """The functions that calling an object runs first; for a class, its constructor."""
+    """Yield the functions that calling an object runs first; for a class, its constructor."""
     obj = _unwrapped(obj)
-    functions = [obj]
-    if isinstance(obj, type):
-        functions = [_attribute(obj, name) for name in ("__new__", "__init__")]
-    for function in functions:
+    constructors = ("__new__", "__init__")
+    called = [_attribute(obj, n) for n in constructors] if isinstance(obj, type) else [obj]
+    for function in called:
         for _ in range(16):
             function = _attribute(function, "__func__") or function
             if isinstance(function, types.FunctionType):
@@ -201,59 +210,58 @@ def _functions(obj: Any) -> Iterator[types.FunctionType]:
 
 
 def _is_risky(obj: Any) -> bool:
-    safeguarded = not UNSAFE_ARGUMENTS.keys().isdisjoint(_parameters(obj))
+    """Return whether the code that calling an object runs first evaluates, unpickles or writes."""
+    try:
+        parameters = inspect.signature(obj).parameters.keys()
+    except (TypeError, ValueError):
+        parameters = {}.keys()
+    safeguarded = not UNSAFE_ARGUMENTS.keys().isdisjoint(parameters)
     return any(
-        (not safeguarded and _calls_what_is_refused(f.__code__, _risky_globals(f)))
-        or _opens_to_write(f)
+        (not safeguarded and _calls_refused(f.__code__, f.__globals__)) or _opens_to_write(f)
         for f in _functions(obj)
     )
 
 
-def _risky_globals(function: types.FunctionType) -> frozenset[str]:
-    """Names that mean something risky in a function: builtins, and what its module imported from
-    risky modules, under whatever name."""
-    names, found = function.__code__.co_names, set(_RISKY_BUILTINS.difference(function.__globals__))
-    for name in names:
-        value = function.__globals__.get(name)
-        module = value.__name__ if isinstance(value, types.ModuleType) else None
-        if callable(value):
-            module = _attribute(value, "__module__")
-        harmless = isinstance(value, type) and issubclass(value, BaseException)
-        if isinstance(module, str) and module.partition(".")[0] in _RISKY_MODULES and not harmless:
-            found.add(name)
-    return frozenset(found)
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield a code object and those of the functions defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
 
 
 def _opens_to_write(function: types.FunctionType) -> bool:
     code = function.__code__
     if "open" not in code.co_names or "open" in function.__globals__:
         return False
-    return any(isinstance(c, str) and _WRITING.fullmatch(c) for c in _constants(code))
+    constants = (constant for inner in _codes(code) for constant in inner.co_consts)
+    return any(isinstance(c, str) and _WRITING.fullmatch(c) for c in constants)
 
 
-def _constants(code: types.CodeType) -> Iterator[object]:
-    for constant in code.co_consts:
-        yield from _constants(constant) if isinstance(constant, types.CodeType) else (constant,)
+def _calls_refused(code: types.CodeType, scope: Mapping[str, Any]) -> bool:
+    """Return whether code uses risky builtins, modules or attributes, under whatever name."""
+    for inner in _codes(code):
+        for instruction in dis.get_instructions(inner):
+            name, operation = instruction.argval, instruction.opname
+            if not isinstance(name, str):
+                continue
+            if operation in ("LOAD_GLOBAL", "LOAD_NAME") and _is_risky_global(name, scope):
+                return True
+            if operation == "IMPORT_NAME" and name.partition(".")[0] in _RISKY_MODULES:
+                return True
+            attribute = operation in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM")
+            if attribute and name in _RISKY_ATTRIBUTES:
+                return True
+    return False
 
 
-def _parameters(obj: Any) -> Collection[str]:
-    try:
-        return inspect.signature(obj).parameters
-    except (TypeError, ValueError):
-        return ()
-
-
-@functools.lru_cache(maxsize=4096)
-def _calls_what_is_refused(code: types.CodeType, builtin: frozenset[str]) -> bool:
-    for instruction in dis.get_instructions(code):
-        name, told = instruction.argval, instruction.opname
-        if not isinstance(name, str):
-            continue
-        if told in ("LOAD_GLOBAL", "LOAD_NAME") and name in builtin | _RISKY_MODULES:
-            return True
-        if told == "IMPORT_NAME" and name.partition(".")[0] in _RISKY_MODULES:
-            return True
-        if told in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM") and name in _RISKY_ATTRIBUTES:
-            return True
-    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return any(_calls_what_is_refused(constant, builtin) for constant in inner)
+def _is_risky_global(name: str, scope: Mapping[str, Any]) -> bool:
+    value = scope.get(name)
+    if name in _RISKY_MODULES or (name in _RISKY_BUILTINS and name not in scope):
+        return True
+    if isinstance(value, type) and issubclass(value, BaseException):
+        return False
+    is_module = isinstance(value, types.ModuleType)
+    module = _attribute(value, "__name__" if is_module else "__module__")
+    callable_or_module = is_module or callable(value)
+    return callable_or_module and str(module).partition(".")[0] in _RISKY_MODULES

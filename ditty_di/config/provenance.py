@@ -1,4 +1,4 @@
-"""Which line of which file, or of the command, set a key."""
+"""Find the line of a file, or the override, that set each key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Setting(NamedTuple):
-    """One place that gave a key its value, and, for a file, what made Hydra take that file."""
+    """A file line or override that set a key, and what made Hydra choose that file."""
 
     where: str
     value: str
@@ -22,23 +22,26 @@ class Setting(NamedTuple):
 
 
 class Provenance:
-    """Dotted key -> `file:line` or `command line 'lr=1'`; of the nearest key above when the key
-    itself was set nowhere, `""` when there is none."""
+    """Where each key was set; calling it returns `file:line` or `command line 'lr=1'` for a key.
+
+    That of the nearest key above when the key itself was set nowhere, `""` when there is none.
+    """
 
     def __init__(self) -> None:
         self._settings: dict[str, list[Setting]] = {}
 
     def __call__(self, key: str) -> str:
+        """Return where a dotted key was set."""
         while key and key not in self._settings:
             key = key.rpartition(".")[0]
         return self._settings[key][-1].where if key else ""
 
     def history(self, key: str) -> list[Setting]:
-        """Everything that set a key, in order: each overrides the one before."""
+        """Return everything that set a key, in order: each overrides the one before."""
         return list(self._settings.get(key, ()))
 
     def keys(self) -> list[str]:
-        """Every key that something set."""
+        """Return every key that something set."""
         return list(self._settings)
 
     def _set(self, key: str, setting: Setting, replaces: bool) -> None:
@@ -50,17 +53,27 @@ class Provenance:
 
     @classmethod
     def of_file(cls, path: str | os.PathLike[str]) -> Provenance:
-        """The lines of one YAML file."""
+        """Read the lines of one YAML file."""
         with open(path, encoding="utf-8") as file:
             return cls().add_file(label(path), file.read())
 
     def add_saved(self, sources: Mapping[str, str]) -> None:
-        """Adds where keys were set before the file was written that they are read from now."""
+        """Add where keys were set originally, for a file that was written by `Graph.save`."""
         for key, where in sources.items():
             self._set(key, Setting(where, ""), False)
 
     def add_file(self, name: str, text: str, package: str = "", chosen_by: str = "") -> Provenance:
-        """Adds what a YAML file says, at `package`; a defaults list says nothing."""
+        """Add the keys of a YAML file; a defaults list sets none.
+
+        Args:
+            name: file name to show.
+            text: the content of the file.
+            package: dotted key that the file's keys lie below, "" for the root.
+            chosen_by: what made Hydra choose the file.
+
+        Returns:
+            This object.
+        """
         document = yaml.compose(text, Loader=_Loader)
         if isinstance(document, yaml.MappingNode):
             document.value = [(k, v) for k, v in document.value if k.value != "defaults"]
@@ -92,7 +105,13 @@ class Provenance:
                 self._add_yaml(f"{prefix}{n}", value, name, value.start_mark.line, chosen_by)
 
     def add_override(self, line: str, key: str, value: Any) -> None:
-        """Adds an override of the command line; `value` None deletes the key."""
+        """Add an override of the command line.
+
+        Args:
+            line: the override as typed.
+            key: the dotted key that it sets or deletes.
+            value: its value.
+        """
         where = f"command line {line!r}"
         text = line.partition("=")[2] if "=" in line else ""
 
@@ -106,8 +125,15 @@ class Provenance:
 
 
 def provenance(config_name: str, overrides: list[str]) -> Provenance:
-    """Where every key of a composed configuration was set, from the defaults list that Hydra itself
-    computes. Hydra must be initialised, as it is for `compose(config_name, overrides)`."""
+    """Return where every key of a composed configuration was set.
+
+    From the defaults list that Hydra itself computes: Hydra must be initialised, as it is for
+    `compose(config_name, overrides)`.
+
+    Args:
+        config_name: the primary configuration.
+        overrides: as given to `compose`.
+    """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
@@ -132,7 +158,7 @@ def provenance(config_name: str, overrides: list[str]) -> Provenance:
 
 
 def _source(repository: Any, config_path: str) -> tuple[str, str]:
-    """(name to show, text) of the file that Hydra takes for a configuration."""
+    """Return (name to show, text) of the file that Hydra takes for a configuration."""
     name = config_path if config_path.endswith(".yaml") else f"{config_path}.yaml"
     for source in repository.get_sources():
         if not source.is_config(config_path):
@@ -149,7 +175,7 @@ def _source(repository: Any, config_path: str) -> tuple[str, str]:
 
 
 def label(path: str | os.PathLike[str]) -> str:
-    """A path as one would type it: relative when it lies below the working folder."""
+    """Return a path as one would type it: relative when it lies below the working folder."""
     path = os.path.realpath(path)
     relative = os.path.relpath(path)
     return path if relative.startswith(os.pardir) else relative

@@ -52,7 +52,7 @@ class Configuration:
     # ------------------------------------------------------------------------------- reading
     def __contains__(self, key: object) -> bool:
         """Return whether there is a top-level key."""
-        return key in self._config.keys()
+        return key in list(self._config)
 
     def at(self, path: Path) -> tuple[Path, Any]:
         """Return the path and plain value that `path` refers to, references on the way followed.
@@ -216,7 +216,8 @@ class Configuration:
             raise self.error(node, f"cannot resolve {text!r}: {what}") from error
         if isinstance(value := found._value(), dict | list | tuple):
             if not isinstance(found, Container):
-                found = OmegaConf.create(value, parent=node._get_parent())
+                parent: Any = node._get_parent()
+                found = OmegaConf.create(list(value) if isinstance(value, tuple) else value, parent)
             if found._key() is None:  # made by a resolver, not a part of the configuration
                 found._set_key(node._key())
         return found
@@ -314,7 +315,8 @@ def key_of(node: Node) -> str:
 def children(node: Node) -> list[tuple[Any, Any]]:
     """Return the entries of a mapping or list, as written; nothing for a scalar or a reference."""
     if isinstance(node, DictConfig):
-        return [(key, node._get_node(key, validate_access=False)) for key in node.keys()]
+        names = node.keys()  # unlike iteration, empty for a missing value
+        return [(key, node._get_node(key, validate_access=False)) for key in names]
     return (
         [(n, node._get_node(n)) for n in range(len(node))] if isinstance(node, ListConfig) else []
     )
@@ -329,7 +331,7 @@ def descendants(node: Node) -> Iterator[Any]:
 
 def is_object(node: Any) -> bool:
     """Return whether a node has a `_target_`."""
-    return isinstance(node, DictConfig) and "_target_" in node.keys()
+    return isinstance(node, DictConfig) and "_target_" in dict(children(node))
 
 
 def plain(node: Node) -> Any:
@@ -346,8 +348,11 @@ def references(text: str) -> Iterator[re.Match[str]]:
 
 
 def _keys_in_resolvers(text: str) -> list[str]:
-    """Return words that may be keys: arguments of resolvers, such as `${oc.select:a.b,1}`, and the
-    beginning of a reference that contains another, such as `${a.${b}}`."""
+    """Return words in a text that may be keys.
+
+    Those are arguments of resolvers, such as `${oc.select:a.b,1}`, and the beginning of a reference
+    that contains another, such as `${a.${b}}`.
+    """
     words = re.findall(r"[\w.]+", text) if _RESOLVER.search(text) else []
     return [*words, *re.findall(r"\$\{([\w.]+?)\.?\$\{", text)]
 

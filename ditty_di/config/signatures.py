@@ -134,7 +134,7 @@ class Signature:
             raise ValueError(f"{name}: is not given, and has no default")
         return parameter.default
 
-    def plain_defaults(self) -> dict[str | int, Any]:
+    def plain_defaults(self) -> dict[Any, Any]:
         """Return the defaults that are None, a scalar, or a tuple or list of them, by name."""
         return {p.name: p.default for p in self._parameters if _is_plain(p.default)}
 
@@ -284,7 +284,9 @@ def _takes_more_than_fields(target: Any) -> bool:
     The configurations of transformers do: `__init__` is replaced, and hands what is no field on to
     `__post_init__(**kwargs)`.
     """
-    if not (dataclasses.is_dataclass(target) and hasattr(target.__init__, "__wrapped__")):
+    if not (isinstance(target, type) and dataclasses.is_dataclass(target)):
+        return False
+    if not hasattr(target.__init__, "__wrapped__"):  # type: ignore[misc]
         return False
     after = getattr(target, "__post_init__", None)
     parameters = inspect.signature(after).parameters.values() if after else ()

@@ -137,10 +137,10 @@ def _validate(
     cooldown_steps: Any = None,
     cooldown_ratio: Any = 0.0,
 ) -> None:
-    """Check what is known of the phases before anything is built (`ditty_di.config.View`)."""
+    """Check the phases that are known before anything is built (`ditty_di.config.View`)."""
     if getattr(total_steps, "target", None) is horizon:
         total_steps = total_steps.arguments.get("steps")
-    total = total_steps if isinstance(total_steps, int | float) else sys.maxsize
+    total: Any = total_steps if isinstance(total_steps, int | float) else sys.maxsize
     if total < 1:  # reported where the number of steps is given
         return
     _check_ratios(warmup_ratio=warmup_ratio, decay_ratio=decay_ratio, cooldown_ratio=cooldown_ratio)

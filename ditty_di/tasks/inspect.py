@@ -13,39 +13,45 @@ from pathlib import Path
 from typing import Any
 
 from ditty_di.cli import ranks
-from ditty_di.config import (
-    ConfigError,
-    Difference,
-    Graph,
-    Node,
-    difference,
-    flatten,
-)
+from ditty_di.config import ConfigError, Difference, Graph, Node, Problem, difference, flatten
 from ditty_di.console import status
 
 
 def check(
     graph: Graph, /, *, root: str = "trainer", strict: bool = False, rehearse: bool = True
 ) -> None:
-    """Import every target and bind every signature that `root` reaches; print what was done.
+    """Check everything that `root`, the launcher and the export reach; print what was checked.
 
-    A `root` with a `loss_fn` is a pipeline: the contracts of its stages are followed, and it is
-    drawn. `strict` refuses also what no contract proves. `rehearse` then has each node try what it
-    can try cheaply (`ditty_di.protocols`), such as reading the first records, and prints warnings.
+    Imports every target and binds every signature. The contracts of a pipeline are followed, and it
+    is drawn.
+
+    Args:
+        graph: the configuration's graph.
+        root: key of the node to check; one with a `loss_fn` is a pipeline.
+        strict: also refuse what no contract proves.
+        rehearse: let each node try what it can try cheaply (`ditty_di.protocols`), such as reading
+            the first records, and print the warnings.
 
     Raises:
-        ConfigError: everything that is wrong, one line each.
+        ConfigError: all problems at once, one line each.
     """
     status("importing what the configuration names (torch and torchtitan take seconds) ...")
-    checked = graph.check(root, *(key for key in ("launcher", "export") if key in graph))
-    if divided := ranks.problems(graph, root):
-        raise ConfigError(divided)
+    others = [key for key in ("launcher", "export") if key in graph]
+    checked = graph.check(root, *others)
+    problems = ranks.problems(graph, root)
+    for key in others:
+        value = graph.value(key)
+        if isinstance(value, dict) and "_target_" not in value:
+            message = "is a mapping without a _target_, and a callable is wanted"
+            problems.append(Problem(key, message, graph.where(".".join([key, *list(value)[:1]]))))
+    if problems:
+        raise ConfigError(problems)
     print(f"ok: {len(checked.nodes)} nodes from {root}, each imported and its arguments bound")
     for key, protocol in checked.slots.items():
         print(f"  {key} fits the slot that completes it: {protocol}")
     if checked.unread:
-        print(f"  imported only, for they tell no signature: {', '.join(checked.unread)}")
-    if "loss_fn" in graph.at(tuple(root.split(".")))[1]:
+        print(f"  imported only, because they have no signature: {', '.join(checked.unread)}")
+    if "loss_fn" in graph.value(root):
         from ditty_di.contracts import from_config
         from ditty_di.contracts.render import drawn
 
@@ -57,7 +63,12 @@ def check(
 
 
 def explain(graph: Graph, /, *, key: str) -> None:
-    """Prints a key's value and everything that set it, the last of which counts."""
+    """Print a key's value and everything that set it, the last of which counts.
+
+    Args:
+        graph: the configuration's graph.
+        key: dotted key.
+    """
     written, value = graph.explain(key)
     print(f"{key} = {_text(value)}" + (f"   (from {_text(written)})" if written != value else ""))
     history = graph.history(key)
@@ -71,7 +82,16 @@ def explain(graph: Graph, /, *, key: str) -> None:
 
 
 def graph(graph: Graph, /, *, root: str = "trainer", format: str = "tree") -> None:
-    """Prints the nodes that `root` reaches: `format` "tree" (shared objects marked) or "dot"."""
+    """Print the nodes that `root` reaches.
+
+    Args:
+        graph: the configuration's graph.
+        root: key of the first node.
+        format: "tree", which marks shared objects, or "dot" for Graphviz.
+
+    Raises:
+        ConfigError: another format.
+    """
     formats: dict[str, Callable[[Graph, str], str]] = {"tree": tree, "dot": dot}
     if format not in formats:
         raise ConfigError(f"format={format}: write one of {', '.join(formats)}")
@@ -79,7 +99,7 @@ def graph(graph: Graph, /, *, root: str = "trainer", format: str = "tree") -> No
 
 
 def tree(graph: Graph, root: str) -> str:
-    """Nodes as an indented tree. A shared object is drawn once, and named where it comes again."""
+    """Return the nodes below `root` as an indented tree; a shared object is drawn once."""
     nodes, shared = graph.nodes(root), graph.shared(root)
     lines: list[str] = []
     drawn: dict[str, str] = {}
@@ -107,7 +127,7 @@ def tree(graph: Graph, root: str) -> str:
 
 
 def dot(graph: Graph, root: str) -> str:
-    """Nodes and arguments for Graphviz; shared objects filled, partials dashed."""
+    """Return the nodes below `root` for Graphviz; shared objects are filled, partials dashed."""
     nodes, shared = graph.nodes(root), graph.shared(root)
     lines = ["digraph {", "  rankdir=LR; node [shape=box];"]
     for node in nodes.values():
@@ -124,10 +144,19 @@ def dot(graph: Graph, root: str) -> str:
 def diff(
     graph: Graph, /, *, a: str, b: str, ignore: Sequence[str] = (), root: str = "trainer"
 ) -> None:
-    """Prints what differs between two run directories: configuration, environment, result.
+    """Print what differs between two run directories: configuration, environment, result.
 
-    Keys that `root` reads, and that do not lie under one of `ignore`, can change the numbers; they
-    come first. Raises ConfigError for a folder that is no run.
+    Keys that can change the numbers come first.
+
+    Args:
+        graph: unused; every task of this module takes it.
+        a: the first run directory.
+        b: the second run directory.
+        ignore: keys that cannot change the numbers, each with everything below it.
+        root: key of the node whose keys can.
+
+    Raises:
+        ConfigError: a folder is not a run directory.
     """
     runs = [_Run(name, folder) for name, folder in (("a", a), ("b", b))]
     print("\n".join(f"{run.name}: {run.folder}" for run in runs))
@@ -159,7 +188,7 @@ class _Run:
         self.graph = Graph.load(self.folder / "resolved.yaml")
 
     def reads(self, root: str) -> set[str]:
-        """The keys that `root` reads, and those that it reads them from."""
+        """Return the keys that `root` reads, and those that it reads them from."""
         graphs = [self.graph]
         if (self.folder / "config.yaml").is_file():
             graphs.append(Graph.load(self.folder / "config.yaml"))
@@ -169,7 +198,7 @@ class _Run:
             return set()
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; empty when the run did not come to write it."""
+        """Return a JSON file of the run; empty when the run did not write it."""
         path = self.folder / name
         if not path.is_file():
             print(f"{self.name} has no {name}")
@@ -179,7 +208,7 @@ class _Run:
         except ValueError as error:
             raise ConfigError(f"cannot read {path}: {error}") from error
         if not isinstance(found, dict):
-            raise ConfigError(f"cannot read {path}: it is no JSON object")
+            raise ConfigError(f"cannot read {path}: it is not a JSON object")
         return found
 
 
@@ -197,7 +226,7 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as YAML would show it on one line."""
+    """Return a value as YAML would show it on one line."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return value if isinstance(value, str) else repr(value)

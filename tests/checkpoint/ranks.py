@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 #: one server and one list of modules: who needs it takes it from here.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["tests.checkpoint.cases", "ditty_di.trainer", "ditty_di.launch.warm_imports"]
+    ["tests.checkpoint.cases", "ditty_di.training.trainer", "ditty_di.launch.warm_imports"]
 )
 
 #: A folder in memory, where syncing files to disk costs no time; None where there is none.

@@ -1,9 +1,15 @@
 """What was typed, made into what Hydra composes."""
 
+import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
+import ditty_di.launch
 import pytest
 
+import ditty_di.cli
+import ditty_di.config
 from ditty_di.cli.command import Command, parse, patched
 from ditty_di.cli.overrides import merge, normalise
 from ditty_di.config import ConfigError
@@ -79,3 +85,19 @@ def test_a_patch_changes_what_changed_and_keeps_the_rest() -> None:
         **{"task": {"_target_": "look", "y": None}, "a": 1},
         **{"b": {"c": 7, "d": 3}, "only": 5, "new": None},
     }
+
+
+def test_the_command_line_imports_no_torch() -> None:
+    packages = (ditty_di.cli, ditty_di.config, ditty_di.launch)
+    modules = [
+        found.name
+        for package in packages
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
+        "print(sorted({'torch', 'transformers', 'torchtitan'} & sys.modules.keys()))"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert len(modules) > 20 and out.strip() == "[]"

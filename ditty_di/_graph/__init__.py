@@ -1,1 +1,0 @@
-"""Moved to ditty_di.config."""

@@ -1,1 +1,0 @@
-from ditty_di.config.errors import *  # noqa: F403

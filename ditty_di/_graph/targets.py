@@ -1,1 +1,0 @@
-from ditty_di.config.targets import *  # noqa: F403

@@ -1,1 +1,0 @@
-from ditty_di.config import *  # noqa: F403
