@@ -25,11 +25,12 @@ CONTRACT = "0:2:i64 -> logits:3:f"
 
 def llama3(
     *,
-    vocab_size: int,
     dim: int,
     n_layers: int,
     n_heads: int,
-    max_seq_len: int,
+    vocab_size: int | None = None,
+    max_seq_len: int | None = None,
+    tokenizer: Any = None,
     n_kv_heads: int | None = None,
     hidden_dim: int | None = None,
     rope_theta: float = 10000.0,
@@ -41,17 +42,20 @@ def llama3(
     projections, 0.02 / sqrt(2 * (layer + 1)) for output projections, 1 / sqrt(dim) for the head.
 
     Args:
-        vocab_size: number of tokens.
         dim: width of the hidden states.
         n_layers: number of blocks.
         n_heads: attention heads.
-        max_seq_len: longest sequence, in tokens.
+        vocab_size: number of tokens; None is the size of `tokenizer`.
+        max_seq_len: longest sequence, in tokens; None is the `model_max_length` of `tokenizer`.
+        tokenizer: of transformers.
         n_kv_heads: heads of keys and values; None is `n_heads`.
         hidden_dim: width of the feed-forward layers; None is 8/3 of `dim`, rounded up to 64.
         rope_theta: base of the rotary frequencies.
         inner_attention: an attention configuration of torchtitan; None is scaled dot-product
             attention, which also trains on a CPU.
     """
+    vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+    max_seq_len = tokenizer.model_max_length if max_seq_len is None else max_seq_len
     hidden_dim = hidden_dim or (8 * dim // 3 + 63) // 64 * 64
     norm = RMSNorm.Config(normalized_shape=dim, param_init={"weight": nn.init.ones_})
 

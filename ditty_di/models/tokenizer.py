@@ -47,14 +47,23 @@ def from_pretrained(
             f"tokenizer: that of {path} has no end-of-sequence token; name one of its tokens with "
             f"a tokenizer_config.json that has eos_token"
         )
+    if model_max_length is not None:
+        tokenizer.model_max_length = model_max_length
+    return add_to(tokenizer, special_tokens, chat_template)
+
+
+def add_to(
+    tokenizer: PreTrainedTokenizerBase,
+    special_tokens: Sequence[str] = (),
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """Add special tokens and a chat template (Jinja text, or a file with it) to a tokenizer."""
     if special_tokens:
         tokenizer.add_tokens(list(special_tokens), special_tokens=True)
     if chat_template is not None:
         file = Path(chat_template).expanduser()
         is_file = "\n" not in chat_template and "{" not in chat_template and file.is_file()
         tokenizer.chat_template = file.read_text(encoding="utf-8") if is_file else chat_template
-    if model_max_length is not None:
-        tokenizer.model_max_length = model_max_length
     return tokenizer
 
 
