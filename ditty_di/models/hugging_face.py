@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -81,7 +81,7 @@ def builders(
         Args:
             config: a configuration of transformers; or its class, a partial of it, or a mapping
                 with `model_type`, which take what they leave out from `tokenizer`: `vocab_size`,
-                the pad, eos and bos ids, and `max_position_embeddings`.
+                the pad, eos and bos ids (None means none), and `max_position_embeddings`.
             attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None leaves the choice
                 to transformers: `sdpa`, or `eager` for models without it.
             dtype: of the parameters, a name in torch. Rotary frequencies stay float32.
@@ -97,11 +97,11 @@ def builders(
         Raises:
             ValueError: the model cannot be built with these arguments.
         """
-        if not isinstance(config, PretrainedConfig):
-            config = _make_config(config, tokenizer)
+        given = isinstance(config, PretrainedConfig)
         return _build(
             auto_class,
-            config,
+            config if given else _make_config(config, tokenizer),  # type: ignore[arg-type]
+            special_tokens=SPECIAL_TOKENS if given else (),
             attn_implementation=attn_implementation,
             dtype=dtype,
             tokenizer=tokenizer,
@@ -181,6 +181,7 @@ def _build(
     pad_vocab_to_multiple_of: int | None,
     transforms: tuple[ModelTransform | None, ...],
     files: ModelFiles | None = None,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
     **attributes: Any,
 ) -> nn.Module:
     """Return the model on meta, changed by the transforms in their order.
@@ -191,7 +192,7 @@ def _build(
     _validate(dtype=dtype, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)
     config = copy.deepcopy(config)
     config.use_cache = False
-    _fit_to_tokenizer(config, tokenizer, pad_vocab_to_multiple_of)
+    _fit_to_tokenizer(config, tokenizer, pad_vocab_to_multiple_of, special_tokens)
     model = _build_on_meta(auto_class, config, dtype, attn_implementation)
     if files is not None:
         fit_to_files(files, model)
@@ -225,6 +226,7 @@ def _make_config(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> Pret
         make: Any = type(AutoConfig.for_model(given.pop("model_type")))
     else:
         given, make = dict(getattr(config, "keywords", {})), getattr(config, "func", config)
+    given = {k: v for k, v in given.items() if v is not None or k in SPECIAL_TOKENS}
     taken: dict[str, Any] = {}
     if tokenizer is not None:
         taken = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
@@ -265,12 +267,13 @@ def _fit_to_tokenizer(
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     pad_vocab_to_multiple_of: int | None,
+    special_tokens: Sequence[str],
 ) -> None:
-    """Grow the vocabulary to the tokenizer's, and set the special tokens that are None."""
+    """Grow the vocabulary to the tokenizer's, and set those special tokens that are None."""
     text: Any = config.get_text_config()
     if tokenizer is not None:
         text.vocab_size = max(text.vocab_size, len(tokenizer))
-        for name in SPECIAL_TOKENS:
+        for name in special_tokens:
             if getattr(text, name, None) is None:
                 setattr(text, name, getattr(tokenizer, name))
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
