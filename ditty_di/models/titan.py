@@ -42,12 +42,12 @@ def llama3(
     projections, 0.02 / sqrt(2 * (layer + 1)) for output projections, 1 / sqrt(dim) for the head.
 
     Args:
-        vocab_size: number of tokens; None is that of `tokenizer`.
         dim: width of the hidden states.
         n_layers: number of blocks.
         n_heads: attention heads.
-        max_seq_len: longest sequence, in tokens; None is `model_max_length` of `tokenizer`.
-        tokenizer: a transformers tokenizer.
+        vocab_size: number of tokens; None is the size of `tokenizer`.
+        max_seq_len: longest sequence, in tokens; None is the `model_max_length` of `tokenizer`.
+        tokenizer: of transformers.
         n_kv_heads: heads of keys and values; None is `n_heads`.
         hidden_dim: width of the feed-forward layers; None is 8/3 of `dim`, rounded up to 64.
         rope_theta: base of the rotary frequencies.

@@ -36,7 +36,8 @@ class QuantizedLinear(nn.Module):
         out_features: size of the output.
         bias: kept as it is, or None.
         dtype: of `dequantize()`; the product has the input's dtype.
-        options: further arguments of the subclass, to build another layer like this one.
+        device: of the packed tensors.
+        **options: arguments of `allocate`.
     """
 
     qweight: nn.Parameter
@@ -47,14 +48,21 @@ class QuantizedLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        bias: nn.Parameter | None,
-        dtype: torch.dtype,
+        *,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
         self.options = options
         self.register_parameter("bias", bias)
+        self.allocate(device, **options)
+
+    def allocate(self, device: torch.device | str | None) -> None:
+        """Create the packed tensors, uninitialised."""
+        raise NotImplementedError
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Return rows of the weight `[rows, in]` as the module's packed tensors, by name."""

@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ditty_di.launch
 import pytest
 
 import ditty_di.cli
 import ditty_di.config
+import ditty_di.launch
 from ditty_di.cli.command import Command, parse, patched
 from ditty_di.cli.overrides import merge, normalise
 from ditty_di.config import ConfigError
