@@ -140,7 +140,7 @@ def _validate(
     """Check what is known of the phases before anything is built (`ditty_di.graph.View`)."""
     if getattr(total_steps, "target", None) is horizon:
         total_steps = total_steps.arguments.get("steps")
-    total = total_steps if isinstance(total_steps, int | float) else sys.maxsize
+    total: Any = total_steps if isinstance(total_steps, int | float) else sys.maxsize
     if total < 1:  # reported where the number of steps is given
         return
     _check_ratios(warmup_ratio=warmup_ratio, decay_ratio=decay_ratio, cooldown_ratio=cooldown_ratio)
