@@ -30,8 +30,8 @@ validator: the validation loader yielded other data than the first time ({first}
 validator a loader that starts over with each iteration (no shuffling)."""
 
 ENDLESS = """\
-validator: its loader repeats the data without an end (epochs=None); give the loader epochs=1, or the \
-validator max_batches"""
+validator: its loader repeats the data without an end (epochs=None); give the loader epochs=1, or \
+the validator max_batches"""
 
 
 class Validator:
@@ -106,7 +106,8 @@ class Validator:
         Random numbers and the loader's position are restored.
 
         Raises:
-            ValueError: no batch on any rank, or a loader without an end. Loader, preprocessors and loss raise what they raise.
+            ValueError: no batch on any rank, or a loader without an end. Loader, preprocessors and
+                loss raise what they raise.
         """
         loader = self.dataloader
         if not callable(loader) and self._start is None and iter(loader) is loader:

@@ -446,7 +446,7 @@ class Trainer(TitanTrainer):
             if profiler:
                 profiler.step()
             if self.step == first:
-                # Lazy initialisation and compilation are over: a slower collective now hangs.
+                # Lazy initialization and compilation are over: a slower collective now hangs.
                 timeout = timedelta(seconds=self.runtime.train_timeout)
                 dist_utils.set_pg_timeouts(timeout, self.parallel_dims)
                 if self.should_continue_training():

@@ -312,7 +312,7 @@ def test_combined_loads_while_in_use() -> None:
 
 
 class Integers(SGD):
-    """Keeps a uint8 code per parameter and loads it as it is, as quantised optimizers do."""
+    """Keeps a uint8 code per parameter and loads it as it is, as quantized optimizers do."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
