@@ -1,81 +1,87 @@
-"""Inputs that can make a model keep the documents of a packed row apart, and what adds them."""
+"""Inputs that can make a model keep the documents of a packed row apart, and a hook to add them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ditty_di.isolation.positions import document_index
 
-if TYPE_CHECKING:
-    Form = Callable[[Tensor, Any], dict[str, Any] | None]
+#: Takes `position_ids` `[rows, length]` and a configuration; returns the inputs to add, or None
+#: where the form does not apply to the configuration.
+Form = Callable[[Tensor, Any], dict[str, Any] | None]
 
 
-def _block_mask(position_ids: Tensor, window: int | None = None) -> Tensor:
+def _visible(position_ids: Tensor, window: int | None = None) -> Tensor:
     """Return the causal block-diagonal mask, bool `[rows, 1, length, length]`; True is visible."""
     document = document_index(position_ids)
     at = torch.arange(position_ids.shape[1], device=position_ids.device)
-    distance = at[:, None] - at
+    distance = at[:, None] - at  # [length, length]
     visible = (document[:, :, None] == document[:, None, :]) & (distance >= 0)
     if window is not None:
         visible &= distance < window
     return visible[:, None]
 
 
-def _additive(mask: Tensor) -> Tensor:
+def _additive(visible: Tensor) -> Tensor:
     """Return 0 where the mask is True and -inf elsewhere, in torch's default dtype.
 
-    Each row sees itself, so softmax never gets -inf alone.
+    Each token sees itself, so softmax never gets only -inf.
     """
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
 
 
-def _additive_by_layer(position_ids: Tensor, config: Any) -> dict[str, Any] | None:
-    """One additive mask for each kind of layer, for models whose windows differ by layer."""
-    kinds = set(getattr(config, "layer_types", None) or ())
+def _boolean_mask(position_ids: Tensor, config: Any) -> dict[str, Any]:
+    return {"attention_mask": _visible(position_ids)}
+
+
+def _additive_mask(position_ids: Tensor, config: Any) -> dict[str, Any]:
+    return {"attention_mask": _additive(_visible(position_ids))}
+
+
+def _mask_by_layer_type(position_ids: Tensor, config: Any) -> dict[str, Any] | None:
+    """Return one additive mask for each type of layer, for models whose windows differ by layer."""
+    types = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
     windows = {"full_attention": None, "sliding_attention": window}
-    if window is None or not kinds <= windows.keys():
+    if window is None or not types <= windows.keys():
         return None
-    masks = {kind: _additive(_block_mask(position_ids, windows[kind])) for kind in sorted(kinds)}
+    masks = {kind: _additive(_visible(position_ids, windows[kind])) for kind in sorted(types)}
     return {"attention_mask": masks}
 
 
-def _sequence_index(position_ids: Tensor) -> Tensor:
-    return document_index(position_ids).to(torch.int32)
+def _sequence_index(position_ids: Tensor, config: Any) -> dict[str, Any]:
+    return {"seq_idx": document_index(position_ids).to(torch.int32)}
 
 
-#: What each batch gets beside `position_ids`, in the order in which it is tried; None: not for
-#: this configuration.
+#: What each batch gets beside `position_ids`, in the order in which it is tried.
 FORMS: dict[str, Form] = {
     "position_ids alone": lambda positions, config: {},
     "use_cache=False": lambda positions, config: {"use_cache": False},
-    "a 4-D boolean attention_mask": lambda positions, config: {
-        "attention_mask": _block_mask(positions)
-    },
-    "a 4-D additive attention_mask": lambda positions, config: {
-        "attention_mask": _additive(_block_mask(positions))
-    },
-    "a 4-D attention_mask for each kind of layer": _additive_by_layer,
-    "seq_idx": lambda positions, config: {"seq_idx": _sequence_index(positions)},
-    "seq_idx and a 4-D boolean attention_mask": lambda positions, config: {
-        "seq_idx": _sequence_index(positions),
-        "attention_mask": _block_mask(positions),
-    },
-    "seq_idx and a 4-D additive attention_mask": lambda positions, config: {
-        "seq_idx": _sequence_index(positions),
-        "attention_mask": _additive(_block_mask(positions)),
-    },
+    "a 4-D boolean attention_mask": _boolean_mask,
+    "a 4-D additive attention_mask": _additive_mask,
+    "a 4-D attention_mask for each kind of layer": _mask_by_layer_type,
+    "seq_idx": _sequence_index,
+    "seq_idx and a 4-D boolean attention_mask": lambda positions, config: (
+        _sequence_index(positions, config) | _boolean_mask(positions, config)
+    ),
+    "seq_idx and a 4-D additive attention_mask": lambda positions, config: (
+        _sequence_index(positions, config) | _additive_mask(positions, config)
+    ),
 }
 
 
 class DocumentInputs:
     """A forward pre-hook that adds what keeps documents apart to each call with `position_ids`.
 
-    Calls with an `attention_mask` or a key-value cache, as in generation, are left alone.
+    Calls with an `attention_mask` or a key-value cache, as in generation, are not changed.
+
+    Args:
+        form: one of `FORMS`.
+        config: the model's configuration.
     """
 
     def __init__(self, form: Form, config: Any) -> None:
@@ -84,6 +90,7 @@ class DocumentInputs:
     def __call__(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
+        """Return the arguments with the form's inputs; None leaves them as they are."""
         positions = kwargs.get("position_ids")
         taken = (kwargs.get(name) is not None for name in ("attention_mask", "past_key_values"))
         if positions is None or positions.dim() != 2 or any(taken):

@@ -1,4 +1,4 @@
-"""Positions of tokens in their documents, and the positions that a model has a table for."""
+"""Positions of tokens in their documents, and the number of positions that a model has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 def document_index(position_ids: Tensor) -> Tensor:
     """Return the number of each token's document within its row; both `[rows, length]`.
 
-    A document begins wherever a position is not the one before plus 1.
+    A document begins wherever a position is not the previous one plus 1.
     """
     starts = torch.zeros_like(position_ids)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
@@ -23,10 +23,13 @@ def document_index(position_ids: Tensor) -> Tensor:
 
 
 def positions_of(sample: Mapping[str, Any]) -> Tensor:
-    """Return the position of each token in its document, `[rows, length]`, from what is there.
+    """Return the position of each token in its document, `[rows, length]`.
 
-    `position_ids`, else the borders `cu_seq_lens_q`, else the numbers `seq_idx`; without any of
-    them each row is one document.
+    Taken from `position_ids`, else from the borders `cu_seq_lens_q`, else from the document
+    numbers `seq_idx`; without any of them each row is one document.
+
+    Args:
+        sample: the inputs of a micro-batch.
     """
     rows, length = sample["input"].shape[:2]
     given, borders, index = (sample.get(k) for k in ("position_ids", "cu_seq_lens_q", "seq_idx"))
@@ -45,7 +48,7 @@ def positions_of(sample: Mapping[str, Any]) -> Tensor:
 
 
 def holds_several(sample: Mapping[str, Any]) -> bool:
-    """Whether some row of a micro-batch's inputs holds more than one document."""
+    """Return whether any row of a micro-batch's inputs holds more than one document."""
     given = sample.get("input")
     if not isinstance(given, Tensor) or given.dim() < 2:
         return False
@@ -53,10 +56,14 @@ def holds_several(sample: Mapping[str, Any]) -> bool:
 
 
 def position_limit(module: nn.Module, config: Any) -> int | None:
-    """Return how many positions the model has a table for; None where it has none, as with RoPE.
+    """Return the size of the model's table of positions; None without a table, as with RoPE.
 
-    A table is an embedding that is not that of tokens, or a buffer made anew with each model, of as
-    many rows as the configuration has positions (up to 8 more: OPT and its kin keep an offset).
+    A table is an embedding other than those of tokens, or a non-persistent buffer, with as many
+    rows as the configuration has positions (up to 8 more: OPT and its kin have an offset).
+
+    Args:
+        module: the model.
+        config: its configuration.
     """
     positions = configured_positions(config)
     if positions is None:
@@ -66,23 +73,18 @@ def position_limit(module: nn.Module, config: Any) -> int | None:
         more = part.num_embeddings - positions if isinstance(part, nn.Embedding) else -1
         if 0 <= more <= 8 and id(part) not in tokens:
             return positions
-        for name in part._non_persistent_buffers_set:
-            buffer = part._buffers.get(name)
-            if (
-                buffer is not None
-                and buffer.dim() >= 2
-                and positions
-                in (
-                    buffer.shape[0] if buffer.dim() == 2 else None,
-                    buffer.shape[-1] if buffer.shape[-1] == buffer.shape[-2] else None,
-                )
+        buffers = (part._buffers.get(name) for name in part._non_persistent_buffers_set)
+        for shape in (b.shape for b in buffers if b is not None and b.dim() >= 2):
+            is_square = shape[-1] == shape[-2]  # such as a causal mask
+            if (len(shape) == 2 and shape[0] == positions) or (
+                is_square and shape[-1] == positions
             ):
                 return positions
     return None
 
 
 def configured_positions(config: Any) -> int | None:
-    """Return the positions that a configuration of transformers names; None without."""
+    """Return the number of positions in a configuration of transformers; None without one."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "n_positions"):
         found = getattr(text, name, None)
@@ -103,10 +105,17 @@ def _token_embeddings(module: nn.Module) -> Iterator[Any]:
 def check_positions(
     module: nn.Module, config: Any, dataset: Any, sample: Mapping[str, Any], *, name: str
 ) -> None:
-    """Compare the longest row of a data set with the positions that the model has.
+    """Compare the longest row of a dataset with the number of positions that the model has.
+
+    Args:
+        module: the model.
+        config: its configuration.
+        dataset: may have `longest`, `lengths` or `seq_len`, in tokens.
+        sample: the inputs of a micro-batch.
+        name: of the model, for messages.
 
     Raises:
-        ValueError: the model has a table of positions, and rows are longer.
+        ValueError: rows are longer than the model's table of positions.
     """
     positions = configured_positions(config)
     longest = _longest(config, dataset, sample)
@@ -125,7 +134,7 @@ def check_positions(
 
 
 def _longest(config: Any, dataset: Any, sample: Mapping[str, Any]) -> int:
-    """The largest number of positions in a row: as the data set knows it, or as in the sample."""
+    """Return the tokens of the longest row, as the dataset knows it, else as in the sample."""
     if not getattr(config, "is_encoder_decoder", False):
         for name in ("longest", "lengths", "seq_len"):
             found: Any = getattr(dataset, name, None)

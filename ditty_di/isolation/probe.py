@@ -1,7 +1,6 @@
 """Probe whether a model keeps the documents of a packed row apart, on a tiny row.
 
-It cannot be read off the model's class: it depends on its layers, its attention kernel and its
-cache.
+The model's class does not tell: it depends on layers, attention kernel and cache.
 """
 
 from __future__ import annotations
@@ -12,18 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ditty_di.data.collate import varlen_arguments
 from ditty_di.isolation.forms import FORMS, DocumentInputs
 from ditty_di.isolation.positions import document_index, position_limit, positions_of
 from ditty_di.metrics.validation import evaluating, preserved_rng
-
-if TYPE_CHECKING:
-    Forward = Callable[[dict[str, Any]], Any]
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +28,11 @@ log = logging.getLogger(__name__)
 #: of 16 for float8 kernels.
 LENGTH = 16
 _TINY = {"input", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
-_INSTEAD = "use batching=padded or length_grouped"
+_PLAIN = next(iter(FORMS))
 
 
 class NotIsolated(ValueError):
-    """A model lets the documents of a packed row see each other, whatever it is given."""
+    """A model lets the documents of a packed row see each other in every form of input."""
 
 
 @dataclass
@@ -46,29 +43,31 @@ class Isolation:
         module: what is called in training; the hook that adds inputs is registered on it.
         config: the model's configuration, if it has one.
         forward: takes inputs on the CPU and returns the model's output, or a mapping of several.
-        agree: whether a flag is set on any rank; all ranks probe together.
-        name: what the model is called in messages.
+        device: of the model.
+        agree: returns whether a flag is set on any rank; all ranks probe together.
+        name: of the model, for messages.
         modules: further modules that take part, put in evaluation mode for the probe.
+        form: the chosen one of `FORMS`, once it is known.
     """
 
     module: nn.Module
     config: Any
-    forward: Forward
+    forward: Callable[[dict[str, Any]], Any]
     device: torch.device
     agree: Callable[[bool], bool]
     name: str
     modules: Iterable[Any] = ()
     form: str | None = None
-    _eps: float = 0.0
+    _eps: float = 0.0  # of the outputs' dtype
     _runs: bool = True
-    _coupling: float = 0.0
-    _rounding: float = 0.0
+    _coupling: float = 0.0  # how far outputs move with another row's tokens
+    _rounding: float = 0.0  # and with the row's length
 
     def ensure(self, sample: Mapping[str, Any]) -> None:
         """Probe with batches like `sample`, the inputs of a micro-batch, and choose a form.
 
         Raises:
-            NotIsolated: nothing that could be added keeps the model's documents apart.
+            NotIsolated: no added input keeps the model's documents apart.
         """
         if self.form is not None:
             return
@@ -85,12 +84,12 @@ class Isolation:
         ):
             self._measure(batch)
             if self.agree(self._coupling > 0):
-                # Quantisation by the scale of a whole tensor (float8) couples all tokens, which
+                # Quantization by the scale of a whole tensor (float8) couples all tokens, which
                 # would hide documents that see each other.
                 stack.enter_context(_high_precision_linears(self.module))
                 self._measure(batch)
             self.form = self._choose(batch)
-        if self.form is not None and self.form != next(iter(FORMS)):
+        if self.form not in (None, _PLAIN):
             log.info(
                 "%s does not keep the documents of a row apart by position_ids alone: each batch "
                 "gets %s as well (probed: no document sees another)",
@@ -99,6 +98,7 @@ class Isolation:
             )
 
     def _choose(self, batch: _Probe) -> str | None:
+        """Return the first form that works, with its hook registered; None if nothing is seen."""
         reason, cause = "", None
         for name, form in FORMS.items():
             if form(torch.zeros(1, 2, dtype=torch.long), self.config) is None:
@@ -106,7 +106,7 @@ class Isolation:
             hook = self.module.register_forward_pre_hook(
                 DocumentInputs(form, self.config), with_kwargs=True, prepend=True
             )
-            plain = name == next(iter(FORMS))
+            plain = name == _PLAIN
             try:
                 found = self._fault(batch, plain)
             except Exception as error:  # a kernel or signature that does not take this form
@@ -120,7 +120,9 @@ class Isolation:
                 return None if found is None else name
             hook.remove()
             reason = reason or found or "another rank cannot keep documents apart"
-        raise NotIsolated(f"{self.name}: {reason}; {_INSTEAD}") from cause
+        raise NotIsolated(
+            f"{self.name}: {reason}; use batching=padded or length_grouped"
+        ) from cause
 
     def _fault(self, batch: _Probe, plain: bool) -> str | None:
         """Return what goes wrong in packed rows, "" for nothing, None where nothing is seen."""
@@ -131,14 +133,14 @@ class Isolation:
         scale = max(1e-12, *(float(tensor.abs().max().nan_to_num(1.0)) for tensor in first))
         # A correct model gives the same bits: other documents' scores are masked to exactly 0, and
         # each row of a product is computed alone.
-        exact, power = 1e-6 * scale + 8 * self._coupling, False
+        exact, depends_on_tokens = 1e-6 * scale + 8 * self._coupling, False
         for changed in range(2):
             leak = 0.0
             second = self._outputs(batch.inputs(changed))
             inside = batch.slots == changed
             for before, after in zip(first, second, strict=True):
-                delta = (after - before).abs().flatten(2).amax(-1)
-                power |= bool((delta[inside] > 0).any())
+                delta = (after - before).abs().flatten(2).amax(-1)  # [rows, length]
+                depends_on_tokens |= bool((delta[inside] > 0).any())
                 # NaN is not evidence of isolation, and max() would drop it
                 leak = max(leak, float(delta[~inside].nan_to_num(torch.inf).max()))
             if self.agree(leak > exact):
@@ -147,8 +149,8 @@ class Isolation:
                     f"another in its row by {leak:.2g})"
                 )
         # Copies of a document at other offsets, or under another mask, differ by the rounding of
-        # other kernels: some units of the outputs' precision, and what rows of other lengths
-        # differ by.
+        # other kernels: some units of the outputs' precision, and the difference between rows of
+        # other lengths.
         rounded = max(1e-5, 4 * self._eps) * scale + 8 * self._rounding
         moved = batch.restart_error(first)
         if self.agree(moved > rounded):
@@ -158,7 +160,7 @@ class Isolation:
             )
         if not plain and (lost := self._context_error(batch)) > rounded:
             return f"the mask changes what one document sees of itself (by {lost:.2g})"
-        if not power:
+        if not depends_on_tokens:
             log.warning("%s: packed rows are not probed: no output depends on tokens", self.name)
             return None
         return ""
@@ -179,24 +181,23 @@ class Isolation:
             return
         for a, b, s in zip(alone, beside, short, strict=True):
             self._coupling = max(self._coupling, float((a[0] - b[0]).abs().max()))
-            self._rounding = max(
-                self._rounding, float((b[0, : s.shape[1]] - s[0]).abs().max()) + self._coupling
-            )
+            by_length = float((b[0, : s.shape[1]] - s[0]).abs().max())
+            self._rounding = max(self._rounding, by_length + self._coupling)
 
     def _context_error(self, batch: _Probe) -> float:
-        """How far a row of one document, as long as rows get, is from the model without additions.
+        """Return how far the added inputs change a row of one document, as long as rows get.
 
-        A mask that is added replaces the model's own, and with it a sliding window, say.
+        A mask that is added replaces the model's own, and with it a sliding window, for example.
         """
-        row = batch.long_row()
+        row = batch.tokens[:1, : batch.row]
         plain = self._outputs({"input": row})
         positions = torch.arange(row.shape[1])[None]
         masked = self._outputs({"input": row, "position_ids": positions})
         return max(float((a - b).abs().max()) for a, b in zip(plain, masked, strict=True))
 
     def _outputs(self, inputs: dict[str, Any]) -> list[Tensor]:
-        """The floating outputs `[rows, length, ...]` of the model, in float32 on the CPU."""
-        torch.manual_seed(0)  # what noise there is (a preprocessor's) is the same in each pass
+        """Return the floating outputs `[rows, length, ...]` of the model, float32 on the CPU."""
+        torch.manual_seed(0)  # noise (of a preprocessor) is the same in each pass
         shape = inputs["input"].shape[:2]
         found = [
             tensor.detach()
@@ -211,8 +212,13 @@ class Isolation:
 class _Probe:
     """Packed rows whose documents all are beginnings of one sequence of tokens.
 
-    `position_ids` and `slots` (the number of a token's document in the batch) `[rows, length]`;
-    `tokens` two sequences `[2, n, ...]` that differ everywhere; `row` is the length of a real row.
+    Args:
+        extra: inputs beside the tokens.
+        position_ids: `[rows, length]`.
+        slots: the number of each token's document in the batch, `[rows, length]`.
+        tokens: two sequences `[2, n, ...]` that differ everywhere.
+        length: of the longest document.
+        row: length of a real row.
     """
 
     extra: dict[str, Any]
@@ -224,9 +230,15 @@ class _Probe:
 
     @classmethod
     def like(cls, sample: Mapping[str, Any], *, limit: int | None) -> _Probe | None:
-        """Tiny rows with the keys of `sample`, or its own rows where a key is unknown."""
+        """Return tiny rows with the keys of `sample`, or its own rows where a key is unknown.
+
+        Args:
+            sample: the inputs of a micro-batch.
+            limit: number of positions that the model has.
+        """
         given = sample["input"]
         rows, row = given.shape[:2]
+        row = row if limit is None else min(row, limit)
         if tiny := sample.keys() <= _TINY:
             length = LENGTH if limit is None else min(LENGTH, limit)
             positions = torch.arange(length).repeat(3).expand(min(rows, 2), -1).contiguous()
@@ -239,7 +251,7 @@ class _Probe:
         pool = given.flatten(0, 1).unique(dim=0)
         if len(pool) < 2:
             return None
-        longest = max(3 * length, row if limit is None else min(row, limit))
+        longest = max(3 * length, row)
         at = torch.randint(len(pool), (longest,), generator=torch.Generator().manual_seed(0))
         tokens = torch.stack([pool[at], pool[(at + 1) % len(pool)]])
         extra = {k: v for k, v in sample.items() if k != "input"}
@@ -247,12 +259,10 @@ class _Probe:
             extra = {"position_ids": positions} if "position_ids" in sample else {}
             if "cu_seq_lens_q" in sample:
                 extra |= varlen_arguments(positions)
-        return cls(
-            extra, positions, slots, tokens, length, row if limit is None else min(row, limit)
-        )
+        return cls(extra, positions, slots, tokens, length, row)
 
     def inputs(self, changed: int | None = None) -> dict[str, Any]:
-        """The batch; document number `changed` has other tokens."""
+        """Return the batch; document number `changed` has other tokens."""
         tokens = self.tokens[0][self.position_ids]
         if changed is not None:
             inside = self.slots == changed
@@ -260,36 +270,26 @@ class _Probe:
         return {"input": tokens, **self.extra}
 
     def restart_error(self, outputs: list[Tensor]) -> float:
-        """How far documents are from their beginning in the first one, which nothing precedes."""
-        reference = self.position_ids[self.slots == 0]
-        common = self.position_ids < len(reference)
-        return max(
-            float(
-                (output[common] - output[self.slots == 0][self.position_ids[common]])
-                .abs()
-                .nan_to_num(torch.inf)
-                .max()
-            )
+        """Return how far documents are from their beginning in the first one of its row."""
+        common = self.position_ids < int((self.slots == 0).sum())
+        errors = (
+            (output[common] - output[self.slots == 0][self.position_ids[common]]).abs()
             for output in outputs
         )
-
-    def long_row(self) -> Tensor:
-        return self.tokens[:1, : self.row]
+        return max(float(error.nan_to_num(torch.inf).max()) for error in errors)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
+    """Yield the tensors of an output, which may be nested."""
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):  # a kind that is not registered with pytree
+            yield from _tensors(list(leaf.values()))
 
 
 def _eager() -> AbstractContextManager[Any]:
-    """Run compiled layers eagerly: compiling for the probe's shapes would be waste."""
+    """Run compiled layers eagerly: compiling for the probe's shapes would be wasted."""
     return (
         torch.compiler.set_stance("force_eager")
         if "torch._dynamo" in sys.modules
@@ -299,7 +299,7 @@ def _eager() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _high_precision_linears(module: nn.Module) -> Iterator[None]:
-    """Let linear layers that keep a floating weight multiply by it as it is, without quantising."""
+    """Let linear layers that quantize a floating weight multiply by the weight as it is."""
     changed = [
         part
         for part in module.modules()
@@ -310,13 +310,13 @@ def _high_precision_linears(module: nn.Module) -> Iterator[None]:
     ]
     try:
         for part in changed:
-            vars(part)["forward"] = partial(_multiplied, part)
+            vars(part)["forward"] = partial(_multiply, part)
         yield
     finally:
         for part in changed:
             del vars(part)["forward"]
 
 
-def _multiplied(part: nn.Linear, x: Tensor) -> Tensor:
+def _multiply(part: nn.Linear, x: Tensor) -> Tensor:
     bias = None if part.bias is None else part.bias.to(x.dtype)
     return nn.functional.linear(x, part.weight.to(x.dtype), bias)

@@ -1,10 +1,11 @@
-"""Compare a loader's rows with the model before training: documents apart, rows not too long."""
+"""Check a loader's rows against the model before training: documents apart, length of rows."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,12 +24,8 @@ from ditty_di.models.weights import (
     transformers_model,
 )
 from ditty_di.processors.workflow import Processors
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ditty_di.protocols import DataLoader, DataLoaderFactory
-    from ditty_di.runtime import Runtime
+from ditty_di.protocols import DataLoader, DataLoaderFactory
+from ditty_di.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +42,12 @@ def check_rows(
     """Compare the first rows of a loader with the model, before anything is trained on them.
 
     Rows that hold several documents are probed (`Isolation.ensure`), and no row may be longer than
-    the model's table of positions. What a loader does not show (`dataset`, `collate_fn`) is left
-    out here.
+    the model's table of positions. A loader without `dataset` and `collate_fn` is not checked.
+
+    Args:
+        loader: or what makes it for a data-parallel rank; None is not checked.
+        isolation: the probe of the model.
+        runtime: this process's.
 
     Raises:
         ValueError: rows that are too long, or documents that the model cannot keep apart.
@@ -75,15 +76,14 @@ def check_rows(
 
 
 def _sample(loader: Any) -> dict[str, Any] | None:
-    """The inputs of up to 8 rows of a loader's data set, collated; None where they cannot be had.
+    """Return the inputs of up to 8 rows of a loader's dataset, collated; None without them.
 
-    What goes wrong here is left to the loader's first batch, where it is told properly.
+    Errors are left to the loader's first batch, where they are reported with their cause.
     """
     dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
     if dataset is None or not hasattr(dataset, "__getitem__"):
         return None
-    if collate is None:
-        collate = torch.utils.data.default_collate
+    collate = torch.utils.data.default_collate if collate is None else collate
     try:
         rows = min(8, getattr(loader, "batch_size", 1) or 1, len(dataset))
         first = collate([dataset[0]])[0]
@@ -106,7 +106,15 @@ def isolation_of(
     processors: Processors,
     runtime: Runtime,
 ) -> Isolation:
-    """The probe of a model, in the form in which batches reach it: through its preprocessors."""
+    """Return the probe of a model as batches reach it: through its preprocessors.
+
+    Args:
+        module: what is called in training.
+        config: its configuration, if it has one.
+        forward: takes inputs on the CPU and returns the model's output.
+        processors: of the trainer.
+        runtime: this process's.
+    """
     before = Processors(processors.preprocessors)
     own = {"original_batch", "target", "forward_kwargs", "model"}
 
@@ -141,10 +149,15 @@ def isolation_of(
 
 
 def rehearse(build: Callable[[str], Any]) -> list[str]:
-    """Try what can be tried early: the loss, packed rows on a small model, the position table.
+    """Try early what can be tried: the loss, packed rows on a small model, the position table.
 
-    `build` as in `ditty_di.protocols`. Whether documents see each other follows from a model's
-    structure, so that random values tell it.
+    Whether documents see each other follows from a model's structure, so random values are enough.
+
+    Args:
+        build: as in `ditty_di.protocols`.
+
+    Returns:
+        Warnings.
 
     Raises:
         ValueError: the model cannot keep the documents of a row apart.
@@ -189,10 +202,10 @@ def rehearse(build: Callable[[str], Any]) -> list[str]:
     except NotIsolated as error:
         if not torch.accelerator.is_available():
             raise
-        return [*warnings, f"probed on the CPU: {error}"]  # its kernels may do what these cannot
+        return [*warnings, f"probed on the CPU: {error}"]  # other kernels may isolate documents
     except Exception as error:
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
-        return [*warnings, f"{name}: packed rows are probed at the start ({told})"]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return [*warnings, f"{name}: packed rows are probed at the start ({reason})"]
     return warnings
 
 
@@ -201,7 +214,7 @@ def _called(model: nn.Module, inputs: dict[str, Any]) -> Any:
 
 
 def _random_values(model: nn.Module) -> nn.Module:
-    """A copy on the CPU of a model on meta, initialised as its library does."""
+    """Return a copy on the CPU of a model on meta, initialized as its library does."""
     model = copy.deepcopy(model)
     materialize(model, torch.device("cpu"))
     init = hugging_face if transformers_model(model)[1] is not None else torch_reset

@@ -57,7 +57,7 @@ def add_to(
     special_tokens: Sequence[str] = (),
     chat_template: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Add special tokens and a chat template (Jinja text, or the file that holds it)."""
+    """Add special tokens and a chat template (Jinja text, or a file with it) to a tokenizer."""
     if special_tokens:
         tokenizer.add_tokens(list(special_tokens), special_tokens=True)
     if chat_template is not None:

@@ -1,7 +1,7 @@
 """bitsandbytes' 8-bit optimizers (arXiv 2110.02861), also for sharded parameters.
 
 Their kernels take plain tensors and keep the moments in blocks of 256 elements, each with its own
-scale. Here each rank's optimizer gets the rank's own shards, and the state appears by parameter, as
+scale. Here each rank's optimizer gets the rank's own shards, and the state is kept by parameter, as
 tensors that are sharded like it: it is saved like any other optimizer's.
 """
 
@@ -17,10 +17,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 BLOCK = 256  # elements with one scale
-MISSING = (
-    "optimizer: this one needs bitsandbytes: pip install 'ditty_di[bnb]' (or use "
-    "optimizer=adamw_8bit, which does not)"
-)
 
 
 def adamw(
@@ -34,10 +30,14 @@ def adamw(
     paged: bool = False,
     min_8bit_size: int = 4096,
 ) -> Optimizer:
-    """AdamW with 8-bit moments: 2 bytes a parameter.
+    """Build AdamW with 8-bit moments: 2 bytes a parameter.
 
     Args:
         params: (name, parameter) pairs, or groups of them.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, relative to `lr`.
         paged: moments in memory that CUDA moves to the host when the GPU's is full.
         min_8bit_size: a parameter with fewer elements, over all ranks, keeps 32-bit moments.
     """
@@ -61,7 +61,16 @@ def lion(
     paged: bool = False,
     min_8bit_size: int = 4096,
 ) -> Optimizer:
-    """Lion (arXiv 2302.06675) with an 8-bit moment: 1 byte a parameter. See `adamw`."""
+    """Build Lion (arXiv 2302.06675) with an 8-bit moment: 1 byte a parameter.
+
+    Args:
+        params: (name, parameter) pairs, or groups of them.
+        lr: learning rate.
+        betas: decay rates of the update and of the moment.
+        weight_decay: decoupled, relative to `lr`.
+        paged: see `adamw`.
+        min_8bit_size: see `adamw`.
+    """
     bnb = _imported()
     return Local(
         params,
@@ -71,7 +80,7 @@ def lion(
 
 
 class Local(Optimizer):
-    """An optimizer of bitsandbytes on the local shards of the parameters that it is given.
+    """An optimizer of bitsandbytes on the local shards of its parameters.
 
     `param_groups` hold the parameters themselves, `state` a view of the inner optimizer's state:
     elementwise tensors sharded like the parameter, scales by block, the step. Where shards end at
@@ -103,8 +112,8 @@ class Local(Optimizer):
             for parameter in group["params"]:
                 _require_rows(parameter)
                 self._locals[parameter] = nn.Parameter(_local(parameter), requires_grad=False)
-            own = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-            groups.append({**own, "params": [self._locals[p] for p in group["params"]]})
+            own = [self._locals[parameter] for parameter in group["params"]]
+            groups.append({**_options(group), "params": own})
         self.inner = build(groups)
         self.defaults = dict(self.inner.defaults)
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
@@ -113,16 +122,22 @@ class Local(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of the inner optimizer, with the options that the groups have now."""
+        """Step the inner optimizer, with the groups' current options.
+
+        Args:
+            closure: runs once before the step, with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         stepped = []
-        for i, (group, inner) in enumerate(
-            zip(self.param_groups, self.inner.param_groups, strict=True)
-        ):
-            inner.update({k: v for k, v in group.items() if k not in ("params", "param_names")})
+        pairs = zip(self.param_groups, self.inner.param_groups, strict=True)
+        for i, (group, inner) in enumerate(pairs):
+            inner.update(_options(group))
             for j, parameter in enumerate(group["params"]):
                 own = self._locals[parameter]
                 own.grad = None
@@ -146,9 +161,9 @@ class Local(Optimizer):
         return loss
 
     def _make_state(self, parameter: Tensor, group: dict[str, Any], i: int, j: int) -> None:
-        """The inner optimizer's state of one parameter, and views of it in `self.state`.
+        """Make the inner optimizer's state of one parameter, and views of it in `self.state`.
 
-        How many bits it has must not depend on this rank's share, so it is settled here.
+        Its number of bits must not depend on this rank's shard, so it is decided here.
         """
         own, args = self._locals[parameter], self.inner.args
         args.min_8bit_size = 0 if parameter.numel() >= self.min_8bit_size else math.inf
@@ -170,11 +185,11 @@ class Local(Optimizer):
                     f"be saved by parameter; use ditty_di.optim.bitsandbytes.adamw or lion"
                 )
         self._views[parameter] = views
-        # What was loaded before there was a state to load it into wins.
+        # State that was loaded before this one existed has precedence.
         self.state[parameter] = {**views, "step": inner["step"], **self.state.get(parameter, {})}
 
     def _take_over(self, parameter: Tensor) -> None:
-        """Into the inner optimizer, what somebody has put into `self.state` since the last step."""
+        """Copy what was put into `self.state` since the last step into the inner optimizer."""
         state, views = self.state[parameter], self._views[parameter]
         for key, view in views.items():
             if (value := state.get(key)) is not view:
@@ -182,6 +197,11 @@ class Local(Optimizer):
                     view.copy_(value)
                 state[key] = view
         self.inner.state[self._locals[parameter]]["step"] = int(state["step"])
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a parameter group, without its parameters."""
+    return {k: v for k, v in group.items() if k not in ("params", "param_names")}
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -207,7 +227,7 @@ def _shards(parameter: Tensor) -> int:
 
 
 def _scales(parameter: Tensor, scales: Tensor) -> tuple[Tensor, torch.Size]:
-    """Memory for this rank's scales (one a block), and the shape that all ranks' have together."""
+    """Return memory for this rank's scales (one a block), and the shape over all ranks."""
     rows, shards = parameter.shape[0] if parameter.dim() else 1, _shards(parameter)
     row = parameter.numel() // max(rows, 1)  # elements
     together = BLOCK // math.gcd(row, BLOCK)  # rows after which a block ends
@@ -237,5 +257,8 @@ def _imported() -> Any:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ImportError(f"{MISSING}: {error}") from error
+        raise ImportError(
+            f"optimizer: this one needs bitsandbytes: pip install 'ditty_di[bnb]' (or use "
+            f"optimizer=adamw_8bit, which does not): {error}"
+        ) from error
     return bitsandbytes

@@ -1,4 +1,4 @@
-"""What the trainer holds: one optimizer over all model parts, and one scheduler."""
+"""The trainer's optimizer over all model parts, and its learning-rate scheduler."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -18,9 +19,10 @@ from ditty_di.protocols import OptimizerFactory, SchedulerFactory
 def trainable_parameters(
     model_parts: Sequence[nn.Module], extra_named: Iterable[tuple[str, nn.Parameter]] = ()
 ) -> list[tuple[str, nn.Parameter]]:
-    """(fully qualified name, parameter) of all that requires a gradient, in the parts' order.
+    """Return (fully qualified name, parameter) of all that requires a gradient.
 
     Args:
+        model_parts: in the order in which parameters are returned.
         extra_named: parameters outside the model, such as a loss's; one that is also the model's
             (tied) stays under the model's name.
 
@@ -66,17 +68,18 @@ def build_optimizer(
     model_parts: Sequence[nn.Module],
     extra_named: Iterable[tuple[str, nn.Parameter]] = (),
 ) -> Optimizer:
-    """The factory's optimizer over all parts, verified; every group has its `param_names`.
+    """Build and verify the optimizer over all parts; every group gets its `param_names`.
 
     Args:
         factory: called once with `trainable_parameters(model_parts, extra_named)`.
+        model_parts: already sharded.
+        extra_named: parameters outside the model.
 
     Raises:
         TypeError: an optimizer that is already built; a factory that returns none.
-        ValueError: see `trainable_parameters`; parameters of the model that are plain tensors
-            beside sharded ones, so that nobody sums their gradients over the ranks; an optimizer
-            with parameters that are not the model's (stale ones, from before sharding), or
-            without some that are.
+        ValueError: see `trainable_parameters`; plain tensors beside sharded ones, whose gradients
+            would not be summed over the ranks; an optimizer with parameters that are not the
+            model's (stale ones, from before sharding), or without some that are.
     """
     if not callable(factory):
         raise TypeError(
@@ -94,23 +97,17 @@ def build_optimizer(
             f"pass one that returns a torch.optim.Optimizer"
         )
     names = {id(parameter): name for name, parameter in named}
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if stale := held - names.keys():
-        shapes = [
-            tuple(p.shape)
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if id(p) in stale
-        ]
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    if stale := [tuple(p.shape) for key, p in held.items() if key not in names]:
         raise ValueError(
-            f"optimizer: {len(stale)} of its parameters (of shapes {shapes[:3]}) are not trainable "
+            f"optimizer: {len(stale)} of its parameters (of shapes {stale[:3]}) are not trainable "
             f"parameters of the model; build it from the (name, parameter) list that the factory "
             f"receives, not from a model of before"
         )
-    if missing := [name for name, parameter in named if id(parameter) not in held]:
+    if missing := [name for key, name in names.items() if key not in held]:
         raise ValueError(
             f"optimizer: it leaves out {len(missing)} trainable parameters: {missing[:3]}; pass "
-            f"all on, and freeze (requires_grad=False) what shall not be trained"
+            f"all on, and freeze (requires_grad=False) what should not be trained"
         )
     _require_even_shards(optimizer, names)
     for group in optimizer.param_groups:
@@ -120,8 +117,10 @@ def build_optimizer(
 
 
 def _require_even_shards(optimizer: Any, names: dict[int, str]) -> None:
-    """torchao's optimizers compile a step for shards of one size, and fail in it on other ranks."""
-    from torch.distributed.tensor import DTensor, Shard
+    """Raise ValueError for uneven shards and torchao's optimizers, which fail on some ranks.
+
+    They compile a step for shards of one size.
+    """
     from torchao.optim.adam import _AdamBase
 
     for one in (optimizer, *getattr(optimizer, "optimizers", ())):
@@ -129,9 +128,8 @@ def _require_even_shards(optimizer: Any, names: dict[int, str]) -> None:
         for parameter in held if isinstance(one, _AdamBase) else ():
             if not isinstance(parameter, DTensor):
                 continue
-            for size, placement in zip(
-                parameter.device_mesh.shape, parameter.placements, strict=True
-            ):
+            placed = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+            for size, placement in placed:
                 if isinstance(placement, Shard) and parameter.shape[placement.dim] % size:
                     raise ValueError(
                         f"optimizer: {type(one).__name__} cannot step on "
@@ -142,21 +140,25 @@ def _require_even_shards(optimizer: Any, names: dict[int, str]) -> None:
 
 
 def _require_all_sharded_or_none(named: list[tuple[str, nn.Parameter]]) -> None:
-    from torch.distributed.tensor import DTensor
-
-    sharded = [name for name, parameter in named if isinstance(parameter, DTensor)]
-    if sharded and len(sharded) < len(named):
-        plain = [name for name, parameter in named if not isinstance(parameter, DTensor)]
+    plain = [name for name, parameter in named if not isinstance(parameter, DTensor)]
+    if plain and len(plain) < len(named):
+        sharded = next(name for name, parameter in named if isinstance(parameter, DTensor))
         raise ValueError(
             f"optimizer: {len(plain)} trainable parameters are plain tensors ({plain[:3]}), while "
-            f"{sharded[0]!r} and others are sharded: gradients of plain ones are summed over no "
-            f"ranks, and cannot be clipped together; parallelise the whole model (fully_shard the "
+            f"{sharded!r} and others are sharded: gradients of plain ones are not summed over the "
+            f"ranks, and cannot be clipped together; parallelize the whole model (fully_shard the "
             f"outermost module last), or freeze them"
         )
 
 
 class Optimizers:
-    """The trainer's optimizer, built by `build_optimizer`."""
+    """The trainer's optimizer, built by `build_optimizer`.
+
+    Args:
+        factory: see `build_optimizer`.
+        model_parts: see `build_optimizer`.
+        extra_named: see `build_optimizer`.
+    """
 
     def __init__(
         self,
@@ -167,6 +169,11 @@ class Optimizers:
         self.optimizer = build_optimizer(factory, model_parts, extra_named)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Step the optimizer.
+
+        Raises:
+            ValueError: it cannot step on sharded parameters.
+        """
         try:
             self.optimizer.step(closure)  # type: ignore[arg-type]
         except RuntimeError as error:
@@ -178,6 +185,7 @@ class Optimizers:
             ) from error
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
 
@@ -186,7 +194,11 @@ def _constant(step: int) -> float:
 
 
 class Schedulers:
-    """The trainer's learning-rate scheduler, stepped once after every update; constant without one.
+    """The trainer's learning-rate scheduler, stepped once after every optimizer step.
+
+    Args:
+        factory: makes the scheduler of an optimizer; None keeps the rate constant.
+        optimizer: the trainer's.
 
     Raises:
         TypeError: a scheduler that is already built, or one whose `step()` needs an argument.
@@ -199,7 +211,7 @@ class Schedulers:
             raise TypeError(
                 f"lr_scheduler: pass a partial, such as functools.partial(cosine, total_steps=100) "
                 f"or `_partial_: true` in YAML, not a built {type(factory).__name__}: the "
-                f"optimizer does not exist before the model is placed"
+                f"optimizer does not exist before the model is set up"
             )
         self.scheduler: LRScheduler = factory(optimizer)
         if self.scheduler.optimizer is not optimizer:
@@ -216,11 +228,11 @@ class Schedulers:
             ) from None
 
     def step(self) -> None:
+        """Step the scheduler."""
         self.scheduler.step()
 
     def get_metrics(self) -> dict[str, float]:
-        """The rates of the next update: `lr` (the first group's), and `lr/group{i}` of several."""
+        """Return the rates of the next step: `lr` of the first group, `lr/group{i}` of several."""
         rates = [float(group["lr"]) for group in self.scheduler.optimizer.param_groups]
-        if len(rates) == 1:
-            return {"lr": rates[0]}
-        return {"lr": rates[0], **{f"lr/group{i}": rate for i, rate in enumerate(rates)}}
+        groups = {f"lr/group{i}": rate for i, rate in enumerate(rates)} if len(rates) > 1 else {}
+        return {"lr": rates[0], **groups}

@@ -1,8 +1,9 @@
-"""Different treatment for different parameters, chosen by name and number of dimensions.
+"""Different options or optimizers for different parameters, by name and number of dimensions.
 
 A rule's condition has up to four parts, all of which must hold: `match`, a regular expression
-found in the fully qualified name (`re.search`); `exclude`, one that is not; `min_ndim` and
-`max_ndim`. No part at all means every parameter. The first rule that holds takes the parameter.
+found in the fully qualified name (`re.search`); `exclude`, one that is not found; `min_ndim` and
+`max_ndim`. A rule without a condition holds for every parameter. The first rule that holds takes
+the parameter.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ditty_di.messages import first_of
 from ditty_di.optim import trial
 from ditty_di.protocols import early_checks
 
@@ -59,8 +61,8 @@ def _rule(
             return None if text is None else re.compile(text)
         except re.error as error:
             raise ValueError(
-                f"optimizer: {where}.{key}={text!r} is no regular expression ({error}); write one "
-                f"that Python's re.search takes, such as 'norm|bias'"
+                f"optimizer: {where}.{key}={text!r} is not a regular expression ({error}); write "
+                f"one that Python's re.search takes, such as 'norm|bias'"
             ) from None
 
     return _Rule(
@@ -71,29 +73,25 @@ def _rule(
 def _split(
     named: list[tuple[str, Tensor]], rules: list[_Rule]
 ) -> tuple[list[list[tuple[str, Tensor]]], list[tuple[str, Tensor]]]:
-    """What each rule takes, and what is left over.
+    """Return what each rule takes, and what is left over.
 
     Raises:
-        ValueError: a rule with a `match` that takes nothing on any rank.
+        ValueError: a rule with a `match` takes nothing on any rank.
     """
     taken: list[list[tuple[str, Tensor]]] = [[] for _ in rules]
     left: list[tuple[str, Tensor]] = []
     for name, parameter in named:
-        for rule, its in zip(rules, taken, strict=True):
-            if rule.takes(name, parameter):
-                its.append((name, parameter))
-                break
-        else:
-            left.append((name, parameter))
-    for rule, used in zip(rules, _on_any_rank([bool(its) for its in taken]), strict=True):
+        first = (own for rule, own in zip(rules, taken, strict=True) if rule.takes(name, parameter))
+        next(first, left).append((name, parameter))
+    for rule, used in zip(rules, _on_any_rank([bool(own) for own in taken]), strict=True):
         # Without a `match` nothing can be misspelt: a model may well have no vectors at all.
         if rule.match is not None and not used:
-            raise ValueError(_nothing_taken(rule, [name for name, _ in named]))
+            raise ValueError(_nothing_taken(rule, rule.match, [name for name, _ in named]))
     return taken, left
 
 
 def _on_any_rank(flags: list[bool]) -> list[bool]:
-    """A pipeline stage holds its own parameters only: a rule may be for another rank's."""
+    """Combine flags over ranks: a rule may be for parameters of another pipeline stage."""
     if not (dist.is_available() and dist.is_initialized()):
         return flags
     ranks: list[list[bool]] = [[]] * dist.get_world_size()
@@ -101,26 +99,23 @@ def _on_any_rank(flags: list[bool]) -> list[bool]:
     return [any(rank) for rank in zip(*ranks, strict=True)]
 
 
-def _nothing_taken(rule: _Rule, names: list[str]) -> str:
-    assert rule.match is not None
-    found = [name for name in names if rule.match.search(name)]
-    text = f"optimizer: {rule.where} (match={rule.match.pattern!r}) takes no trainable parameter"
-    if found:
+def _nothing_taken(rule: _Rule, match: re.Pattern[str], names: list[str]) -> str:
+    text = f"optimizer: {rule.where} (match={match.pattern!r}) takes no trainable parameter"
+    if found := [name for name in names if match.search(name)]:
         return (
-            f"{text}: {_some(found)} match, but an earlier rule takes them or another condition of "
-            f"this one fails; write it before the others, or remove it"
+            f"{text}: {first_of(found)} match, but an earlier rule takes them or another condition "
+            f"of this one fails; write it before the others, or remove it"
         )
     segments = list(dict.fromkeys(part for name in names for part in name.split(".")))
-    words = re.findall(r"[A-Za-z_]\w+", rule.match.pattern)
+    words = re.findall(r"[A-Za-z_]\w+", match.pattern)
     near = [part for word in words for part in difflib.get_close_matches(word, segments, n=2)]
     if near:
         return f"{text}; did you mean {' or '.join(repr(part) for part in dict.fromkeys(near))}?"
-    return f"{text}; write a part of names like {_some(names)}"
+    return f"{text}; write a part of names like {first_of(names)}"
 
 
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _rate(lr: float | None) -> dict[str, float]:
+    return {} if lr is None else {"lr": lr}
 
 
 def _validate_grouped(*, optimizer: Any = None, lr: Any = None) -> None:
@@ -138,17 +133,18 @@ def grouped(
     groups: Sequence[Mapping[str, Any]],
     lr: float | None = None,
 ) -> Optimizer:
-    """One optimizer whose parameter groups have options of their own.
+    """Build one optimizer whose parameter groups have options of their own.
 
         groups:
           - {max_ndim: 1, weight_decay: 0.0}        # norm weights and biases, whatever their name
           - {match: "embed", lr: 1.0e-4}
 
     Args:
+        named_parameters: (name, parameter) of all that is trained.
         optimizer: a partial of any torch optimizer class; its arguments are the defaults, also
             for parameters that no rule takes.
-        groups: each a condition (see the module) and what differs for its parameters.
-        lr: the optimizer's learning rate, where one looks for it; None leaves the partial's own.
+        groups: each a condition (see the module) and the options that differ for its parameters.
+        lr: the optimizer's learning rate, as an argument here; None keeps the partial's own.
 
     Raises:
         ValueError: a rule whose `match` takes nothing, a bad regular expression, or an option
@@ -156,22 +152,18 @@ def grouped(
     """
     rules = [_rule(f"groups[{i}]", **group) for i, group in enumerate(groups)]
     taken, left = _split(list(named_parameters), rules)
-    parts = [{"params": its, **rule.options} for its, rule in zip(taken, rules, strict=True) if its]
+    parts = [{"params": own, **rule.options} for own, rule in zip(taken, rules, strict=True) if own]
     if left:
         parts.insert(0, {"params": left})
     built = optimizer(parts, **_rate(lr))
     for rule in rules:
-        # torch takes any key into a group and reads it never: weight_deacy would just do nothing.
+        # torch accepts any key in a group and ignores unknown ones, such as weight_deacy.
         for key in rule.options.keys() - built.defaults.keys():
             near = difflib.get_close_matches(key, built.defaults, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"write one of {_some([*built.defaults], 12)}"
-            )
+            known = f"write one of {first_of(built.defaults, 12)}"
             raise ValueError(
                 f"optimizer: {rule.where}.{key}: {type(built).__name__} has no such option per "
-                f"group; {hint}"
+                f"group; {f'did you mean {near[0]!r}?' if near else known}"
             )
     return built
 
@@ -196,7 +188,7 @@ class Combined(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Makes groups and state the optimizers' own again; loading replaces theirs."""
+        """Make groups and state the optimizers' own again; loading replaces theirs."""
         self.param_groups = [group for one in self.optimizers for group in one.param_groups]
         self.state = defaultdict(dict)
         for one in self.optimizers:
@@ -206,7 +198,14 @@ class Combined(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of each; `closure`, if any, runs once before them."""
+        """Step each optimizer.
+
+        Args:
+            closure: runs once before the steps, with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -216,7 +215,7 @@ class Combined(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Each optimizer loads its own part, in its own way (some keep integers as they are).
+        """Let each optimizer load its own part, in its own way (some keep integers as they are).
 
         Raises:
             ValueError: other parameter groups than this optimizer's.
@@ -240,7 +239,11 @@ class Combined(Optimizer):
             after(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while it is built: later, none of the optimizers would know of the group."""
+        """Add a group during construction; raise ValueError later, for no optimizer would step it.
+
+        Args:
+            param_group: as for any optimizer.
+        """
         if self.optimizers:
             raise ValueError("optimizer: add the parameters to a rule before `combined` is called")
         super().add_param_group(param_group)
@@ -256,13 +259,14 @@ def combined(
     rules: Sequence[Mapping[str, Any]],
     lr: float | None = None,
 ) -> Optimizer:
-    """Different optimizers for different parameters, as one.
+    """Build different optimizers for different parameters, as one.
 
         rules:
           - {min_ndim: 2, max_ndim: 2, exclude: "embed|lm_head", optimizer: <partial of Muon>}
           - {optimizer: <partial of AdamW>}             # everything else
 
     Args:
+        named_parameters: (name, parameter) of all that is trained.
         rules: each a condition (see the module) and `optimizer`, a factory that is called with the
             list of (name, parameter) that the rule takes; it may be a partial of `grouped`. A rule
             that takes nothing on this rank builds no optimizer.
@@ -282,15 +286,11 @@ def combined(
     taken, left = _split(list(named_parameters), parsed)
     if left:
         raise ValueError(
-            f"optimizer: no rule takes {_some([name for name, _ in left])}; end the rules with one "
-            f"without a condition, {{optimizer: ...}}, for everything else"
+            f"optimizer: no rule takes {first_of(name for name, _ in left)}; end the rules with "
+            f"one without a condition, {{optimizer: ...}}, for everything else"
         )
     return Combined(
-        rule.options["optimizer"](its, **_rate(lr))
-        for its, rule in zip(taken, parsed, strict=True)
-        if its
+        rule.options["optimizer"](own, **_rate(lr))
+        for own, rule in zip(taken, parsed, strict=True)
+        if own
     )
-
-
-def _rate(lr: float | None) -> dict[str, float]:
-    return {} if lr is None else {"lr": lr}

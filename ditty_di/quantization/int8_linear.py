@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditty_di.quantization.linear import Decoder, QuantizedLinear, frozen
 
@@ -17,28 +17,13 @@ class Int8Linear(QuantizedLinear):
     """8 bits a weight: `qweight` int8 `[out, in]`, `scale` bfloat16 `[out, 1]`.
 
     The scale is the row's largest absolute value / 127. It is bfloat16, so that mixed precision
-    in bfloat16 gathers it unchanged.
-
-    Args:
-        in_features: size of the input.
-        out_features: size of the output.
-        bias: kept as it is, or None.
-        dtype: of `dequantize()`.
-        device: of the packed tensors.
+    in bfloat16 gathers it unchanged. The arguments are those of `QuantizedLinear`.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: nn.Parameter | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, dtype)
-        self.qweight = frozen(out_features, in_features, torch.int8, device)
-        self.scale = frozen(out_features, 1, torch.bfloat16, device)
+    def allocate(self, device: torch.device | str | None) -> None:
+        """Create `qweight` and `scale`."""
+        self.qweight = frozen(self.out_features, self.in_features, torch.int8, device)
+        self.scale = frozen(self.out_features, 1, torch.bfloat16, device)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Return rows of the weight as `qweight` and `scale`."""

@@ -1,7 +1,7 @@
 """NormalFloat4: 4-bit codes in blocks, as in QLoRA (https://arxiv.org/abs/2305.14314, section 3).
 
 The packed bytes are those of bitsandbytes' `nf4`. Blocks never cross rows, so that any rank can
-quantise its own rows. A row that is not a multiple of the block is padded with zeros.
+quantize its own rows. A row that is not a multiple of the block is padded with zeros.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _bounds(device: torch.device) -> Tensor:
 
 
 def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Quantise a weight in blocks.
+    """Quantize a weight in blocks.
 
     Args:
         weight: `[out, in]`, of any dtype.
@@ -104,7 +104,7 @@ def decode(
         in_features: size of the input.
         qweight: `[out, blocks * block_size / 2]` uint8.
         scale: `[out, blocks]`.
-        row_scale: `[out, 1]` of double quantisation, or None.
+        row_scale: `[out, 1]` of double quantization, or None.
         pairs: see `pairs`.
     """
     scales = _scales(scale, row_scale)
@@ -190,56 +190,62 @@ def same_on_cpu() -> bool:
 class NF4Linear(QuantizedLinear):
     """4 bits a weight: `qweight` uint8 `[out, in / 2]`, `scale` bfloat16 `[out, in / block_size]`.
 
-    The weight is cast to `dtype` before it is quantised. With bfloat16 the scales, which are the
+    The weight is cast to `dtype` before it is quantized. With bfloat16 the scales, which are the
     blocks' largest values, are exact; those of other dtypes are rounded by up to 1/512.
 
     Args:
         in_features: size of the input.
         out_features: size of the output.
-        bias: kept as it is, or None.
-        dtype: of `dequantize()`.
-        device: of the packed tensors.
         block_size: weights that share a scale, even.
         double_quant: scales of 8 bits (`scale` uint8) times 1/255 of the row's largest (`row_scale`
             bfloat16 `[out, 1]`): 0.517 bytes a weight instead of 0.531.
         kernels: "torch", "bitsandbytes", or "auto": bitsandbytes' where it is installed and the
             input is on a CUDA device, or on a CPU where its kernel gives torch's values.
+        **layer: `bias`, `dtype` and `device`, as for `QuantizedLinear`.
 
     Raises:
         ValueError: an odd block size, or other kernels.
         ImportError: bitsandbytes is asked for and not installed.
     """
 
+    row_scale: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
         out_features: int,
         *,
-        bias: nn.Parameter | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
         block_size: int = 64,
         double_quant: bool = False,
         kernels: str = "auto",
+        **layer: Any,
     ) -> None:
-        super().__init__(
-            *(in_features, out_features, bias, dtype),
-            block_size=block_size,
-            double_quant=double_quant,
-            kernels=kernels,
-        )
+        options: dict[str, Any] = {
+            "block_size": block_size,
+            "double_quant": double_quant,
+            "kernels": kernels,
+        }
+        super().__init__(in_features, out_features, **layer, **options)
+
+    def allocate(  # type: ignore[override]
+        self,
+        device: torch.device | str | None,
+        *,
+        block_size: int,
+        double_quant: bool,
+        kernels: str,
+    ) -> None:
+        """Create `qweight`, `scale` and, if the scales are quantized too, `row_scale`."""
         if block_size < 2 or block_size % 2:
             raise ValueError(f"quantize: block_size={block_size} must be even, such as 64")
         self.block_size, self.double_quant = block_size, double_quant
         self._on_cuda, self._elsewhere = _decoders(kernels, block_size)
-        blocks = -(-in_features // block_size)
-        self.qweight = frozen(out_features, blocks * block_size // 2, torch.uint8, device)
-        if double_quant:
-            self.scale = frozen(out_features, blocks, torch.uint8, device)
-            self.row_scale = frozen(out_features, 1, torch.bfloat16, device)
-        else:
-            self.scale = frozen(out_features, blocks, torch.bfloat16, device)
-            self.register_parameter("row_scale", None)
+        rows, blocks = self.out_features, -(-self.in_features // block_size)
+        scale_dtype = torch.uint8 if double_quant else torch.bfloat16
+        self.qweight = frozen(rows, blocks * block_size // 2, torch.uint8, device)
+        self.scale = frozen(rows, blocks, scale_dtype, device)
+        row_scale = frozen(rows, 1, torch.bfloat16, device) if double_quant else None
+        self.register_parameter("row_scale", row_scale)
         self._pairs = pairs(self.qweight.device)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ def test_a_resumed_run_draws_the_same_noise_and_keeps_its_averages(runtime, tmp_
 
 
 @pytest.mark.slow
-def test_the_experiment_draws_digits_that_a_classifier_recognises(tmp_path):
+def test_the_experiment_draws_digits_that_a_classifier_recognizes(tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "ditty_di", "+experiment=diffusion", "metrics=quiet"]
     subprocess.run(
@@ -101,7 +101,7 @@ def test_the_experiment_draws_digits_that_a_classifier_recognises(tmp_path):
     )
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "finished"
-    assert result["recognised"] >= 0.85
+    assert result["recognized"] >= 0.85
     assert result["recognised_real"] > 0.95
     header = (run / "samples.png").read_bytes()[16:24]
     assert struct.unpack(">II", header) == (364, 364)  # 10 x 10 digits of 8 pixels, enlarged

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ditty_di
+from ditty_di.data import Loader
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.metrics import Validator
 from ditty_di.runtime import Runtime
@@ -203,6 +205,14 @@ def test_what_cannot_be_averaged_is_refused(runtime, model):
     shrinking[0] = batches([3])[0]
     with pytest.raises(ValueError, match=r"other data than the first time \(13.0 labels, then"):
         made.validate(20)
+
+
+def test_a_loader_without_an_end_is_refused_before_training(runtime, model):
+    rows = [({"input": torch.zeros(2, dtype=torch.int64)}, torch.zeros(2, dtype=torch.int64))] * 4
+    with pytest.raises(ValueError, match="epochs=1, or the validator max_batches"):
+        validator(runtime, model, partial(Loader, rows, 2)).try_first_batch()
+    validator(runtime, model, partial(Loader, rows, 2), max_batches=2).try_first_batch()
+    validator(runtime, model, partial(Loader, rows, 2, epochs=1)).try_first_batch()
 
 
 def test_a_signal_ends_validation_early(runtime, model):

@@ -379,7 +379,7 @@ def grown(path):
         causal_lm.from_pretrained(path, vocab_size=70),
         runtime=runtime,
         loss_fn=CrossEntropyLoss(output="logits"),
-        weights=Pretrained(path),
+        weights=Pretrained(path, seed=0),
         parallelize_fn=shard,
         pipeline_fn=None,
     ).modules
@@ -392,7 +392,7 @@ def grown(path):
 
 def test_new_rows_are_the_same_on_any_number_of_ranks(tmp_path):
     save_llama(tmp_path)
-    model = fill(causal_lm.from_pretrained(tmp_path, vocab_size=70), tmp_path)
+    model = fill(causal_lm.from_pretrained(tmp_path, vocab_size=70), tmp_path, seed=0)
     alone = [model.model.embed_tokens.weight.tolist(), model.lm_head.weight.tolist()]
     assert ranks.run(grown, 2, tmp_path) == [alone, alone]
 

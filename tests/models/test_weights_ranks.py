@@ -23,24 +23,35 @@ MODELS = {
 }
 
 
-def values(name):
+def values():
+    """The parameters of every model, whole."""
     runtime = Runtime()
-    model = shard(MODELS[name](), parallel_dims=runtime.parallel_dims)
-    materialize(model, runtime.device)
-    initialize(model, device=runtime.device, seed=3, init=hugging_face)
-    assert not unset(model)
     found = {}
-    for key, p in model.named_parameters():
-        found[key] = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().numpy()
+    for name, make in MODELS.items():
+        model = shard(make(), parallel_dims=runtime.parallel_dims)
+        materialize(model, runtime.device)
+        initialize(model, device=runtime.device, seed=3, init=hugging_face)
+        assert not unset(model)
+        found[name] = {
+            key: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().numpy()
+            for key, p in model.named_parameters()
+        }
     runtime.close()
     return found
 
 
+@pytest.fixture(scope="module")
+def runs():
+    """One process group for all models: processes are slow to start."""
+    (one,), two = ranks.run(values, 1), ranks.run(values, 2)
+    return one, *two
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_one_rank_and_two_begin_alike(name):
-    (one,), (two, same) = ranks.run(values, 1, name), ranks.run(values, 2, name)
+def test_one_rank_and_two_begin_alike(runs, name):
+    one, two, same = (found[name] for found in runs)
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert (value == two[key]).all() and (value == same[key]).all(), key
-    if "t5" in name:  # which its whole model initialises, and not its embedding
+    if "t5" in name:  # which its whole model initializes, and not its embedding
         assert torch.from_numpy(one["shared.weight"]).std().item() == pytest.approx(1.0, rel=0.1)

@@ -141,7 +141,10 @@ def test_no_vectors_is_no_mistake() -> None:
             [{"max_ndim": 1, "lr": 1.0}, {"match": "bias", "lr": 2.0}],
             r"groups\[1\] .*1\.bias, 2\.bias match, but an earlier rule takes them",
         ),
-        ([{"match": "(bias", "lr": 1.0}], r"groups\[0\]\.match='\(bias' is no regular expression"),
+        (
+            [{"match": "(bias", "lr": 1.0}],
+            r"groups\[0\]\.match='\(bias' is not a regular expression",
+        ),
         (
             [{"match": "bias", "weight_deacy": 0.0}],
             r"groups\[0\]\.weight_deacy: AdamW has no such option .*mean 'weight_decay'\?",
@@ -309,7 +312,7 @@ def test_combined_loads_while_in_use() -> None:
 
 
 class Integers(SGD):
-    """Keeps a uint8 code per parameter and loads it as it is, as quantised optimizers do."""
+    """Keeps a uint8 code per parameter and loads it as it is, as quantized optimizers do."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
