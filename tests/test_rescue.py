@@ -95,7 +95,7 @@ def failures(folder):
     """By what fails: (what the rank said, the step that was saved, whether going on is exact)."""
 
     def weights(trainer):
-        return [p.detach().full_tensor() for p in trainer.parameters]
+        return [p.detach().full_tensor() for p in trainer.parts.parameters()]
 
     undisturbed, _ = trained(f"{folder}/undisturbed")
     found = {}

@@ -110,8 +110,8 @@ def normalize(
 ) -> list[str]:
     """Return the overrides as Hydra takes them.
 
-    `GROUP=null` becomes `GROUP=none`, for Hydra refuses null; `experiment=x` and `+experiment=x`
-    become what the defaults list needs; values that are plainly text are quoted.
+    `GROUP=null` becomes `GROUP=none`, for Hydra refuses null; `+` before a choice is added or left
+    out as the defaults list needs; values that are plainly text are quoted.
 
     Args:
         overrides: as typed.
@@ -120,7 +120,7 @@ def normalize(
         in_defaults: whether the defaults list has a group.
     """
     return [
-        _experiment(_no_choice(_quote_text(override, sweep, groups), groups), in_defaults)
+        _sign(_no_choice(_quote_text(override, sweep, groups), groups), groups, in_defaults)
         for override in overrides
     ]
 
@@ -134,11 +134,16 @@ def _no_choice(override: str, groups: Callable[[], Collection[str]]) -> str:
     return f"{key}{equals}{','.join(names)}"
 
 
-def _experiment(override: str, in_defaults: Callable[[str], bool]) -> str:
-    """Give the choice of an experiment the sign that the defaults list needs."""
-    if key_of(override) != "experiment" or override.startswith("~"):
-        return override
-    return override.lstrip("+") if in_defaults("experiment") else f"+{override.lstrip('+')}"
+def _sign(
+    override: str, groups: Callable[[], Collection[str]], in_defaults: Callable[[str], bool]
+) -> str:
+    """Give a choice the sign that the defaults list needs: none, or `+` for a group not in it."""
+    key = key_of(override)
+    if override.startswith("+") and key in groups() and in_defaults(key):
+        return override.lstrip("+")
+    if override.startswith("experiment=") and not in_defaults(key):
+        return f"+{override}"
+    return override
 
 
 def unreadable(overrides: Iterable[str]) -> dict[str, str]:

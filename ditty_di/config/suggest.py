@@ -36,7 +36,7 @@ def suggest(
     above, _, last = missing.rpartition(".")
     group = above.rpartition(".")[2]
     if last in (groups or {}).get(group, ()):
-        return f"; '+{group}={last}' adds it"
+        return f"; '{group}={last}' adds it"
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == above}
     if near := closest(last, siblings):
         corrected = siblings[near] + key[len(missing) :]

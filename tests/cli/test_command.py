@@ -28,7 +28,10 @@ def test_what_is_said_later_replaces_what_was_said_earlier() -> None:
 @pytest.mark.parametrize(
     ("typed", "composed"),
     [
-        ("experiment=x", "+experiment=x"),
+        ("experiment=x", "experiment=x"),
+        ("+experiment=x", "experiment=x"),
+        ("+callbacks=ema", "callbacks=ema"),
+        ("adapter=null", "adapter=none"),
         ("prompt=Hello, you! (yes)", "prompt='Hello, you! (yes)'"),
         ("prompt=it's \\ me", "prompt='it\\'s \\ me'"),
         ("model=a,b", "model=a,b"),  # Hydra says what is ambiguous about it

@@ -55,8 +55,8 @@ MISTAKES = [
     ("+optimiser.lr=9", "'+optimiser.lr=9'", "did you mean 'optimizer'?"),
     ("+optimizer.lrr=9", "'+optimizer.lrr=9'", "did you mean 'lr'?"),
     ("+stpes=9", "'+stpes=9'", "did you mean 'steps'?"),
-    ("adapter=lora", "'adapter=lora'", "nothing reads this choice"),
-    ("quantize=nf4", "'quantize=nf4'", "nothing reads this choice"),
+    ("adapter=lora model=dit_digits", "'adapter=lora'", "nothing reads this choice"),
+    ("quantize=nf4 model=dit_digits", "'quantize=nf4'", "nothing reads this choice"),
     ("optimizer=adamww", "optimizer/adamww", "did you mean 'adamw'?"),
     ("optimizr=adamw", "'optimizr'", "did you mean 'optimizer'?"),
     ("+experiment=qlor", "experiment/qlor", "did you mean 'qlora'?"),
@@ -85,14 +85,14 @@ MISTAKES = [
     (
         "trainer.callbacks.ema.decay=0.9",
         "'trainer.callbacks.ema.decay'",
-        "'+callbacks=ema' adds it",
+        "'callbacks=ema' adds it",
     ),
     (
         "trainer.callbacks.stopfile.path=x",
         "callbacks.stopfile",
-        "'trainer.callbacks.stop_file.path'",
+        "'callbacks.stop_file.path'",
     ),
-    ("~validator", "config.yaml", "'~validator' deleted it, so delete 'trainer.validator' too"),
+    ("~loss", "config.yaml", "'~loss' deleted it, so delete 'trainer.loss_fn' too"),
     ("export=none +export.x=3", "'+export.x=3': export", "a callable is wanted"),
     # values
     ("steps=-5", "'steps=-5': steps", "at least 1"),
@@ -128,7 +128,7 @@ MISTAKES = [
     ("launcher.nproc=two", "'launcher.nproc=two': launcher.nproc", "int is wanted"),
     ("launcher.nproc=0", "'launcher.nproc=0': launcher.nproc", "give the number of ranks"),
     ("launcher.nproc=3", "'launcher.nproc=3'", "3 ranks x 8 rows"),
-    ("runtime.dp_shard=0", "'runtime.dp_shard=0'", "-1 for what is left"),
+    ("runtime.dp_shard=0", "'runtime.dp_shard=0'", "-1 for what the world size leaves"),
     (
         "launcher.nproc=2 runtime.dp_shard=3",
         "'runtime.dp_shard=3'",

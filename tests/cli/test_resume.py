@@ -77,7 +77,7 @@ def test_a_resume_that_cannot_load_leaves_no_trace_and_more_steps_go_on(folder):
     assert files(folder / "r") == before
     code, said = ditty_di(folder, "run=r", "steps=6")
     assert code == 0, said
-    assert "the run had steps=4 before; its learning rate goes on at" in said
+    assert "the run had steps=4 before; its learning rate continues at" in said
     assert json.loads((folder / "r/result.json").read_text())["step"] == 6
 
 
