@@ -5,7 +5,8 @@ A node is a mapping with `_target_`, as in a configuration. The contract of the 
 
 * the argument `contract` in the node, or its default in the signature;
 * `contract_for(**arguments)`, a class method that returns the text, or the class attribute
-  `contract`; of both, the one that is nearer to the class among its bases.
+  `contract`; of both, the one that is nearer to the class among its bases;
+* the attribute `contract` of a function.
 
 With none of them, or with `contract = None` nearest to the class, the stage is unchecked until it
 is built: the source of a constructor that passes a contract to its base is not read.
@@ -169,7 +170,7 @@ def _contract(source: Any) -> Contract | None:
         return as_contract(own) if isinstance(own, str | Contract) else None
     if own is None and inspect.isclass(source.target):
         return contract_of_class(source.target, source.arguments)
-    return as_contract(own)
+    return as_contract(getattr(source.target, "contract", None) if own is None else own)
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:
