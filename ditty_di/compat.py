@@ -115,7 +115,7 @@ def _integers_keep_their_dtype() -> None:
     """Obsolete from torch 2.13: FSDP2's mixed precision gathers integers as `param_dtype`.
 
     Their shards would need gradients, which integers cannot have.
-    Quantised weights are integers. Where torch does it itself, this changes nothing.
+    Quantized weights are integers. Where torch does it itself, this changes nothing.
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_param
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam

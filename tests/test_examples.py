@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name, below", [("inject_from_python.py", 1.0), ("titan_llama.py", 8.0)])
 def test_an_example_trains(name, below, tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / name)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = warm.run([ROOT / "examples" / name], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = ast.literal_eval(done.stdout.splitlines()[-1])
     assert result["status"] == "finished"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ditty_di.callbacks import Callback
-from ditty_di.rescue import NumPyState, _version
+from ditty_di.training.rescue import NumPyState, _version
 from tests.checkpoint.ranks import run
 
 STEPS = 8
@@ -108,7 +108,7 @@ def failures(folder):
         resumed, none = trained(f"{folder}/{name}")
         assert none is None and resumed.step == STEPS
         pairs = zip(weights(resumed), weights(undisturbed), strict=True)
-        found[name] = said, failed.saved_step, all(torch.equal(*pair) for pair in pairs)
+        found[name] = said, failed.saving.saved_step, all(torch.equal(*pair) for pair in pairs)
     return found
 
 

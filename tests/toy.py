@@ -2,18 +2,16 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
-from tests.checkpoint.ranks import context
+from tests.warm import Forked
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODULE = (sys.executable, "-m", "ditty_di")
@@ -100,7 +98,7 @@ class Folder:
         outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
         env = outside | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **env}
         if not command and sys.platform == "linux":
-            return Forked(module, list(arguments), self.path, env)
+            return Forked(["-m", module, *arguments], self.path, env)
         return subprocess.Popen(
             [*(command or (sys.executable, "-m", module)), *arguments],
             cwd=self.path,
@@ -126,71 +124,6 @@ class Folder:
         """The only run that was made here without `run=`."""
         (run,) = self.path.glob("outputs/*/*")
         return run
-
-
-class Forked:
-    """`python -m MODULE` in a process forked from one that has imported what it needs.
-
-    Its output goes to `log`, or is returned by `communicate`.
-    """
-
-    def __init__(
-        self,
-        module: str,
-        arguments: list[str],
-        cwd: Path,
-        env: dict[str, str],
-        log: Path | None = None,
-    ) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self._streams = [log or Path(self._folder.name) / name for name in ("out", "err")]
-        args = (module, arguments, cwd, env, self._streams)
-        self._process = context.Process(target=_command, args=args)
-        # Otherwise the child would import the test process's __main__.
-        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-        try:
-            self._process.start()
-        finally:
-            sys.modules["__main__"] = main
-        self.pid = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        self._process.join(timeout)
-        if self.returncode is None:
-            raise subprocess.TimeoutExpired("ditty_di", timeout or 0)
-        return self.returncode
-
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        self.wait(timeout)
-        out, err = (file.read_text() for file in self._streams)
-        return out, err
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-def _command(
-    module: str, arguments: list[str], cwd: Path, env: dict[str, str], streams: list[Path]
-) -> None:
-    for descriptor, file in enumerate(streams, 1):
-        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(env)
-    tempfile.tempdir = None  # the server may have looked it up
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def result(run: Path) -> dict[str, Any]:

@@ -1,17 +1,13 @@
-"""Python programs in processes forked from one that has imported torch and the trainer.
+"""Python programs and commands in processes forked from a server that has imported torch and more.
 
-`run([...])` is `subprocess.run([sys.executable, ...])` without the seconds of imports: the forked
-process gets its own arguments, folder, environment and output, and runs the program as `__main__`.
-Modules are imported already, without access to the hub: whatever reads the environment when it is
-imported (HF_HOME, ...) needs a fresh interpreter instead.
+`run([...])` is `subprocess.run([sys.executable, ...])` without the seconds of imports. Modules are
+imported already: what reads the environment when it is imported (HF_HOME, ...) needs a fresh
+interpreter instead, and so does a test of starting itself.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import functools
-import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -20,63 +16,75 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-#: Imported before the first fork. None of them starts a thread.
-MODULES = (
-    *(
-        "ditty_di.cli.composing",
-        "ditty_di.cli.job",
-        "ditty_di.launch.worker",
-        "ditty_di.training.trainer",
-    ),
-    *("ditty_di.tasks.generate", "ditty_di.tasks.evaluate", "ditty_di.tasks.export"),
-    *("ditty_di.data", "ditty_di.models.pretrained", "ditty_di.export", "ditty_di.front"),
-    *("datasets", "peft", "transformers.models.llama.modeling_llama"),
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+#: A test process has one server and one list of modules: who forks takes it from here.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    [
+        *("tests.checkpoint.cases", "ditty_di.training.trainer", "ditty_di.launch.warm_imports"),
+        *("ditty_di.tasks.generate", "ditty_di.tasks.evaluate", "ditty_di.tasks.export"),
+        *("ditty_di.models.pretrained", "ditty_di.front", "ditty_di.diffusion", "datasets"),
+    ]
 )
 
 
-class Process:
-    """A forked program; its output goes to files in `folder`."""
+class Forked:
+    """`python ARGUMENTS` in a forked process, with the interface of `subprocess.Popen`.
 
-    def __init__(self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="warm-"))
-        self.arguments = list(map(str, arguments))
-        request = {"folder": str(self.folder), "arguments": self.arguments, "cwd": str(cwd)}
-        server = _server()
-        server.stdin.write(json.dumps(request | {"env": dict(env)}) + "\n")
-        server.stdin.flush()
+    Arguments are `-m module ...`, `-c code ...` or `script.py ...`, and `-P` before them. Output
+    goes to `log`, or is returned by `communicate`.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[Any],
+        cwd: str | os.PathLike,
+        env: Mapping[str, str],
+        log: Path | None = None,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._streams = [log or Path(self._folder.name) / name for name in ("out", "err")]
+        args = ([*map(str, arguments)], Path(cwd).absolute(), dict(env), self._streams)
+        self._process = context.Process(target=_become, args=args)
+        # Otherwise the child would import the test process's __main__.
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            self._process.start()
+        finally:
+            sys.modules["__main__"] = main
+        self.args, self.pid = args[0], self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
 
     def poll(self) -> int | None:
-        """Return the exit code, or None while the program runs."""
-        code = self.folder / "code"
-        return int(code.read_text()) if code.exists() else None
+        return self._process.exitcode
 
-    def wait(self, timeout: float = 300.0) -> subprocess.CompletedProcess:
-        """Wait for the end; after `timeout` seconds the program is killed and an error raised."""
-        end = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if _server().poll() is not None:
-                raise RuntimeError("the process that programs are forked from has died")
-            if time.monotonic() > end:
-                self.kill()
-                raise subprocess.TimeoutExpired(self.arguments, timeout, self._read("stdout"))
-            time.sleep(0.02)
-        out, err = self._read("stdout"), self._read("stderr")
-        return subprocess.CompletedProcess(self.arguments, code, out, err)
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        out, err = (file.read_text(errors="replace") for file in self._streams)
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill the program and the processes of its session."""
-        with contextlib.suppress(OSError, ValueError):
-            os.killpg(int((self.folder / "pid").read_text()), signal.SIGKILL)
-
-    def _read(self, name: str) -> str:
-        file = self.folder / name
-        return file.read_text(errors="replace") if file.exists() else ""
+        self.send_signal(signal.SIGKILL)
 
 
 def run(
@@ -86,17 +94,14 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout: float = 300.0,
 ) -> subprocess.CompletedProcess:
-    """Run `python ARGUMENTS` (`-m module ...`, `-c code ...` or `script.py ...`) to its end."""
-    return Process(arguments, Path(cwd).absolute(), env or os.environ).wait(timeout)
+    """Run `python ARGUMENTS` to its end."""
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return _finish([Forked(arguments, cwd, {**os.environ, **own, **(env or {})})], timeout)[0]
 
 
 def ditty_di(folder: str | os.PathLike, *arguments: Any) -> str:
     """Run a command line that has to succeed in a folder, and return what it printed."""
-    done = run(
-        ["-m", "ditty_di", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    done = run(["-m", "ditty_di", *arguments], cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -105,120 +110,60 @@ def ranks(
     arguments: Sequence[Any],
     count: int = 2,
     *,
-    cwd: str | os.PathLike = ROOT,
     env: Mapping[str, str] | None = None,
     timeout: float = 300.0,
-) -> list[subprocess.CompletedProcess]:
-    """Run a program on `count` ranks, with the environment that torchrun gives them."""
+) -> list[str]:
+    """Run a program on `count` ranks that have to succeed; return what each printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    base = dict(env or os.environ) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    base |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    layout = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    base = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **layout, **(env or {})}
     started = [
-        Process(arguments, Path(cwd), base | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        Forked(arguments, ROOT, {**base, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
+    done = _finish(started, timeout)
+    report = "\n".join(f"--- rank {n}\n{d.stdout}{d.stderr}" for n, d in enumerate(done))
+    assert [d.returncode for d in done] == [0] * count, report
+    return [d.stdout for d in done]
+
+
+def _finish(started: Sequence[Forked], timeout: float) -> list[subprocess.CompletedProcess]:
+    """Wait for all; when one fails, the others, which may wait for it, get two seconds."""
     end = time.monotonic() + timeout
-    try:
-        while None in (codes := [process.poll() for process in started]):
-            if any(codes) or time.monotonic() > end:  # the others may wait for it forever
-                time.sleep(2)
-                break
-            time.sleep(0.02)
-    finally:
-        for process in started:
-            if process.poll() is None:
-                process.kill()
-    return [process.wait(30) for process in started]
+    while None in (codes := [process.poll() for process in started]) and time.monotonic() < end:
+        if any(codes):
+            end = min(end, time.monotonic() + 2)
+        time.sleep(0.02)
+    for process in started:
+        process.kill()
+    return [
+        subprocess.CompletedProcess(process.args, process.wait(30), *process.communicate())
+        for process in started
+    ]
 
 
-@functools.cache
-def _server() -> subprocess.Popen:
-    # Its standard error is a file: pytest closes what it captures.
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.warm"],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stderr=tempfile.TemporaryFile(),  # noqa: SIM115
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    atexit.register(server.kill)
-    return server
-
-
-def _serve() -> None:
-    """Fork a program for each line of standard input; the loop of the server."""
-    import importlib
-
-    for module in MODULES:
-        importlib.import_module(module)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
-    for line in sys.stdin:
-        if os.fork() == 0:
-            _keep(json.loads(line))
-
-
-def _keep(request: dict[str, Any]) -> None:
-    """Fork the program and write down how it ended: the parent of one program."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    folder = Path(request["folder"])
-    pid = os.fork()
-    if pid == 0:
-        _become(request)
-    (folder / "pid").write_text(str(pid))
-    _, status = os.waitpid(pid, 0)
-    (folder / "code.part").write_text(str(os.waitstatus_to_exitcode(status)))
-    (folder / "code.part").rename(folder / "code")
-    os._exit(0)
-
-
-def _become(request: dict[str, Any]) -> None:
-    """Run the program of a request in this process, as `python` would."""
-    os.setsid()
-    folder = Path(request["folder"])
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
-    sys.stdin = open(0)  # noqa: SIM115
-    os.chdir(request["cwd"])
+def _become(arguments: list[str], cwd: Path, env: dict[str, str], streams: list[Path]) -> None:
+    """Run the program in this process, as `python` would."""
+    for descriptor, file in enumerate(streams, 1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    os.chdir(cwd)
     os.environ.clear()
-    os.environ.update(request["env"])
-    sys.path[:0] = [p for p in request["env"].get("PYTHONPATH", "").split(os.pathsep) if p]
-    code = 1
-    try:
-        code = _program(request["arguments"])
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
-        with contextlib.suppress(Exception):
-            atexit._run_exitfuncs()
-        os._exit(code)
-
-
-def _program(arguments: list[str]) -> int:
+    os.environ.update(env)
+    tempfile.tempdir = None  # the server may have looked it up
+    sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
+    if arguments[0] == "-P":
+        del arguments[0]
+    else:
+        script = arguments[0][0] != "-"
+        sys.path.insert(0, str(Path(arguments[0]).parent) if script else str(cwd))
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
-        sys.path.insert(0, os.getcwd())
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
-        sys.path.insert(0, os.getcwd())
         exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = arguments
-        sys.path.insert(0, str(Path(arguments[0]).parent))
         runpy.run_path(arguments[0], run_name="__main__")
-    return 0
-
-
-if __name__ == "__main__":
-    _serve()

@@ -46,7 +46,7 @@ def add(model: nn.Module, /, *, config: Any, dtype: str | None = "float32") -> n
     Args:
         model: without adapters.
         config: any configuration of peft whose layers have parameters of their own. Its
-            `target_modules` are names, a regular expression, `all-linear` (quantised layers too,
+            `target_modules` are names, a regular expression, `all-linear` (quantized layers too,
             without the output head), or None: what peft knows for this architecture, else the
             linear layers of the repeated blocks. A `task_type` of None becomes the model's own.
         dtype: of everything that is trained, a name in torch; float32 also on a base of 16 bits,
@@ -175,7 +175,7 @@ def _set_task(config: Any, model: nn.Module) -> None:
 
 
 def _register_quantized(config: Any, model: nn.Module) -> None:
-    """Register with peft how to wrap the quantised layers that the model has."""
+    """Register with peft how to wrap the quantized layers that the model has."""
     kinds = {type(module) for module in model.modules() if targets.is_quantized(module)}
     if kinds and hasattr(config, "_register_custom_module"):
         from ditty_di.adapters.quantized import QuantizedLoraLinear
@@ -202,7 +202,7 @@ def _check_layers(adapted: Any, *, on_meta: bool) -> None:
         # Such a kind would compute with the packed bytes as the weight, silently wrong.
         if plain_only and targets.is_quantized(layer.get_base_layer()):
             problem = (
-                f"{path} is quantised, and {kind} works on a plain weight only; use LoraConfig "
+                f"{path} is quantized, and {kind} works on a plain weight only; use LoraConfig "
                 f"(also with use_dora), or quantize=none"
             )
         elif is_lora and config.use_dora and hasattr(layer.base_layer, "token_adapter"):

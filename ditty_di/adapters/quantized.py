@@ -21,10 +21,10 @@ class QuantizedLoraLinear(Linear):
         return {**super().lora_variants, ("use_dora",): QuantizedDora}
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Raise ValueError: merging would quantise the sum a second time."""
+        """Raise ValueError: merging would quantize the sum a second time."""
         raise ValueError(
-            "adapters cannot be merged into a quantised base without rounding it a second time; "
-            "export=merged merges them into the unquantised one"
+            "adapters cannot be merged into a quantized base without rounding it a second time; "
+            "export=merged merges them into the unquantized one"
         )
 
 

@@ -25,7 +25,7 @@ def paths(model: nn.Module) -> list[str]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers by path: plain, transposed as in GPT-2, and quantised ones."""
+    """Return the linear layers by path: plain, transposed as in GPT-2, and quantized ones."""
     return {
         path: module
         for path, module in model.named_modules()

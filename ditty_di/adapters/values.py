@@ -1,4 +1,4 @@
-"""Initialise adapters on any layout: tensors that the files of the base do not have."""
+"""Initialize adapters on any layout: tensors that the files of the base do not have."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from ditty_di.seed import run_seed
 def initialize(
     model: nn.Module, names: list[str], /, *, device: torch.device, seed: int | None = None
 ) -> None:
-    """Initialise adapters as peft does, with the same values on any layout.
+    """Initialize adapters as peft does, with the same values on any layout.
 
     Random values depend on `seed` and the layer's name only. LoRA's second matrix is zero, so that
     the first step's output is the base's. DoRA's magnitudes are the norms of the base's rows, of
     each rank's own; trainable tokens start as the base has them. Any other kind of layer starts by
     its own `reset_..._parameters`. What the base lacks of `modules_to_save`, such as the head of a
-    classifier, is initialised as the base's library does it.
+    classifier, is initialized as the base's library does it.
 
     Args:
         model: with adapters; all tensors but `names` have their values.
@@ -48,7 +48,7 @@ def initialize(
         seed: of random values; None is the run's seed (`ditty_di.seed`).
 
     Raises:
-        ValueError: one of `names` cannot be initialised, on all ranks alike.
+        ValueError: one of `names` cannot be initialized, on all ranks alike.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -68,7 +68,7 @@ def initialize(
 
 
 def _init_copies(model: nn.Module, names: set[str], seed: int) -> None:
-    """Initialise modules that are trained whole and that the base lacks, and their originals."""
+    """Initialize modules that are trained whole and that the base lacks, and their originals."""
     copies = {"modules_to_save", "original_module"}
     if of_base := [name for name in sorted(names) if not copies & {*name.split(".")}]:
         raise ValueError(
@@ -124,7 +124,7 @@ def _whole(model: nn.Module, names: set[str]) -> Iterator[None]:
         if not new.is_floating_point() or new.isnan().any()
     ]:
         raise ValueError(
-            f"adapters: it is unknown how to initialise {first_of(not_set, 5)}; use a kind of "
+            f"adapters: it is unknown how to initialize {first_of(not_set, 5)}; use a kind of "
             f"adapter whose layers have reset_..._parameters, such as LoraConfig or IA3Config"
         )
     for own, new in made.values():
@@ -132,11 +132,11 @@ def _whole(model: nn.Module, names: set[str]) -> Iterator[None]:
             local(own).copy_(new[slices(own)])
 
 
-# -- initialisations that do not depend on the base -----------------------------------------------
+# -- initializations that do not depend on the base -----------------------------------------------
 
 
 def _reset(layer: Any, path: str, config: Any) -> None:
-    """Run PyTorch's initialisation of each module in the layer, then peft's of the layer."""
+    """Run PyTorch's initialization of each module in the layer, then peft's of the layer."""
     for name, module in layer.named_modules():
         is_base = not name or name == "base_layer" or name.startswith("base_layer.")
         reset = None if is_base else getattr(module, "reset_parameters", None)
@@ -165,7 +165,7 @@ def _reset(layer: Any, path: str, config: Any) -> None:
         method(adapter_name=NAME, **{option: getattr(config, option) for option in options})
 
 
-# -- initialisations from the base's values -------------------------------------------------------
+# -- initializations from the base's values -------------------------------------------------------
 
 
 def _init_from_base(layer: Any, path: str) -> set[str]:

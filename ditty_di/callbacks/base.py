@@ -17,7 +17,7 @@ class Callback:
     """
 
     def on_train_start(self, trainer: Training) -> None:
-        """Act once, after the model is initialised and before a checkpoint is loaded.
+        """Act once, after the model is initialized and before a checkpoint is loaded.
 
         Args:
             trainer: the trainer that calls it, as in every hook.

@@ -158,7 +158,6 @@ class EMA(Callback):
         if not self._averages:
             raise RuntimeError(
                 "EMA: there are no averages; they are made while a trainer trains that has it "
-                "among its callbacks. Those of a checkpoint: task=export averages=ema "
-                "export.ema=null"
+                "among its callbacks. Those of a checkpoint: task=export averages=ema"
             )
         return self._averages

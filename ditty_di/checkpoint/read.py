@@ -160,7 +160,7 @@ def _require_base(
         raise CheckpointError(
             f"{path} holds adapters for the base {base_shown(there)}, and not the base; pass "
             f"initialize=ditty_di.models.pretrained.Pretrained(...), or check_base=false if what "
-            f"initialises the model is that base"
+            f"initializes the model is that base"
         )
     try:
         hint = "set model.path to the first, or check_base=false to use them nevertheless"

@@ -186,7 +186,7 @@ class ModelState:
         entries = part.state_dict()
         if self.frozen:
             return entries
-        # By what is kept: quantised layers may put more into a state dict than parameters.
+        # By what is kept: quantized layers may put more into a state dict than parameters.
         kept = {name for name, _ in part.named_buffers(remove_duplicate=False)}
         kept |= {n for n, p in part.named_parameters(remove_duplicate=False) if p.requires_grad}
         kept = {canonical_fqn(name) for name in kept} | self._loading

@@ -18,7 +18,7 @@ from ditty_di.cli.overrides import (
     key_of,
     literal,
     merge,
-    normalise,
+    normalize,
     quoted,
     unreadable,
     value_of,
@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str]) -> Command:
         folders = [*searchpath.user_dirs(config_dirs), searchpath.conf_dir()]
         return searchpath.in_defaults(group, config_name, folders)
 
-    overrides = normalise(parsed.overrides, sweep=sweep, groups=groups, in_defaults=in_defaults)
+    overrides = normalize(parsed.overrides, sweep=sweep, groups=groups, in_defaults=in_defaults)
     as_text = unreadable(overrides)
     readable = [as_text.get(override, override) for override in overrides]
     command = Command(

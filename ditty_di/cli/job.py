@@ -1,4 +1,4 @@
-"""One job: from a composed configuration to an exit code. Runs while Hydra is initialised."""
+"""One job: from a composed configuration to an exit code. Runs while Hydra is initialized."""
 
 from __future__ import annotations
 

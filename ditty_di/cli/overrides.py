@@ -101,7 +101,7 @@ def is_sweep(override: str) -> bool:
     return parsed is not None and parsed.is_sweep_override()
 
 
-def normalise(
+def normalize(
     overrides: Iterable[str],
     *,
     sweep: bool,

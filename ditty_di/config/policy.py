@@ -1,7 +1,7 @@
 """Refuse targets that a configuration may not call unless the user allows them by name.
 
 The names are in `refused_targets.yaml`. Such targets run commands, evaluate text, load pickles,
-write files, call what they are handed, or reach into the interpreter. This is defence in depth
+write files, call what they are handed, or reach into the interpreter. This is defense in depth
 against a configuration from elsewhere, as Hydra's own policy is, and not a sandbox: a configuration
 is code (see README).
 """

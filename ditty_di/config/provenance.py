@@ -127,7 +127,7 @@ class Provenance:
 def provenance(config_name: str, overrides: list[str]) -> Provenance:
     """Return where every key of a composed configuration was set.
 
-    From the defaults list that Hydra itself computes: Hydra must be initialised, as it is for
+    From the defaults list that Hydra itself computes: Hydra must be initialized, as it is for
     `compose(config_name, overrides)`.
 
     Args:

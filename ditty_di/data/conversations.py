@@ -199,7 +199,7 @@ def _part(part: Any, where: str) -> dict[str, str]:
     kind = part.get("type", "text")
     named = f"of type {kind!r}" if kind != "text" else "without text"
     is_text = kind == "text" and isinstance(part.get("text"), str)
-    require(is_text, f"{where} has a part {named}; only parts of text can be learnt from")
+    require(is_text, f"{where} has a part {named}; only parts of text can be learned from")
     return {"type": "text", "text": part["text"]}
 
 

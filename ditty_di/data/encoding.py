@@ -193,7 +193,7 @@ class Encoder:
                     found[i] = self._conversation(record)
                 elif self._is_tokenized(record):
                     ids = self._checked_ids(record["input_ids"], "input_ids")
-                    found[i] = [self._masked(record, *given_tokens.labelled(ids, record))]
+                    found[i] = [self._masked(record, *given_tokens.labeled(ids, record))]
                 elif self._is_segmented(record):
                     found[i] = [
                         self._masked(record, *given_tokens.segmented(record, self._tokenize))

@@ -16,7 +16,7 @@ SEGMENTS_KEY = "segments"
 _IGNORED = -100
 
 
-def labelled(ids: list[int], record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+def labeled(ids: list[int], record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
     """Return token ids and the loss mask `[tokens]`, by the record's `labels` and masks.
 
     Without labels all tokens are in the loss. Tokens whose `attention_mask` is 0 are left out,

@@ -137,10 +137,15 @@ class Loader:
 
     def __len__(self) -> int:
         """Return the number of micro-batches from the beginning, padded ones included."""
-        if self._end == math.inf:
+        if self.endless:
             # A TypeError: list() asks for the length as a hint and takes this for "unknown".
             raise TypeError("a loader with epochs=None never ends: it has no length")
         return int(self._end // self._step if self._drop_last else -(-self._end // self._step))
+
+    @property
+    def endless(self) -> bool:
+        """Whether the loader repeats its data without an end (`epochs=None`)."""
+        return self._end == math.inf
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         self._start = self._consumed = self._consumed if self._resuming else 0

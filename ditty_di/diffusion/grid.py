@@ -119,7 +119,7 @@ def tiled(images: Tensor, columns: int, enlarge: int = 1, gap: int = 1) -> Tenso
 
 
 def write_png(path: Path, pixels: Tensor) -> None:
-    """Write a grey or RGB picture as PNG (ISO 15948).
+    """Write a gray or RGB picture as PNG (ISO 15948).
 
     Args:
         path: of the file.

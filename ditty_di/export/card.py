@@ -16,7 +16,7 @@ from ditty_di.export.record import RunRecord
 _SECTIONS = {
     "data.corpus": "corpus",
     "data.train": "training data",
-    "quantize": "base quantised by",
+    "quantize": "base quantized by",
     "adapter": "adapter",
     "loss": "loss",
     "optimizer": "optimizer",

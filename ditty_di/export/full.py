@@ -39,7 +39,7 @@ class HuggingFaceExport(Export):
         license: see `Export`.
 
     Raises:
-        ValueError: a quantised base, adapters or pipeline stages: these have other exports.
+        ValueError: a quantized base, adapters or pipeline stages: these have other exports.
     """
 
     dtype: str | None = None
@@ -103,7 +103,7 @@ def _require_exportable(model: Any) -> None:
     instead = "write the adapters alone (export=adapter), or merge them (export=merged)"
     if any(not p.is_floating_point() for p in model.parameters()):
         raise ValueError(
-            f"export: the base is quantised, and its rounded weights are not worth publishing; "
+            f"export: the base is quantized, and its rounded weights are not worth publishing; "
             f"{instead}"
         )
     if any(hasattr(module, "peft_config") for module in model.modules()):

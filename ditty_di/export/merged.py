@@ -1,4 +1,4 @@
-"""Export adapters merged into their unquantised base, and measure how much that changes logits."""
+"""Export adapters merged into their unquantized base, and measure how much that changes logits."""
 
 # No `from __future__ import annotations`: see `ditty_di.export.base`.
 import copy
@@ -25,7 +25,8 @@ from ditty_di.io import is_first_rank
 from ditty_di.models.files import ModelFiles
 
 TEXTS = (
-    "The quick brown fox jumps over the lazy dog, and nobody knows why it would want to.",
+    "The quick brown fox jumps over the lazy dog, "
+    "and nobody knows why it would want to.",  # codespell:ignore nobody
     "def add(a, b):\n    return a + b\n\nprint(add(2, 3))  # 5",
     "Question: What is the capital of France?\nAnswer: Paris, which lies on the Seine.",
     "In 1905 he published four papers; the third one introduced what is now called relativity.",
@@ -36,13 +37,13 @@ TEXTS = (
 class MergedExport(Export):
     """Write a whole model: the published base with the adapters added to its weights.
 
-    The base is read again in `dtype`, not taken from the quantised values that training used:
+    The base is read again in `dtype`, not taken from the quantized values that training used:
     merging into those would round twice. peft merges in float32 on the CPU (4 bytes a parameter),
     and the result is rounded to `dtype` once. Rank 0 merges.
 
     The differences of the logits are printed, and written to `export.json` and the card: against
     `unmerged`, the adapters on the same base, and against `training`, the model as it was trained,
-    whose base may have been quantised.
+    whose base may have been quantized.
 
     Args:
         tokenizer: see `Export`.

@@ -104,7 +104,7 @@ class FSDPConfig:
     Args:
         enabled: True is FSDP2 over all ranks, False is DDP: a whole copy on each.
         transformer_layers: classes of the repeated blocks, which are sharded, recomputed and
-            compiled one by one, with their neighbours in the same list. Empty: the blocks are the
+            compiled one by one, with their neighbors in the same list. Empty: the blocks are the
             `ModuleList` with the most parameters.
         param_dtype: what FSDP2 computes in; None is what the pipeline says (`fp16=`,
             `use_bfloat16=`). The optimizer keeps the parameters' own dtype.

@@ -207,7 +207,7 @@ class Pipeline:
         """Train, export, and return the model.
 
         Under FSDP2 the model is sharded, and can be used afterwards only if `torch.distributed` was
-        initialised (or a `Runtime` made) before; `export/` has it whole.
+        initialized (or a `Runtime` made) before; `export/` has it whole.
 
         Raises:
             ValueError, CheckpointError, HubError: components that do not fit, before the first

@@ -84,7 +84,7 @@ class Isolation:
         ):
             self._measure(batch)
             if self.agree(self._coupling > 0):
-                # Quantisation by the scale of a whole tensor (float8) couples all tokens, which
+                # Quantization by the scale of a whole tensor (float8) couples all tokens, which
                 # would hide documents that see each other.
                 stack.enter_context(_high_precision_linears(self.module))
                 self._measure(batch)
@@ -299,7 +299,7 @@ def _eager() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _high_precision_linears(module: nn.Module) -> Iterator[None]:
-    """Let linear layers that quantise a floating weight multiply by the weight as it is."""
+    """Let linear layers that quantize a floating weight multiply by the weight as it is."""
     changed = [
         part
         for part in module.modules()

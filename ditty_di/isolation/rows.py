@@ -214,7 +214,7 @@ def _called(model: nn.Module, inputs: dict[str, Any]) -> Any:
 
 
 def _random_values(model: nn.Module) -> nn.Module:
-    """Return a copy on the CPU of a model on meta, initialised as its library does."""
+    """Return a copy on the CPU of a model on meta, initialized as its library does."""
     model = copy.deepcopy(model)
     materialize(model, torch.device("cpu"))
     init = hugging_face if transformers_model(model)[1] is not None else torch_reset

@@ -10,7 +10,7 @@ from ditty_di.launch.warm import TARGETS
 
 _ALWAYS = ("ditty_di.cli.composing", "ditty_di.cli.job", "ditty_di.launch.worker")
 
-# Counting GPUs must not initialise CUDA here: a forked process could not use it any more.
+# Counting GPUs must not initialize CUDA here: a forked process could not use it any more.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 quiet_imports()
 for _module in _ALWAYS:

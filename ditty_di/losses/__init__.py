@@ -1,4 +1,4 @@
-"""Losses that are normalised by the number of valid elements of a whole optimizer step."""
+"""Losses that are normalized by the number of valid elements of a whole optimizer step."""
 
 from ditty_di.losses.base import Loss
 from ditty_di.losses.calculator import LossCalculator, LossOutput

@@ -1,4 +1,4 @@
-"""Base class of losses that are normalised over a whole optimizer step."""
+"""Base class of losses that are normalized over a whole optimizer step."""
 
 from __future__ import annotations
 

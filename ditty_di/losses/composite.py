@@ -1,4 +1,4 @@
-"""A weighted sum of losses, each normalised by its own count."""
+"""A weighted sum of losses, each normalized by its own count."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Head:
 
     Args:
         model: the language model.
-        projection: its output projection, called as a module with adapters, bias and quantisation.
+        projection: its output projection, called as a module with adapters, bias and quantization.
         steps: operations on the logits after the projection.
         autocast: makes the autocast context of the forward pass.
     """

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ditty_di.batch import Batch
 from ditty_di.losses.deferred import DeferredOutput, Head
-from ditty_di.losses.linear_cross_entropy import LinearCrossEntropyLoss, labelled
+from ditty_di.losses.linear_cross_entropy import LinearCrossEntropyLoss, labeled
 
 
 class LigerLinearCrossEntropyLoss(LinearCrossEntropyLoss):
@@ -58,7 +58,7 @@ class LigerLinearCrossEntropyLoss(LinearCrossEntropyLoss):
             ValueError: the projection is not a plain linear layer, or the model changes its logits
                 in a way that the kernel does not support.
         """
-        hidden, labels, head = labelled(self, output, batch.target, self.ignore_index)
+        hidden, labels, head = labeled(self, output, batch.target, self.ignore_index)
         weight, bias = plain_linear(head.projection)
         scale, softcap = scale_and_softcap(head)
         if scale != 1.0:
@@ -82,7 +82,7 @@ def plain_linear(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
         projection: the output projection.
 
     Raises:
-        ValueError: it has adapters, or a quantised weight.
+        ValueError: it has adapters, or a quantized weight.
     """
     tensors = {**dict(projection.named_parameters()), **dict(projection.named_buffers())}
     weight, bias = tensors.pop("weight", None), tensors.pop("bias", None)
@@ -90,7 +90,7 @@ def plain_linear(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"loss: Liger needs a plain linear layer as output projection, but the model has a "
             f"{type(projection).__name__} with {', '.join(tensors) or 'no weight'}; use "
-            f"loss=chunked, or leave the projection out of the adapter and of quantisation"
+            f"loss=chunked, or leave the projection out of the adapter and of quantization"
         )
     return weight, bias
 

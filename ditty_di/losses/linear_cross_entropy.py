@@ -55,7 +55,7 @@ class LinearCrossEntropyLoss(Loss):
         Raises:
             TypeError: the model returns logits.
         """
-        hidden, labels, head = labelled(self, output, batch.target, self.ignore_index)
+        hidden, labels, head = labeled(self, output, batch.target, self.ignore_index)
         chunks = zip(hidden.split(self.chunk_tokens), labels.split(self.chunk_tokens), strict=True)
         total = torch.stack(
             [checkpoint(self._summed, head, h, y, use_reentrant=False) for h, y in chunks]
@@ -67,7 +67,7 @@ class LinearCrossEntropyLoss(Loss):
         return F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
 
 
-def labelled(
+def labeled(
     loss_fn: Loss, output: Any, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Head]:
     """Return the tokens that have a valid label, and the gathered head.

@@ -56,7 +56,7 @@ class PlainLoss(Loss):
         self._sums = reduction == "sum"
         if reduction == "none":
             raise ValueError(
-                f"loss_fn: {name} has reduction='none', which gives no single number to minimise; "
+                f"loss_fn: {name} has reduction='none', which gives no single number to minimize; "
                 f"give reduction='mean'"
             )
         self._ignored = ignored if isinstance(ignored, int) and not self._sums else None

@@ -29,6 +29,10 @@ validator: the validation loader yielded other data than the first time ({first}
 {now}). A validation loss can only be compared with earlier ones on the same batches; give the \
 validator a loader that starts over with each iteration (no shuffling)."""
 
+ENDLESS = """\
+validator: its loader repeats the data without an end (epochs=None); give the loader epochs=1, or \
+the validator max_batches"""
+
 
 class Validator:
     """Compute the loss on held-out data.
@@ -102,7 +106,8 @@ class Validator:
         Random numbers and the loader's position are restored.
 
         Raises:
-            ValueError: no batch on any rank. Loader, preprocessors and loss raise what they raise.
+            ValueError: no batch on any rank, or a loader without an end. Loader, preprocessors and
+                loss raise what they raise.
         """
         loader = self.dataloader
         if not callable(loader) and self._start is None and iter(loader) is loader:
@@ -160,6 +165,8 @@ class Validator:
             loader = loader(dp_rank=self.runtime.dp_rank, dp_world_size=self.runtime.dp_world_size)
         elif self._start is not None:
             loader.load_state_dict(copy.deepcopy(self._start))
+        if self.max_batches is None and getattr(loader, "endless", False):
+            raise ValueError(ENDLESS)
         for loaded in islice(iter(loader), self.max_batches):
             batch = Batch.of(loaded)
             prepared = self.prepare(batch)

@@ -193,7 +193,7 @@ def _explained(path: str, revision: str | None) -> Iterator[None]:
         yield
     except errors.GatedRepoError:
         raise PermissionError(
-            f"{path} is gated: accept its licence at {hub}/{path}, then set HF_TOKEN or run "
+            f"{path} is gated: accept its license at {hub}/{path}, then set HF_TOKEN or run "
             f"`hf auth login`"
         ) from None
     except errors.RepositoryNotFoundError:

@@ -129,7 +129,7 @@ def builders(
     ) -> nn.Module:
         """Build the model of a folder or hub id on the meta device.
 
-        Its `default_weights` read the values of the same folder or hub id, and initialise
+        Its `default_weights` read the values of the same folder or hub id, and initialize
         adapters (`ditty_di.adapters.initialize`).
 
         Args:
@@ -148,9 +148,9 @@ def builders(
 
         Raises:
             FileNotFoundError: no such folder, model or revision, or no `config.json`.
-            PermissionError: a gated model whose licence was not accepted.
+            PermissionError: a gated model whose license was not accepted.
             ConnectionError: the hub cannot be reached and its cache lacks the model.
-            ValueError: the weights are quantised already, or a file is damaged.
+            ValueError: the weights are quantized already, or a file is damaged.
         """
         files = ModelFiles(path, revision)
         return _build(
@@ -186,10 +186,9 @@ def _build(
 ) -> nn.Module:
     """Return the model on meta, changed by the transforms in their order.
 
-    Args:
-        special_tokens: ids to take from the tokenizer where the configuration has none.
-        files: of a pretrained model, which may untie weights and say how the model generates.
-        attributes: set on the model. Those that a transform changes keep the changed value.
+    `special_tokens` are taken from the tokenizer where the configuration has none. The files of a
+    pretrained model may untie weights, and say how the model generates. Attributes are set on the
+    model; one that a transform changes keeps the changed value.
     """
     _validate(dtype=dtype, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)
     config = copy.deepcopy(config)
@@ -249,7 +248,7 @@ def _read_config(files: ModelFiles, changes: Mapping[str, Any]) -> PretrainedCon
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `ModelFiles`.
-        ValueError: the weights are quantised already.
+        ValueError: the weights are quantized already.
     """
     folder = files.config().parent
     config = AutoConfig.from_pretrained(folder, **changes)
@@ -259,7 +258,7 @@ def _read_config(files: ModelFiles, changes: Mapping[str, Any]) -> PretrainedCon
         config._commit_hash = folder.name
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"model: the weights of {files.path} are quantised already; give the model that they "
+            f"model: the weights of {files.path} are quantized already; give the model that they "
             f"were made from, and let `quantize` do it"
         )
     return config

@@ -1,4 +1,4 @@
-"""Fill a parallelised model from a pretrained one's files: each rank reads its own slices."""
+"""Fill a parallelized model from a pretrained one's files: each rank reads its own slices."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Pretrained:
     Every parameter is read by its name in the files (`ditty_di.names.base_fqn`), cast to its own
     dtype, and each rank reads only the slices that it holds. Tensors that transformers renames,
     merges or splits when it loads a model (`ditty_di.models.conversion`) are read likewise. A
-    module with `fill_from` computes its tensors (all but a `bias`) from what it reads: quantised
+    module with `fill_from` computes its tensors (all but a `bias`) from what it reads: quantized
     layers. What is not saved, such as rotary frequencies and Marian's sinusoidal positions, is
     computed by the `_init_weights` of the transformers model. The rows by which an embedding or
     head is larger than in the files become the mean of the old rows plus a little noise
@@ -50,7 +50,7 @@ class Pretrained:
     Args:
         path: a folder that `save_pretrained` wrote, or the hub's `user/name`.
         revision: branch, tag or commit on the hub; None is its main branch.
-        missing: initialises what the files do not have, such as adapters. None raises instead.
+        missing: initializes what the files do not have, such as adapters. None raises instead.
         seed: of the noise in new rows; None is the run's seed (`ditty_di.seed`).
     """
 
@@ -86,7 +86,7 @@ class Pretrained:
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: see `ModelFiles`.
             ValueError: a damaged file, a tensor of another shape there, one that the files lack,
-                two different tensors for weights that the model ties, or a quantised layer whose
+                two different tensors for weights that the model ties, or a quantized layer whose
                 shards are not what one process would have.
         """
         seed = run_seed() if self.seed is None else self.seed
@@ -193,7 +193,7 @@ class _Source:
 
 
 def _init_unsaved(model: nn.Module, source: _Source) -> None:
-    """Run the model's own initialisation of what the files do not have and need not have.
+    """Run the model's own initialization of what the files do not have and need not have.
 
     That is done by the module that owns such a tensor, or by one around it.
     """

@@ -1,4 +1,4 @@
-"""torchtitan's Llama 3, built on meta from a few numbers instead of a named flavour."""
+"""torchtitan's Llama 3, built on meta from a few numbers instead of a named flavor."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def llama3(
     rope_theta: float = 10000.0,
     inner_attention: Any = None,
 ) -> Llama3Model:
-    """Build a Llama 3 of torchtitan, whose `default_weights` run its own initialisers.
+    """Build a Llama 3 of torchtitan, whose `default_weights` run its own initializers.
 
     The standard deviations are torchtitan's (`models/llama3/__init__.py`): 0.02 for input
     projections, 0.02 / sqrt(2 * (layer + 1)) for output projections, 1 / sqrt(dim) for the head.
@@ -104,5 +104,5 @@ llama3.contract = CONTRACT  # type: ignore[attr-defined]
 
 
 def _normal(std: float) -> dict[str, Any]:
-    """Return initialisers for a normal distribution cut at three standard deviations."""
+    """Return initializers for a normal distribution cut at three standard deviations."""
     return {"weight": partial(nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)}

@@ -1,6 +1,6 @@
-"""Fill a parallelised model with random numbers: the same values on any layout.
+"""Fill a parallelized model with random numbers: the same values on any layout.
 
-The model's tensors are allocated and uninitialised: `materialize` fills them with NaN (integers
+The model's tensors are allocated and uninitialized: `materialize` fills them with NaN (integers
 with their smallest value), so that a tensor which was never set is found before the first step,
 not in the loss. Bytes have no such value, but packed ones have their scales beside them.
 `ditty_di.models.pretrained` reads files.
@@ -23,7 +23,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ditty_di.names import base_fqn, canonical_fqn
 from ditty_di.seed import run_seed
 
-#: Initialises one module.
+#: Initializes one module.
 InitModule = Callable[[nn.Module], None]
 
 
@@ -90,11 +90,11 @@ def _is_unset(tensor: Tensor) -> bool:
     return all(bool((piece == value).all()) for piece in pieces)
 
 
-# -- initialisers of one module, by library -------------------------------------------------------
+# -- initializers of one module, by library -------------------------------------------------------
 
 
 def torch_reset(model: nn.Module) -> InitModule:
-    """Return PyTorch's initialiser: a module's own `reset_parameters()`."""
+    """Return PyTorch's initializer: a module's own `reset_parameters()`."""
 
     def init(module: nn.Module) -> None:
         reset = getattr(module, "reset_parameters", None)
@@ -105,9 +105,9 @@ def torch_reset(model: nn.Module) -> InitModule:
 
 
 def hugging_face(model: nn.Module) -> InitModule:
-    """Return transformers' initialiser: the model's `_init_weights(module)`, buffers included.
+    """Return transformers' initializer: the model's `_init_weights(module)`, buffers included.
 
-    A quantised layer draws its own random values. What `_init_weights` leaves unset gets the value
+    A quantized layer draws its own random values. What `_init_weights` leaves unset gets the value
     of the model's constructor; for the few models that have such tensors, each rank constructs the
     whole model on the CPU.
 
@@ -189,7 +189,7 @@ def transformers_model(model: nn.Module) -> tuple[str, Any]:
 
 
 def torchtitan(model: nn.Module) -> InitModule:
-    """Return torchtitan's initialiser: each module's own `param_init`, then its buffers."""
+    """Return torchtitan's initializer: each module's own `param_init`, then its buffers."""
 
     def init(module: nn.Module) -> None:
         titan: Any = module
@@ -211,17 +211,17 @@ def initialize(
     seed: int | None = None,
     init: Callable[[nn.Module], InitModule] = torch_reset,
 ) -> None:
-    """Initialise from random numbers that depend on the seed and each module's name only.
+    """Initialize from random numbers that depend on the seed and each module's name only.
 
     Unit by unit (a repeated block, an embedding, ...), the unsharded tensors are allocated,
-    initialised module by module with a generator seeded by (seed, name), and this rank's slices
+    initialized module by module with a generator seeded by (seed, name), and this rank's slices
     are copied: any layout gives the same model, and no rank holds more than one unsharded unit.
 
     Args:
         model: allocated by `materialize`.
         device: of the model.
         seed: of all values; None is the run's seed (`ditty_di.seed`).
-        init: returns the initialiser of one module for the model. It is called for children
+        init: returns the initializer of one module for the model. It is called for children
             before their parents, as by `nn.Module.apply`.
     """
     seed = run_seed() if seed is None else seed
@@ -251,7 +251,7 @@ def _units(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, b
 
 
 def _init_child(parent: nn.Module, child: nn.Module, init_module: InitModule) -> None:
-    """Apply what a parent's initialisation writes into a child, as T5's does to its embedding.
+    """Apply what a parent's initialization writes into a child, as T5's does to its embedding.
 
     The child's own parameters are unsharded for it, one child after another, and everything else
     is on meta: so the values do not depend on the sharding.

@@ -146,7 +146,7 @@ def _require_all_sharded_or_none(named: list[tuple[str, nn.Parameter]]) -> None:
         raise ValueError(
             f"optimizer: {len(plain)} trainable parameters are plain tensors ({plain[:3]}), while "
             f"{sharded!r} and others are sharded: gradients of plain ones are not summed over the "
-            f"ranks, and cannot be clipped together; parallelise the whole model (fully_shard the "
+            f"ranks, and cannot be clipped together; parallelize the whole model (fully_shard the "
             f"outermost module last), or freeze them"
         )
 

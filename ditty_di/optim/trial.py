@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 def complaints(optimizer: Any, prefix: str = "", /, **more: Any) -> list[str]:
     """Return the errors that an optimizer's constructor raises for the arguments of its view.
 
-    The optimizer is given one matrix to optimise, which finds a rate below 0 or betas above 1.
+    The optimizer is given one matrix to optimize, which finds a rate below 0 or betas above 1.
 
     Args:
         optimizer: a view (`ditty_di.config.View`) of an optimizer class.

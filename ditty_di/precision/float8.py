@@ -30,7 +30,7 @@ def torchao(
     Weights stay in their dtype; they, the inputs and the gradients are scaled and rounded to
     float8 for each product (arXiv 2209.05433). The base layers of a LoRA model are converted, its
     adapters not; torchao then also computes the base's gradients, which are not used, so that the
-    speedup is smaller than with full fine-tuning. Layers of a quantised base are left alone.
+    speedup is smaller than with full fine-tuning. Layers of a quantized base are left alone.
 
     Args:
         model: any module with linear layers.

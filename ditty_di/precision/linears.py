@@ -16,7 +16,7 @@ MULTIPLE = 16
 def replaceable(model: nn.Module, *, skip: Sequence[str]) -> list[tuple[str, nn.Linear]]:
     """Return (name, module) of the plain linear layers with both sides divisible by 16.
 
-    Plain: `nn.Linear` itself, for a subclass (a quantised layer, another library's) computes in its
+    Plain: `nn.Linear` itself, for a subclass (a quantized layer, another library's) computes in its
     own way. The small layers of an adapter beside a `base_layer` (peft's LoRA) stay as they are.
 
     Args:
@@ -45,7 +45,7 @@ def replaceable(model: nn.Module, *, skip: Sequence[str]) -> list[tuple[str, nn.
         raise ValueError(
             f"precision: none of the model's {len(linears)} plain linear layers can be float8: "
             f"both sides must be multiples of {MULTIPLE}, and skip={list(skip)} leaves some out "
-            f"(layers of a quantised base are never converted); use precision=bf16"
+            f"(layers of a quantized base are never converted); use precision=bf16"
         )
     log.info(
         "float8: %d linear layers; in the model's own precision: %s",

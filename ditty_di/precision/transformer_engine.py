@@ -29,7 +29,7 @@ def convert(
 
     The model's forward runs within `transformer_engine.pytorch.autocast(recipe=...)`, validation
     included. Values come from a pretrained model, or from weights=torch: transformers' own
-    initialisation does not know these layers.
+    initialization does not know these layers.
 
     Args:
         model: any module with linear layers.

@@ -1,6 +1,6 @@
 """Transforms that replace a model's linear layers by frozen ones of 4 or 8 bits.
 
-Each takes a model on the meta device, whose values are quantised while they are read
+Each takes a model on the meta device, whose values are quantized while they are read
 (`ditty_di.models.pretrained.Pretrained`), or a model with values. The other parameters stay
 unchanged; an adapter freezes them.
 """
@@ -49,15 +49,15 @@ def nf4(
         ValueError: the model has no linear layer outside `skip`.
     """
     make = partial(NF4Linear, block_size=block_size, double_quant=double_quant, kernels=kernels)
-    quantised = _replace(model, skip, make)
-    dtype = next(m.dtype for m in quantised.modules() if isinstance(m, NF4Linear))
+    quantized = _replace(model, skip, make)
+    dtype = next(m.dtype for m in quantized.modules() if isinstance(m, NF4Linear))
     if not double_quant and dtype != torch.bfloat16:
         log.info(
             "the scales of NF4's blocks are bfloat16: those of %s weights are rounded, by 0.15 %% "
             "on average; with model.dtype=bfloat16 they are exact",
             dtype_name(dtype),
         )
-    return quantised
+    return quantized
 
 
 def int8(model: nn.Module, /, *, skip: Sequence[str] = ("lm_head",)) -> nn.Module:
@@ -114,7 +114,7 @@ def bitsandbytes_int8(
 
 
 def _replace(model: nn.Module, skip: Sequence[str], make: Callable[..., Any]) -> nn.Module:
-    """Replace each linear layer by what `make` returns, quantised if the layer has values."""
+    """Replace each linear layer by what `make` returns, quantized if the layer has values."""
     found = [
         (path, module)
         for path, module in model.named_modules()
@@ -123,16 +123,16 @@ def _replace(model: nn.Module, skip: Sequence[str], make: Callable[..., Any]) ->
     ]
     if not found:
         raise ValueError(
-            f"quantize: {type(model).__name__} has no torch.nn.Linear to quantise outside "
+            f"quantize: {type(model).__name__} has no torch.nn.Linear to quantize outside "
             f"skip={list(skip)}"
         )
     rest, fused = left_out(model, [linear.weight for _, linear in found])
     text = f"; left out: {rest}" if rest else ""
     if fused:
         text += f"; {' and '.join(fused)} hold several matrices in one parameter, which is not "
-        text += "quantised"
+        text += "quantized"
     level = logging.WARNING if fused else logging.INFO
-    log.log(level, "quantised %d linear layers, skipped %s%s", len(found), list(skip), text)
+    log.log(level, "quantized %d linear layers, skipped %s%s", len(found), list(skip), text)
     for path, linear in found:
         layer = make(
             linear.in_features,

@@ -16,14 +16,14 @@ class _Filled:
     """Mixin of layers of bitsandbytes that make their weight from a pretrained one."""
 
     def fill_from(self, read: Read) -> None:
-        """Read and quantise the pretrained `weight`."""
+        """Read and quantize the pretrained `weight`."""
         layer: Any = self
         if isinstance(layer.weight, DTensor):
             raise ValueError(
                 "bitsandbytes' layers cannot be sharded; use quantize=nf4 or quantize=int8, or one "
                 "process (launcher.nproc=1)"
             )
-        # In the model's dtype, as transformers quantises it: what is dequantised has it then.
+        # In the model's dtype, as transformers quantizes it: what is dequantized has it then.
         weight = read("weight", None).to(layer.dtype)
         require_shape(layer, weight)
         layer.weight = layer.quantized(weight, layer.weight.device)
@@ -77,7 +77,7 @@ class Linear4bit(_Filled, bnb.nn.Linear4bit):
         self.weight = self._parameter(packed, bnb_quantized=True)
 
     def quantized(self, weight: Tensor, device: torch.device) -> nn.Parameter:
-        """Return a weight as a parameter on a device; it quantises itself on the way."""
+        """Return a weight as a parameter on a device; it quantizes itself on the way."""
         return self._parameter(weight, bnb_quantized=False).to(device)
 
     def dequantize(self) -> Tensor:
@@ -120,7 +120,7 @@ class Linear8bit(_Filled, bnb.nn.Linear8bitLt):
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def quantized(self, weight: Tensor, device: torch.device) -> nn.Parameter:
-        """Return a weight as a parameter on a device; it is quantised on its way from the CPU."""
+        """Return a weight as a parameter on a device; it is quantized on its way from the CPU."""
         parameter: Any = bnb.nn.Int8Params(
             weight.cpu(), requires_grad=False, has_fp16_weights=False
         )

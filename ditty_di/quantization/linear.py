@@ -23,7 +23,7 @@ Read = Callable[[str, Any], Tensor]
 #: `(dtype, in_features, *packed) -> [rows, in_features]`
 Decoder = Callable[..., Tensor]
 
-#: Weights that are quantised at a time: float32 copies of them are what a load needs beside the
+#: Weights that are quantized at a time: float32 copies of them are what a load needs beside the
 #: packed tensors. Fewer on a CPU, where larger pieces gain little.
 _CPU_PIECE, _PIECE = 1 << 18, 1 << 24
 
@@ -61,7 +61,7 @@ class QuantizedLinear(nn.Module):
         self.allocate(device, **options)
 
     def allocate(self, device: torch.device | str | None) -> None:
-        """Create the packed tensors, uninitialised."""
+        """Create the packed tensors, uninitialized."""
         raise NotImplementedError
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantised weight, computed each time: for code that looks at its dtype."""
+        """The dequantized weight, computed each time: for code that looks at its dtype."""
         return self.dequantize()
 
     def dequantize(self) -> Tensor:
@@ -94,7 +94,7 @@ class QuantizedLinear(nn.Module):
         return _Product.apply(x, self.bias, self.decoder(x.device), *self.packed())
 
     def fill_from(self, read: Read) -> None:
-        """Read and quantise the rows that this rank holds, piece by piece.
+        """Read and quantize the rows that this rank holds, piece by piece.
 
         Args:
             read: reads the pretrained `weight`.
@@ -109,7 +109,7 @@ class QuantizedLinear(nn.Module):
                 isinstance(p, Shard) and p.dim != 0 for p in parameter.placements
             ):
                 raise ValueError(
-                    f"a quantised layer can be sharded by rows only, not as {parameter.placements}"
+                    f"a quantized layer can be sharded by rows only, not as {parameter.placements}"
                 )
         rows, device = slices(self.qweight)[0], local(self.qweight).device
         step = max(1, (_CPU_PIECE if device.type == "cpu" else _PIECE) // self.in_features)
@@ -137,7 +137,7 @@ class QuantizedLinear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def verify_shards(self, read: Read) -> None:
-        """Gather the sharded weight and compare it with one quantised whole: a collective call.
+        """Gather the sharded weight and compare it with one quantized whole: a collective call.
 
         Args:
             read: reads the pretrained `weight`.
@@ -157,7 +157,7 @@ class QuantizedLinear(nn.Module):
         if not torch.equal(whole.dequantize(), gathered.dequantize()):
             raise RuntimeError(
                 f"the sharded {type(self).__name__} [{self.out_features}, {self.in_features}] "
-                f"does not hold the weight that one process quantises from the same file: the "
+                f"does not hold the weight that one process quantizes from the same file: the "
                 f"layout and the packed tensors do not fit each other"
             )
 
@@ -207,7 +207,7 @@ def require_shape(layer: Any, weight: Tensor) -> None:
 def frozen(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None
 ) -> nn.Parameter:
-    """Return an uninitialised parameter without gradient: sharded and saved as any other."""
+    """Return an uninitialized parameter without gradient: sharded and saved as any other."""
     return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device), requires_grad=False)
 
 

@@ -1,7 +1,7 @@
 """NormalFloat4: 4-bit codes in blocks, as in QLoRA (https://arxiv.org/abs/2305.14314, section 3).
 
 The packed bytes are those of bitsandbytes' `nf4`. Blocks never cross rows, so that any rank can
-quantise its own rows. A row that is not a multiple of the block is padded with zeros.
+quantize its own rows. A row that is not a multiple of the block is padded with zeros.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _bounds(device: torch.device) -> Tensor:
 
 
 def quantize(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Quantise a weight in blocks.
+    """Quantize a weight in blocks.
 
     Args:
         weight: `[out, in]`, of any dtype.
@@ -104,7 +104,7 @@ def decode(
         in_features: size of the input.
         qweight: `[out, blocks * block_size / 2]` uint8.
         scale: `[out, blocks]`.
-        row_scale: `[out, 1]` of double quantisation, or None.
+        row_scale: `[out, 1]` of double quantization, or None.
         pairs: see `pairs`.
     """
     scales = _scales(scale, row_scale)
@@ -190,7 +190,7 @@ def same_on_cpu() -> bool:
 class NF4Linear(QuantizedLinear):
     """4 bits a weight: `qweight` uint8 `[out, in / 2]`, `scale` bfloat16 `[out, in / block_size]`.
 
-    The weight is cast to `dtype` before it is quantised. With bfloat16 the scales, which are the
+    The weight is cast to `dtype` before it is quantized. With bfloat16 the scales, which are the
     blocks' largest values, are exact; those of other dtypes are rounded by up to 1/512.
 
     Args:
@@ -235,7 +235,7 @@ class NF4Linear(QuantizedLinear):
         double_quant: bool,
         kernels: str,
     ) -> None:
-        """Create `qweight`, `scale` and, if the scales are quantised too, `row_scale`."""
+        """Create `qweight`, `scale` and, if the scales are quantized too, `row_scale`."""
         if block_size < 2 or block_size % 2:
             raise ValueError(f"quantize: block_size={block_size} must be even, such as 64")
         self.block_size, self.double_quant = block_size, double_quant

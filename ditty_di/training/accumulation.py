@@ -11,8 +11,8 @@ from torchtitan.components.dataloader import DataloaderExhaustedError
 
 from ditty_di.batch import Batch
 from ditty_di.protocols import Loss
-from ditty_di.rescue import RankFailedError
 from ditty_di.runtime import Runtime
+from ditty_di.training.rescue import RankFailedError
 
 
 class GradientAccumulation:

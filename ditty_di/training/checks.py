@@ -76,19 +76,6 @@ def try_first_validation(validator: Any, modules: Iterable[Any]) -> None:
             try_batch()
 
 
-def require_space(checkpointer: Any) -> None:
-    """Call the checkpointer's `require_space`, if it has one.
-
-    Args:
-        checkpointer: the trainer's, or None.
-
-    Raises:
-        CheckpointError: there is no disk space for a checkpoint.
-    """
-    if require := getattr(checkpointer, "require_space", None):
-        require()
-
-
 def known_arguments(init: Callable[P, None]) -> Callable[P, None]:
     """Make a constructor suggest a parameter for a misspelled argument, as `task=check` does.
 

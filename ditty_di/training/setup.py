@@ -117,7 +117,7 @@ def setup_model(
     elif runtime.dp_world_size > 1:
         raise ValueError(
             f"parallelize_fn: {runtime.dp_world_size} data-parallel ranks need a function that "
-            f"synchronises gradients, such as ditty_di.parallelize.data_parallel.shard"
+            f"synchronizes gradients, such as ditty_di.parallelize.data_parallel.shard"
         )
     else:
         parts = ModelParts([model])

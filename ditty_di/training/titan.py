@@ -113,5 +113,5 @@ class TitanTrainer(torchtitan.trainer.Trainer):
         raise NotImplementedError("call forward_backward_step, which runs the pipeline schedule")
 
     def init_distributed(self) -> NoReturn:
-        """Raise NotImplementedError: a `Runtime` initialises the process group."""
+        """Raise NotImplementedError: a `Runtime` initializes the process group."""
         raise NotImplementedError("pass runtime=ditty_di.Runtime(...), which sets up the ranks")

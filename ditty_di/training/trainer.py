@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -32,16 +31,13 @@ from ditty_di.optim.container import Optimizers, Schedulers
 from ditty_di.parallelize.pipeline import SyncedPPRNG
 from ditty_di.precision.casting import release_copies
 from ditty_di.processors import PostProcessor, PreProcessor, Processors
-from ditty_di.rescue import Rescue, StepBoundary
 from ditty_di.runtime import Runtime
 from ditty_di.training import checks, setup
 from ditty_di.training.accumulation import GradientAccumulation
 from ditty_di.training.gradients import LossParameters
-from ditty_di.training.non_finite import (
-    NonFiniteGuard,
-    non_finite_parameters,
-    require_finite_parameters,
-)
+from ditty_di.training.non_finite import NonFiniteGuard
+from ditty_di.training.rescue import StepBoundary
+from ditty_di.training.saving import Saving
 from ditty_di.training.step import TrainStep
 from ditty_di.training.titan import TitanTrainer
 
@@ -150,7 +146,7 @@ class Trainer(TitanTrainer):
             training=SimpleNamespace(steps=steps, disable_cuda_graphs=True)
         )
         self.gc_every, self.profiler = gc_every, profiler
-        self.step = self.saved_step = self.ntokens_seen = 0
+        self.step = self.ntokens_seen = 0
         self.objective: float | None = None
         self.objective_step: int | None = None
         self.last_loss: float | None = None
@@ -181,7 +177,6 @@ class Trainer(TitanTrainer):
         self.model_parts = self.parts.modules
         around_model = (loss_fn, *self.processors.preprocessors, *self.processors.postprocessors)
         self._around_model = around_model
-        self._trained = (*self.model_parts, loss_fn)
 
         # -- optimizer
         self.loss_parameters = LossParameters(loss_fn, self.model_parts, runtime)
@@ -227,8 +222,6 @@ class Trainer(TitanTrainer):
         self.metrics_processor = metrics or Metrics()
 
         # -- checkpoints, and the last complete step when an exception ends the training
-        if checkpointer:
-            setup.require_state(self.dataloader)
         states: dict[str, Any] = {"train_state": self, "windows": self.accumulation}
         modules = (*self.model_parts, *around_model)
         self.boundary = StepBoundary(
@@ -237,23 +230,26 @@ class Trainer(TitanTrainer):
             modules=[module for module in modules if isinstance(module, nn.Module)],
             device=self.device,
         )
-        self.rescue = Rescue(
-            self.boundary,
-            progress=self,
-            save=self._save_at_failure if checkpointer else None,
-            unfit=partial(non_finite_parameters, self._trained),
-            rank=runtime.rank,
-        )
-        self.checkpointer = checkpointer and setup.setup_checkpointer(
-            checkpointer,
-            model_parts=self.model_parts,
-            weights=weights,
-            loss_fn=loss_fn,
-            optimizer=self.optimizer,
-            lr_scheduler=self.lr_schedulers.scheduler,
-            dataloader=self.boundary.position,
-            grad_scaler=self.grad_scaler,
-            others={**states, **self.callbacks.states(), **self.processors.states()},
+        self.checkpointer: protocols.Checkpointer | None = None
+        if checkpointer:
+            setup.require_state(self.dataloader)
+            self.checkpointer = setup.setup_checkpointer(
+                checkpointer,
+                model_parts=self.model_parts,
+                weights=weights,
+                loss_fn=loss_fn,
+                optimizer=self.optimizer,
+                lr_scheduler=self.lr_schedulers.scheduler,
+                dataloader=self.boundary.position,
+                grad_scaler=self.grad_scaler,
+                others={**states, **self.callbacks.states(), **self.processors.states()},
+            )
+        self.saving = Saving(
+            self.checkpointer,
+            boundary=self.boundary,
+            position=self,
+            trained=(*self.model_parts, loss_fn),
+            runtime=runtime,
         )
 
         # -- validation
@@ -301,7 +297,7 @@ class Trainer(TitanTrainer):
                 restored()
             if self.should_continue_training():  # fail now rather than after the first steps
                 checks.try_first_validation(self.validator, self._around_model)
-                checks.require_space(self.checkpointer)
+                self.saving.require_space()
             self.metrics_processor.start(
                 model_parts=self.model_parts,
                 total_steps=self.config.training.steps,
@@ -314,8 +310,7 @@ class Trainer(TitanTrainer):
             if self.stopped or exhausted:
                 log.warning("ended after step %d: %s", self.step, self.stopped or "no more data")
             self._save(force=True)
-            if self.checkpointer:
-                self.checkpointer.maybe_wait_for_staging()  # a callback may change the weights
+            self.saving.wait_for_staging()  # a callback may change the weights
             self.callbacks.call("on_train_end", self)
         except BaseException as error:
             if not hasattr(error, "training_step"):  # for `ditty_di.launch.failure`
@@ -409,7 +404,7 @@ class Trainer(TitanTrainer):
     def close(self) -> None:
         """Wait for the checkpoint being written, and close the loggers."""
         super().close()
-        self.rescue.close()
+        self.saving.close()
 
     def _run_rescued(self, profiler: Any) -> bool:
         """Run the steps; save the last complete one after an exception."""
@@ -419,7 +414,7 @@ class Trainer(TitanTrainer):
         except CheckpointError:
             raise  # saving is what failed
         except Exception as error:
-            if (cause := self.rescue.after(error)) is error:
+            if (cause := self.saving.after(error)) is error:
                 raise
             raise cause from None
         return exhausted
@@ -433,8 +428,7 @@ class Trainer(TitanTrainer):
         elif self.validator and self.objective_step != self.step == self.config.training.steps:
             self._validate(last=True)  # the run failed in this validation
         while self.should_continue_training() and not self.accumulation.stopping:
-            if self.checkpointer:
-                self.boundary.mark()
+            self.saving.mark()
             self.step += 1
             self.gc_handler.run(self.step)
             try:
@@ -452,16 +446,15 @@ class Trainer(TitanTrainer):
             if profiler:
                 profiler.step()
             if self.step == first:
-                # Lazy initialisation and compilation are over: a slower collective now hangs.
+                # Lazy initialization and compilation are over: a slower collective now hangs.
                 timeout = timedelta(seconds=self.runtime.train_timeout)
                 dist_utils.set_pg_timeouts(timeout, self.parallel_dims)
                 if self.should_continue_training():
-                    checks.require_space(self.checkpointer)  # the optimizer has its state now
+                    self.saving.require_space()  # the optimizer has its state now
         return False
 
     def _before_update(self) -> None:
-        if self.checkpointer:
-            self.checkpointer.maybe_wait_for_staging()
+        self.saving.wait_for_staging()
         self.boundary.updating("the parameters")
 
     def _skip_step(self, values: dict[str, float], num_valid_global: Tensor) -> None:
@@ -519,9 +512,8 @@ class Trainer(TitanTrainer):
 
     def _restore(self) -> None:
         steps, self._steps_before = self.config.training.steps, None
-        if not self.checkpointer or self.checkpointer.load() is None:
+        if not self.saving.load():
             return
-        self.saved_step = self.step
         if self.step > steps:
             log.warning(
                 "the checkpoint is at step %d, and steps=%d: nothing to do", self.step, steps
@@ -536,19 +528,6 @@ class Trainer(TitanTrainer):
             )
 
     def _save(self, *, force: bool = False) -> None:
-        if self.checkpointer:
-            with self.metrics_processor.pause():
-                due = force or not self.step % (getattr(self.checkpointer, "every", None) or 1)
-                if due and self.step > self.saved_step:
-                    require_finite_parameters(self.step, self._trained, self.runtime)
-                if self.checkpointer.save(self.step, force=force):
-                    self.saved_step = self.step
-                    self._call("on_save")
-
-    def _save_at_failure(self, group: Any) -> None:
-        checkpointer: Any = self.checkpointer
-        if group is not None and hasattr(checkpointer, "use_group"):
-            checkpointer.use_group(group)
-        if checkpointer.save(self.step, force=True):
-            self.saved_step = self.step
-        checkpointer.close()
+        with self.metrics_processor.pause():
+            if self.saving.save(force=force):
+                self._call("on_save")

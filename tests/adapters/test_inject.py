@@ -157,7 +157,7 @@ def test_adapters_are_added_once(base):
 @pytest.mark.parametrize("quantize", [quantization.nf4, quantization.bitsandbytes_nf4])
 def test_kinds_that_would_read_packed_bytes_as_weights(base, quantize):
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(ValueError, match=r"quantised|NF4Linear.* not supported"):
+    with pytest.raises(ValueError, match=r"quantized|NF4Linear.* not supported"):
         adapters.add(from_pretrained(base, quantize=quantize), config=peft.HRAConfig())
 
 

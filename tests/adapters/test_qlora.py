@@ -1,4 +1,4 @@
-"""Adapters on plain and quantised bases: one rank or two, resumed or not, train alike."""
+"""Adapters on plain and quantized bases: one rank or two, resumed or not, train alike."""
 
 import pytest
 import torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -12,13 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-#: Forks processes from a server that has imported what ranks and commands need. A test process has
-#: one server and one list of modules: who needs it takes it from here.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    ["tests.checkpoint.cases", "ditty_di.training.trainer", "ditty_di.launch.warm_imports"]
-)
+from tests.warm import context
 
 #: A folder in memory, where syncing files to disk costs no time; None where there is none.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -11,7 +11,7 @@ import ditty_di.cli
 import ditty_di.config
 import ditty_di.launch
 from ditty_di.cli.command import Command, parse, patched
-from ditty_di.cli.overrides import merge, normalise
+from ditty_di.cli.overrides import merge, normalize
 from ditty_di.config import ConfigError
 from ditty_di.launch.rundir import RunDirectory
 
@@ -41,11 +41,11 @@ def test_what_is_said_later_replaces_what_was_said_earlier() -> None:
     ],
 )
 def test_text_is_quoted_and_everything_else_is_left_to_hydra(typed: str, composed: str) -> None:
-    assert normalise([typed], sweep=False) == [composed]
+    assert normalize([typed], sweep=False) == [composed]
 
 
 def test_in_a_sweep_a_comma_means_a_choice() -> None:
-    assert normalise(["lr=1, 2"], sweep=True) == ["lr=1, 2"]
+    assert normalize(["lr=1, 2"], sweep=True) == ["lr=1, 2"]
 
 
 def test_options_may_stand_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

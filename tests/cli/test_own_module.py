@@ -1,13 +1,10 @@
 """A module, rows and a loss in a file of the working folder, trained by the skeleton experiment."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.toy import REPOSITORY
+from tests import warm
 
 MINE = """
 import torch
@@ -39,15 +36,7 @@ def folder(tmp_path_factory):
 
 
 def run(folder, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, "+experiment=module", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = warm.run(["-P", "-c", SCRIPT, "+experiment=module", *arguments], cwd=folder)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -2,12 +2,11 @@
 each command in a process forked from one that has imported torch."""
 
 import json
-import os
 import shutil
 
 import pytest
 
-from tests.checkpoint.ranks import context
+from tests import warm
 
 MINE = """
 import json
@@ -36,23 +35,10 @@ OPTIONS = [
 OPTIONS += ["lr_scheduler=linear", "validator=none"]
 
 
-def _command(folder, arguments):
-    os.chdir(folder)
-    with open("said.txt", "wb") as said:
-        for stream in (1, 2):
-            os.dup2(said.fileno(), stream)
-    from ditty_di.__main__ import main
-    from ditty_di.launch.worker import leave
-
-    leave(main(arguments))
-
-
 def ditty_di(folder, *arguments):
     """(exit code, standard output and error) of a command in a folder."""
-    process = context.Process(target=_command, args=(folder, arguments))
-    process.start()
-    process.join(300)
-    return process.exitcode, (folder / "said.txt").read_text()
+    done = warm.run(["-m", "ditty_di", *arguments], cwd=folder)
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from ditty_di.data import python_docs, text_files
 from ditty_di.data.corpus import _cut, split_documents
 
 
-def normalised(text):
+def normalized(text):
     return " ".join(text.split())
 
 
@@ -31,9 +31,9 @@ def test_python_docs_hold_the_language_reference_and_docstrings(cache_dir):
 
 def test_python_docs_have_no_text_twice_and_none_on_both_sides(cache_dir):
     corpus = python_docs(cache_dir)
-    bodies = [normalised(d.split("\n\n", 1)[-1]) for d in [*corpus.train, *corpus.validation]]
+    bodies = [normalized(d.split("\n\n", 1)[-1]) for d in [*corpus.train, *corpus.validation]]
     assert len(set(bodies)) > 0.999 * len(bodies)  # a topic's first paragraph is no header
-    assert not set(map(normalised, corpus.train)) & set(map(normalised, corpus.validation))
+    assert not set(map(normalized, corpus.train)) & set(map(normalized, corpus.validation))
     assert min(map(len, corpus.train)) >= 40
 
 

@@ -76,14 +76,14 @@ def test_every_class_has_its_row_and_the_judge_sees_what_was_asked_for(tmp_path)
     def judge(images, labels):
         for label in range(5):
             seen[label] = images[labels == label]
-        return {"recognised": 0.25}
+        return {"recognized": 0.25}
 
     path = tmp_path / "samples.png"
     grid = SampleGrid(
         str(path), Euler(steps=1), shape=(1, 2, 2), classes=5, samples=20, columns=3, judge=judge
     )
     model = Bright().train()
-    assert grid([model]) == {"recognised": 0.25}
+    assert grid([model]) == {"recognized": 0.25}
     assert model.training
     for label, images in seen.items():
         torch.testing.assert_close(images, torch.full((4, 1, 2, 2), label / 2 - 1))

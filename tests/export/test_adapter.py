@@ -170,7 +170,7 @@ def test_what_has_another_export_is_told_so(llama, tokenizer, tmp_path):
     layer.up_proj.weight = torch.nn.Parameter(
         torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False
     )
-    with pytest.raises(ValueError, match=r"base is quantised.*export=adapter.*export=merged"):
+    with pytest.raises(ValueError, match=r"base is quantized.*export=adapter.*export=merged"):
         HuggingFaceExport(tokenizer, str(tmp_path / "export"))([whole])
     model = trained(llama)
     model.peft_config["default"].base_model_name_or_path = None

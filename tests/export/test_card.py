@@ -71,7 +71,7 @@ def test_everything_that_a_run_knows(folder, run):
         "| seed | 7 |",
         "| optimizer | `AdamW(lr=0.002, betas=[0.9, 0.95])` |",
         "| adapter | `peft(config=LoraConfig(r=8))` |",
-        "| base quantised by | `nf4()` |",
+        "| base quantized by | `nf4()` |",
         "`Examples(records=records(path=pairs), loss_mask=output_only)`",
         "| torch | 2.13.0 |",
         "| python | 3.11.9 |",

@@ -1,9 +1,6 @@
 """An export is whole, says what it is, and opens in stock transformers."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import ditty_di
 from ditty_di.export import HuggingFaceExport, SafetensorsExport
 from ditty_di.tasks.export import export
 from ditty_di.tasks.loading import ready
+from tests import warm
 from tests.export import ranks
 
 
@@ -146,17 +143,7 @@ def test_a_model_that_is_another_one_by_now_is_not_exported_as_its_class(
 
 def two_ranks(folder, bases):
     script = Path(__file__).parent / "ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    root = str(Path(ditty_di.__file__).parents[1])
-    done = subprocess.run(
-        [*command, script, folder, json.dumps(bases)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return "".join(warm.ranks([script, folder, json.dumps(bases)]))
 
 
 def test_two_ranks_export_what_one_does(llama, t5, tokenizer, tmp_path, capsys):

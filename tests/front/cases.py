@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +10,14 @@ import torch.distributed as dist
 from torch import nn
 
 from ditty_di.front import FSDPConfig, ModelFactory, Pipeline
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 
 
 def python(folder: Path, *command: str, **env: str) -> str:
     """Run Python in a folder, and return what it prints."""
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    done = warm.run(command, cwd=folder, env=env, timeout=400)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,7 +1,6 @@
 """One rank and two train alike, in each of the ways that the classes offer."""
 
 import json
-import multiprocessing
 import shutil
 
 import pytest
@@ -9,11 +8,6 @@ from safetensors import safe_open
 
 from tests.checkpoint.ranks import run
 from tests.front import cases
-
-# The server imports once what each rank would import.
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint", "tests.checkpoint.cases", cases.__name__]
-)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The Python that the README shows of ditty's classes, run from top to bottom in one process."""
+"""The Python that the folder's README shows, run from top to bottom in one process."""
 
 from __future__ import annotations
 
@@ -9,17 +9,11 @@ import pytest
 
 from tests.front.cases import ROOT, python
 
-HEADING = "## The classes of ditty"
-
-
-def section() -> str:
-    text = (ROOT / "README.md").read_text()
-    return re.split(r"^## ", text.partition(HEADING)[2], maxsplit=1, flags=re.MULTILINE)[0]
-
 
 @pytest.mark.slow
 def test_every_snippet_runs(tmp_path):
-    snippets = re.findall(r"```python\n(.*?)```", section(), re.DOTALL)
+    text = (ROOT / "ditty_di" / "front" / "README.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(snippets) == 10
     texts = [{"text": f"def f{i}(x):\n    return x + {i}" if i % 4 else "short"} for i in range(40)]
     (tmp_path / "my_texts.jsonl").write_text("\n".join(map(json.dumps, texts)))

@@ -1,4 +1,4 @@
-"""Whole training steps on a GPU, through the trainer: precision, quantised bases, optimizers."""
+"""Whole training steps on a GPU, through the trainer: precision, quantized bases, optimizers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def losses(**options: Any) -> list[float]:
 
 
 def llama(*, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """With values, equal each time, so that it can be quantised at once."""
+    """With values, equal each time, so that it can be quantized at once."""
     model = tiny_llama(tie=False)
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -131,7 +131,7 @@ def test_float8_by_transformer_engine_follows_float32(exact, recipe):
     assert found == pytest.approx(exact, abs=0.2)
 
 
-# -- quantised bases under adapters --------------------------------------------------------------
+# -- quantized bases under adapters --------------------------------------------------------------
 
 
 def qlora(quantize: Any, **options: Any) -> list[float]:

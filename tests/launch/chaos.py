@@ -108,7 +108,7 @@ class Chaos:
     def start(self, *arguments: str) -> Forked:
         paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        return Forked("ditty_di", list(arguments), self.folder, env, self.log)
+        return Forked(["-m", "ditty_di", *arguments], self.folder, env, self.log)
 
     def go_on(self) -> Forked:
         first = () if (self.wild / "overrides.yaml").exists() else ("+experiment=chaos",)

@@ -28,7 +28,7 @@ def test_without_an_accelerator_it_says_what_to_use():
         ("granite", {}, (0.25, None)),
     ],
 )
-def test_what_a_model_does_to_its_logits_is_recognised(family, changes, expected):
+def test_what_a_model_does_to_its_logits_is_recognized(family, changes, expected):
     output = deferred_head(build(family, **changes))(**batch(family)[0])
     assert scale_and_softcap(output.head) == expected
 

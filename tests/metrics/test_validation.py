@@ -1,11 +1,9 @@
 """The validation loss is exact, and validating leaves no trace in the training."""
 
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import ditty_di
+from ditty_di.data import Loader
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.metrics import Validator
 from ditty_di.runtime import Runtime
+from tests import warm
 
 VOCAB = 11
 
@@ -205,6 +204,14 @@ def test_what_cannot_be_averaged_is_refused(runtime, model):
         made.validate(20)
 
 
+def test_a_loader_without_an_end_is_refused_before_training(runtime, model):
+    rows = [({"input": torch.zeros(2, dtype=torch.int64)}, torch.zeros(2, dtype=torch.int64))] * 4
+    with pytest.raises(ValueError, match="epochs=1, or the validator max_batches"):
+        validator(runtime, model, partial(Loader, rows, 2)).try_first_batch()
+    validator(runtime, model, partial(Loader, rows, 2), max_batches=2).try_first_batch()
+    validator(runtime, model, partial(Loader, rows, 2, epochs=1)).try_first_batch()
+
+
 def test_a_signal_ends_validation_early(runtime, model):
     seen = []
     runtime.catch_signals()
@@ -225,15 +232,5 @@ def test_a_signal_ends_validation_early(runtime, model):
 
 @pytest.mark.parametrize("layout", ["fsdp", "ddp"])
 def test_many_ranks_with_uneven_batches_agree_with_one(layout, tmp_path):
-    script = Path(__file__).parent / "ranks_validation.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    root = str(Path(ditty_di.__file__).parents[1])
-    done = subprocess.run(
-        [*command, script, layout],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("exact") == 2
+    said = warm.ranks([Path(__file__).parent / "ranks_validation.py", layout])
+    assert ["exact" in text for text in said] == [True, True]

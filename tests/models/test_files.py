@@ -135,7 +135,7 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(model, tmp_path):
     gated, private, nothing, revision, no_config, no_weights = answers
     assert gated == [
         "PermissionError",
-        f"{GATED} is gated: accept its licence at {endpoint}/{GATED}, then set HF_TOKEN or run "
+        f"{GATED} is gated: accept its license at {endpoint}/{GATED}, then set HF_TOKEN or run "
         f"`hf auth login`",
     ]
     for kind, message in (private, nothing):

@@ -104,9 +104,9 @@ def test_the_configuration_of_a_folder_can_be_changed_and_keeps_its_path(tmp_pat
 def test_weights_that_are_quantised_already_are_refused(tmp_path):
     save_llama(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    quantised = {"quant_method": "gptq", "bits": 4}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
-    with pytest.raises(ValueError, match="quantised already"):
+    quantized = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantized}))
+    with pytest.raises(ValueError, match="quantized already"):
         causal_lm.from_pretrained(tmp_path)
 
 

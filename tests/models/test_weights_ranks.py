@@ -53,5 +53,5 @@ def test_one_rank_and_two_begin_alike(runs, name):
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert (value == two[key]).all() and (value == same[key]).all(), key
-    if "t5" in name:  # which its whole model initialises, and not its embedding
+    if "t5" in name:  # which its whole model initializes, and not its embedding
         assert torch.from_numpy(one["shared.weight"]).std().item() == pytest.approx(1.0, rel=0.1)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +26,7 @@ from torchtitan.components.optimizer.utils import (
 
 from ditty_di.checkpoint.states import OptimizerState
 from ditty_di.optim import Combined, combined, cosine, grouped
+from tests import warm
 from tests.checkpoint.ranks import run as run_ranks
 from tests.optim import few_rows
 
@@ -312,7 +310,7 @@ def test_combined_loads_while_in_use() -> None:
 
 
 class Integers(SGD):
-    """Keeps a uint8 code per parameter and loads it as it is, as quantised optimizers do."""
+    """Keeps a uint8 code per parameter and loads it as it is, as quantized optimizers do."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -418,26 +416,9 @@ def test_combined_refuses_what_it_cannot_pass_on() -> None:
         optimizer.load_state_dict(SGD([other], lr=0.1).state_dict())
 
 
-def test_two_ranks(tmp_path: Path) -> None:
+def test_two_ranks() -> None:
     """Rules over pipeline stages, and both kinds of groups under FSDP2: see ranks_groups.py."""
-    script = Path(__file__).with_name("ranks_groups.py")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    warm.ranks([Path(__file__).with_name("ranks_groups.py")])
 
 
 def test_optimizers_that_cannot_step_on_shards_say_so() -> None:

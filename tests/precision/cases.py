@@ -107,7 +107,7 @@ def combinations(*names: str) -> dict[str, list[float]]:
 
 
 def gathered(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Dtypes of what a block of adapters on a quantised base computes with, and of what is kept."""
+    """Dtypes of what a block of adapters on a quantized base computes with, and of what is kept."""
     from ditty_di.quantization import int8, nf4
 
     out = {}

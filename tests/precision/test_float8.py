@@ -36,7 +36,7 @@ def test_only_what_the_kernels_take_is_converted():
         {
             "even": nn.Linear(32, 16),
             "odd": nn.Linear(32, 17),
-            "quantised": Quantised(32, 16),
+            "quantized": Quantised(32, 16),
             "head": nn.ModuleDict({"proj": nn.Linear(16, 16), "project": nn.Linear(16, 16)}),
         }
     )

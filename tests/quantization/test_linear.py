@@ -189,7 +189,7 @@ def test_a_model_with_values_is_quantised_where_it_is_not_skipped():
 
 
 def test_a_model_with_nothing_to_quantise_is_refused():
-    with pytest.raises(ValueError, match=r"no torch\.nn\.Linear to quantise outside skip"):
+    with pytest.raises(ValueError, match=r"no torch\.nn\.Linear to quantize outside skip"):
         int8(nn.Sequential(nn.Embedding(3, 4)))
     with pytest.raises(ValueError, match="outside skip"):
         int8(Block(), skip=["attn", "mlp", "lm_head"])
@@ -237,7 +237,7 @@ def test_bitsandbytes_that_gives_other_values_is_left_alone(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_weight_is_quantised_in_the_model_s_dtype(dtype):
-    """As bitsandbytes quantises what transformers has read: bytes, and exact scales in bfloat16."""
+    """As bitsandbytes quantizes what transformers has read: bytes, and exact scales in bfloat16."""
     layer = filled(NF4Linear, weight(), dtype=dtype)
     packed, state = bnb.functional.quantize_4bit(weight().to(dtype), quant_type="nf4", blocksize=64)
     assert torch.equal(layer.qweight.view(-1, 1), packed)
@@ -253,9 +253,9 @@ def test_experts_that_are_left_out_are_said(quantize, caplog):
     with caplog.at_level("INFO"):
         quantize(model)
     text = " ".join(record.getMessage() for record in caplog.records)
-    assert "quantised 3 linear layers" in text
+    assert "quantized 3 linear layers" in text
     assert "left out: 79 % of the parameters: experts.*.up (78 %); up hold several" in text
-    assert "matrices in one parameter, which is not quantised" in text
+    assert "matrices in one parameter, which is not quantized" in text
     assert ("scales of NF4's blocks are bfloat16" in text) is (quantize is nf4)
 
 

@@ -24,8 +24,8 @@ OURS = {"nf4": nf4, "nf4-double": partial(nf4, double_quant=True), "int8": int8}
 THEIRS = {"bnb_nf4": bitsandbytes_nf4, "bnb_int8": bitsandbytes_int8}
 
 
-def dequantised(model, usual):
-    """The usual model with the values that the quantised one has."""
+def dequantized(model, usual):
+    """The usual model with the values that the quantized one has."""
     for path, module in model.named_modules():
         if hasattr(module, "fill_from"):
             usual.get_submodule(path).weight.data = module.dequantize().detach()
@@ -40,11 +40,11 @@ def test_the_model_computes_with_the_dequantised_weights(tmp_path, name):
     assert sum(hasattr(m, "fill_from") for m in model.modules()) == 14
     assert isinstance(model.lm_head, nn.Linear)
     assert not torch.equal(logits(model), logits(usual))
-    torch.testing.assert_close(logits(model), logits(dequantised(model, usual)))
+    torch.testing.assert_close(logits(model), logits(dequantized(model, usual)))
 
 
 def test_llm_int8_is_near_the_base(tmp_path):
-    """It also rounds the inputs, so the dequantised weights do not give the same."""
+    """It also rounds the inputs, so the dequantized weights do not give the same."""
     pytest.importorskip("bitsandbytes")
     usual = save_llama(tmp_path)
     model = fill(causal_lm.from_pretrained(tmp_path, quantize=bitsandbytes_int8), tmp_path)
@@ -73,7 +73,7 @@ def test_adapters_train_beside_it_after_an_evaluation(tmp_path, name):
     logits(model)
     model.train()
     model(TOKENS).logits.square().sum().backward()
-    assert embedding.grad.norm() > 0, "the gradient does not go through the quantised layers"
+    assert embedding.grad.norm() > 0, "the gradient does not go through the quantized layers"
 
 
 def test_random_values_for_a_model_without_files():
@@ -256,14 +256,14 @@ def test_layers_of_bitsandbytes_are_not_sharded(pair):
 def test_gradients_are_those_of_the_dequantised_weights_whatever_the_files_have(
     tmp_path, model_dtype
 ):
-    """A weight that is quantised in another dtype than the model's is unpacked into that one."""
+    """A weight that is quantized in another dtype than the model's is unpacked into that one."""
     pytest.importorskip("bitsandbytes")
     save_llama(tmp_path, dtype=torch.bfloat16)
     options = {"dtype": model_dtype}
     model = fill(
         causal_lm.from_pretrained(tmp_path, quantize=bitsandbytes_nf4, **options), tmp_path
     )
-    usual = dequantised(model, fill(causal_lm.from_pretrained(tmp_path, **options), tmp_path))
+    usual = dequantized(model, fill(causal_lm.from_pretrained(tmp_path, **options), tmp_path))
     found = []
     for one in (model, usual):
         one(TOKENS).logits.float().square().sum().backward()

@@ -249,8 +249,15 @@ class Agreement:
 class Progress(Protocol):
     """The trainer's position: its current step, and the step of its newest checkpoint."""
 
-    step: int
-    saved_step: int
+    @property
+    def step(self) -> int:
+        """The current optimizer step."""
+        ...
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint."""
+        ...
 
 
 class Rescue:
@@ -258,7 +265,7 @@ class Rescue:
 
     Args:
         boundary: undoes the step that failed.
-        progress: the trainer; restoring the boundary sets its step.
+        progress: the training's; restoring the boundary sets its step.
         save: saves the current step and waits until it is written; None without a checkpointer.
             Ranks may agree only over the group that it is given: an exception in the middle of a
             collective leaves every other group's ranks in different ones.

@@ -1,0 +1,119 @@
+"""Save and load a training: at intervals, at its end, and after an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from ditty_di.protocols import Checkpointer
+from ditty_di.runtime import Runtime
+from ditty_di.training.non_finite import non_finite_parameters, require_finite_parameters
+from ditty_di.training.rescue import Rescue, StepBoundary
+
+
+class Position(Protocol):
+    """The trainer's current optimizer step."""
+
+    step: int
+
+
+class Saving:
+    """The checkpoints of a training; without a checkpointer its methods do nothing.
+
+    Args:
+        checkpointer: the trainer's, or None.
+        boundary: undoes a failed step, so that the last complete one can be saved.
+        position: the trainer.
+        trained: modules whose parameters must be finite to be saved.
+        runtime: the ranks, which save together.
+
+    Attributes:
+        saved_step: step of the newest checkpoint; 0 without one.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer | None,
+        *,
+        boundary: StepBoundary,
+        position: Position,
+        trained: Sequence[Any],
+        runtime: Runtime,
+    ) -> None:
+        self.checkpointer, self.boundary, self.runtime = checkpointer, boundary, runtime
+        self.saved_step = 0
+        self._position, self._trained = position, trained
+        self._rescue = Rescue(
+            boundary,
+            progress=self,
+            save=self._save_at_failure if checkpointer else None,
+            unfit=partial(non_finite_parameters, trained),
+            rank=runtime.rank,
+        )
+
+    @property
+    def step(self) -> int:
+        """The trainer's current optimizer step."""
+        return self._position.step
+
+    def load(self) -> bool:
+        """Load the newest checkpoint; return whether there is one."""
+        if self.checkpointer is None or self.checkpointer.load() is None:
+            return False
+        self.saved_step = self.step
+        return True
+
+    def save(self, *, force: bool = False) -> bool:
+        """Save the current step if it is due; return whether it was saved.
+
+        Args:
+            force: save at any step that is not saved yet.
+
+        Raises:
+            FloatingPointError: a parameter is not finite, on any rank.
+        """
+        if self.checkpointer is None:
+            return False
+        due = force or not self.step % (getattr(self.checkpointer, "every", None) or 1)
+        if due and self.step > self.saved_step:
+            require_finite_parameters(self.step, self._trained, self.runtime)
+        if not self.checkpointer.save(self.step, force=force):
+            return False
+        self.saved_step = self.step
+        return True
+
+    def mark(self) -> None:
+        """Record the state before a step, to which `after` can go back."""
+        if self.checkpointer:
+            self.boundary.mark()
+
+    def wait_for_staging(self) -> None:
+        """Wait until the values of a checkpoint are copied and may change."""
+        if self.checkpointer:
+            self.checkpointer.maybe_wait_for_staging()
+
+    def require_space(self) -> None:
+        """Raise CheckpointError if there is no disk space for a checkpoint."""
+        if require := getattr(self.checkpointer, "require_space", None):
+            require()
+
+    def after(self, error: Exception) -> Exception:
+        """Save the last complete step after an exception; return the exception to raise.
+
+        Args:
+            error: the exception.
+        """
+        return self._rescue.after(error)
+
+    def close(self) -> None:
+        """Destroy the process group of `after`."""
+        self._rescue.close()
+
+    def _save_at_failure(self, group: Any) -> None:
+        checkpointer: Any = self.checkpointer
+        if group is not None and hasattr(checkpointer, "use_group"):
+            checkpointer.use_group(group)
+        if checkpointer.save(self.step, force=True):
+            self.saved_step = self.step
+        checkpointer.close()
