@@ -15,7 +15,7 @@ class Heads(nn.Module):
     Args:
         body: called with the input.
         heads: each called with the body's output.
-        contract: inputs and outputs (`ditty_di.processors.contracts`); None leaves them unchecked.
+        contract: inputs and outputs (`ditty_di.contracts.grammar`); None leaves them unchecked.
     """
 
     default_weights = staticmethod(initialize)

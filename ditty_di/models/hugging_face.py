@@ -39,7 +39,7 @@ def builders(
 
     Args:
         auto_class: such as `AutoModelForCausalLM`.
-        contract: inputs and outputs of its models (`ditty_di.processors.contracts`).
+        contract: inputs and outputs of its models (`ditty_di.contracts.grammar`).
     """
 
     def rehearse_config(build: Callable[[str], Any]) -> list[str]:

@@ -206,7 +206,8 @@ def _version(tensor: Tensor) -> _Version:
     """
     written = None if tensor.is_inference() else tensor._version
     try:
-        content = str(local(tensor).detach().sum(dtype=torch.float64).item())
+        dtype = torch.complex128 if tensor.is_complex() else torch.float64
+        content = str(local(tensor).detach().sum(dtype=dtype).item())
     except (RuntimeError, NotImplementedError):  # dtypes that cannot be summed
         content = ""
     return id(tensor), written, content

@@ -49,6 +49,12 @@ def test_the_pipeline_is_drawn_with_a_contract_at_each_arrow(checked):
     assert "unchecked" not in out
 
 
+@pytest.mark.parametrize("choice", [(), ("model=titan_llama",)], ids=["transformers", "titan"])
+def test_the_model_of_a_function_has_the_function_s_contract(checked, choice):
+    out = checked("pretrain", "", *choice, strict=True)
+    assert "0:2:i64 -> logits:3:f" in out and "unchecked" not in out
+
+
 def test_stages_without_a_contract_are_shown_and_refused_only_when_strict(checked):
     model = ("model=module", "model._target_=torch.nn.Identity")
     out = checked("pretrain", "", *model)
