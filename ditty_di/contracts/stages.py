@@ -170,13 +170,9 @@ def _contract(source: Any) -> Contract | None:
         return as_contract(own) if isinstance(own, str | Contract) else None
     if own is None and inspect.isclass(source.target):
         return contract_of_class(source.target, source.arguments)
-<<<<<<< HEAD
     if own is None:  # a function may have the contract of what it returns
         own = getattr(source.target, "__dict__", {}).get("contract")
     return as_contract(own)
-=======
-    return as_contract(getattr(source.target, "contract", None) if own is None else own)
->>>>>>> docs3
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:
