@@ -169,7 +169,8 @@ def test_the_runtime_has_the_degrees_of_the_layout(choice, degrees):
 
 
 def test_the_data_say_what_is_shown_after_a_validation():
-    assert "callbacks.sample_text" not in composed("experiment=classification").check("task").nodes
+    assert composed("experiment=classification").value("validator.samples") is None
+    assert "data.sample_text" not in composed("validator=none").check("task").nodes
     documents, examples = composed(), composed("data=jsonl")
     assert documents.value("validator.perplexity") and not documents.value("validator.first")
     assert examples.value("validator.first") and not examples.value("validator.perplexity")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,8 +122,8 @@ def test_a_failing_job_is_one_message_with_its_node_and_no_stack(folder: Folder)
 
 
 def test_two_runs_of_the_same_second_get_two_directories(folder: Folder) -> None:
-    with (folder.path / "conf/config.yaml").open("a") as config:
-        config.write("run: outputs/toy/now\n")
+    config = folder.path / "conf/config.yaml"
+    config.write_text(re.sub("^run: .*", "run: outputs/toy/now", config.read_text(), flags=re.M))
     for _ in range(3):
         folder()
     assert {p.name for p in folder.path.glob("outputs/toy/*")} == {"now", "now+2", "now+3"}
@@ -217,7 +218,7 @@ def test_a_misspelt_run_starts_nothing(folder: Folder) -> None:
     for typed in (["run=runs/frist"], ["run=runs/frist", "value=3"]):
         _, err = folder(*typed, code=2)
         assert "run=runs/frist: no such run; the nearest: run=runs/first" in err
-        assert "+experiment=pretrain run=runs/frist" in err
+        assert "experiment=pretrain run=runs/frist" in err
         assert not (folder.path / "runs/frist").exists()
     out, _ = folder("experiment=other", "run=runs/frist")
     assert "finished" in out
@@ -271,7 +272,7 @@ def test_help_explains_and_imports_nothing_heavy(folder: Folder) -> None:
     out, _ = folder(command=(sys.executable, "-c", code))
     assert out.endswith("[]\n")
     for words in (
-        "+experiment=",
+        "experiment=",
         "--multirun",
         "run=FOLDER",
         "Looks at a run",

@@ -26,6 +26,7 @@ CONFIG = {
         run: outputs/${name}/${now:%Y-%m-%d_%H-%M-%S}
         resume: {allow: [], ignore: [run, note, launcher, resume, load, debug]}
         allow_unread: []
+        load: {optimizer: true}
         """,
     "task/finish.yaml": """
         _target_: tests.toy_tasks.finish

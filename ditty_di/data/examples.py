@@ -247,7 +247,7 @@ def prompts(
         except Exception as error:  # rows of any other kind
             raise ValueError(
                 f"prompts: row {index} of the {kind} has no token ids to show ({error}): leave "
-                "samples out with callbacks.sample_text=null"
+                "samples out with validator=loss_only or data.sample_text=null"
             ) from error
     return found
 

@@ -47,6 +47,8 @@ class Validator:
         baselines: numbers reported beside the loss for comparison, by name.
         perplexity: also report exp(loss), for losses in nats per token.
         first: also validate before the first step, so that `report` compares before and after.
+        samples: logs generated text after each validation, such as
+            `ditty_di.callbacks.SampleText`; the trainer calls it as one of its callbacks.
         model_parts: the modules as this rank trains them.
         forward: returns the model's output for a batch, after the postprocessors.
         loss_fn: the training loss.
@@ -73,6 +75,7 @@ class Validator:
         baselines: dict[str, float] | None = None,
         perplexity: bool = False,
         first: bool = False,
+        samples: Any = None,
         model_parts: list[nn.Module],
         forward: Callable[[Batch], Any],
         loss_fn: Loss,
@@ -83,6 +86,7 @@ class Validator:
         self.dataloader = dataloader
         self.every, self.max_batches = every, max_batches
         self.baselines, self.perplexity, self.first = dict(baselines or {}), perplexity, first
+        self.samples = samples
         self.model_parts, self.forward, self.loss_fn = model_parts, forward, loss_fn
         self.runtime, self.prepare = runtime, prepare
         self._reported: list[tuple[int, float]] = []

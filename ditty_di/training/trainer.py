@@ -262,6 +262,8 @@ class Trainer(TitanTrainer):
                 runtime=runtime,
                 prepare=self.prepare,
             )
+            if samples := getattr(self.validator, "samples", None):
+                self.callbacks = Callbacks({**self.callbacks.named, "samples": samples})
         isolation = isolation_of(
             self.model_parts[0],
             config=self.model_config,

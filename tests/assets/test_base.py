@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ditty_di.assets import base
+from ditty_di.batch import Batch
 from ditty_di.data import TokenDataset, tokenize
 from ditty_di.data.python_code import python_code
 from ditty_di.losses import CrossEntropyLoss
@@ -28,7 +29,7 @@ def test_it_beats_a_random_model_by_far_on_modules_that_were_held_out(tmp_path):
     ids = torch.stack([row[0]["input"] for row in chosen])
     labels = torch.stack([row[1] for row in chosen])
     loss = CrossEntropyLoss(output="logits")
-    count = torch.tensor(labels.numel())
-    trained, chance = (float(loss(m(ids), labels, count)[0]) for m in (model, random))
+    batch, count = Batch({"input": ids}, labels), torch.tensor(labels.numel())
+    trained, chance = (float(loss(m(ids), batch, count)[0]) for m in (model, random))
     assert chance > math.log(len(tokenizer)) - 0.1
     assert trained < 3.3

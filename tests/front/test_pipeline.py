@@ -377,7 +377,7 @@ def test_a_push_that_cannot_work_is_known_before_training(tmp_path, monkeypatch)
     }
     with pytest.raises(HubError, match="no token"):
         pipeline(**options, output_hub_repo="user/name").run()
-    with pytest.raises(HubError, match="no name of a repository"):
+    with pytest.raises(HubError, match="not a repository's name"):
         pipeline(**options, output_hub_repo="name", hf_hub_token="hf_secret").run()
     assert "HF_TOKEN" not in os.environ
     options["model_factory"] = ModelFactory.from_instance(net())

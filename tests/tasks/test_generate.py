@@ -489,9 +489,10 @@ def test_weights_that_leave_something_unset_are_refused(build, tokenizer, checkp
 
     from ditty_di.checkpoint.read import from_checkpoint
 
-    bare = partial(from_checkpoint, path=checkpoint.keywords["path"])
+    bare, model = partial(from_checkpoint, path=checkpoint.keywords["path"]), build()
+    model.default_weights = None
     with pytest.raises(ValueError, match=r"no value: .*inv_freq.*`initialize`"):
-        generate(build(), tokenizer, bare, prompt="a", **CPU)
+        generate(model, tokenizer, bare, prompt="a", **CPU)
 
 
 def test_an_answer_file_is_whole_or_not_there(model, tokenizer, tmp_path):
