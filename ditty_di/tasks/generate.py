@@ -32,11 +32,6 @@ from ditty_di.tasks.loading import ready
 
 log = logging.getLogger(__name__)
 
-# Arguments that are fields of `Options`.
-_DECODING = (
-    *("max_new_tokens", "temperature", "top_k", "top_p"),
-    *("repetition_penalty", "num_beams"),
-)
 _CHAT = """\
 a prompt that is plain text is sent as a turn of the user, by the chat template; chat=false uses \
 it as it is"""
@@ -61,13 +56,19 @@ def _validate(
     num_beams: int | None = None,
 ) -> None:
     """Raise ValueError for arguments that are known to be wrong; `...` is not known."""
-    decoding = {name: value for name, value in locals().items() if name in _DECODING}
     if ... not in (prompt, prompts) and (prompt is None) == (prompts is None):
         raise ValueError('prompt: give either prompt="..." or prompts=FILE.jsonl')
     if isinstance(prompts, str) and not Path(prompts).expanduser().is_file():
         raise ValueError(f"prompts={prompts}: no such file")
     at_least(1, batch_size=batch_size)
-    Options(**decoding).check()
+    Options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
+    ).check()
 
 
 @early_checks(validate=_validate)
@@ -139,13 +140,17 @@ def generate(
         ValueError: Not exactly one of `prompt` and `prompts`; lines that are not prompts (file,
             number, reason); options out of range.
     """
-    decoding = {name: value for name, value in locals().items() if name in _DECODING}
     if not is_first_rank():
         return {}
     _validate(prompt=prompt, prompts=prompts, batch_size=batch_size)
     seq2seq = is_seq2seq(model)
     options = Options(
-        **decoding,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
         max_length=tokenizer.model_max_length,
         eos_token_id=end_ids(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
