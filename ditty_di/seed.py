@@ -1,7 +1,12 @@
-"""The seed of this process's run, for functions that are called without one."""
+"""The seed of this process's run, and random number generators that are restored."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 
 _run_seed: int | None = None
@@ -19,3 +24,21 @@ def run_seed() -> int:
     The two differ on pipeline stages, where torch's generator is seeded for each stage.
     """
     return torch.initial_seed() if _run_seed is None else _run_seed
+
+
+@contextmanager
+def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
+    """Restore the random number generators of Python, NumPy and torch afterwards.
+
+    Args:
+        device: accelerator whose generator is restored beside the CPU's; None or the CPU: none.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [] if device is None or device.type == "cpu" else [device]
+    device_type = devices[0].type if devices else "cuda"  # not looked at without devices
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=device_type):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -52,6 +52,8 @@ def commands(path: Path) -> list[str]:
     ]
 
 
+#: tests/front/test_snippets.py runs the program of front/, and looks at what it leaves.
+PROGRAMS = [path for path in READMES if blocks(path, "python") and path.parent.name != "front"]
 COMMANDS = [(path, command) for path in READMES for command in commands(path)]
 
 
@@ -135,7 +137,7 @@ def test_the_configurations_shown_are_sound(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in READMES if blocks(p, "python")], ids=name_of)
+@pytest.mark.parametrize("path", PROGRAMS, ids=name_of)
 def test_every_program_runs(path, tmp_path):
     texts = [{"text": f"def f{i}(x):\n    return x + {i}" if i % 4 else "short"} for i in range(40)]
     (tmp_path / "my_texts.jsonl").write_text("\n".join(map(json.dumps, texts)))

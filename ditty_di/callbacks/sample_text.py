@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from ditty_di.callbacks.base import Callback
 from ditty_di.generation.decoding import end_ids, is_seq2seq, positions
 from ditty_di.generation.sampling import continuations, logits_of, prompt_ids
-from ditty_di.metrics.validation import evaluating, preserved_rng
+from ditty_di.metrics.validation import evaluating
 from ditty_di.models.tokenizer import user_turn
 from ditty_di.protocols import Training
+from ditty_di.seed import preserved_rng
 
 #: Stands for a line break in a text that is shown in one line.
 LINE_BREAK = "\\n"

@@ -179,7 +179,7 @@ def _quote_text(override: str, sweep: bool, groups: Callable[[], Collection[str]
                 return f"{key}=[{inside}]"
     try:
         parse(value)
-    except OmegaConfBaseException:  # it contains `${` and is no reference
+    except OmegaConfBaseException:  # contains `${` without being a reference
         value = literal(value)
     return f"{key}={quoted(value)}"
 

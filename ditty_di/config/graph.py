@@ -226,7 +226,7 @@ class Graph(Configuration):
         for name, child in children(node):
             try:
                 if not isinstance(name, str):
-                    message = f"is {name!r}, which is no parameter's name: names are text"
+                    message = f"is {name!r}, which is not the name of a parameter: names are text"
                     raise self.error(child, message)
                 fits, instead = SPECIAL.get(name, (None, ""))
                 if fits:

@@ -205,7 +205,7 @@ def _misplaced(entry: Entry, side: str, before: tuple[Entry, ...]) -> str:
     if any(entry.name == other.name for other in before):
         return f"{entry.name!r} is already there; write it once"
     if entry.is_position and side == "outputs":
-        return "an output needs a name; its place in the list is its position"
+        return "an output needs a name; its index in the list is its position"
     if entry.is_position and side != "inputs":
         return "the context has names, not positions"
     if "." in entry.name and side in ("inputs", "outputs"):

@@ -7,7 +7,7 @@ from ditty_di.contracts.grammar import Contract
 from ditty_di.contracts.stages import LOSS, Stage
 
 
-def drawn(report: Report) -> str:
+def render(report: Report) -> str:
     """Return the pipeline as text; `!` marks what does not fit, `?` what no contract proves.
 
     Args:

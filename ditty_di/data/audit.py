@@ -78,11 +78,11 @@ class Findings:
         self._subjects: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._first: dict[str, str] = {}
 
-    def add(self, place: str, notes: Iterable[Note]) -> None:
-        """Count the notes about an example of the record at `place`."""
+    def add(self, where: str, notes: Iterable[Note]) -> None:
+        """Count the notes about an example of the record at `where` (file and line)."""
         for kind, subject in sorted(notes := set(notes)):
             self._subjects[kind][subject] += 1
-            self._first.setdefault(kind, place)
+            self._first.setdefault(kind, where)
         self._examples.update({note.kind for note in notes})
 
     def lines(self) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ditty_di.data.cache import fingerprint
-from ditty_di.data.row_seeds import preserved_generators
+from ditty_di.seed import preserved_rng
 
 _SECONDS = 1.0  # of reading rows
 _TWICE = 8  # rows that are read twice, to detect random ones
@@ -39,7 +39,7 @@ def rows_digest(dataset: Any, sampled: int | None = None) -> tuple[int, str] | N
     """
     read, deadline = 0, time.monotonic() + _SECONDS
     try:
-        with preserved_generators():
+        with preserved_rng():
             rows = len(dataset)
             digest = hashlib.sha256(str(rows).encode())
             # Spread over the whole first, then ever finer: any number of rows is a sample.

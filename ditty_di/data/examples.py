@@ -267,23 +267,23 @@ class _Reader:
         for chunk in chunks(records, _RECORDS_AT_ONCE):
             self.total += len(chunk)
             encoded = self.encoder([record for _, record in chunk])
-            for (place, record), examples in zip(chunk, encoded, strict=True):
+            for (where, record), examples in zip(chunk, encoded, strict=True):
                 for example in examples:
                     if isinstance(example, ValueError):
-                        self._refuse(place, record, example)
+                        self._refuse(where, record, example)
                         continue
                     mask = self.loss_mask(np.array(example.output, bool))
                     if not mask[1:].any():
                         self.without += 1
                         continue
                     self.usable += 1
-                    self.findings.add(place, example.notes)
+                    self.findings.add(where, example.notes)
                     yield example, mask
 
-    def _refuse(self, place: str, record: Any, error: ValueError) -> None:
+    def _refuse(self, where: str, record: Any, error: ValueError) -> None:
         self._bad += 1
         if len(self._shown) < _BAD_SHOWN:
-            self._shown.append(f"{place}: {error}")
+            self._shown.append(f"{where}: {error}")
             self._keys.append(
                 {str(key) for key in record} if isinstance(record, Mapping) else set()
             )

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, default_collate
 
 from ditty_di.data import options
 from ditty_di.data.order import Order
-from ditty_di.data.row_seeds import PADDING, SeededRows, draws, preserved_generators, preserving
+from ditty_di.data.row_seeds import PADDING, SeededRows, draws, preserving
 from ditty_di.launch import parent_death, signals
 from ditty_di.protocols import LoadedBatch, early_checks
+from ditty_di.seed import preserved_rng
 
 _STOP_SIGNALS = signals.SIGNALS
 
@@ -246,7 +247,7 @@ class Loader:
         ends_even = self._end == math.inf or (self._end - start) % self._step == 0
         if ends_even or start >= self._end or self._drop_last or self._pads:
             return False
-        with preserved_generators():
+        with preserved_rng():
             row = self.dataset[self._order.between(start, start + 1)[0]]
             _, labels = _pair(self._collate([row]))
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ditty_di.seed import preserved_rng
+
 #: Row number of padding: a row that only completes the last micro-batch.
 PADDING = -1
 
@@ -67,29 +69,17 @@ class SeededRows:
 def draws(dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> bool:
     """Return whether reading or collating the first, middle and last row uses random numbers."""
     rows = len(dataset)
-    with preserved_generators():
+    with preserved_rng():
         before = _states()
         with contextlib.suppress(Exception):  # training reports what is wrong with them
             collate_fn([dataset[row] for row in sorted({0, rows // 2, rows - 1})])
         return _states() != before
 
 
-@contextlib.contextmanager
-def preserved_generators() -> Iterator[None]:
-    """Restore Python's, NumPy's and torch's global CPU generators on exit."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
 def preserving(batches: Iterator[Any]) -> Iterator[Any]:
     """Yield batches whose making leaves the generators of this process as they were."""
     while True:
-        with preserved_generators():
+        with preserved_rng():
             try:
                 batch = next(batches)
             except StopIteration:

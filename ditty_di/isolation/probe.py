@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from ditty_di.data.collate import varlen_arguments
 from ditty_di.isolation.forms import FORMS, DocumentInputs
 from ditty_di.isolation.positions import document_index, position_limit, positions_of
-from ditty_di.metrics.validation import evaluating, preserved_rng
+from ditty_di.metrics.validation import evaluating
+from ditty_di.seed import preserved_rng
 
 log = logging.getLogger(__name__)
 

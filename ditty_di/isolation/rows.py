@@ -14,7 +14,6 @@ from ditty_di.batch import Batch
 from ditty_di.isolation.positions import check_positions, holds_several, position_limit
 from ditty_di.isolation.probe import Isolation, NotIsolated
 from ditty_di.losses.plain import PlainLoss, as_loss
-from ditty_di.metrics.validation import preserved_rng
 from ditty_di.models.weights import (
     hugging_face,
     initialize,
@@ -26,6 +25,7 @@ from ditty_di.models.weights import (
 from ditty_di.processors.workflow import Processors
 from ditty_di.protocols import DataLoader, DataLoaderFactory
 from ditty_di.runtime import Runtime
+from ditty_di.seed import preserved_rng
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from ditty_di.batch import Batch
 from ditty_di.protocols import DataLoader, DataLoaderFactory, Loss
 from ditty_di.runtime import Runtime, seed_everything
+from ditty_di.seed import preserved_rng
 
 NO_BATCHES = """\
 validator: the validation loader yields no batch. Its data set may have fewer rows than one batch \
@@ -264,20 +264,3 @@ def evaluating(parts: Iterable[Any]) -> Iterator[None]:
             # `parameters()` would be whole tensors instead of shards.
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-
-@contextmanager
-def preserved_rng(device: torch.device) -> Iterator[None]:
-    """Restore the random number generators of Python, NumPy and torch afterwards.
-
-    Args:
-        device: device whose generator is restored beside the CPU's.
-    """
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [] if device.type == "cpu" else [device]
-    try:
-        with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

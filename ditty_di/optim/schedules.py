@@ -87,43 +87,51 @@ class Schedule(LambdaLR):
                 group["lr"] = rate
 
 
-def _steps(total_steps: int, steps: int | None, ratio: float) -> int:
-    """Return the number of updates of a phase; exact, where `0.29 * 100` would be below 29."""
-    return int(Fraction(str(ratio)) * total_steps) if steps is None else steps
+def _phases(
+    total_steps: int, min_lr_ratio: float = 0.0, **given: tuple[int | None, float]
+) -> list[int]:
+    """Return the number of updates of each phase.
 
+    Args:
+        total_steps: updates of the run.
+        min_lr_ratio: lowest rate, as a fraction of the peak.
+        **given: by name of the phase, its updates (None takes the ratio), and its fraction of the
+            run.
 
-def _check(*, total_steps: int, min_lr_ratio: float = 0.0, **phases: int) -> None:
-    """Raise ValueError unless the phases are whole numbers of updates that fit into the run."""
+    Raises:
+        ValueError: numbers out of range, or phases that are longer than the run.
+    """
     if total_steps < 1 or total_steps != int(total_steps):
         raise ValueError(
             f"lr_scheduler: total_steps={total_steps}; write the run's number of updates, a whole "
             f"number of at least 1 (in YAML: total_steps: ${{horizon}})"
-        )
-    for name, steps in phases.items():
-        if steps < 0 or steps != int(steps):
-            raise ValueError(
-                f"lr_scheduler: {name}={steps}; write a whole number of updates, 0 or more "
-                f"(a tenth of this run is {name}={total_steps // 10})"
-            )
-    if sum(phases.values()) > total_steps:
-        written = " + ".join(f"{name}={steps}" for name, steps in phases.items())
-        raise ValueError(
-            f"lr_scheduler: {written} is longer than the run (total_steps={total_steps}); write "
-            f"phases of {total_steps} updates or less together, or train for longer"
         )
     if not 0.0 <= min_lr_ratio <= 1.0:
         raise ValueError(
             f"lr_scheduler: min_lr_ratio={min_lr_ratio}; write the lowest rate as a fraction of "
             f"the peak, between 0 and 1 (min_lr_ratio=0.1 decays to a tenth of each group's lr)"
         )
-
-
-def _check_ratios(**ratios: Any) -> None:
-    for name, ratio in ratios.items():
-        if isinstance(ratio, int | float) and not 0.0 <= ratio <= 1.0:
+    phases: dict[str, int] = {}
+    for name, (steps, ratio) in given.items():
+        if not 0.0 <= ratio <= 1.0:
             raise ValueError(
-                f"lr_scheduler: {name}={ratio}; write a fraction of the run between 0 and 1"
+                f"lr_scheduler: {name}_ratio={ratio}; write a fraction of the run between 0 and 1"
             )
+        if steps is None:  # exact, where 0.29 * 100 would be below 29
+            steps = int(Fraction(str(ratio)) * total_steps)
+        if steps < 0 or steps != int(steps):
+            raise ValueError(
+                f"lr_scheduler: {name}_steps={steps}; write a whole number of updates, 0 or more "
+                f"(a tenth of this run is {name}_steps={total_steps // 10})"
+            )
+        phases[f"{name}_steps"] = steps
+    if sum(phases.values()) > total_steps:
+        written = " + ".join(f"{name}={steps}" for name, steps in phases.items() if steps)
+        raise ValueError(
+            f"lr_scheduler: {written} is longer than the run (total_steps={total_steps}); write "
+            f"phases of {total_steps} updates or less together, or train for longer"
+        )
+    return list(phases.values())
 
 
 def _validate(
@@ -143,23 +151,17 @@ def _validate(
     total: Any = total_steps if isinstance(total_steps, int | float) else sys.maxsize
     if total < 1:  # reported where the number of steps is given
         return
-    _check_ratios(warmup_ratio=warmup_ratio, decay_ratio=decay_ratio, cooldown_ratio=cooldown_ratio)
     phases = {
-        "warmup_steps": (warmup_steps, warmup_ratio),
-        "decay_steps": (decay_steps, decay_ratio),
-        "cooldown_steps": (cooldown_steps, cooldown_ratio),
+        "warmup": (warmup_steps, warmup_ratio),
+        "decay": (decay_steps, decay_ratio),
+        "cooldown": (cooldown_steps, cooldown_ratio),
     }
     known = {
-        name: _steps(total, *given)
+        name: given
         for name, given in phases.items()
         if all(value is None or isinstance(value, int | float) for value in given)
     }
-    lowest = min_lr_ratio if isinstance(min_lr_ratio, int | float) else 0.0
-    _check(
-        total_steps=total,
-        min_lr_ratio=lowest,
-        **{name: steps for name, steps in known.items() if steps},
-    )
+    _phases(total, min_lr_ratio if isinstance(min_lr_ratio, int | float) else 0.0, **known)
 
 
 def _peak(step: int) -> float:
@@ -209,8 +211,7 @@ def constant(
     Raises:
         ValueError: a phase that is negative, not a whole number, or longer than the run.
     """
-    warmup = _steps(total_steps, warmup_steps, warmup_ratio)
-    _check(total_steps=total_steps, warmup_steps=warmup)
+    (warmup,) = _phases(total_steps, warmup=(warmup_steps, warmup_ratio))
     return _schedule(optimizer, total_steps=total_steps, warmup=warmup)
 
 
@@ -246,10 +247,11 @@ def wsd(
     Raises:
         ValueError: phases that do not fit into the run; a minimum outside [0, 1].
     """
-    warmup = _steps(total_steps, warmup_steps, warmup_ratio)
-    decay = _steps(total_steps, decay_steps, decay_ratio)
-    _check(
-        total_steps=total_steps, min_lr_ratio=min_lr_ratio, warmup_steps=warmup, decay_steps=decay
+    warmup, decay = _phases(
+        total_steps,
+        min_lr_ratio,
+        warmup=(warmup_steps, warmup_ratio),
+        decay=(decay_steps, decay_ratio),
     )
     return _schedule(
         optimizer,
@@ -272,8 +274,7 @@ def _decay_after_warmup(shape: Shape, summary: str) -> Callable[..., Schedule]:
         warmup_ratio: float = 0.0,
         min_lr_ratio: float = 0.0,
     ) -> Schedule:
-        warmup = _steps(total_steps, warmup_steps, warmup_ratio)
-        _check(total_steps=total_steps, min_lr_ratio=min_lr_ratio, warmup_steps=warmup)
+        (warmup,) = _phases(total_steps, min_lr_ratio, warmup=(warmup_steps, warmup_ratio))
         return _schedule(
             optimizer,
             total_steps=total_steps,
@@ -358,10 +359,11 @@ def power(
         ValueError: phases that do not fit into the run; a minimum outside [0, 1]; a rate, size or
             `a` that is not positive; a positive `b`.
     """
-    warmup = _steps(total_steps, warmup_steps, warmup_ratio)
-    decay = _steps(total_steps, decay_steps, decay_ratio)
-    _check(
-        total_steps=total_steps, min_lr_ratio=min_lr_ratio, warmup_steps=warmup, decay_steps=decay
+    warmup, decay = _phases(
+        total_steps,
+        min_lr_ratio,
+        warmup=(warmup_steps, warmup_ratio),
+        decay=(decay_steps, decay_ratio),
     )
     if reference_lr is None:
         # A scheduler may have been built on this optimizer before: its peak is `initial_lr`.
@@ -427,13 +429,11 @@ def infinite(
         ValueError: phases that overlap or do not fit; factors that are not
             `0 < min_lr_ratio <= constant_factor <= 1`.
     """
-    warmup = _steps(total_steps, warmup_steps, warmup_ratio)
-    cooldown = _steps(total_steps, cooldown_steps, cooldown_ratio)
-    _check(
-        total_steps=total_steps,
-        min_lr_ratio=min_lr_ratio,
-        warmup_steps=warmup,
-        cooldown_steps=cooldown,
+    warmup, cooldown = _phases(
+        total_steps,
+        min_lr_ratio,
+        warmup=(warmup_steps, warmup_ratio),
+        cooldown=(cooldown_steps, cooldown_ratio),
     )
     if not 0.0 < min_lr_ratio <= constant_factor <= 1.0:
         raise ValueError(

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from ditty_di.batch import Batch
 from ditty_di.compat import PIPELINE_TAKES_MICROBATCHES
-from ditty_di.metrics.validation import preserved_rng
 from ditty_di.protocols import Loss
 from ditty_di.runtime import Runtime, seed_everything
+from ditty_di.seed import preserved_rng
 
 
 class PipelineLoss:

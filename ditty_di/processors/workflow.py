@@ -10,7 +10,7 @@ import torch
 from ditty_di.batch import Batch, Context
 from ditty_di.contracts.check import Report, examine
 from ditty_di.contracts.grammar import Contract
-from ditty_di.contracts.render import drawn
+from ditty_di.contracts.render import render
 from ditty_di.contracts.runtime import BatchChecks, TensorChecks
 from ditty_di.contracts.stages import POST, PRE, Stage, pipeline
 from ditty_di.processors.base import PostProcessor, PreProcessor
@@ -225,7 +225,7 @@ class Processors:
         Args:
             around: loader, model, loss and model_contract, as in `stages`.
         """
-        return drawn(examine(self.stages(**around)))
+        return render(examine(self.stages(**around)))
 
     def check_tensors(self, *, every: bool = False, **around: Any) -> None:
         """Compare tensors with contracts from now on, also without any processor.

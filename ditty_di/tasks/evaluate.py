@@ -13,7 +13,13 @@ from ditty_di.losses.plain import as_loss
 from ditty_di.processors import PostProcessor, PreProcessor, Processors
 from ditty_di.protocols import Loss, ModelTransform, ParallelizeFn, ValidatorFactory, WeightsFn
 from ditty_di.runtime import Runtime
-from ditty_di.training.setup import prepare_model, setup_loss, setup_model, setup_processors
+from ditty_di.training.setup import (
+    prepare_model,
+    setup_loss,
+    setup_model,
+    setup_processors,
+    weights_of,
+)
 
 
 def evaluate(
@@ -69,7 +75,7 @@ def evaluate(
         model,
         runtime=runtime,
         loss_fn=loss_fn,
-        weights=weights,
+        weights=weights_of(model, weights),
         parallelize_fn=parallelize_fn,
         pipeline_fn=None,
     )

@@ -53,11 +53,11 @@ def check(
         print(f"  imported only, because they have no signature: {', '.join(checked.unread)}")
     if "loss_fn" in graph.value(root):
         from ditty_di.contracts import from_config
-        from ditty_di.contracts.render import drawn
+        from ditty_di.contracts.render import render
 
         report = from_config.check(graph, root, strict=strict)
         print(f"the pipeline of {root}, with what each stage takes -> gives:")
-        print(textwrap.indent(drawn(report), "  "))
+        print(textwrap.indent(render(report), "  "))
     for warning in graph.rehearse(root) if rehearse else ():
         print(f"warning: {warning}")
 

@@ -83,7 +83,7 @@ def setup_model(
         model: the model as injected.
         runtime: device and layout.
         loss_fn: for a pipeline schedule.
-        weights: fills a model on the meta device; None is its attribute `default_weights`.
+        weights: fills a model on the meta device (see `weights_of`).
         parallelize_fn: shards, wraps or compiles; needed with several data-parallel ranks.
         pipeline_fn: splits the model into stages; needed with `runtime.pp > 1`.
         processors: their postprocessors run before the loss of a pipeline schedule.
@@ -91,7 +91,6 @@ def setup_model(
     Raises:
         ValueError: a slot that this layout needs is missing, or a tensor has no value.
     """
-    weights = weights_of(model, weights)
     if not is_meta(model):
         broadcast(model.to(runtime.device))
     elif weights is None:
@@ -238,11 +237,7 @@ def setup_checkpointer(
         dataloader: its position and a digest of its data are saved.
         grad_scaler: saved if it is enabled.
         others: further states by key.
-
-    Raises:
-        ValueError: the loader has no state.
     """
-    require_state(dataloader)
     saved: dict[str, Any] = {
         **states.model_states(model_parts, weights),
         "optimizer": states.OptimizerState(optimizer),

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditty_di.contracts.check import compatible
-from ditty_di.contracts.render import drawn
+from ditty_di.contracts.render import render
 from ditty_di.processors import Contract, ContractError, Stage, examine
 from tests.contracts.test_grammar import contracts
 
@@ -148,7 +148,7 @@ def test_what_only_an_unchecked_stage_can_give_is_unproven_and_not_silent():
     report = examine(made)
     assert not report.problems
     assert [p.entry for p in report.unproven] == ["t:1:i64", "ctx.noise:n:f"]
-    assert "may come from preprocessor noise, which has no contract" in drawn(report)
+    assert "may come from preprocessor noise, which has no contract" in render(report)
     report.verify()
     with pytest.raises(ContractError, match=r"ctx\.noise"):
         report.verify(strict=True)
@@ -181,7 +181,7 @@ def test_the_trainer_s_own_context_is_known():
 
 def test_the_picture_shows_every_arrow_and_what_is_wrong_on_it():
     made = stages({"loader": "-> x:4:f", "postprocessor scale": ""})
-    text = drawn(examine(made))
+    text = render(examine(made))
     lines = text.split("\n")
     assert any(re.match(r"model unet +x:4:f, t:1:i64, y:1:i64 -> eps", line) for line in lines)
     assert "  │ x:4:f | ctx.noise:4:f, ctx.forward_kwargs.t:1:i64" in lines
@@ -198,7 +198,7 @@ def test_the_picture_shows_every_arrow_and_what_is_wrong_on_it():
 def test_no_chain_crashes(chain):
     report = examine([Stage(kind, "s", contract) for kind, contract in chain])
     assert len(report.arrows) == len(chain)
-    assert drawn(report) or not chain
+    assert render(report) or not chain
 
 
 def test_dtypes():

@@ -7,7 +7,7 @@ from ditty_di.cli.searchpath import conf_dir
 from ditty_di.config import Graph
 from ditty_di.contracts.check import examine
 from ditty_di.contracts.from_config import stages
-from ditty_di.contracts.render import drawn
+from ditty_di.contracts.render import render
 
 
 def examined(*overrides):
@@ -20,7 +20,7 @@ def examined(*overrides):
 @pytest.mark.parametrize("experiment", ["diffusion", "flow_matching"])
 def test_every_stage_is_checked_and_fits(experiment):
     found = examined(f"experiment={experiment}")
-    assert not (found.problems or found.unproven or found.unchecked), drawn(found)
+    assert not (found.problems or found.unproven or found.unchecked), render(found)
 
 
 MUTATIONS = {

@@ -354,6 +354,8 @@ def test_curve_is_configuration() -> None:
         (linear, {"total_steps": 100, "warmup_steps": 200}, r"warmup_steps=200 is longer .*=100"),
         (linear, {"total_steps": 100, "warmup_steps": 0.1}, r"warmup_steps=0.1; .*warmup_steps=10"),
         (linear, {"total_steps": 100, "warmup_steps": -1}, r"warmup_steps=-1; write"),
+        (linear, {"total_steps": 100, "warmup_ratio": 1.5}, r"warmup_ratio=1.5; write a fraction"),
+        (wsd, {"total_steps": 100, "decay_ratio": -0.1}, r"decay_ratio=-0.1; write a fraction"),
         (
             exponential,
             {"total_steps": 9, "min_lr_ratio": 1.5},
