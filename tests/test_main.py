@@ -159,6 +159,14 @@ def test_a_run_does_not_go_on_with_other_values_unless_allowed(folder: Folder) -
     assert "resume.allow" in err
 
 
+def test_a_run_of_an_earlier_version_is_refused_in_plain_words(folder: Folder) -> None:
+    folder("task=finish", "run=mine")
+    with (folder.path / "mine/config.yaml").open("a") as config:
+        config.write("checkpointer: null\n")
+    _, err = folder("run=mine", code=2)
+    assert "written by an earlier version of ditty_di" in err and "start a new run" in err
+
+
 def test_another_task_starts_from_the_runs_own_configuration(folder: Folder) -> None:
     folder("value=4.0", "task=finish", "run=mine")
     stored = folder.path / "mine/config.yaml"

@@ -104,14 +104,14 @@ def test_a_sample_ends_with_its_turn_and_within_the_models_positions(tokenizer):
     assert texts == {"sample/0": "one two three four -> "} and set(seen) == {4}
 
 
-def trained(**slots):
+def trained(samples=None, **slots):
     """Losses with dropout, what was written, and what the callbacks report."""
     loader = partial(Loader, Ragged(), batch_size=16, shuffle=False)
     trainer, recorder = make_trainer(
         None,
         dropout=0.3,
         steps=3,
-        validator=partial(Validator, loader, every=2, max_batches=1, first=True),
+        validator=partial(Validator, loader, every=2, max_batches=1, first=True, samples=samples),
         **slots,
     )
     trainer.train()
@@ -130,6 +130,13 @@ def test_texts_of_every_validation_change_nothing_else():
     assert [line.partition(":")[0] for line in report.splitlines()] == [
         f"{name} at step {step}" for name in ("sample/0", "sample/1") for step in (0, 3)
     ]
+
+
+def test_a_validator_brings_the_callback_that_logs_samples():
+    options = {"prompts": ["ab", "x"], "max_new_tokens": 2}
+    by_validator = trained(samples=SampleText(Letters(), **options))
+    assert by_validator == trained(callbacks={"sample": SampleText(Letters(), **options)})
+    assert len(by_validator[1]) == 6
 
 
 def test_one_validation_has_nothing_to_be_compared_with():
