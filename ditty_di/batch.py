@@ -31,6 +31,8 @@ class Context(dict[str, Any]):
         total_steps: number of optimizer steps of the training.
         device: the `torch.device` of the model.
         model: the trained module, or this rank's first pipeline stage of it.
+        source: number of each row's source, `[rows]`, or of each label's, in the shape of the
+            labels, if the data is a `ditty_di.data.Mixture`.
 
     By convention processors write `mask` for the elements that count in the loss. Reading a missing
     key raises `MissingKey`, whose message lists the keys that exist.
@@ -127,12 +129,16 @@ class Batch:
         """Return the batch that a loader yielded.
 
         Args:
-            loaded: a `Batch`, or a pair `(inputs, labels)`.
+            loaded: a `Batch`, or a pair `(inputs, labels)`. An input `source` (the source of each
+                row of a mixture, or of each label) goes to the context: it is not the model's.
         """
         if isinstance(loaded, cls):
             return loaded
         inputs, labels = loaded
-        return cls(inputs, labels)
+        if not isinstance(inputs, dict) or "source" not in inputs:
+            return cls(inputs, labels)
+        own = {name: value for name, value in inputs.items() if name != "source"}
+        return cls(own, labels, Context(source=inputs["source"]))
 
     @property
     def target(self) -> Any:

@@ -7,10 +7,11 @@ the capability, never for the version, and names the torch version that makes it
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ import torch.distributed
 import torch.distributed.fsdp
 import torch.distributed.pipelining
 import torchtitan.tools.utils  # noqa: F401  (so that `_cpu_device` finds it)
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, _ComputationType
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 #: SPMD backends of torchtitan that work on this torch: `partial_dtensor` everywhere. Below 2.14,
@@ -63,17 +64,33 @@ class CPUModule(ModuleType):
         return {}
 
 
-def _cpu_device() -> None:
-    """Needed by every version: torchtitan 0.3 falls back to "cuda" where there is no accelerator.
-
-    Its modules copy the two names when they are imported, some perhaps before this one.
-    """
-    if torch.accelerator.is_available():
-        return
+def _use_cpu() -> list[tuple[dict[str, Any], str, Any]]:
+    """Set the device to the CPU in all modules that copied it when imported; return what it was."""
     names = {"device_type": "cpu", "device_module": CPUModule("ditty_di.compat.cpu")}
+    before = []
     for name, module in list(sys.modules.items()):
-        if name.startswith("torchtitan."):
-            vars(module).update({k: v for k, v in names.items() if k in vars(module)})
+        if name.startswith("torchtitan.") or name == "ditty_di.runtime":
+            own = vars(module)
+            before += [(own, key, own[key]) for key in names.keys() & own.keys()]
+            own.update({key: value for key, value in names.items() if key in own})
+    return before
+
+
+@contextmanager
+def cpu_device() -> Iterator[None]:
+    """Let torchtitan and `Runtime` use the CPU within the context, also beside an accelerator."""
+    before = _use_cpu()
+    try:
+        yield
+    finally:
+        for own, key, value in before:
+            own[key] = value
+
+
+def _cpu_device() -> None:
+    """Needed by every version: without an accelerator torchtitan 0.3 falls back to "cuda"."""
+    if not torch.accelerator.is_available():
+        _use_cpu()
 
 
 def _set_timeout() -> None:
@@ -139,10 +156,12 @@ def _integers_keep_their_dtype() -> None:
     vars_of.init_dtype_attrs = init_dtype_attrs
 
 
-def _low_bit_views_keep_their_dtype() -> None:
+@functools.cache
+def low_bit_views_keep_their_dtype() -> None:
     """Needed by every version so far: a view of torchao's low-bit optimizer state loses its dtype.
 
-    Sharded state of bfloat16 parameters then says float32 to some and bfloat16 to others.
+    Sharded state of bfloat16 parameters then says float32 to some and bfloat16 to others. It is
+    called where such an optimizer is built, because importing torchao takes a third of a second.
     """
     from torchao.optim.subclass_4bit import OptimState4bit
     from torchao.optim.subclass_8bit import OptimState8bit
@@ -215,43 +234,6 @@ def _one_sum_of_a_shared_weight() -> None:
     group._set_unsharded_grad_dtypes, group.post_forward = set_dtypes, after_forward
 
 
-class _Postponed:
-    """A function or class whose module is imported when it is called or tested for instances."""
-
-    def __init__(self, module: str, name: str) -> None:
-        self._module, self._name = module, name
-
-    @property
-    def _real(self) -> Any:
-        return getattr(importlib.import_module(self._module), self._name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._real(*args, **kwargs)
-
-    def __instancecheck__(self, instance: Any) -> bool:
-        return isinstance(instance, self._real)
-
-
-def _import_torchtitan_without_datasets() -> None:
-    """Needed by every version: torchtitan 0.3's trainer imports `datasets`, pandas and pyarrow.
-
-    That takes a quarter of its time, for text loaders; here it is imported when one of them reads.
-    """
-    names = {
-        "datasets": ("Dataset", "load_dataset"),
-        "datasets.distributed": ("split_dataset_by_node",),
-    }
-    absent = [module for module in names if module not in sys.modules]
-    for module in absent:
-        sys.modules[module] = ModuleType(module)
-        vars(sys.modules[module]).update({name: _Postponed(module, name) for name in names[module]})
-    try:
-        from torchtitan.hf_datasets import text_datasets  # noqa: F401
-    finally:
-        for module in absent:
-            del sys.modules[module]
-
-
 def _compile_flex_attention_when_built() -> None:
     """Needed by every version: torchtitan 0.3 compiles two functions when it is imported.
 
@@ -292,15 +274,55 @@ def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def run_micro_batches(schedule: Any, *, backward: bool, **micro_batches: Any) -> None:
+    """Run a pipeline schedule on lists of micro-batches.
+
+    Obsolete from torch 2.14: `step` and `eval` take these arguments there.
+
+    Args:
+        schedule: torch's.
+        backward: whether gradients are computed.
+        **micro_batches: arguments of `_step_microbatches`.
+    """
+    if PIPELINE_TAKES_MICROBATCHES:
+        run = schedule.step if backward else schedule.eval
+        run(**micro_batches, return_outputs=False)
+        return
+    before, schedule._has_backward = schedule._has_backward, backward
+    single = isinstance(schedule, PipelineScheduleSingle)
+    try:
+        for stage in [schedule._stage] if single else schedule._stages:
+            stage.has_backward = backward
+            stage.clear_runtime_states()
+        schedule._step_microbatches(**micro_batches, return_outputs=False)
+    finally:
+        schedule._has_backward = before
+
+
+def forward_only(schedule: Any) -> None:
+    """Leave the backward passes out of a pipeline schedule of several stages a rank.
+
+    Needed by every version: where two stages that follow each other are on one rank, `eval` expects
+    gradients of the second.
+
+    Args:
+        schedule: torch's; it is changed.
+    """
+    kept = {
+        _ComputationType[name] for name in ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+    }
+    order = schedule.pipeline_order_with_comms
+    for rank, actions in order.items():
+        order[rank] = [action for action in actions if action.computation_type in kept]
+
+
 _cpu_device()
 _set_timeout()
 _data_parallel_mesh_dims()
 _pipeline_stage()
 _integers_keep_their_dtype()
-_low_bit_views_keep_their_dtype()
 _muon_keeps_placements()
 _one_sum_of_a_shared_weight()
 _compile_flex_attention_when_built()
-_import_torchtitan_without_datasets()
 if PIPELINE_TAKES_MICROBATCHES:
     SPMD_BACKENDS = ("partial_dtensor", "full_dtensor", "spmd_types")

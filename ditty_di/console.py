@@ -140,8 +140,14 @@ def quiet_imports() -> None:
     """Silence warnings of libraries at import that a user can do nothing about.
 
     torchao 0.18 and bitsandbytes 0.50 list kernels they did not load; peft 0.21 uses a deprecated
-    name of transformers 5.
+    name of transformers 5; botocore tells in each process where it found credentials.
     """
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends"):
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+        "bitsandbytes.backends",
+        "botocore",
+        "aiobotocore",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Args:
         path: the file to replace.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not by the process id: machines that share a folder may have equal ones.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -8,15 +8,15 @@ signatures too, so a typo inside a partial is found before anything is built.
 Any target may find its own mistakes before anything is built, by two static methods (of a class) or
 attributes (of a function: see `early_checks`):
 
-`validate(*, steps=None, config=None)`: keyword-only parameters named like those of the constructor,
-each with a default that means "not known" (or not given). `Graph.check`, and so `task=check` and
-each start, calls it with the arguments that are known without building: scalars, lists and dicts
-with references resolved, plain defaults of the signature, and `ditty_di.config.View`s of nodes
-(`.target` the callable, `.arguments` its known arguments). It raises ValueError; a message that
-begins with `name=` or `name: ` is reported at the file and line that set that argument
-(`config.r=0` at a value in it), several such lines each at its own. The constructor calls the same
-function, so that plain Python gets the same message. A class that has a method `validate` already
-names it `validate_arguments`.
+`validate(*, max_steps=None, config=None)`: keyword-only parameters named like those of the
+constructor, each with a default that means "not known" (or not given). `Graph.check`, and so
+`task=check` and each start, calls it with the arguments that are known without building: scalars,
+lists and dicts with references resolved, plain defaults of the signature, and
+`ditty_di.config.View`s of nodes (`.target` the callable, `.arguments` its known arguments). It
+raises ValueError; a message that begins with `name=` or `name: ` is reported at the file and line
+that set that argument (`config.r=0` at a value in it), several such lines each at its own. The
+constructor calls the same function, so that plain Python gets the same message. A class that has a
+method `validate` already names it `validate_arguments`.
 
 `rehearse(build) -> list[str]`: called by `task=check` once all static checks have passed.
 `build("name")` returns the argument `name` of that node, built through the graph (shared objects
@@ -28,7 +28,7 @@ warnings. It must not build what touches an accelerator or the process group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -55,16 +55,18 @@ def early_checks(
     *,
     validate: Callable[..., None] | None = None,
     rehearse: Callable[[Callable[[str], Any]], list[str]] | None = None,
+    fits: Sequence[Callable[..., list[str]]] | None = None,
 ) -> Callable[[_F], _F]:
     """Return a decorator that gives a function used as a target its early checks.
 
     Args:
         validate: checks arguments that are known without building.
         rehearse: tries a cheap part of the work.
+        fits: rules of a function that parallelizes (`ditty_di.parallelize.fits`).
     """
 
     def attach(function: _F) -> _F:
-        given = {"validate": validate, "rehearse": rehearse}
+        given = {"validate": validate, "rehearse": rehearse, "fits": fits}
         vars(function).update({name: check for name, check in given.items() if check is not None})
         return function
 
@@ -174,8 +176,10 @@ class ParallelizeFn(Protocol):
 class PipelineFn(Protocol):
     """Split the model into stages: `(schedule, model_parts, has_first_stage, has_last_stage)`.
 
-    The schedule runs as many micro-batches as gradient accumulation steps and must not scale
-    gradients by their number (`scale_grads=False`): `loss_fn` has divided already.
+    The schedule is one of torch's, or an object with the methods of
+    `ditty_di.parallelize.schedule.StageSchedule`. One of torch's runs as many micro-batches as
+    gradient accumulation steps and must not scale gradients by their number (`scale_grads=False`):
+    `loss_fn` has divided already.
     """
 
     def __call__(
@@ -229,19 +233,31 @@ class Validator(Protocol):
         """
 
 
+class Evaluate(Protocol):
+    """Compute the loss of batches without a backward pass, on any layout."""
+
+    def __call__(
+        self, loss_fn: Loss, batches: Iterable[Batch], num_valid_global: Tensor, /
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield `loss` and the metrics of each batch, parts of those of `num_valid_global`.
+
+        Batches are prepared and on the runtime's device. Several may be taken before the first
+        result. All ranks that share a batch get the same.
+        """
+
+
 class ValidatorFactory(Protocol):
     """Make the validator.
 
-    `prepare(batch)` runs the preprocessors and returns None for a rejected batch; `forward(batch)`
-    returns the model's output for a prepared batch on the runtime's device, after the
-    postprocessors.
+    `prepare(batch)` runs the preprocessors and returns None for a rejected batch; `evaluate`
+    returns the losses of prepared batches, and runs the postprocessors.
     """
 
     def __call__(
         self,
         *,
         model_parts: list[nn.Module],
-        forward: Callable[[Batch], Any],
+        evaluate: Evaluate,
         loss_fn: Loss,
         runtime: Runtime,
         prepare: Callable[[Batch], Batch | None],
@@ -278,7 +294,7 @@ class CheckpointerFactory(Protocol):
         """Return the checkpointer."""
 
 
-class Metrics(Protocol):
+class MetricsProcessor(Protocol):
     """Collects metrics and writes them.
 
     The trainer's batch generator adds to `ntokens_since_last_log` and `data_loading_times`.
@@ -288,7 +304,7 @@ class Metrics(Protocol):
     data_loading_times: list[float]
 
     def start(
-        self, *, model_parts: list[nn.Module], total_steps: int, runtime: Runtime, step: int
+        self, *, model_parts: list[nn.Module], max_steps: int, runtime: Runtime, step: int
     ) -> None:
         """Start, once the weights are set and a checkpoint of `step` was loaded."""
 
@@ -308,7 +324,7 @@ class Metrics(Protocol):
         """Return metrics of the whole run: tokens_per_second, peak_memory_gib, ..."""
 
     def close(self) -> None:
-        """Close all writers."""
+        """Close all loggers."""
 
 
 #: Methods of a callback (`ditty_di.callbacks.Callback`): the moments at which it is called, in
@@ -329,7 +345,7 @@ class Training(Protocol):
     runtime: Runtime
     model_parts: list[nn.Module]
     validator: Validator | None
-    metrics_processor: Metrics
+    metrics_processor: MetricsProcessor
 
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """Return the model's output for one micro-batch of inputs."""

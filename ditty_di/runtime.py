@@ -61,8 +61,11 @@ class Runtime:
         cp: int = 1,
         tp: int = 1,
         pp: int = 1,
+        ep: int = 1,
         threads: int | None = None,
         spmd_backend: str = "partial_dtensor",
+        init_timeout: float = 300.0,
+        train_timeout: float = 100.0,
     ) -> None:
         """Raise ValueError for arguments out of range, or a backend that this torch lacks."""
         if spmd_backend not in compat.SPMD_BACKENDS:
@@ -72,7 +75,7 @@ class Runtime:
                 f"{torch.__version__}; use {works}, or torch 2.14 or newer"
             )
         wrong = [] if seed >= 0 else [f"seed={seed} must not be negative"]
-        degrees = {"cp": cp, "tp": tp, "pp": pp, "threads": threads}
+        degrees = {"cp": cp, "tp": tp, "pp": pp, "ep": ep, "threads": threads}
         wrong += [
             f"{name}={value} must be at least 1"
             for name, value in degrees.items()
@@ -82,6 +85,11 @@ class Runtime:
             f"{name}={value} must be at least 1, or -1 for what the world size leaves"
             for name, value in (("dp_replicate", dp_replicate), ("dp_shard", dp_shard))
             if value < 1 and value != -1
+        ]
+        wrong += [
+            f"{name}={value} must be above 0, in seconds"
+            for name, value in (("init_timeout", init_timeout), ("train_timeout", train_timeout))
+            if not value > 0
         ]
         if wrong:
             raise ValueError("\n".join(wrong))
@@ -109,8 +117,11 @@ class Runtime:
             cp=cp,
             tp=tp,
             pp=pp,
+            ep=ep,
             threads=threads,
             spmd_backend=spmd_backend,
+            init_timeout=init_timeout,
+            train_timeout=train_timeout,
         )
         if threads is not None:
             torch.set_num_threads(threads)
@@ -118,6 +129,7 @@ class Runtime:
         if dist.is_initialized():
             self.world_size = dist.get_world_size()
         replicate, shard = data_degrees(dp_replicate, dp_shard, cp * tp * pp, self.world_size)
+        _require_ranks_for_experts(ep, shard * cp * tp)
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = self._pick_device()
@@ -264,6 +276,15 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _require_ranks_for_experts(ep: int, ranks: int) -> None:
+    if ranks % ep:
+        fit = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise ValueError(
+            f"runtime.ep={ep} does not divide the {ranks} ranks of dp_shard * cp * tp, among which "
+            f"experts are split; ep fits {fit}"
+        )
 
 
 def data_degrees(replicate: int, shard: int, rest: int, world_size: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_wine
 from torch import nn
 
-from ditty_di.front import ModelFactory, Pipeline
+from ditty_di.api import ModelFactory, Pipeline
 from ditty_di.losses import CrossEntropyLoss
 
 table = load_wine()

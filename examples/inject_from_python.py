@@ -28,9 +28,9 @@ trainer = Trainer(
     model=nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 1)),
     loss_fn=Absolute(),
     optimizer=partial(torch.optim.Adafactor, lr=3e-2),
-    lr_scheduler=partial(cosine, total_steps=300),
-    dataloader=partial(Loader, rows, batch_size=64),
-    steps=300,
+    lr_scheduler=partial(cosine, max_steps=300),
+    dataloader=partial(Loader, rows, micro_batch_size=64),
+    max_steps=300,
 )
 print(trainer.train())
 trainer.close()

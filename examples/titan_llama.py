@@ -33,9 +33,9 @@ trainer = Trainer(
     ),
     loss_fn=CrossEntropyLoss(),
     optimizer=partial(torch.optim.AdamW, lr=1e-3),
-    lr_scheduler=partial(cosine, total_steps=STEPS, warmup_steps=5),
-    dataloader=partial(Loader, rows, batch_size=8),
-    steps=STEPS,
+    lr_scheduler=partial(cosine, max_steps=STEPS, warmup_steps=5),
+    dataloader=partial(Loader, rows, micro_batch_size=8),
+    max_steps=STEPS,
 )
 print(trainer.train())
 trainer.close()

@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from ditty_di.front import ModelFactory, Pipeline
+from ditty_di.api import ModelFactory, Pipeline
 from ditty_di.losses import CompositeLoss, CrossEntropyCalculator, MSELoss
 from ditty_di.processors import PreProcessor
 

@@ -27,7 +27,7 @@ EXPERIMENTS = (
     *("diffusion", "flow_matching"),
 )
 #: Experiments whose rows are long: fewer of them.
-SMALLER = {"pretrain_base": ["data.loader.batch_size=2", "global_batch_size=8"]}
+SMALLER = {"pretrain_base": ["data.loader.micro_batch_size=2", "global_batch_size=8"]}
 
 
 def record(experiment: str, ranks: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -35,8 +35,8 @@ def record(experiment: str, ranks: int, steps: int, folder: Path) -> dict[str, A
     run = folder / "run"
     done = warm.run(
         [
-            *("-m", "ditty_di", f"+experiment={experiment}", f"steps={steps}", f"run={run}"),
-            *("metrics.every=1", f"launcher.nproc={ranks}", *SMALLER.get(experiment, ())),
+            *("-m", "ditty_di", f"+experiment={experiment}", f"max_steps={steps}", f"run={run}"),
+            *("logger.log_interval=1", f"launcher.nproc={ranks}", *SMALLER.get(experiment, ())),
         ],
         cwd=folder,
         timeout=1800,

@@ -1,4 +1,4 @@
-"""The benchmark that needs a GPU, tried at toy size without one."""
+"""The benchmarks of GPUs and of layouts, tried at toy size."""
 
 import json
 import os
@@ -40,3 +40,28 @@ def test_the_gpu_benchmark_runs_its_cases_at_toy_size(tmp_path):
     assert set(report["cases"]) == {"QLoRA 2 x 2048", "full, 8-bit AdamW 2 x 2048"}
     for case in report["cases"].values():
         assert case["tokens_per_second"] > 0 and case["tflops"] > 0 and case["loss"] < 7
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_layouts_trains_all_of_them_alike(tmp_path):
+    report = tmp_path / "layouts.json"
+    tiny = ["--tiny", "--ranks", "2", "4", "--steps", "4", "--warm-up", "1", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, "launch/benchmarks/layouts.py", *tiny, "--json", str(report)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    losses: dict[str, list[float]] = {}
+    for of_ranks in found["results"].values():
+        for name, case in of_ranks.items():
+            assert case["tokens_per_second"] > 0
+            losses.setdefault(name.split(",")[0], []).append(case["last_loss"])
+    for model in ("Llama", "Qwen3-MoE", "titan Llama"):
+        assert losses[model] == pytest.approx([losses[model][0]] * len(losses[model]), abs=1e-5)
+    assert found["ratios"]["2"].keys() == {"titan Llama, fsdp 2", "titan Llama, tp 2"}

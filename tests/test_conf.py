@@ -17,7 +17,11 @@ from ditty_di.config import ConfigError, Graph
 
 #: Values that only a user knows (`???` in the file); never another choice.
 VALUES = {
+    "data=files": ["data.path=launch/constraints.txt"],
+    "data=mixed": ["data.path=folder"],
     "data=rows": ["data.train._target_=builtins.list"],
+    "data=shards": ["data.path=folder"],
+    "data=stream": ["data.path=s3://bucket/folder"],
     "data=text": ["data.corpus.path=launch/constraints.txt"],
     "experiment=module": [
         "model._target_=torch.nn.Identity",
@@ -95,8 +99,8 @@ def test_a_group_without_a_choice_is_null(group, default):
 
 
 def test_none_may_be_one_value_of_a_sweep_or_the_override_of_an_experiment(tmp_path):
-    typed = parse(["--multirun", "adapter=null,lora", "steps=null"]).overrides
-    assert "adapter=none,lora" in typed and "steps=null" in typed
+    typed = parse(["--multirun", "adapter=null,lora", "max_steps=null"]).overrides
+    assert "adapter=none,lora" in typed and "max_steps=null" in typed
     config = plain("experiment=lora", "adapter=none", "lr_scheduler=none")
     assert config["adapter"] is None and config["lr_scheduler"] is None
 
@@ -139,7 +143,7 @@ def test_a_configuration_without_experiments_in_its_defaults_gets_them_added(tmp
     ("choices", "reached"),
     [
         (["neftune=default"], "neftune"),
-        (["recompute=full"], "recompute"),
+        (["activation_checkpointing=full"], "activation_checkpointing"),
         (["adapter=lora"], "adapter"),
         (["profiler=torch"], "profiler"),
         (["callbacks=[ema,early_stopping]"], "callbacks.ema"),
@@ -154,6 +158,17 @@ def test_a_configuration_without_experiments_in_its_defaults_gets_them_added(tmp
 )
 def test_what_is_chosen_reaches_the_trainer(choices, reached):
     assert reached in composed(*choices).check("trainer").nodes
+
+
+@pytest.mark.parametrize("task", ["download", "tokenize"])
+@pytest.mark.parametrize("data", [c for c in CHOICES if c.startswith("data=")])
+def test_data_with_a_source_are_downloaded_and_tokenized(task, data):
+    graph = composed(f"task={task}", data, *VALUES.get(data, ()))
+    if "source" in graph.value("data"):
+        assert {"data.source", "data"} & graph.check("task").nodes.keys()
+    else:
+        with pytest.raises(ConfigError, match="no text to tokenize"):
+            graph.check("task")
 
 
 def test_compiled_blocks_are_arguments_of_the_layout():
@@ -172,8 +187,12 @@ def test_the_data_say_what_is_shown_after_a_validation():
     assert composed("experiment=classification").value("validator.samples") is None
     assert "data.sample_text" not in composed("validator=none").check("task").nodes
     documents, examples = composed(), composed("data=jsonl")
-    assert documents.value("validator.perplexity") and not documents.value("validator.first")
-    assert examples.value("validator.first") and not examples.value("validator.perplexity")
+    assert documents.value("validator.perplexity") and not documents.value(
+        "validator.validate_before_training"
+    )
+    assert examples.value("validator.validate_before_training") and not examples.value(
+        "validator.perplexity"
+    )
     assert documents.value("validator.baselines").keys() == {"unigram_entropy"}
     assert examples.value("validator.baselines") is None
 

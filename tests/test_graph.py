@@ -478,6 +478,7 @@ def test_special_keys_that_say_what_happens_anyway() -> None:
         "torch.utils.collect_env.run", "setuptools._distutils.spawn.spawn", "webbrowser.open",
         "torch.utils.cpp_extension.load_inline", "torch.distributed.launcher.api.elastic_launch",
         "ditty_di.launch.processes.Child", "ditty_di.launch.worker.main", "threading.Thread",
+        "ditty_di.io.write_text", "ditty_di.checkpoint.folder.remove_leftovers",
         # evaluate text
         "torch.fx.graph_module._exec_with_source", "torch._inductor.codecache.PyCodeCache.load",
         "sympy.sympify", "sympy.parsing.sympy_parser.parse_expr", "sympy.lambdify",
@@ -631,7 +632,10 @@ def test_shipped_targets_and_common_libraries_are_not_refused() -> None:
     files = {*(ROOT / "conf").rglob("*.yaml")} - {*(ROOT / "conf/hydra").rglob("*.yaml")}
     text = "\n".join(file.read_text() for file in files)  # Hydra builds its own parts itself
     shipped = set(re.findall(r"_target_: *([\w.]+)", text))
-    optional = ("liger_kernel", "bitsandbytes", "transformer_engine", "hydra_plugins")
+    optional = (
+        *("liger_kernel", "bitsandbytes", "transformer_engine"),
+        *("hydra_plugins", "datatrove"),
+    )
     common = """
         torch.nn.Linear torch.optim.Adam torch.compile torch.utils.data.DataLoader torch.Generator
         torch.utils.data.TensorDataset torch.utils.data.random_split

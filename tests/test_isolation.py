@@ -8,19 +8,21 @@ import torch
 import transformers as T
 
 from ditty_di import Trainer
-from ditty_di.data import Loader, Packed, PackedCollate, PaddedCollate, PaddingFreeCollate
+from ditty_di.data import Loader, PackedCollate, PackedDataset, PaddedCollate, PaddingFreeCollate
 from ditty_di.isolation import DocumentInputs
+from ditty_di.isolation.rows import REHEARSED
 from ditty_di.losses import CrossEntropyLoss
-from ditty_di.metrics.validation import Validator, evaluating
-from ditty_di.models import causal_lm
+from ditty_di.models import causal_lm, titan
+from ditty_di.models.evaluation import evaluating
 from ditty_di.models.weights import hugging_face, initialize
+from ditty_di.parallelize.activation_checkpointing import full
 from ditty_di.parallelize.data_parallel import shard
-from ditty_di.parallelize.recompute import full
 from ditty_di.precision import float8
 from ditty_di.precision.autocast import autocast
 from ditty_di.processors import Teacher
 from ditty_di.quantization import int8, nf4
 from ditty_di.runtime import Runtime
+from ditty_di.training.validation import Validator
 from tests.checkpoint import ranks
 from tests.data.ragged import Documents
 
@@ -122,9 +124,11 @@ def build(kind, options, **changes):
 
 def loader(how, documents=DOCUMENTS):
     if how == "packed":
-        return partial(Loader, Packed(documents, 40), batch_size=2, collate_fn=PackedCollate())
+        return partial(
+            Loader, PackedDataset(documents, 40), micro_batch_size=2, collate_fn=PackedCollate()
+        )
     collates = {"padding_free": PaddingFreeCollate(), "padded": PaddedCollate()}
-    return partial(Loader, documents, batch_size=4, collate_fn=collates[how])
+    return partial(Loader, documents, micro_batch_size=4, collate_fn=collates[how])
 
 
 def trainer(model, dataloader, **options):
@@ -135,14 +139,14 @@ def trainer(model, dataloader, **options):
         optimizer=partial(torch.optim.SGD, lr=0.1),
         lr_scheduler=partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0),
         dataloader=dataloader,
-        steps=1,
+        max_steps=1,
         **options,
     )
 
 
 def difference_from_alone(made):
     """How far the logits of packed documents are from those of each alone, over a whole batch."""
-    row = Packed(DOCUMENTS, 40)
+    row = PackedDataset(DOCUMENTS, 40)
     inputs, _ = PackedCollate()([row[0], row[1]])
     worst = 0.0
     with torch.no_grad(), evaluating(made.model_parts):
@@ -208,9 +212,8 @@ COMPUTED = {
 def outcome(architecture, runtime, **options):
     """The added inputs that were chosen, or the refusal."""
     kind, config, _ = {**ISOLATED, **REFUSED}[architecture]
-    training = {
-        key: options.pop(key) for key in ("parallelize_fn", "preprocessors") if key in options
-    }
+    slots = ("parallelize_fn", "preprocessors", "pipeline_fn")
+    training = {key: options.pop(key) for key in slots if key in options}
     try:
         model = causal_lm.from_config(kind(**config), **options)
     except ValueError:
@@ -235,16 +238,16 @@ def test_the_probe_is_exact_in_every_precision(computed, runtime):
     assert outcome("lfm2", runtime, **options) == "lfm2: state crosses documents"
 
 
-def outcomes_of_a_rank(parallelize, degrees):
+def outcomes_of_a_rank(parallelize, degrees, **options):
     runtime = Runtime(seed=0, **degrees)
     names = ("llama", "opt", "mpt", "lfm2")
-    found = [outcome(name, runtime, parallelize_fn=parallelize) for name in names]
+    found = [outcome(name, runtime, parallelize_fn=parallelize, **options) for name in names]
     runtime.close()
     return found
 
 
 LAYOUTS = {
-    "fsdp": (partial(shard, recompute=full), {}),
+    "fsdp": (partial(shard, activation_checkpointing=full), {}),
     "fsdp in bfloat16": (partial(shard, param_dtype="bfloat16"), {}),
     "ddp": (shard, {"dp_replicate": -1, "dp_shard": 1}),
 }
@@ -255,6 +258,52 @@ def test_ranks_probe_together_and_agree(layout):
     refusal = "lfm2: state crosses documents"
     expected = ["", "attention_mask", "attention_mask", refusal]
     assert ranks.run(outcomes_of_a_rank, 2, *LAYOUTS[layout]) == [expected, expected]
+
+
+def stages(model, *, parallel_dims, **_):
+    """A split of which only the modules are looked at; the first stage has no head."""
+    rank = parallel_dims.get_mesh("pp").get_local_rank()
+    if rank == 0:
+        model.lm_head = torch.nn.Identity()
+    return None, [model], rank == 0, rank == 1
+
+
+def outcomes_of_a_stage():
+    return outcomes_of_a_rank(shard, {"pp": 2}, pipeline_fn=stages)
+
+
+def test_a_model_that_is_split_into_stages_is_probed_whole():
+    masked = "{}: the documents of a packed row see each other without a 4-D {} attention_mask, "
+    masked += (
+        "which pipeline stages do not get; use batching=padded or length_grouped, or runtime.pp=1"
+    )
+    opt, mpt = masked.format("opt", "boolean"), masked.format("mpt", "additive")
+    expected = ["", opt, mpt, "lfm2: state crosses documents"]
+    assert ranks.run(outcomes_of_a_stage, 2) == [expected, expected]
+
+
+def test_packed_rows_that_are_split_over_ranks_are_refused():
+    refused = "{}: packed rows cannot be split over ranks"
+    expected = [refused.format(name) for name in ("llama", "opt", "mpt", "lfm2")]
+    assert ranks.run(outcomes_of_a_rank, 2, shard, {"cp": 2}) == [expected, expected]
+
+
+def test_positions_of_torchtitan_are_probed_as_well(runtime):
+    """Scaled dot-product attention of torchtitan does not read them."""
+    model = titan.llama3(dim=32, n_layers=2, n_heads=4, vocab_size=VOCAB, max_seq_len=64)
+    rows = [
+        ({"input": row["input"], "positions": row["position_ids"]}, ids)
+        for row, ids in (Flattened()[n] for n in range(8))
+    ]
+    with pytest.raises(ValueError, match="Llama3Model: state crosses documents"):
+        Trainer(
+            model=model,
+            loss_fn=CrossEntropyLoss(),
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+            dataloader=partial(Loader, rows, micro_batch_size=2),
+            max_steps=1,
+            runtime=runtime,
+        )
 
 
 # -- siblings --------------------------------------------------------------------------------------
@@ -270,7 +319,7 @@ def test_a_cache_that_lets_documents_see_each_other_is_turned_off(runtime, caplo
 
 def test_validation_rows_are_probed_as_well(runtime):
     kind, options, _ = REFUSED["mamba"]
-    validator = partial(Validator, loader("packed"), every=1)
+    validator = partial(Validator, loader("packed"), eval_interval=1)
     with pytest.raises(ValueError, match="mamba: state crosses documents"):
         trainer(build(kind, options), loader("padded"), runtime=runtime, validator=validator)
 
@@ -300,7 +349,7 @@ class Flattened(torch.utils.data.Dataset):
 def test_rows_that_ones_own_data_set_packs_are_probed(kind, runtime):
     config, options, _ = REFUSED["mamba"]
     with pytest.raises(ValueError, match="mamba: state crosses documents"):
-        trainer(build(config, options), kind(Flattened(), batch_size=2), runtime=runtime)
+        trainer(build(config, options), kind(Flattened(), 2), runtime=runtime)
 
 
 def test_the_probe_leaves_no_trace(runtime):
@@ -337,12 +386,14 @@ def test_a_data_set_without_lengths_shows_its_rows(runtime):
     model = build(T.GPT2Config, SHORT["gpt2"])
     rows = [({"input": torch.zeros(17, dtype=torch.long)}, torch.zeros(17, dtype=torch.long))] * 4
     with pytest.raises(ValueError, match="gpt2: rows of up to 17 tokens"):
-        trainer(model, partial(Loader, rows, batch_size=2), runtime=runtime)
+        trainer(model, partial(Loader, rows, micro_batch_size=2), runtime=runtime)
 
 
 def test_the_padding_of_a_packed_row_has_positions_too(runtime):
     """An example of 5 tokens in a row of 40 leaves 35 tokens of padding, positions 0 to 34."""
-    rows = partial(Loader, Packed(Documents([5]), 40), batch_size=1, collate_fn=PackedCollate())
+    rows = partial(
+        Loader, PackedDataset(Documents([5]), 40), micro_batch_size=1, collate_fn=PackedCollate()
+    )
     with pytest.raises(ValueError, match="gpt2: rows of up to 35 tokens"):
         trainer(build(T.GPT2Config, SHORT["gpt2"]), rows, runtime=runtime)
 
@@ -374,6 +425,13 @@ def test_a_check_probes_a_small_model():
     assert rehearsed("mamba", PaddedCollate()) == []
     with pytest.raises(ValueError, match="mamba: state crosses documents"):
         rehearsed("mamba", PackedCollate())
+
+
+def test_a_check_probes_a_large_model_without_the_layers_that_repeat():
+    wide = {"hidden_size": 512, "num_hidden_layers": 60}
+    assert sum(p.numel() for p in build(T.MambaConfig, wide).parameters()) > REHEARSED
+    with pytest.raises(ValueError, match="mamba: state crosses documents"):
+        rehearsed("mamba", PackedCollate(), **wide)
 
 
 def test_a_check_compares_rows_with_the_position_table():

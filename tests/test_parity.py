@@ -72,8 +72,10 @@ def ours(adapter: bool) -> list[float]:
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 1 - step / STEPS
         ),
-        dataloader=partial(Loader, documents(), batch_size=ROWS, shuffle=False, collate_fn=collate),
-        steps=STEPS,
+        dataloader=partial(
+            Loader, documents(), micro_batch_size=ROWS, shuffle=False, collate_fn=collate
+        ),
+        max_steps=STEPS,
         runtime=runtime,
         global_batch_size=ROWS * ACCUMULATION,
     )

@@ -64,7 +64,7 @@ def by_hand(model, rows, data=None):
 def test_processors_and_every_part_of_the_loss_against_a_computation_by_hand(small):
     torch.manual_seed(0)
     ce, mse = by_hand(TwoHeads(), range(12))
-    trainer, recorder = small(steps=1)
+    trainer, recorder = small(max_steps=1)
     trainer.train()
     (row,) = recorder.rows
     assert row["cross_entropy_calculator/ce"] == pytest.approx(ce.item(), abs=1e-6)
@@ -74,7 +74,7 @@ def test_processors_and_every_part_of_the_loss_against_a_computation_by_hand(sma
 
 
 def test_validation_goes_through_the_processors_and_is_exact(small):
-    trainer, _ = small(steps=2, validator=held_out(5))
+    trainer, _ = small(max_steps=2, validator=held_out(5))
     trainer.train()
     with torch.no_grad():
         ce, mse = by_hand(trainer.model_parts[0], range(55, 60), Rows(60))
@@ -90,7 +90,7 @@ def test_noise_of_the_global_generator_is_the_same_in_each_validation(small):
         optimizer=partial(torch.optim.SGD, lr=0.0),
         preprocessors=[Targets(), Noise()],
         validator=held_out(),
-        steps=4,
+        max_steps=4,
     )
     trainer.train()
     losses = [row["validation/loss"] for row in recorder.rows if "validation/loss" in row]
@@ -106,7 +106,7 @@ def test_processors_are_told_where_training_is(small):
             told.append([ctx[name] for name in names])
             return batch, ctx
 
-    trainer, _ = small(data=Rows(16), preprocessors=[Targets(), Look()], steps=2)
+    trainer, _ = small(data=Rows(16), preprocessors=[Targets(), Look()], max_steps=2)
     trainer.train()
     model = trainer.model_parts[0]
     at = zip((0, 0, 0, 0, 1, 1), (1, 1, 1, 2, 2, 2), strict=True)  # 4 of 16 rows each
@@ -122,7 +122,7 @@ def test_without_processors_a_batch_goes_the_plain_way():
             return super().forward(output, batch, num_valid_global)
 
     loss = Look(output="logits")
-    trainer, recorder = make_trainer(None, loss_fn=loss, steps=1, accumulation=2)
+    trainer, recorder = make_trainer(None, loss_fn=loss, max_steps=1, accumulation=2)
     assert trainer.loss_fn is loss  # nothing around it
     assert trainer.accumulation.prepare is None  # and no second reduction per step
     trainer.train()
@@ -135,7 +135,7 @@ def test_without_processors_a_batch_goes_the_plain_way():
 
 def test_a_run_of_which_nothing_is_left_ends_without_an_update(small):
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
-    trainer, recorder = small(data=Rows(bad=range(48)), grad_scaler=scaler, steps=3)
+    trainer, recorder = small(data=Rows(bad=range(48)), grad_scaler=scaler, max_steps=3)
     before = weights_of(trainer)
     result = trainer.train()
     assert all_equal(before, weights_of(trainer))
@@ -148,18 +148,18 @@ def test_a_run_of_which_nothing_is_left_ends_without_an_update(small):
 
 def test_a_scaler_works_after_a_rejected_window(small):
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
-    trainer, recorder = small(data=Rows(bad=[12, 16, 20]), grad_scaler=scaler, steps=3)
+    trainer, recorder = small(data=Rows(bad=[12, 16, 20]), grad_scaler=scaler, max_steps=3)
     trainer.train()
     assert ["loss" in row for row in recorder.rows] == [True, False, True]
     assert scaler.get_scale() == 32.0
 
 
 def test_the_count_of_rejected_batches_is_resumed(small, tmp_path):
-    keep = partial(Checkpointer, str(tmp_path), every=2)
-    first, _ = small(data=Rows(bad=[1, 13]), checkpointer=keep, steps=2)
+    keep = partial(Checkpointer, str(tmp_path), save_interval=2)
+    first, _ = small(data=Rows(bad=[1, 13]), checkpointer=keep, max_steps=2)
     assert first.train()["rejected_batches"] == 2
     first.close()
-    again, _ = small(data=Rows(bad=[1, 13]), checkpointer=keep, steps=4)
+    again, _ = small(data=Rows(bad=[1, 13]), checkpointer=keep, max_steps=4)
     assert again.train()["rejected_batches"] == 2
     again.close()
 
@@ -170,8 +170,10 @@ def test_a_run_without_processors_goes_on_with_some_and_the_other_way_round(runt
             return None if ctx["step"] == 3 else (batch, ctx)
 
     def trained(steps, *preprocessors):
-        keep = partial(Checkpointer, str(tmp_path), every=2)
-        trainer, _ = make_trainer(None, checkpointer=keep, preprocessors=preprocessors, steps=steps)
+        keep = partial(Checkpointer, str(tmp_path), save_interval=2)
+        trainer, _ = make_trainer(
+            None, checkpointer=keep, preprocessors=preprocessors, max_steps=steps
+        )
         result = trainer.train()
         trainer.close()
         return result
@@ -211,7 +213,7 @@ def test_real_tensors_are_compared_with_contracts_on_demand(small):
     message = r"wrong.*scale.*expected rank 0, dtype f32.*found.*f64"
 
     def run(mode, good):
-        return small(contracts=mode, preprocessors=[Targets(), Wrong(good)], steps=1)[0].train()
+        return small(contracts=mode, preprocessors=[Targets(), Wrong(good)], max_steps=1)[0].train()
 
     with pytest.raises(ContractError, match=message):
         run("runtime", 0)
@@ -225,7 +227,9 @@ def test_tensors_are_compared_also_where_there_is_no_processor():
     class Narrow(CrossEntropyLoss):
         contract = "0:3:f32 | ctx.target:2:i32 -> loss:0:f32"
 
-    trainer, _ = make_trainer(None, loss_fn=Narrow(output="logits"), contracts="runtime", steps=1)
+    trainer, _ = make_trainer(
+        None, loss_fn=Narrow(output="logits"), contracts="runtime", max_steps=1
+    )
     with pytest.raises(ContractError, match=r"ctx.target: expected .* i32; found .* i64"):
         trainer.train()
 
@@ -242,7 +246,7 @@ def test_an_unknown_check_is_refused(small):
 
 def test_parameters_of_a_loss_are_trained_and_clipped_with_the_model(small):
     sgd = partial(torch.optim.SGD, lr=1.0)
-    trainer, recorder = small(loss_fn=uncertain(), optimizer=sgd, max_norm=0.25, steps=1)
+    trainer, recorder = small(loss_fn=uncertain(), optimizer=sgd, max_grad_norm=0.25, max_steps=1)
     torch.manual_seed(0)
     model, s = TwoHeads(), torch.full((2,), 0.3, requires_grad=True)
     ce, mse = by_hand(model, range(12))
@@ -258,8 +262,8 @@ def test_parameters_of_a_loss_are_trained_and_clipped_with_the_model(small):
 
 
 def test_a_checkpoint_holds_them_by_name_and_evaluation_reads_them(small, runtime, tmp_path):
-    keep = partial(Checkpointer, str(tmp_path), every=None)
-    trainer, _ = small(loss_fn=uncertain(), checkpointer=keep, validator=held_out(5), steps=4)
+    keep = partial(Checkpointer, str(tmp_path), save_interval=None)
+    trainer, _ = small(loss_fn=uncertain(), checkpointer=keep, validator=held_out(5), max_steps=4)
     trainer.train()
     trainer.close()
     assert {"loss"} <= trainer.checkpointer.states.keys()
@@ -285,8 +289,8 @@ def test_a_checkpoint_holds_them_by_name_and_evaluation_reads_them(small, runtim
 
 
 def test_a_checkpoint_of_another_loss_is_refused(small, tmp_path):
-    keep = partial(Checkpointer, str(tmp_path), every=None)
-    trainer, _ = small(checkpointer=keep, steps=1)
+    keep = partial(Checkpointer, str(tmp_path), save_interval=None)
+    trainer, _ = small(checkpointer=keep, max_steps=1)
     trainer.train()
     trainer.close()
     with pytest.raises(CheckpointError, match=r"does not fit the loss: .*log_variances"):
@@ -302,9 +306,9 @@ def test_callbacks_of_every_moment_and_their_state(small, tmp_path):
         notes = Notes(calls, "n")
         trainer, _ = small(
             callbacks={"notes": notes, "none": None, "plain": Callback()},
-            checkpointer=partial(Checkpointer, str(tmp_path), every=2, keep=None),
+            checkpointer=partial(Checkpointer, str(tmp_path), save_interval=2, keep_latest_k=None),
             validator=held_out(),
-            steps=steps,
+            max_steps=steps,
         )
         trainer.train()
         trainer.close()
@@ -329,8 +333,8 @@ def test_averages_of_weights_are_resumed_bit_for_bit(small, tmp_path):
             ema = EMA(0.9)
             trainer, _ = small(
                 callbacks={"ema": ema},
-                checkpointer=partial(Checkpointer, str(tmp_path / folder), every=None),
-                steps=until,
+                checkpointer=partial(Checkpointer, str(tmp_path / folder), save_interval=None),
+                max_steps=until,
             )
             trainer.train()
             trainer.close()
@@ -349,10 +353,10 @@ def stopping(small, folder, patience, **slots):
     options = {
         # The first validation is the best.
         "optimizer": partial(torch.optim.SGD, lr=0.0),
-        "checkpointer": partial(Checkpointer, str(folder), every=None),
+        "checkpointer": partial(Checkpointer, str(folder), save_interval=None),
         "callbacks": {"stop": EarlyStopping(patience)},
         "validator": held_out(),
-        "steps": 30,
+        "max_steps": 30,
         **slots,
     }
     trainer, _ = small(**options)
@@ -363,8 +367,8 @@ def stopping(small, folder, patience, **slots):
 
 def test_averages_are_read_out_of_a_checkpoint(small, tmp_path):
     ema = EMA(0.9)
-    keep = partial(Checkpointer, str(tmp_path), every=None)
-    trainer, _ = small(callbacks={"mean": ema}, checkpointer=keep, steps=3)
+    keep = partial(Checkpointer, str(tmp_path), save_interval=None)
+    trainer, _ = small(callbacks={"mean": ema}, checkpointer=keep, max_steps=3)
     trainer.train()
     trainer.close()
     model = TwoHeads().to("meta").to_empty(device="cpu")
@@ -378,7 +382,7 @@ def test_averages_are_read_out_of_a_checkpoint(small, tmp_path):
 
 def test_averages_may_take_the_place_of_the_weights_at_the_end(small):
     ema = EMA(0.9, apply_at_end=True)
-    trainer, _ = small(callbacks={"ema": ema}, steps=3)
+    trainer, _ = small(callbacks={"ema": ema}, max_steps=3)
     trainer.train()
     trainer.close()
     averages = ema.state_dict()
@@ -387,14 +391,14 @@ def test_averages_may_take_the_place_of_the_weights_at_the_end(small):
 
 
 def test_early_stopping_counts_on_where_it_was_and_goes_on_with_more_patience(small, tmp_path):
-    assert stopping(small, tmp_path, 3, steps=4) == ("finished", 4, False)
+    assert stopping(small, tmp_path, 3, max_steps=4) == ("finished", 4, False)
     assert stopping(small, tmp_path, 3) == ("finished", 8, True)
     assert stopping(small, tmp_path, 3) == ("finished", 8, True)
     assert stopping(small, tmp_path, 4) == ("finished", 10, True)
 
 
 def test_early_stopping_lets_go_on_what_improves(small, tmp_path):
-    better = {"optimizer": partial(torch.optim.AdamW, lr=1e-3), "steps": 8}
+    better = {"optimizer": partial(torch.optim.AdamW, lr=1e-3), "max_steps": 8}
     assert stopping(small, tmp_path / "a", 1, **better) == ("finished", 8, False)
     demanding = {"callbacks": {"stop": EarlyStopping(1, min_delta=10.0)}, **better}
     assert stopping(small, tmp_path / "b", 1, **demanding) == ("finished", 4, True)

@@ -24,9 +24,9 @@ READMES = sorted(
 )  # fmt: skip
 SAMPLE = "data.sample_text.max_new_tokens=2"
 #: A pretraining of seconds. Put before what a README says, which then counts.
-SMALL = f"steps=3 data.seq_len=96 validator.max_batches=1 global_batch_size=16 {SAMPLE}"
+SMALL = f"max_steps=3 data.seq_len=96 validator.max_batches=1 global_batch_size=16 {SAMPLE}"
 #: A fine-tuning, or any other experiment, of seconds. Put behind what a README says.
-SHORT = "steps=2 validator.max_batches=1"
+SHORT = "max_steps=2 validator.max_batches=1"
 
 #: Experiments that log no generated text.
 NO_SAMPLES = ("seq2seq", "diffusion", "flow_matching", "classification", "two_heads", "module")
@@ -52,8 +52,8 @@ def commands(path: Path) -> list[str]:
     ]
 
 
-#: tests/front/test_snippets.py runs the program of front/, and looks at what it leaves.
-PROGRAMS = [path for path in READMES if blocks(path, "python") and path.parent.name != "front"]
+#: tests/api/test_snippets.py runs the program of api/, and looks at what it leaves.
+PROGRAMS = [path for path in READMES if blocks(path, "python") and path.parent.name != "api"]
 COMMANDS = [(path, command) for path in READMES for command in commands(path)]
 
 

@@ -68,11 +68,11 @@ def trained(folder, *, rows=None, callbacks=None):
         model=nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.1), nn.Linear(16, 4)),
         loss_fn=nn.functional.mse_loss,
         optimizer=partial(torch.optim.AdamW, lr=1e-2),
-        dataloader=partial(Loader, rows or Rows(), batch_size=4, seed=1),
+        dataloader=partial(Loader, rows or Rows(), micro_batch_size=4, seed=1),
         parallelize_fn=shard,
-        checkpointer=partial(Checkpointer, folder, every=100),
+        checkpointer=partial(Checkpointer, folder, save_interval=100),
         callbacks=callbacks,
-        steps=STEPS,
+        max_steps=STEPS,
         global_batch_size=16,
     )
     said = None
@@ -88,7 +88,7 @@ def bad_row():
     """In the second micro-batch of rank 1 in step 6."""
     from ditty_di.data import Loader
 
-    return Loader(Rows(), 4, seed=1)._order.between(5 * 16 + 8 + 5, 5 * 16 + 8 + 6)[0]
+    return Loader(Rows(), 4, seed=1).sampler.between(5 * 16 + 8 + 5, 5 * 16 + 8 + 6)[0]
 
 
 def failures(folder):

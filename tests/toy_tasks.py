@@ -149,3 +149,9 @@ class Shard:
 def read(shard: Shard) -> dict[str, Any]:
     shard.read()
     return {}
+
+
+def sign() -> dict[str, Any]:
+    """Leaves a file of this rank in the working folder."""
+    Path(f"signed-by-{rank()}").touch()
+    return {}

@@ -21,16 +21,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ditty_di.launch.warm import ARROW_WITHOUT_THREAD
+
 ROOT = Path(__file__).parents[1]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault(*ARROW_WITHOUT_THREAD)
 #: A test process has one server and one list of modules: who forks takes it from here.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
         *("tests.checkpoint.cases", "ditty_di.training.trainer", "ditty_di.launch.warm_imports"),
         *("ditty_di.tasks.generate", "ditty_di.tasks.evaluate", "ditty_di.tasks.export"),
-        *("ditty_di.models.pretrained", "ditty_di.front", "ditty_di.diffusion", "datasets"),
+        *("ditty_di.models.pretrained", "ditty_di.api", "ditty_di.diffusion", "datasets"),
     ]
 )
 

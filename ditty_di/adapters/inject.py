@@ -40,7 +40,7 @@ def _validate(*, config: Any = None) -> None:
 
 
 @early_checks(validate=_validate)
-def add(model: nn.Module, /, *, config: Any, dtype: str | None = "float32") -> nn.Module:
+def apply_adapter(model: nn.Module, /, *, config: Any, dtype: str | None = "float32") -> nn.Module:
     """Return the model inside a `peft.PeftModel`: its parameters frozen, the adapters trainable.
 
     Args:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
+from ditty_di.fqn import canonical_fqn
 from ditty_di.io import is_first_rank
-from ditty_di.names import canonical_fqn
 
 #: The name that peft gives the only adapter of a model; it is in the names of its parameters.
 NAME = "default"

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ditty_di.adapters.state import NAME, peft_model
 from ditty_di.adapters.targets import is_quantized
+from ditty_di.fqn import base_fqn, canonical_fqn
 from ditty_di.messages import first_of
 from ditty_di.models.weights import (
     derived_seed,
@@ -26,7 +27,6 @@ from ditty_di.models.weights import (
     torch_reset,
     transformers_model,
 )
-from ditty_di.names import base_fqn, canonical_fqn
 from ditty_di.seed import run_seed
 
 

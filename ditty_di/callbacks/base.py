@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from ditty_di.protocols import CALLBACK_METHODS, Stateful, Training
+
+log = logging.getLogger(__name__)
 
 
 class Callback:
@@ -15,6 +18,10 @@ class Callback:
     they may communicate. What they may use of the trainer is `ditty_di.protocols.Training`. A
     callback with `state_dict` and `load_state_dict` is saved and resumed with the run.
     """
+
+    #: Whether it calls `trainer.forward`. It is left out where the model is split into pipeline
+    #: stages, which have no output of the whole model.
+    needs_forward: bool = False
 
     def on_train_start(self, trainer: Training) -> None:
         """Act once, after the model is initialized and before a checkpoint is loaded.
@@ -80,6 +87,17 @@ class Callbacks:
                     f"callbacks.{name}: {callback!r} has no {', '.join(lacking)}; let it inherit "
                     f"from ditty_di.callbacks.Callback, whose methods do nothing"
                 )
+
+    def without_forward(self) -> Callbacks:
+        """Return those that do not call `trainer.forward`; log which are left out."""
+        kept = {n: c for n, c in self.named.items() if not getattr(c, "needs_forward", False)}
+        for name in self.named.keys() - kept.keys():
+            log.warning(
+                "callbacks.%s (%s) is left out: it needs the output of the whole model, which is "
+                "split into pipeline stages (runtime.pp > 1)",
+                *(name, type(self.named[name]).__name__),
+            )
+        return Callbacks(kept)
 
     def call(self, hook: str, trainer: Training) -> None:
         """Call a hook of all callbacks.

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from ditty_di.callbacks.base import Callback
+from ditty_di.fqn import canonical_fqn
 from ditty_di.models.weights import local
-from ditty_di.names import canonical_fqn
 from ditty_di.protocols import Training
 
 

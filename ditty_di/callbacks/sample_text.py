@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ditty_di.callbacks.base import Callback
 from ditty_di.generation.decoding import end_ids, is_seq2seq, positions
 from ditty_di.generation.sampling import continuations, logits_of, prompt_ids
-from ditty_di.metrics.validation import evaluating
+from ditty_di.models.evaluation import evaluating
 from ditty_di.models.tokenizer import user_turn
 from ditty_di.protocols import Training
 from ditty_di.seed import preserved_rng
@@ -25,7 +25,7 @@ _LABEL_CHARS = 100
 
 
 class SampleText(Callback):
-    """Generate continuations of `prompts` after every validation, for the metrics writers.
+    """Generate continuations of `prompts` after every validation, for the loggers.
 
     `report` compares the first texts with the last. Every rank runs the same `max_new_tokens`
     forward passes with the same seed, so that sharded models stay in step; a text ends at the first
@@ -44,6 +44,8 @@ class SampleText(Callback):
         max_chars: number of characters of a continuation that are shown with `echo=False`.
         logits_of: extracts logits `[batch, seq, vocab]` from the model's output.
     """
+
+    needs_forward = True
 
     def __init__(
         self,

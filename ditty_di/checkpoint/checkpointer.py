@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ditty_di.checkpoint import folder as folders
 from ditty_di.checkpoint import space
-from ditty_di.checkpoint.entries import Entries, leaves, pack, shown, to_host, to_save
 from ditty_di.checkpoint.folder import Checkpoint, CheckpointError, Manifest
 from ditty_di.checkpoint.load import LoadPlan
 from ditty_di.checkpoint.restricted import Reader
+from ditty_di.checkpoint.serialization import Entries, leaves, pack, shown, to_host, to_save
 from ditty_di.protocols import Stateful
 
 log = logging.getLogger(__name__)
@@ -43,26 +43,26 @@ class Checkpointer:
             `prepare_load` (see `ditty_di.checkpoint.states`) must fit the checkpoint exactly; any
             other gets back what it saved.
         rank_states: by name; each rank's own, restored only when as many ranks load as saved.
-        every: steps between checkpoints; None saves only when forced.
-        keep: number of whole checkpoints that remain; None keeps all.
+        save_interval: steps between checkpoints; None saves only when forced.
+        keep_latest_k: number of whole checkpoints that remain; None keeps all.
         async_save: write in the background, from a copy in host memory.
         load: state names that are not to be restored, as `{"optimizer": False}`.
 
     Raises:
-        ValueError: `every` or `keep` below 1, or state names that collide.
+        ValueError: `save_interval` or `keep_latest_k` below 1, or state names that collide.
     """
 
     @staticmethod
-    def validate(*, every: int | None = None, keep: int | None = None) -> None:
+    def validate(*, save_interval: int | None = None, keep_latest_k: int | None = None) -> None:
         """Check the arguments without touching anything; see the class.
 
         Args:
-            every: steps between checkpoints.
-            keep: number of whole checkpoints that remain.
+            save_interval: steps between checkpoints.
+            keep_latest_k: number of whole checkpoints that remain.
         """
         wrong = [
             f"checkpoint.{name}={value}: use 1 or more, or null for no limit"
-            for name, value in (("every", every), ("keep", keep))
+            for name, value in (("save_interval", save_interval), ("keep_latest_k", keep_latest_k))
             if value is not None and value < 1
         ]
         if wrong:
@@ -74,18 +74,22 @@ class Checkpointer:
         *,
         states: Mapping[str, Stateful],
         rank_states: Mapping[str, Stateful],
-        every: int | None = 500,
-        keep: int | None = 2,
+        save_interval: int | None = 500,
+        keep_latest_k: int | None = 2,
         async_save: bool = False,
         load: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
-        self.validate(every=every, keep=keep)
+        self.validate(save_interval=save_interval, keep_latest_k=keep_latest_k)
         names = [*states, *rank_states]
         if odd := [name for name in names if "." in name or names.count(name) > 1]:
             raise ValueError(f"checkpointer: state names must be unique and without dots: {odd}")
         self.folder = Path(folder).expanduser().absolute()
         self.states, self.rank_states = dict(states), dict(rank_states)
-        self.every, self.keep, self.async_save = every, keep, async_save
+        self.save_interval, self.keep_latest_k, self.async_save = (
+            save_interval,
+            keep_latest_k,
+            async_save,
+        )
         self._load = dict(load)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         # Its own group: a background save must not meet the training's collectives. A large
@@ -112,7 +116,7 @@ class Checkpointer:
         Raises:
             CheckpointError: nothing was saved; earlier checkpoints are as they were.
         """
-        if not force and (self.every is None or step % self.every):
+        if not force and (self.save_interval is None or step % self.save_interval):
             return False
         self._wait()
         doing = f"saving step {step}"
@@ -145,7 +149,9 @@ class Checkpointer:
             for state in self.states.values():
                 yield from (value for _, value in leaves(state.state_dict()))
 
-        needed = sum(self._together(doing, lambda: self._size_of(values()))) + also
+        # In the training's group: a rank that hangs as its states read rows is missed soon.
+        sizes = self._together(doing, lambda: self._size_of(values()), group=dist.group.WORLD)
+        needed = sum(sizes) + also
         self._on_rank_0(doing, lambda: space.require(self.folder, needed))
 
     def maybe_wait_for_staging(self) -> None:
@@ -230,8 +236,10 @@ class Checkpointer:
         )
         checkpoint = folders.commit(temporary, self.folder, manifest)
         self._damaged.pop(checkpoint, None)
-        if self.keep is not None:
-            folders.prune(self.folder, keep=self.keep, relied_on=checkpoint, damaged=self._damaged)
+        if self.keep_latest_k is not None:
+            folders.prune(
+                self.folder, keep=self.keep_latest_k, relied_on=checkpoint, damaged=self._damaged
+            )
 
     def _write_behind(self, step: int, entries: dict[str, Entries]) -> None:
         try:
@@ -331,8 +339,13 @@ class Checkpointer:
         """Call `do` on rank 0 and return its result on every rank."""
         return self._together(doing, do if self._rank == 0 else lambda: None)[0]
 
-    def _together(self, doing: str, do: Callable[[], Any]) -> list[Any]:
+    def _together(self, doing: str, do: Callable[[], Any], group: Any = None) -> list[Any]:
         """Call `do` on every rank and return the results of all.
+
+        Args:
+            doing: for messages.
+            do: called on this rank.
+            group: process group; None is the checkpointer's own.
 
         Raises:
             CheckpointError: on every rank, when it failed on any.
@@ -343,7 +356,7 @@ class Checkpointer:
         except Exception as error:
             cause, problem = error, _described(error)
         outcomes: list[Any] = [None] * self._world_size
-        dist.all_gather_object(outcomes, (result, problem), group=self._group)
+        dist.all_gather_object(outcomes, (result, problem), group=group or self._group)
         problems = {rank: p for rank, (_, p) in enumerate(outcomes) if p is not None}
         if problems:
             raise CheckpointError(f"{doing}: {_by_rank(problems)}") from cause

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ditty_di.checkpoint.entries import KeyPath, insert, key_of, leaves, shown
 from ditty_di.checkpoint.folder import Checkpoint
 from ditty_di.checkpoint.restricted import loads
+from ditty_di.checkpoint.serialization import KeyPath, insert, key_of, leaves, shown
 from ditty_di.protocols import Stateful
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ditty_di.checkpoint.entries import shown
 from ditty_di.checkpoint.folder import Checkpoint, CheckpointError
+from ditty_di.checkpoint.model_state import ModelState, base_shown, require_base
 from ditty_di.checkpoint.restricted import loads
-from ditty_di.checkpoint.states import ModelState, base_shown, require_base
+from ditty_di.checkpoint.serialization import shown
+from ditty_di.fqn import canonical_fqn
+from ditty_di.models.skipped import skipped_paths
 from ditty_di.models.weights import local
-from ditty_di.names import canonical_fqn
 from ditty_di.protocols import WeightsFn
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,12 @@ def load_model(path: str | Path, model: nn.Module) -> int:
     checkpoint = Checkpoint.find(path)
     has_base = "base" in checkpoint.entries
     whole = ModelState([model]).state_dict()
-    beyond = [key for key in checkpoint.entries.get("model", {}) if key not in whole]
+    elsewhere = tuple(f"{canonical_fqn(path)}." for path in skipped_paths(model))
+    beyond = [
+        key
+        for key in checkpoint.entries.get("model", {})
+        if key not in whole and not key.startswith(elsewhere)
+    ]
     if beyond and has_base:
         raise CheckpointError(
             f"{checkpoint.path} does not fit the model: it has adapters that the model does not: "

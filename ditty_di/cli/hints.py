@@ -35,8 +35,9 @@ def explain(error: Exception, command: Command) -> str:
 
 
 def _hinted(text: str, command: Command) -> str:
-    if key := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(text, key[1], command)
+    missing = r"Could not override '([^']+)'|Could not delete from config. '([^']+)' does not exist"
+    if key := re.search(missing, text):
+        return _unknown_key(text, key[1] or key[2], command)
     if merged := re.fullmatch(r"Error merging override (\S.*)", text):
         there, typed = key_of(merged[1]), merged[1].lstrip("+")
         instead = shlex.join([f"~{there}", f"+{typed}"])

@@ -62,7 +62,8 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     plain = Graph(config, where, allow_targets=allowed)
     known = [*unread.problems(plain, config, command), *_outside(plain, config, command)]
     graph = Graph(config, where, allow_targets=allowed, also=known)
-    if OmegaConf.select(config, "task._partial_"):
+    works_on_graph = OmegaConf.select(config, "task._partial_")
+    if works_on_graph and OmegaConf.select(config, "task.run") is None:
         plain.check("task")  # other tasks than check go on with an unread key
         plain.build("task")(graph)
         return 0
@@ -72,7 +73,7 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     _refuse_unknown_run(command)
     status("importing what the configuration names (torch and torchtitan take seconds) ...")
     graph.check("task", "launcher")
-    if problems := ranks.problems(graph):
+    if "trainer" in graph.nodes("task") and (problems := ranks.problems(graph)):
         raise ConfigError(problems)
     run = _directory(config, command, resumes)
     of_its_own = resumes or not command.earlier
@@ -137,7 +138,7 @@ def _refuse_changes(stored: Any, config: DictConfig) -> None:
 
     def lengthens(change: Difference) -> bool:
         numbers = [isinstance(v, int | float) for v in (change.old, change.new)]
-        return change.key in ("steps", "epochs") and all(numbers) and change.new > change.old
+        return change.key in ("max_steps", "epochs") and all(numbers) and change.new > change.old
 
     allowed = list(config.resume.allow)
     ignored = [*config.resume.ignore, "allow_targets", *allowed]
@@ -194,6 +195,7 @@ def _directory(config: DictConfig, command: Command, resumes: bool) -> RunDirect
     try:
         if config.run is False:
             path = Path(tempfile.mkdtemp(prefix="ditty_di-"))
+            RunDirectory(path).temporary.touch()
         elif command.earlier and not resumes:
             name = str(config.task._target_).rpartition(".")[2]
             stamp = time.strftime("%Y-%m-%d_%H-%M-%S")

@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 from ditty_di.config import ConfigError, Graph, Problem
+from ditty_di.launch.local import gpu_count
 
 
 def problems(graph: Graph, root: str = "trainer") -> list[Problem]:
     """Return what does not divide among the ranks that the launcher is told to start."""
+    return _problems(graph, root, _number(graph, "launcher.nproc", 0))
 
-    def number(key: str, default: int) -> int:
-        try:
-            value = graph.value(key)
-        except ConfigError:
-            return default
-        return value if type(value) is int else default
 
-    nproc = number("launcher.nproc", 0)
+def warnings(graph: Graph, root: str = "trainer") -> list[str]:
+    """Return what does not divide among the ranks that this machine would start by itself.
+
+    They are not errors: the run may be meant for a machine with other ranks.
+    """
+    if "launcher" not in graph or graph.value("launcher.nproc") is not None:
+        return []
+    ranks = max(gpu_count(), 1)
+    here = f"launcher.nproc=null is {ranks} rank{'s' * (ranks > 1)} on this machine: "
+    return [f"{here}{problem.message}" for problem in _problems(graph, root, ranks)]
+
+
+def _number(graph: Graph, key: str, default: int) -> int:
+    try:
+        value = graph.value(key)
+    except ConfigError:
+        return default
+    return value if type(value) is int else default
+
+
+def _problems(graph: Graph, root: str, nproc: int) -> list[Problem]:
     if nproc < 1 or root not in graph:  # one a GPU, or wrong, which its own check reports
         return []
     from ditty_di.runtime import data_degrees  # with torch, which a trainer imports anyway
 
-    cp, tp, pp = (number(f"{root}.runtime.{name}", 1) for name in ("cp", "tp", "pp"))
-    replicate = number(f"{root}.runtime.dp_replicate", 1)
-    shard = number(f"{root}.runtime.dp_shard", -1)
+    cp, tp, pp = (_number(graph, f"{root}.runtime.{name}", 1) for name in ("cp", "tp", "pp"))
+    replicate = _number(graph, f"{root}.runtime.dp_replicate", 1)
+    shard = _number(graph, f"{root}.runtime.dp_shard", -1)
     try:
         replicate, shard = data_degrees(replicate, shard, cp * tp * pp, nproc)
     except ValueError as error:
         key = "runtime.dp_shard" if graph.history("runtime.dp_shard") else "launcher.nproc"
         return [Problem(key, str(error), graph.where(key))]
     ranks = replicate * shard
-    total = number(f"{root}.global_batch_size", 0)
-    rows = number(f"{root}.dataloader.batch_size", 0)
+    total = _number(graph, f"{root}.global_batch_size", 0)
+    rows = _number(graph, f"{root}.dataloader.micro_batch_size", 0)
     if total < 1 or rows < 1 or total % rows or not total % (rows * ranks):
         return []  # the trainer itself reports what is wrong on one rank
     message = (
         f"global_batch_size={total} is not a multiple of {ranks} ranks x {rows} rows "
-        "(data.loader.batch_size) a micro-batch"
+        "(data.loader.micro_batch_size) a micro-batch"
     )
     return [Problem("launcher.nproc", message, graph.where("launcher.nproc"))]

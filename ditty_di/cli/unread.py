@@ -98,8 +98,8 @@ def _problem(graph: Graph, top: str, setting: Setting, read: set[str]) -> Proble
             "the whole configuration, make its first line: # @package _global_"
         )
         return Problem(top, message, file)
-    hint = suggest(top, read) or f"; if it is meant to be there, add: allow_unread: [{top}]"
-    return Problem(top, f"nothing reads this key{hint}", where)
+    meant = f"; if it is meant to be there, add: allow_unread: [{top}]"
+    return Problem(top, f"nothing reads this key{suggest(top, read)}{meant}", where)
 
 
 def _read(graph: Graph) -> set[str]:

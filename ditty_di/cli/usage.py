@@ -16,7 +16,7 @@ ditty_di trains PyTorch models from a graph of constructors, written in YAML or 
     python -m ditty_di [experiment=NAME] [task=TASK] [GROUP=CHOICE ...] [KEY=VALUE ...]
 
     python -m ditty_di                              the experiment 'pretrain': minutes on a CPU
-    python -m ditty_di experiment=NAME steps=100    an experiment, with one value changed
+    python -m ditty_di experiment=NAME max_steps=100    an experiment, with one value changed
     python -m ditty_di run=FOLDER                   resume a run
     python -m ditty_di run=FOLDER task=generate prompt="Once upon a time"
     python -m ditty_di task=check experiment=NAME   every error, before anything is built

@@ -153,6 +153,18 @@ class Graph(Configuration):
         self._objects[path] = made
         return made
 
+    def argument(self, key: str, name: str) -> Any:
+        """Build one argument of the node at a dotted key, or return the signature's default.
+
+        Args:
+            key: of the node.
+            name: of the argument.
+
+        Raises:
+            ConfigError, BuildError: as `build`.
+        """
+        return self._argument(self.follow(self.find(key)), name)
+
     # ------------------------------------------------------------------------------ checking
     def check(self, root: str, *others: str) -> Checked:
         """Check everything that `root` and `others` reach, and build nothing.

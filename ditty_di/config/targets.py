@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import builtins
 import difflib
+import gc
 import importlib
 import pkgutil
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ditty_di.config.policy import REASON, identities, is_hidden, is_refused, is_refused_callable
@@ -57,6 +59,19 @@ def did_you_mean(word: str, known: Iterable[Any], cutoff: float = 0.6) -> str:
     return "" if near is None else f"; did you mean {near!r}?"
 
 
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Import without collecting garbage: what modules make stays, and looking takes a second."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_without_collecting()
 def locate(name: str, allowed: Collection[str] = ()) -> Callable[..., Any]:
     """Import the callable that a dotted path names.
 

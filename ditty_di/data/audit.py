@@ -24,14 +24,14 @@ class Kind(NamedTuple):
 KINDS = {
     "unread": Kind(
         "nothing reads {subjects}: name them in data.input_format (__field__; data=alpaca does so "
-        "for instructions), or list them in data.encoder.ignored_fields"
+        "for instructions), or list them in data.renderer.ignored_fields"
     ),
     "unread_beside_turns": Kind(
-        "nothing reads {subjects} beside the turns: list them in data.encoder.ignored_fields"
+        "nothing reads {subjects} beside the turns: list them in data.renderer.ignored_fields"
     ),
     "unread_in_turns": Kind(
         "the chat template does not render {subjects} of the turns: list them in "
-        "data.encoder.ignored_fields if they are not needed"
+        "data.renderer.ignored_fields if they are not needed"
     ),
     "unread_roles": Kind("the chat template leaves out turns of {subjects}"),
     "not_trained_on": Kind("turns of {subjects} ask to be trained on; only the assistant's are"),

@@ -1,19 +1,21 @@
 """Collate functions: rows of different lengths to one micro-batch `(inputs, labels)`.
 
 A row is `({"input": ids [length]}, labels [length])`. These are picklable objects, for workers.
-They accept None in place of a row (`fills`): the loader completes the last micro-batch of an epoch
-with it, and it becomes padding without a label, or nothing at all.
+They accept None in place of a row (`pads_rows`): the loader completes the last micro-batch of an
+epoch with it, and it becomes padding without a label, or nothing at all. The input `source` of a
+row of a mixture is kept: `[rows]`, or that of each token where rows become one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ditty_di.data.options import require
 from ditty_di.protocols import LoadedBatch
 
 _POSITIONS = "-> input:2:i64, position_ids:2:i64{} | ctx.target:2:i64"
@@ -36,16 +38,17 @@ class PaddedCollate:
     pad_id: int | None = None
     ignore_index: int = -100
     pad_to_multiple_of: int | None = None
-    fills = True
+    pads_rows = True
     contract = "-> input:2:i64 | ctx.target:2:i64"
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
+        rows = _one_by_one(rows)
         given = _given(rows)
         length = _padded_length([len(labels) for _, labels in given], self.pad_to_multiple_of)
         inputs = _padded([row["input"] for row, _ in given], len(rows), length, self.pad_id or 0)
         labels = _padded([labels for _, labels in given], len(rows), length, self.ignore_index)
-        return {"input": inputs}, labels
+        return {"input": inputs, **_sources(given, len(rows))}, labels
 
 
 class _Documents:
@@ -83,7 +86,7 @@ class PaddingFreeCollate(_Documents):
     pad_id: int | None = None
     ignore_index: int = -100
     varlen: bool = True
-    fills = True
+    pads_rows = True
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
@@ -97,12 +100,53 @@ class PaddingFreeCollate(_Documents):
         }
         if self.varlen:
             inputs |= varlen_arguments(inputs["position_ids"])
+        if all("source" in row for row, _ in given):
+            of_tokens = [torch.full_like(labels, int(row["source"])) for row, labels in given]
+            inputs["source"] = torch.cat(of_tokens)[None]
         return inputs, torch.cat([labels for _, labels in given])[None]
 
 
 @dataclass(frozen=True)
+class CausalCollate:
+    """Collate tokenized rows for a causal language model: each token's label is the next token.
+
+    Reads `input_ids`, and if there are such columns: `labels`, a copy of them with `ignore_index`
+    where there is no loss, and `attention_mask`, whose zeros (padding by the tokenizer) are left
+    out. Rows are padded as by `PaddedCollate`, and masked by position, not by id.
+
+    Args:
+        pad_id: Id of the padding; None: 0.
+        ignore_index: Label of what is excluded from the loss.
+    """
+
+    pad_id: int | None = None
+    ignore_index: int = -100
+    columns = ("input_ids", "labels", "attention_mask")
+    contract = "-> input:2:i64 | ctx.target:2:i64"
+    pads_rows = True
+
+    def __call__(self, rows: list[Mapping[str, Any] | None]) -> LoadedBatch:
+        """Collate rows.
+
+        Args:
+            rows: Of one micro-batch; None is a padding row.
+        """
+        pad = PaddedCollate(pad_id=self.pad_id, ignore_index=self.ignore_index)
+        return pad([None if row is None else _shifted(row) for row in rows])
+
+
+def _shifted(row: Mapping[str, Any]) -> Any:
+    ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)  # [seq]
+    labels = torch.as_tensor(row.get("labels", ids), dtype=torch.int64)
+    if "attention_mask" in row:
+        kept = torch.as_tensor(row["attention_mask"]).bool()
+        ids, labels = ids[kept], labels[kept]
+    return {"input": ids[:-1]}, labels[1:]
+
+
+@dataclass(frozen=True)
 class PackedCollate(_Documents):
-    """Stack rows of `Packed`, which are equally long: every tensor is `[rows, seq_len]`.
+    """Stack rows of `PackedDataset`, which are equally long: every tensor is `[rows, seq_len]`.
 
     Args:
         varlen: Add the arguments of flash attention (`varlen_arguments`) over all rows of the
@@ -121,7 +165,7 @@ class PackedCollate(_Documents):
 
 @dataclass(frozen=True)
 class Seq2SeqCollate:
-    """Pad rows of `Seq2SeqExamples` on the right.
+    """Pad rows of `TokenizedSeq2SeqDataset` on the right.
 
     `input` and `attention_mask` are int64 `[rows, longest input]`; labels and `decoder_input_ids`
     `[rows, longest output]`, the latter the labels shifted by one.
@@ -137,11 +181,12 @@ class Seq2SeqCollate:
     pad_id: int | None = None
     ignore_index: int = -100
     pad_to_multiple_of: int | None = None
-    fills = True
+    pads_rows = True
     contract = "-> input:2:i64, attention_mask:2:i64, decoder_input_ids:2:i64 | ctx.target:2:i64"
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
+        rows = _one_by_one(rows)
         given, pad = _given(rows), self.pad_id or 0
         sources = [row["input"] for row, _ in given]
         length = _padded_length([len(source) for source in sources], self.pad_to_multiple_of)
@@ -154,7 +199,8 @@ class Seq2SeqCollate:
         start = labels.new_full((len(rows), 1), self.decoder_start_token_id)
         decoder = torch.cat([start, labels[:, :-1]], dim=1)
         decoder = decoder.masked_fill(decoder == self.ignore_index, pad)
-        return {"input": inputs, "attention_mask": mask, "decoder_input_ids": decoder}, labels
+        encoder = {"input": inputs, "attention_mask": mask}
+        return {**encoder, "decoder_input_ids": decoder, **_sources(given, len(rows))}, labels
 
 
 def decoder_start_token_id(model: Any) -> int:
@@ -190,6 +236,25 @@ def varlen_arguments(position_ids: Tensor) -> dict[str, Any]:
 
 def _given(rows: Sequence[LoadedBatch | None]) -> list[LoadedBatch]:
     return [row for row in rows if row is not None]
+
+
+def _one_by_one(rows: Sequence[Any]) -> Sequence[LoadedBatch | None]:
+    """Return the rows of a micro-batch of `TokenBudgetDataset`, or those given."""
+    if not any(isinstance(row, list) for row in rows):
+        return rows
+    text = "each row is a whole micro-batch of a number of tokens: micro_batch_size must be 1"
+    require(len(rows) == 1, f"{text}, not {len(rows)} (data.loader.micro_batch_size=1)")
+    found: Sequence[LoadedBatch | None] = rows[0]
+    return found
+
+
+def _sources(given: list[LoadedBatch], rows: int) -> dict[str, Tensor]:
+    """Return the `source` of each row `[rows]`, 0 for padding; nothing if the rows have none."""
+    if not all("source" in row for row, _ in given) or not given:
+        return {}
+    sources = torch.zeros(rows, dtype=torch.int64)
+    sources[: len(given)] = torch.stack([row["source"] for row, _ in given])
+    return {"source": sources}
 
 
 def _padded_length(lengths: list[int], multiple: int | None) -> int:

@@ -64,13 +64,18 @@ def _spread(n: int, rows: int) -> int:
     return (rows - 1 + n * step) % rows
 
 
+def digest_of(value: Any) -> bytes:
+    """Return the SHA-256 of nested tensors, arrays, mappings, lists and plain values."""
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    return digest.digest()
+
+
 def _row(dataset: Any, index: int) -> bytes:
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)  # of the CPU alone
-    digest = hashlib.sha256()
-    _feed(digest, dataset[index])
-    return digest.digest()
+    return digest_of(dataset[index])
 
 
 def _feed(digest: Any, value: Any) -> None:

@@ -80,7 +80,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Turns:
+class ChatFormat:
     """The chat format: how conversations are written in the records.
 
     Args:

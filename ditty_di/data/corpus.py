@@ -90,7 +90,7 @@ def text_files(
     """Read a corpus from a file, or from every .txt and .jsonl file in a folder (recursively).
 
     A `.txt` file is one document. Every line of a `.jsonl` file is an object; a single `.json` file
-    may be a list of them. Each may be compressed (.gz, .bz2, .xz).
+    may be a list of them. Each may be compressed (.gz, .bz2, .xz, .zst).
 
     Args:
         path: File or folder of the training documents.
@@ -219,7 +219,7 @@ def _whole(path: Path) -> Iterator[str]:
 def _objects(path: Path, text_key: str) -> Iterator[str]:
     for where, value in read_values(path):
         try:
-            yield _text_of(as_record(value), text_key)
+            yield text_of(as_record(value), text_key)
         except ValueError as error:
             raise ValueError(
                 f"{located(path, where)}: {error}. Every line is one JSON object whose key "
@@ -227,8 +227,14 @@ def _objects(path: Path, text_key: str) -> Iterator[str]:
             ) from error
 
 
-def _text_of(record: dict[str, Any], key: str) -> str:
-    options.require(key in record, f'no key "{key}" among {sorted(record)}')
+def text_of(record: dict[str, Any], key: str) -> str:
+    """Return the document of a record.
+
+    Raises:
+        ValueError: The record lacks the key, or its value is not text.
+    """
+    if key not in record:
+        raise ValueError(f'no key "{key}" among {sorted(record)}')
     text = record[key]
     if not isinstance(text, str):
         raise ValueError(f'"{key}" holds a {type(text).__name__} instead of text')

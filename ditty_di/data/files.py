@@ -18,18 +18,30 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from ditty_di.data.options import require
+from ditty_di.data.remote import RemoteFile
+
+#: A file of this machine, or a remote one.
+AnyFile = Path | RemoteFile
 
 #: Suffixes of compressed files. The first bytes decide whether a file is one, not its name.
-COMPRESSED = (".gz", ".bz2", ".xz")
-_OPENERS: dict[bytes, Callable[[Path], Any]] = {
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def _zstd(stream: IO[bytes]) -> Any:
+    import pyarrow  # Python has zstd from 3.14 on
+
+    return pyarrow.CompressedInputStream(stream, "zstd")
+
+
+_OPENERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": _zstd,
 }
 # First bytes of files without records, and what to do about them.
 _REFUSED = {
     b"PK\x03\x04": "a zip archive (.zip, .xlsx): unpack it, and save a sheet as .csv",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd: decompress it, or compress it with gzip",
     b"\xff\xfe": "UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "UTF-16 text: save it as UTF-8",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself: run `git lfs pull`",
@@ -47,21 +59,21 @@ _HEAD = 200  # bytes by which a file's format is checked
 Values = Iterator[tuple[str, Any]]
 
 
-def _plain(file: Path) -> Path:
+def _plain(file: AnyFile) -> AnyFile:
     return file.with_suffix("") if file.suffix.lower() in COMPRESSED else file
 
 
-def kind_of(file: Path) -> str:
+def kind_of(file: AnyFile) -> str:
     """Return the suffix of the format, without that of a compression: `.jsonl`."""
     return _plain(file).suffix.lower()
 
 
-def name_of(file: Path) -> str:
+def name_of(file: AnyFile) -> str:
     """Return a file's name without the suffixes of format and compression."""
     return _plain(file).stem
 
 
-def located(file: Path, where: str) -> str:
+def located(file: AnyFile, where: str) -> str:
     """Return a value's file and position for messages: `file:3`."""
     number = where.removeprefix("line ")
     return f"{file}, {where}" if number == where else f"{file}:{number}"
@@ -89,7 +101,7 @@ def is_data_file(file: Path) -> bool:
     return kind_of(file) in READERS and not file.name.startswith(".") and file.is_file()
 
 
-def read_values(file: Path) -> Values:
+def read_values(file: AnyFile) -> Values:
     """Yield the values of a file with their positions.
 
     Files that end in .csv, .tsv or .parquet have rows, which are yielded as dicts; those of .csv
@@ -113,7 +125,7 @@ def read_values(file: Path) -> Values:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
-def read_lines(file: Path) -> Iterator[tuple[str, str]]:
+def read_lines(file: AnyFile) -> Iterator[tuple[str, str]]:
     """Yield the lines of a text file that are not blank, with their positions.
 
     Raises:
@@ -129,25 +141,25 @@ def read_lines(file: Path) -> Iterator[tuple[str, str]]:
                 yield f"line {number}", text.rstrip("\r\n")
 
 
-def _start(file: Path, count: int) -> bytes:
+def _start(file: AnyFile, count: int) -> bytes:
     with opened(file) as stream:
         return stream.read(count).removeprefix(_BOM).lstrip()
 
 
-def has_several(file: Path) -> bool:
+def has_several(file: AnyFile) -> bool:
     """Return whether a JSON file begins as a list of objects or as one object a line."""
     start = _start(file, 1 << 16)
     first, newline, _ = start.partition(b"\n")
     is_list = re.match(rb"\[\s*\{", start) is not None
-    return is_list or (bool(newline) and isinstance(_parsed(first), dict))
+    return is_list or (bool(newline) and isinstance(parse_line(first), dict))
 
 
-def looks_like_json(file: Path) -> bool:
+def looks_like_json(file: AnyFile) -> bool:
     """Return whether a file begins like JSON objects or a list of them."""
     return re.match(rb'\[\s*\{|\{\s*"', _start(file, _HEAD)) is not None
 
 
-def require_records(file: Path, start: bytes | None = None) -> None:
+def require_records(file: AnyFile, start: bytes | None = None) -> None:
     """Check the first bytes of a file.
 
     Args:
@@ -162,28 +174,51 @@ def require_records(file: Path, start: bytes | None = None) -> None:
             return
         with opened(file) as stream:
             start = stream.read(_HEAD)
-    for magic, what in _REFUSED.items():
-        require(not start.startswith(magic), f"{file} is {what}")
+    require_text(file, start)
     text = start.removeprefix(_BOM).lstrip()
     if kind_of(file) not in READERS and text and not text.startswith((b"{", b"[")):
         raise ValueError(_NO_RECORDS.format(file=file, start=text[:20].decode(errors="replace")))
 
 
+def require_text(file: AnyFile, start: bytes) -> None:
+    """Raise `ValueError` if a file's first bytes are those of an archive or of UTF-16."""
+    for magic, what in _REFUSED.items():
+        require(not start.startswith(magic), f"{file} is {what}")
+
+
 @contextmanager
-def opened(file: Path) -> Iterator[io.BufferedReader]:
+def opened(file: AnyFile) -> Iterator[io.BufferedReader]:
     """Open a file for its bytes, decompressed if it is compressed.
 
     Raises:
         ValueError: It cannot be decompressed.
+        ConnectionError, ...: Of a remote file, see `remote.explained`.
     """
     with file.open("rb") as raw:
-        start = raw.read(8)
-    opener = next((o for magic, o in _OPENERS.items() if start.startswith(magic)), None)
-    try:
-        with opener(file) if opener else file.open("rb") as stream:
+        start = raw.peek(8)
+        opener = next((o for magic, o in _OPENERS.items() if start.startswith(magic)), None)
+        if opener is None:
+            yield raw
+            return
+        with _decompressing(file), opener(raw) as stream:
             yield io.BufferedReader(stream)
+
+
+@contextmanager
+def _decompressing(file: AnyFile) -> Iterator[None]:
+    try:
+        yield
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{file} cannot be decompressed: {error}") from error
+    except OSError as error:
+        if is_of_content(error):
+            raise ValueError(f"{file} cannot be decompressed: {error}") from error
+        raise
+
+
+def is_of_content(error: OSError) -> bool:
+    """Return whether an error is how pyarrow and bz2 report damaged data, not of disk or store."""
+    return type(error) is OSError and error.errno is None
 
 
 # --- JSON ----------------------------------------------------------------------------------------
@@ -205,7 +240,7 @@ def _json(stream: Iterable[bytes]) -> Values:
         filled += [line] if _has_value(line) else []
     if not filled:
         return
-    value = _parsed(filled[0])
+    value = parse_line(filled[0])
     spans_lines = isinstance(value, ValueError) and filled[0].lstrip(_BOM + b" \t")[:1] in b"[{"
     if spans_lines or (isinstance(value, list) and len(filled) == 1):
         yield from _whole(b"".join([*head, *stream]).removeprefix(_BOM))
@@ -218,10 +253,11 @@ def _has_value(line: bytes) -> bool:
 
 
 def _lines(lines: Iterable[bytes]) -> Values:
-    return ((f"line {n}", _parsed(line)) for n, line in enumerate(lines, 1) if _has_value(line))
+    return ((f"line {n}", parse_line(line)) for n, line in enumerate(lines, 1) if _has_value(line))
 
 
-def _parsed(line: bytes) -> Any:
+def parse_line(line: bytes) -> Any:
+    """Return the JSON value of a line, or the `ValueError` that says why it is none."""
     try:
         return _DECODER.decode(line.removeprefix(_BOM).decode("utf-8").strip(" \t\r\n"))
     except ValueError as error:
@@ -297,13 +333,24 @@ def _table(delimiters: str) -> Callable[[IO[bytes]], Values]:
     return read
 
 
-def _parquet(file: Path) -> Values:
-    import datasets
-    import pyarrow
+def parquet_file(file: AnyFile, **options: Any) -> Any:
+    """Return a Parquet file, open.
+
+    Args:
+        file: The file.
+        **options: Arguments of `pyarrow.parquet.ParquetFile`.
+    """
     from pyarrow import parquet
 
+    return parquet.ParquetFile(file if isinstance(file, Path) else file.open(), **options)
+
+
+def _parquet(file: AnyFile) -> Values:
+    import datasets
+    import pyarrow
+
     try:
-        with parquet.ParquetFile(file) as table:
+        with parquet_file(file) as table:
             names = class_names(datasets.Features.from_arrow_schema(table.schema_arrow))
             rows = (row for batch in table.iter_batches(1000) for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):

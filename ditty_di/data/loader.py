@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from functools import cached_property, partial
@@ -15,13 +12,13 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from ditty_di.data import options
-from ditty_di.data.order import Order
+from ditty_di.data.pooled import require_pools
 from ditty_di.data.row_seeds import PADDING, SeededRows, draws, preserving
-from ditty_di.launch import parent_death, signals
+from ditty_di.data.sampler import Sampler
+from ditty_di.data.workers import start_worker, stop_signals_blocked
+from ditty_di.launch import parent_death
 from ditty_di.protocols import LoadedBatch, early_checks
 from ditty_di.seed import preserved_rng
-
-_STOP_SIGNALS = signals.SIGNALS
 
 _NO_PAIR = """\
 a micro-batch must be a pair (inputs, labels), not {found}. Let the dataset's rows be pairs \
@@ -37,10 +34,10 @@ class Dataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class OrderFactory(Protocol):
-    """`Order`, or a partial of a subclass of it."""
+class SamplerFactory(Protocol):
+    """`Sampler`, or a partial of a subclass of it."""
 
-    def __call__(self, rows: int, seed: int, shuffle: bool, /) -> Order:
+    def __call__(self, rows: int, seed: int, shuffle: bool, /) -> Sampler:
         """Return the order of a dataset's rows."""
         ...
 
@@ -49,17 +46,17 @@ class Loader:
     """A data loader that yields this rank's micro-batches `(inputs, labels)`.
 
     The rows of all epochs form one stream, each epoch in the order of (seed, epoch) alone. A global
-    micro-batch is the stream's next `batch_size * dp_world_size` rows, of which rank r takes the
-    r-th `batch_size`. So every row comes once per epoch over all ranks, and any layout sees the
-    same rows in an optimizer step of the same size.
+    micro-batch is the stream's next `micro_batch_size * dp_world_size` rows, of which rank r takes
+    the r-th `micro_batch_size`. So every row comes once per epoch over all ranks, and any layout
+    sees the same rows in an optimizer step of the same size.
 
     Rows are `(x, y)`, or `({"input": x, ...}, y)`, or `{"input": x, "labels": y, ...}`.
 
     The last global micro-batch is padded with rows whose labels are all `ignore_index`, so that
     every rank yields equally many. That needs labels `[batch, ...]` of integers, or a `collate_fn`
-    with a true attribute `fills`, which receives None for each row of padding. Other labels, such
-    as those of a regression, have no value that a loss ignores: the remaining rows are spread over
-    the ranks as evenly as possible, and a rank without any ends one micro-batch earlier.
+    with a true attribute `pads_rows`, which receives None for each row of padding. Other labels,
+    such as those of a regression, have no value that a loss ignores: the remaining rows are spread
+    over the ranks as evenly as possible, and a rank without any ends one micro-batch earlier.
 
     The random numbers that a row draws from Python's, NumPy's and torch's global CPU generators
     follow from the seed and its position in the stream, those of `collate_fn` from the position of
@@ -68,13 +65,13 @@ class Loader:
     restarts on resume. Workers ignore SIGTERM and SIGINT, which the trainer handles.
 
     `state_dict()` counts the rows, over all ranks, of the micro-batches that were yielded. A loader
-    with another `batch_size`, `dp_world_size` or `num_workers` can load it, and yields exactly the
-    remaining rows. Only the first `iter()` after `load_state_dict` starts there. Only the newest
-    iterator counts.
+    with another `micro_batch_size`, `dp_world_size` or `num_workers` can load it, and yields
+    exactly the remaining rows. Only the first `iter()` after `load_state_dict` starts there. Only
+    the newest iterator counts.
 
     Args:
         dataset: A map-style dataset.
-        batch_size: Rows a micro-batch, per rank.
+        micro_batch_size: Rows a micro-batch, per rank.
         seed: Seed of the order and of the rows' random numbers.
         shuffle: Shuffle each epoch.
         epochs: Number of epochs, rounded up to a whole row; None never ends.
@@ -83,25 +80,35 @@ class Loader:
         ignore_index: Label of padding, excluded from the loss.
         pin_memory: Copy batches to pinned memory.
         drop_last: Leave an incomplete last global micro-batch out.
-        order: The sampler; None is `Order`, a partial of `LengthGrouped` another.
+        sampler: The sampler, such as a partial of `LengthGroupedSampler`. None: what the dataset's
+            attribute `sampler` is (`KeyedSampler` for large shards, `PooledSampler` for remote
+            ones, `MixtureSampler` for mixtures), else `Sampler`.
         dp_rank: This data-parallel rank.
         dp_world_size: Number of data-parallel ranks.
 
     Raises:
-        ValueError: An argument out of range, or an empty dataset.
+        ValueError: An argument out of range, an empty dataset, or a sampler that would fetch
+            remote shards over and over.
         TypeError: Rows of another form, with the first micro-batch.
     """
 
     @staticmethod
-    def validate(*, batch_size: int = 1, seed: int = 0, num_workers: int = 0) -> None:
+    def validate(
+        *,
+        micro_batch_size: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+        epochs: float | None = None,
+    ) -> None:
         """Raise `ValueError` for an option out of range."""
-        options.at_least(1, batch_size=batch_size)
+        options.at_least(1, micro_batch_size=micro_batch_size)
         options.at_least(0, seed=seed, num_workers=num_workers)
+        options.require(epochs is None or epochs > 0, f"epochs={epochs} must be above 0")
 
     def __init__(
         self,
         dataset: Dataset,
-        batch_size: int,
+        micro_batch_size: int,
         *,
         seed: int = 0,
         shuffle: bool = True,
@@ -111,23 +118,25 @@ class Loader:
         ignore_index: int = -100,
         pin_memory: bool = False,
         drop_last: bool = False,
-        order: OrderFactory | None = None,
+        sampler: SamplerFactory | None = None,
         dp_rank: int = 0,
         dp_world_size: int = 1,
     ) -> None:
         rows = len(dataset)
         options.require(rows > 0, "the dataset has no rows")
-        self.validate(batch_size=batch_size, seed=seed, num_workers=num_workers)
+        self.validate(micro_batch_size=micro_batch_size, seed=seed, num_workers=num_workers)
         text = f"dp_rank={dp_rank} must be at least 0 and below dp_world_size={dp_world_size}"
         options.require(0 <= dp_rank < dp_world_size, text)
         self.dataset, self.seed, self.shuffle = dataset, seed, shuffle
-        self.batch_size, self.dp_rank, self.dp_world_size = batch_size, dp_rank, dp_world_size
+        self.batch_size, self.dp_rank, self.dp_world_size = micro_batch_size, dp_rank, dp_world_size
         self.collate_fn, self.ignore_index = collate_fn, ignore_index
         self.num_workers, self.pin_memory = num_workers, pin_memory
-        self._order = (order or Order)(rows, seed, shuffle)
+        chosen = sampler or getattr(dataset, "sampler", None) or Sampler
+        self.sampler = chosen(rows, seed, shuffle)
+        require_pools(dataset, self.sampler)
         self._collate = collate_fn or default_collate
-        self._pads = bool(getattr(collate_fn, "fills", False))
-        self._step = batch_size * dp_world_size  # rows of a global micro-batch
+        self._pads = bool(getattr(collate_fn, "pads_rows", False))
+        self._step = micro_batch_size * dp_world_size  # rows of a global micro-batch
         self._end = math.inf if epochs is None else _rows_in(epochs, rows)
         text = f"drop_last leaves nothing: {self._end} rows make no micro-batch of {self._step}"
         options.require(not drop_last or self._end >= self._step, text)
@@ -153,9 +162,14 @@ class Loader:
         self._resuming = False
         return self._batches(self._start)
 
+    @property
+    def source_names(self) -> list[str]:
+        """The sources that micro-batches tell apart by their input `source`, by its number."""
+        return list(getattr(self.dataset, "source_names", ()))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, and everything that determines its order."""
-        return {"consumed": self._consumed, **self._order.identity()}
+        return {"consumed": self._consumed, **self.sampler.identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at a saved position.
@@ -167,7 +181,7 @@ class Loader:
         text = f"the saved data position lacks {missing}: it has {[*state_dict]}"
         options.require(not missing, text)
         saved = {key: value for key, value in state_dict.items() if key != "consumed"}
-        if saved != (here := self._order.identity()):
+        if saved != (here := self.sampler.identity()):
             raise ValueError(
                 f"the data position was saved with {_listed(saved)}, but this loader has "
                 f"{_listed(here)}: its rows come in another order. Give it the same dataset and "
@@ -181,11 +195,16 @@ class Loader:
         """The epoch, from 0, of the last row of the newest micro-batch (over all ranks)."""
         return max(0, self._consumed - 1) // len(self.dataset)
 
+    def get_metrics(self) -> dict[str, float]:
+        """Return what the dataset reports about the rows so far, such as the epochs of sources."""
+        report = getattr(self.dataset, "get_metrics", None)
+        return report(self.sampler, self._consumed) if report is not None else {}
+
     def last_rows(self, n: int = 1) -> list[int]:
         """Return the row numbers of this rank's last `n` micro-batches, oldest first."""
         yielded = -(-(self._consumed - self._start) // self._step)
         starts = (self._start + i * self._step for i in range(max(0, yielded - n), yielded))
-        return [row for start in starts for row in self._order.between(*self._span(start))]
+        return [row for start in starts for row in self.sampler.between(*self._span(start))]
 
     def _starts(self, start: int) -> Iterator[int]:
         """Yield the position at which each global micro-batch begins."""
@@ -207,7 +226,7 @@ class Loader:
         """Yield this rank's micro-batches as pairs (position, row), padding included."""
         for at in self._starts(start):
             first, last = self._span(at)
-            rows = self._order.between(first, last)
+            rows = self.sampler.between(first, last)
             if not self._spread:
                 rows += [PADDING if self._pads else 0] * (self.batch_size - len(rows))
             if rows:
@@ -224,14 +243,14 @@ class Loader:
             pin_memory=self.pin_memory,
             # Its own: with the global generator, resuming would change dropout.
             generator=torch.Generator(),
-            worker_init_fn=partial(_start_worker, parent_death.in_main_thread()),
+            worker_init_fn=partial(start_worker, parent_death.in_main_thread()),
         )
-        with _stop_signals_blocked():
+        with stop_signals_blocked():
             batches: Iterator[Any] = iter(loader)
         if seeded and not self.num_workers:
             batches = preserving(batches)
         for batch, at in zip(batches, self._starts(start), strict=not self._spread):
-            inputs, labels = _pair(batch)
+            inputs, labels = as_pair(batch)
             if at + self._step > self._end and not (self._pads or self._spread):
                 first, last = self._span(at)
                 labels = labels.clone()  # it may be a dataset's own memory
@@ -248,8 +267,8 @@ class Loader:
         if ends_even or start >= self._end or self._drop_last or self._pads:
             return False
         with preserved_rng():
-            row = self.dataset[self._order.between(start, start + 1)[0]]
-            _, labels = _pair(self._collate([row]))
+            row = self.dataset[self.sampler.between(start, start + 1)[0]]
+            _, labels = as_pair(self._collate([row]))
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             return True
         too_small = self.ignore_index < torch.iinfo(labels.dtype).min
@@ -260,13 +279,19 @@ class Loader:
         return draws(self.dataset, self._collate)
 
 
-def _validate_horizon(*, steps: Any = ..., epochs: Any = ..., global_batch_size: Any = ...) -> None:
+def _validate_steps(
+    *, max_steps: Any = ..., epochs: Any = ..., global_batch_size: Any = ...
+) -> None:
     """Raise ValueError for arguments that are known to be wrong; `...` is not known."""
-    if ... not in (steps, epochs) and (steps is None) == (epochs is None):
-        given = "neither is" if steps is None else f"steps={steps} and epochs={epochs} are"
-        raise ValueError(f"give exactly one of steps and epochs ({given} given; null unsets one)")
-    if isinstance(steps, int):
-        options.at_least(1, steps=steps)
+    if ... not in (max_steps, epochs) and (max_steps is None) == (epochs is None):
+        given = (
+            "neither is" if max_steps is None else f"max_steps={max_steps} and epochs={epochs} are"
+        )
+        raise ValueError(
+            f"give exactly one of max_steps and epochs ({given} given; null unsets one)"
+        )
+    if isinstance(max_steps, int):
+        options.at_least(1, max_steps=max_steps)
     if isinstance(epochs, int | float):
         _check_epochs(epochs)
         text = f"epochs={epochs} need a global_batch_size to be counted in steps"
@@ -275,10 +300,10 @@ def _validate_horizon(*, steps: Any = ..., epochs: Any = ..., global_batch_size:
         options.at_least(1, global_batch_size=global_batch_size)
 
 
-@early_checks(validate=_validate_horizon)
-def horizon(
+@early_checks(validate=_validate_steps)
+def training_steps(
     *,
-    steps: int | None = None,
+    max_steps: int | None = None,
     epochs: float | None = None,
     dataset: Dataset,
     global_batch_size: int | None = None,
@@ -286,18 +311,18 @@ def horizon(
     """Return the number of optimizer steps, given as such or in epochs.
 
     Args:
-        steps: Number of optimizer steps.
-        epochs: Number of epochs, instead of `steps`.
+        max_steps: Number of optimizer steps.
+        epochs: Number of epochs, instead of `max_steps`.
         dataset: The dataset of the epochs.
         global_batch_size: Rows an optimizer step, over accumulation and data-parallel ranks.
 
     Raises:
-        ValueError: Not exactly one of `steps` and `epochs` is given.
+        ValueError: Not exactly one of `max_steps` and `epochs` is given.
     """
-    _validate_horizon(steps=steps, epochs=epochs, global_batch_size=global_batch_size)
+    _validate_steps(max_steps=max_steps, epochs=epochs, global_batch_size=global_batch_size)
     if epochs is None or global_batch_size is None:
-        assert steps is not None
-        return steps
+        assert max_steps is not None
+        return max_steps
     options.require(len(dataset) > 0, "the dataset has no rows")
     return -(-_rows_in(epochs, len(dataset)) // global_batch_size)
 
@@ -316,7 +341,7 @@ def _listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
-def _pair(batch: Any) -> LoadedBatch:
+def as_pair(batch: Any) -> LoadedBatch:
     """Return `(inputs, labels)` of a collated batch; without labels they are int64 `[rows, 0]`."""
     labels: Any = None
     if isinstance(batch, Mapping):
@@ -337,27 +362,3 @@ def _pair(batch: Any) -> LoadedBatch:
     if not isinstance(labels, torch.Tensor):
         raise TypeError(_NO_PAIR.format(found=f"labels of type {type(labels).__name__}"))
     return inputs, labels
-
-
-@contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Block the stop signals while workers start, which inherit the mask until they ignore them.
-
-    Not with a fork server: the mask would stay with the server, and so with all its children.
-    """
-    if multiprocessing.get_start_method() == "forkserver":
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(of_main_thread: bool, worker: int) -> None:
-    if of_main_thread:  # a thread that ends before the process would end the worker too
-        parent_death.die_with_parent_thread()
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)

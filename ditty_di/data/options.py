@@ -32,6 +32,15 @@ def fraction(**options: float | None) -> None:
         require(value is None or 0 <= value < 1, f"{name}={value} must be at least 0 and below 1")
 
 
+def without_ratios(dataset: Any, what: str) -> None:
+    """Require a dataset that is no mixture with ratios, which an order of its own would ignore."""
+    require(
+        not getattr(dataset, "stages", None),
+        f"{what} take each row of a mixture once, whatever its ratios: leave the ratios out, or "
+        "mix one such dataset for each source",
+    )
+
+
 def row_index(index: SupportsIndex, rows: int) -> int:
     """Return the index of a row, counted from the end if it is negative.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditty_di.data import options
 from ditty_di.data.content import fingerprint_with
-from ditty_di.data.order import permutation
+from ditty_di.data.sampler import permutation
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +68,14 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int, seed: int = 0) -> li
     return rows
 
 
-class Packed:
+class PackedDataset:
     """A packed dataset: rows of `seq_len` tokens with several examples each.
 
     Row i is `({"input", "position_ids"}, labels)`, all int64 `[seq_len]`. `position_ids` restart at
     0 in each example and in the padding at the end, by which transformers' attention keeps them
     apart as long as there is no attention mask and no cache (`use_cache=False`). An epoch has every
-    example once.
+    example once. Of examples with a `source` (a `Mixture` without ratios) there is that of each
+    token, `source` `[seq_len]`.
 
     Args:
         examples: Dataset of the examples, with `lengths`.
@@ -82,18 +83,18 @@ class Packed:
         pad_id: Id of the padding; None: 0.
         ignore_index: Label of the padding, excluded from the loss.
         seed: Seed of the packing; the loader shuffles the rows.
-        overlong: Examples of more than `seq_len` tokens are an `error`, are truncated (`cut`), or
+        truncation: Examples of more than `seq_len` tokens are an `error`, are truncated (`cut`), or
             left out (`drop`).
 
     Raises:
-        ValueError: Examples that do not fit a row, or no example is left.
+        ValueError: Examples that do not fit a row, no example is left, or a mixture with ratios.
     """
 
     @staticmethod
-    def validate(*, seq_len: int = 1, overlong: str = "error") -> None:
+    def validate(*, seq_len: int = 1, truncation: str = "error") -> None:
         """Raise `ValueError` for an option out of range."""
         options.at_least(1, seq_len=seq_len)
-        options.one_of(_TRUNCATION, overlong=overlong)
+        options.one_of(_TRUNCATION, truncation=truncation)
 
     def __init__(
         self,
@@ -103,20 +104,21 @@ class Packed:
         pad_id: int | None = None,
         ignore_index: int = -100,
         seed: int = 0,
-        overlong: str = "error",
+        truncation: str = "error",
     ) -> None:
-        self.validate(seq_len=seq_len, overlong=overlong)
+        self.validate(seq_len=seq_len, truncation=truncation)
+        options.without_ratios(examples, "packed rows")
         self.examples, self.seq_len = examples, seq_len
         self.pad_id, self.ignore_index = pad_id or 0, ignore_index
         lengths = np.asarray(examples.lengths)
         too_long = int((lengths > seq_len).sum())
-        if too_long and overlong == "error":
+        if too_long and truncation == "error":
             raise ValueError(
                 f"{too_long} of {len(lengths)} examples do not fit a row of seq_len={seq_len} (the "
                 f"longest has {lengths.max()} tokens): raise seq_len, cut examples with "
-                f"max_tokens={seq_len}, or give overlong=cut or overlong=drop"
+                f"max_tokens={seq_len}, or give truncation=cut or truncation=drop"
             )
-        dropped = lengths > seq_len if overlong == "drop" else np.zeros(len(lengths), bool)
+        dropped = lengths > seq_len if truncation == "drop" else np.zeros(len(lengths), bool)
         chosen = np.flatnonzero(~dropped)
         lengths = np.minimum(lengths, seq_len)
         packs = best_fit_decreasing(lengths[chosen], seq_len, seed)
@@ -141,14 +143,22 @@ class Packed:
         ids = torch.full((self.seq_len,), self.pad_id)
         labels = torch.full((self.seq_len,), self.ignore_index)
         positions = torch.empty(self.seq_len, dtype=torch.int64)
+        sources = torch.zeros(self.seq_len, dtype=torch.int64)
         for member in self.members(index):
             inputs, targets = self.examples[member]
             end = min(at + len(targets), self.seq_len)
             ids[at:end], labels[at:end] = inputs["input"][: end - at], targets[: end - at]
             positions[at:end] = torch.arange(end - at)
+            sources[at:end] = inputs.get("source", 0)
             at = end
         positions[at:] = torch.arange(self.seq_len - at)
-        return {"input": ids, "position_ids": positions}, labels
+        row = {"input": ids, "position_ids": positions}
+        return ({**row, "source": sources} if self.source_names else row), labels
+
+    @property
+    def source_names(self) -> list[str]:
+        """The sources that tokens tell apart by `source`."""
+        return list(getattr(self.examples, "source_names", ()))
 
     def fingerprint(self) -> str | None:
         """Return a digest of the examples and the packing; None if the examples have none."""

@@ -66,7 +66,7 @@ _FILES_CHECKED = 20  # files whose first bytes are read by `validate`
 
 
 @dataclass(frozen=True)
-class Records:
+class RecordDataset:
     """A dataset of the records of one split, read anew by each iteration.
 
     It iterates over pairs (position, record). In place of a line that is not a JSON object comes
@@ -125,13 +125,13 @@ def records(
     validation_fraction: float | None = None,
     name: str | None = None,
     revision: str | None = None,
-) -> Records:
+) -> RecordDataset:
     """Return the records of one split of a source of examples.
 
     Where .jsonl is written, .json (a list of objects, or one a line), .csv, .tsv and .parquet do as
-    well, all but the last also compressed (.gz, .bz2, .xz): see `files.read_values`. Of a file that
-    exists both compressed and not, the latter is read. Class labels of a dataset become their
-    names, hidden ones (-1) None.
+    well, all but the last also compressed (.gz, .bz2, .xz, .zst): see `files.read_values`. Of a
+    file that exists both compressed and not, the latter is read. Class labels of a dataset become
+    their names, hidden ones (-1) None.
 
     Args:
         path: One of
@@ -158,9 +158,9 @@ def records(
     return _part(found, fraction, source.name, split == "validation") if fraction else found
 
 
-def in_memory(examples: Sequence[Mapping[str, Any]]) -> Records:
+def in_memory(examples: Sequence[Mapping[str, Any]]) -> RecordDataset:
     """Return the records of a list of dicts."""
-    return Records(
+    return RecordDataset(
         lambda: ((f"example {i}", example) for i, example in enumerate(examples)),
         lambda: fingerprint(*map(_canonical, examples)),
         "no records: the list of examples is empty",
@@ -177,7 +177,7 @@ def synthetic(
     output_tokens: int = 64,
     static: bool = True,
     seed: int = 0,
-) -> Records:
+) -> RecordDataset:
     """Return records to debug with, each the same token id over and over.
 
     Args:
@@ -205,12 +205,12 @@ def synthetic(
 @dataclass(frozen=True)
 class _Source:
     name: str
-    splits: dict[str, Records]
+    splits: dict[str, RecordDataset]
     files: Sequence[Path] = ()
     is_folder: bool = False
 
 
-def _choose(source: _Source, split: str, fraction: float | None) -> tuple[Records, float]:
+def _choose(source: _Source, split: str, fraction: float | None) -> tuple[RecordDataset, float]:
     """Return the records of a split, and the fraction of them that is held out for validation.
 
     The fraction is 0 where the records are the split itself.
@@ -297,7 +297,7 @@ def _data_files(paths: Iterable[Path]) -> list[Path]:
     return sorted(found - twins)
 
 
-def _records_of(files: list[Path], name: str) -> Records:
+def _records_of(files: list[Path], name: str) -> RecordDataset:
     options.require(bool(files), "path=[]: an empty list of files")
     for file in files:
         options.require(not file.is_dir(), f"{file} is a folder: a list holds files only")
@@ -321,7 +321,7 @@ def _records_of(files: list[Path], name: str) -> Records:
                 digest.update(kind_of(file).encode())
         return digest.hexdigest()
 
-    return Records(read, content, _EMPTY.format(name=name))
+    return RecordDataset(read, content, _EMPTY.format(name=name))
 
 
 def _hub(path: str, name: str | None, revision: str | None) -> _Source:
@@ -346,9 +346,9 @@ def _of_dataset(name: str, found: Any) -> _Source:
     return _Source(name, splits)
 
 
-def _records_of_dataset(name: str, dataset: Any) -> Records:
+def _records_of_dataset(name: str, dataset: Any) -> RecordDataset:
     names = class_names(dataset.features)
-    return Records(
+    return RecordDataset(
         lambda: ((f"{name}, row {i}", with_names(row, names)) for i, row in enumerate(dataset)),
         lambda: fingerprint(dataset._fingerprint, repr(dataset.features)),
         f"no records: the dataset {name} has no rows",
@@ -358,12 +358,12 @@ def _records_of_dataset(name: str, dataset: Any) -> Records:
 # --- a part of the training split, held out ------------------------------------------------------
 
 
-def _part(whole: Records, fraction: float, name: str, held_out: bool) -> Records:
+def _part(whole: RecordDataset, fraction: float, name: str, held_out: bool) -> RecordDataset:
     def read() -> Iterator[tuple[str, Any]]:
         limit = threshold((_hash(record) for _, record in whole), fraction)
         return (pair for pair in whole if (_hash(pair[1]) < limit) == held_out)
 
-    return Records(
+    return RecordDataset(
         read,
         lambda: fingerprint(whole.fingerprint(), f"{fraction} {held_out}"),
         _ONLY_RECORD.format(name=name) if held_out else whole.if_empty,

@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Iterable
 
 
-def content_hash(text: str) -> int:
-    """Return a hash of a text, uniformly distributed over [0, 2**64)."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+def content_hash(text: str | bytes) -> int:
+    """Return a hash of a text, or its UTF-8, uniformly distributed over [0, 2**64)."""
+    data = text.encode() if isinstance(text, str) else text
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
 def threshold(hashes: Iterable[int], fraction: float) -> int:

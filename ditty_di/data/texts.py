@@ -11,7 +11,7 @@ class RecordTexts(Sequence[str]):
     """Every text in the fields of records, in order; read when it is first needed.
 
     Args:
-        records: pairs of a record's origin and the record, such as `ditty_di.data.Records`.
+        records: pairs of a record's origin and the record, such as `ditty_di.data.RecordDataset`.
     """
 
     def __init__(self, records: Iterable[tuple[str, Any]]) -> None:

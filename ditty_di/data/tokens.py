@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from ditty_di.data import options
 from ditty_di.data.cache import build_once, cache_folder, chunks, counted, fingerprint
 from ditty_di.data.content import array_digest
+from ditty_di.data.tokenizer import eos_id, id_dtype, tokenizer_fingerprint
 
-# Keys of a saved tokenizer's configuration that do not change the ids.
-_IRRELEVANT = {"model_max_length", "is_local", "local_files_only", "name_or_path"}
 _DOCUMENTS_AT_ONCE = 1000
 _TOKENS_AT_ONCE = 1 << 24
 
@@ -72,44 +69,6 @@ def tokenize(
 
     path = build_once(cache_folder(cache_dir) / "tokens" / f"{key[:32]}.npy", build)
     return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def eos_id(tokenizer: PreTrainedTokenizerBase, what: str) -> int:
-    """Return the tokenizer's EOS id.
-
-    Args:
-        tokenizer: The tokenizer.
-        what: What is to end with EOS, for the message.
-
-    Raises:
-        ValueError: The tokenizer has no EOS.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token to end {what} with: set "
-            "`eos_token` (in YAML: `eos_token: <token>` in the tokenizer node)"
-        )
-    return int(tokenizer.eos_token_id)
-
-
-def id_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
-    """Return the smaller of uint16 and uint32 that holds the tokenizer's ids."""
-    return np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of everything the tokenizer saves, except limits and locations."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        parts: list[str | bytes] = []
-        for path in sorted(Path(folder).rglob("*")):
-            if path.name == "tokenizer_config.json":
-                config = json.loads(path.read_text(encoding="utf-8"))
-                config = {key: config[key] for key in sorted(config.keys() - _IRRELEVANT)}
-                parts += [path.name, json.dumps(config)]
-            elif path.is_file():
-                parts += [path.name, path.read_bytes()]
-    return fingerprint(*parts)
 
 
 class TokenDataset:

@@ -17,7 +17,7 @@ from ditty_di.callbacks import EMA
 from ditty_di.diffusion.samplers import Sampler, generate
 from ditty_di.export.gather import only_part
 from ditty_di.io import is_first_rank, replacing
-from ditty_di.metrics.validation import evaluating
+from ditty_di.models.evaluation import evaluating
 
 
 @dataclass(eq=False, repr=False)

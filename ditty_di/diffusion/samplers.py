@@ -61,7 +61,9 @@ class DDIM:
         clip: float | None = None,
     ) -> None:
         if not 1 <= steps <= len(schedule):
-            raise ValueError(f"DDIM: steps={steps} must be from 1 to {len(schedule)}, the schedule")
+            raise ValueError(
+                f"DDIM: max_steps={steps} must be from 1 to {len(schedule)}, the schedule"
+            )
         if eta < 0:
             raise ValueError(f"DDIM: eta={eta} must not be negative")
         self.schedule, self.prediction = schedule, prediction
@@ -106,7 +108,7 @@ class Euler:
 
     def __init__(self, *, steps: int = 50, time_scale: float = TIME_SCALE) -> None:
         if steps < 1:
-            raise ValueError(f"Euler: steps={steps} must be at least 1")
+            raise ValueError(f"Euler: max_steps={steps} must be at least 1")
         self.steps, self.time_scale = steps, time_scale
 
     def __call__(self, predict: Predict, x: Tensor, noise: Noise, /) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ditty_di.export.record import RunRecord
+from ditty_di.export.run_info import RunInfo
 
 #: Keys of the configuration that the card shows, and their names in the card.
 _SECTIONS = {
@@ -47,12 +47,12 @@ def write_card(
     Args:
         folder: the exported folder; its `config.json` is read if there is one.
         record: `kind` ("model", "adapter" or "merged") and, where known, `base`, `revision`,
-            `seq2seq` and `drift` (logit differences) of the export.
+            `seq2seq` and `logit_diff` (logit differences) of the export.
         run: the run directory; what it does not say is left out.
         license: a name that the Hub knows.
         name: `user/name` on the Hub, if the folder will be uploaded.
     """
-    known = RunRecord(run)
+    known = RunInfo(run)
     source = "weights" if known.at("weights") else "model"  # a model brings its own weights
     base = record.get("base") or known.at(f"{source}.path")
     revision = record.get("revision") or known.at(f"{source}.revision")
@@ -78,7 +78,7 @@ def write_card(
         base=_on_hub(base) or f"path/to/{_shown(base)}",
         revision=revision,
         losses=list(_losses(known)),
-        drift=record.get("drift"),
+        logit_diff=record.get("logit_diff"),
         training=list(_training(known)),
         versions=list(_versions(known)),
     )
@@ -108,7 +108,7 @@ def _summary(kind: str, base: str | None, revision: str | None) -> str:
     }[kind]
 
 
-def _losses(known: RunRecord) -> Iterator[tuple[str, str, str]]:
+def _losses(known: RunInfo) -> Iterator[tuple[str, str, str]]:
     for metric, name in _LOSSES.items():
         if found := known.first_and_last(metric):
             (then, before), (now, after) = found
@@ -116,7 +116,7 @@ def _losses(known: RunRecord) -> Iterator[tuple[str, str, str]]:
             yield name, first, f"{after:.4f} (step {now})"
 
 
-def _training(known: RunRecord) -> Iterator[tuple[str, str]]:
+def _training(known: RunInfo) -> Iterator[tuple[str, str]]:
     if steps := known.first_and_last("loss"):
         yield "steps", str(steps[1][0])
     for name in _NUMBERS:
@@ -127,7 +127,7 @@ def _training(known: RunRecord) -> Iterator[tuple[str, str]]:
             yield name, f"`{text}`"
 
 
-def _versions(known: RunRecord) -> Iterator[tuple[str, str]]:
+def _versions(known: RunInfo) -> Iterator[tuple[str, str]]:
     packages = known.environment.get("packages")
     found = {"python": known.environment.get("python")}
     if isinstance(packages, dict):
@@ -135,7 +135,7 @@ def _versions(known: RunRecord) -> Iterator[tuple[str, str]]:
     return ((name, str(version)) for name, version in found.items() if version)
 
 
-def describe(known: RunRecord, value: Any, depth: int = 0) -> str:
+def describe(known: RunInfo, value: Any, depth: int = 0) -> str:
     """Return a part of a configuration as one line of Python-like text: `AdamW(lr=0.001)`.
 
     Secrets are left out, of absolute paths only the last name is shown, and arguments only down to

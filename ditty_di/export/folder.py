@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ditty_di.io import fsync_tree
 
-#: Record in every exported folder: kind, base, dtype, drift, and the repository to upload to.
+#: Record in every exported folder: kind, base, dtype, logit_diff, and the repository to upload to.
 RECORD = "export.json"
 
 

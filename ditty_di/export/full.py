@@ -10,15 +10,19 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+import ditty_di.models.modeling  # noqa: F401
+
+# isort: split
 from transformers import PreTrainedModel
 
 from ditty_di.dtypes import dtype_name
 from ditty_di.export.base import Export, require_writable
 from ditty_di.export.folder import quiet, replaced_whole
 from ditty_di.export.gather import gathered, only_part, saved
+from ditty_di.fqn import canonical_fqn
 from ditty_di.io import is_first_rank
 from ditty_di.models.conversion import bare_model
-from ditty_di.names import canonical_fqn
 
 
 @dataclass(eq=False)

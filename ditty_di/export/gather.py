@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ditty_di.dtypes import dtype_by_name
+from ditty_di.fqn import canonical_fqn
 from ditty_di.io import is_first_rank
 from ditty_di.models.conversion import kept_in_float32
-from ditty_di.names import canonical_fqn
+from ditty_di.models.skipped import skipped_paths
+from ditty_di.models.weights import materialize
+from ditty_di.parallelize.pipeline import ModelParts
 
 
 def only_part(model_parts: list[nn.Module]) -> nn.Module:
@@ -20,12 +26,61 @@ def only_part(model_parts: list[nn.Module]) -> nn.Module:
     Raises:
         ValueError: the model is split into pipeline stages.
     """
-    if len(model_parts) != 1:
+    if len(model_parts) != 1 or skipped_paths(model_parts[0]):
         raise ValueError(
-            f"export: the model is split into {len(model_parts)} pipeline stages; save a "
-            f"checkpoint and export that instead: task=export run=FOLDER"
+            "export: the model is split into pipeline stages; pass what `whole_models` puts "
+            "together, or export a checkpoint: task=export run=FOLDER"
         )
     return model_parts[0]
+
+
+def whole_models(parts: ModelParts) -> Iterator[list[nn.Module]]:
+    """Yield what an export is called with on this rank: the model as it is, or put together.
+
+    Of pipeline stages the first rank gets the whole model on the CPU, from a rank of each stage,
+    and the others nothing. Every rank must call it.
+
+    Args:
+        parts: the model as this rank trains it.
+
+    Yields:
+        Modules for an export, once at most.
+    """
+    if parts.whole is None:
+        yield parts.modules
+        return
+    ranks = dist.get_process_group_ranks(parts.group)
+    here: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, tensor in _tensors(parts.modules):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if ranks[0] == 0:  # other pipelines have the same
+                here[canonical_fqn(name)] = whole.detach().cpu()
+    if ranks[0]:
+        return
+    found: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(
+        found, {name: (t.shape, t.dtype) for name, t in here.items()}, group=parts.group
+    )
+    for source, tensors in enumerate(found[1:], 1):
+        for name, (shape, dtype) in tensors.items():
+            if source == dist.get_rank(parts.group):
+                dist.send(here[name].contiguous(), group=parts.group, group_dst=0)
+            elif is_first_rank():
+                here[name] = torch.empty(shape, dtype=dtype)
+                dist.recv(here[name], group=parts.group, group_src=source)
+    if is_first_rank():
+        model = copy.deepcopy(parts.whole)
+        materialize(model, torch.device("cpu"))
+        with torch.no_grad():
+            for name, tensor in _tensors([model]):
+                tensor.copy_(here.pop(canonical_fqn(name)))
+        yield [model]
+
+
+def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for module in modules:
+        yield from (*module.named_parameters(), *module.named_buffers())
 
 
 def gathered(model: nn.Module, dtype: str | None = None) -> dict[str, Tensor] | None:

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from ditty_di.adapters import adapter_state
 from ditty_di.dtypes import dtype_by_name
-from ditty_di.export import drift
+from ditty_di.export import logit_diff
 from ditty_di.export.adapter import adapter_file, write_adapter
 from ditty_di.export.base import Export
 from ditty_di.export.full import save_model
 from ditty_di.export.gather import gathered, only_part
-from ditty_di.export.opening import on_base
+from ditty_di.export.load import on_base
 from ditty_di.io import is_first_rank
 from ditty_di.models.files import ModelFiles
 
@@ -87,12 +87,14 @@ class MergedExport(Export):
         if is_first_rank():
             ModelFiles(config["base_model_name_or_path"], config["revision"]).config()
 
-    def _rows(self, model: Any) -> list[drift.Row]:
+    def _rows(self, model: Any) -> list[logit_diff.Row]:
         """Return the rows that logits are compared on."""
         if self.dataset is not None:
-            return drift.rows_of_dataset(self.dataset, self.rows, model.config, self.max_tokens)
+            return logit_diff.rows_of_dataset(
+                self.dataset, self.rows, model.config, self.max_tokens
+            )
         texts = self.texts[: self.rows]
-        return drift.rows_of_texts(texts, self.tokenizer, model.config, self.max_tokens)
+        return logit_diff.rows_of_texts(texts, self.tokenizer, model.config, self.max_tokens)
 
     def __call__(self, model_parts: list[nn.Module]) -> None:
         """Merge and write; called on every rank."""
@@ -100,7 +102,7 @@ class MergedExport(Export):
         config = adapter_file(model, self.base, self.revision)
         state_dict = adapter_state(model)
         rows = self._rows(model)
-        training = drift.logits_on(model, rows)
+        training = logit_diff.logits_on(model, rows)
         if state_dict is None:
             return
         base, revision = config["base_model_name_or_path"], config["revision"]
@@ -108,23 +110,23 @@ class MergedExport(Export):
             write_adapter(Path(folder), config, state_dict)
             adapted = on_base(folder, base, revision, dtype=self.dtype)
         adapted.float()
-        unmerged = drift.logits_on(adapted, rows)
+        unmerged = logit_diff.logits_on(adapted, rows)
         merged: Any = _merge(adapted, rows)
         merged.generation_config = self.generation_config(model)
         with torch.no_grad():  # float32 parameters get the values that they will have in `dtype`
             for parameter in merged.parameters():
                 parameter.copy_(parameter.to(dtype_by_name(self.dtype)))
-        logits = drift.logits_on(merged, rows)
+        logits = logit_diff.logits_on(merged, rows)
         found = {
-            "unmerged": drift.difference(unmerged, logits),
-            "training": drift.difference(training, logits),
+            "unmerged": logit_diff.difference(unmerged, logits),
+            "training": logit_diff.difference(training, logits),
         }
         record = {
             "kind": "merged",
             "base": base,
             "revision": revision,
             "dtype": self.dtype,
-            "drift": {"rows": len(rows), "tokens": sum(map(len, logits)), "from": found},
+            "logit_diff": {"rows": len(rows), "tokens": sum(map(len, logits)), "from": found},
         }
         with self.written(record) as path:
             save_model(merged, path, gathered(merged, self.dtype) or {}, self.max_shard_size)
@@ -135,7 +137,7 @@ class MergedExport(Export):
             )
 
 
-def _merge(adapted: Any, rows: list[drift.Row]) -> PreTrainedModel:
+def _merge(adapted: Any, rows: list[logit_diff.Row]) -> PreTrainedModel:
     """Merge the adapters into the weights, and return the model without them.
 
     An adapter belongs to one layer, a tied weight to several: each gets a copy before the merge,
@@ -172,18 +174,18 @@ def _merge(adapted: Any, rows: list[drift.Row]) -> PreTrainedModel:
     return merged
 
 
-def _declare_untied(model: Any, rows: list[drift.Row]) -> None:
+def _declare_untied(model: Any, rows: list[logit_diff.Row]) -> None:
     """Set `tie_word_embeddings=False` in the model's config, unless that changes anything else.
 
     In T5's family it also changes the scale of the output, so there it stays: transformers does
     not tie what is different in the files.
     """
-    before = drift.logits_on(model, rows)
+    before = logit_diff.logits_on(model, rows)
     configs = (model.config, model.config.get_text_config())
     for config in configs:
         config.tie_word_embeddings = False
     read = type(model.config).from_dict(model.config.to_dict())
-    same = all(map(torch.equal, before, drift.logits_on(model, rows)))
+    same = all(map(torch.equal, before, logit_diff.logits_on(model, rows)))
     if read.tie_word_embeddings or not same:
         for config in configs:
             config.tie_word_embeddings = True

@@ -9,15 +9,15 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from ditty_di.data import encoding
-from ditty_di.data.conversations import Turns, is_turns
+from ditty_di.data.conversations import ChatFormat, is_turns
 from ditty_di.data.files import READERS, kind_of, looks_like_json, read_lines, read_values
-from ditty_di.data.rendering import Format
+from ditty_di.data.renderer import Renderer
+from ditty_di.data.templates import PromptTemplate
 from ditty_di.generation.sampling import prompt_ids
 
 
-class Encoder(Protocol):
-    """Encode prompts as training did; `ditty_di.data.Encoder` is one."""
+class PromptRenderer(Protocol):
+    """Encode prompts as training did; `ditty_di.data.Renderer` is one."""
 
     def prompt(self, record: dict[str, Any], /) -> list[int]:
         """Return the token ids of a record up to where the model is to answer.
@@ -32,14 +32,15 @@ class Prompts:
     """Encode records as prompts.
 
     A conversation goes through the tokenizer's chat template, up to where the model is to answer:
-    trailing turns of the assistant are left out. Its turns are under the keys of `encoder`, such as
-    `messages`, with the roles that it maps. Any other record goes to `encoder`; without one, the
+    trailing turns of the assistant are left out. Its turns are under the keys of `renderer`, such
+    as
+    `messages`, with the roles that it maps. Any other record goes to `renderer`; without one, the
     prompt is the text under `input`, or `input_format` with the record's fields in it
-    (`ditty_di.data.rendering.Format`).
+    (`ditty_di.data.templates.PromptTemplate`).
 
     Args:
         tokenizer: of the model.
-        encoder: the one of the training.
+        renderer: the one of the training.
         input_format: a format string, or several.
         seq2seq: the text is for an encoder, as the tokenizer ends it. Otherwise it is to be
             continued, so without EOS at its end.
@@ -53,7 +54,7 @@ class Prompts:
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        encoder: Encoder | None = None,
+        renderer: PromptRenderer | None = None,
         input_format: str | Sequence[str] | None = None,
         seq2seq: bool = False,
         chat: bool = False,
@@ -63,13 +64,13 @@ class Prompts:
                 "chat=true needs a tokenizer with a chat template; this one has none: give one as "
                 "tokenizer.chat_template, or take chat=false"
             )
-        self.tokenizer, self.encoder = tokenizer, encoder
+        self.tokenizer, self.renderer = tokenizer, renderer
         self.seq2seq, self.chat = seq2seq, chat
         self.texts = 0  # records so far that were not conversations
-        self.turns: Turns = getattr(encoder, "turns", None) or Turns()
-        self.continues = encoder is None and input_format is None and not seq2seq and not chat
+        self.chat_format: ChatFormat = getattr(renderer, "chat_format", None) or ChatFormat()
+        self.continues = renderer is None and input_format is None and not seq2seq and not chat
         self.format: Callable[[dict[str, Any]], str] = (
-            _input if input_format is None else Format(input_format, {})
+            _input if input_format is None else PromptTemplate(input_format, {})
         )
 
     def record(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -81,15 +82,18 @@ class Prompts:
         Raises:
             ValueError: the record has no text.
         """
-        if record.get(self.turns.key) is not None:
+        if record.get(self.chat_format.key) is not None:
             return record
         self.texts += 1
-        # Other fields than these are the encoder's to read, if there is one.
-        if not self.chat or (self.encoder and not isinstance(record.get("input"), str)):
+        # Other fields than these are the renderer's to read, if there is one.
+        if not self.chat or (self.renderer and not isinstance(record.get("input"), str)):
             return record
-        turn = {self.turns.role_key: "user", self.turns.content_key: self.format(record)}
+        turn = {
+            self.chat_format.role_key: "user",
+            self.chat_format.content_key: self.format(record),
+        }
         rest = {key: value for key, value in record.items() if key != "input"}
-        return rest | {self.turns.key: [turn]}
+        return rest | {self.chat_format.key: [turn]}
 
     def ids(self, record: dict[str, Any]) -> list[int]:
         """Return the token ids of a record.
@@ -100,7 +104,7 @@ class Prompts:
         Raises:
             ValueError: the record is not a prompt.
         """
-        key, encoder = self.turns.key, self.encoder
+        key, renderer = self.chat_format.key, self.renderer
         if record.get(key) is not None:
             if not self.tokenizer.chat_template:
                 raise ValueError(
@@ -108,17 +112,20 @@ class Prompts:
                 )
             if not is_turns(record[key]):
                 raise ValueError(f'"{key}" is not a list of objects with role and content')
-            encoder = encoder or self._chat_encoder
-        if encoder is not None:
-            return encoder.prompt(record)
+            renderer = renderer or self._chat_renderer
+        if renderer is not None:
+            ids = renderer.prompt(record)
+            if not ids:
+                raise ValueError("the prompt has no token; write a word")
+            return ids
         text = self.format(record)
         if self.seq2seq:
             return list(self.tokenizer(text)["input_ids"])
         return prompt_ids(self.tokenizer, text)
 
     @cached_property
-    def _chat_encoder(self) -> Encoder:
-        return encoding.Encoder(self.tokenizer)
+    def _chat_renderer(self) -> Renderer:
+        return Renderer(self.tokenizer)
 
     def shown(self, answer: dict[str, Any]) -> str:
         """Return what to show who typed a prompt: the continued text, or the answer alone.

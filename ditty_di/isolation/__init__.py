@@ -1,5 +1,6 @@
 """Keep the documents of a packed row apart: probe the model, add inputs where it needs them."""
 
+from ditty_di.isolation.copies import copy_of_each_kind
 from ditty_di.isolation.forms import FORMS, DocumentInputs
 from ditty_di.isolation.probe import Isolation, NotIsolated
 from ditty_di.isolation.rows import check_rows, isolation_of, rehearse
@@ -10,6 +11,7 @@ __all__ = [
     "Isolation",
     "NotIsolated",
     "check_rows",
+    "copy_of_each_kind",
     "isolation_of",
     "rehearse",
 ]

@@ -25,14 +25,15 @@ def document_index(position_ids: Tensor) -> Tensor:
 def positions_of(sample: Mapping[str, Any]) -> Tensor:
     """Return the position of each token in its document, `[rows, length]`.
 
-    Taken from `position_ids`, else from the borders `cu_seq_lens_q`, else from the document
-    numbers `seq_idx`; without any of them each row is one document.
+    Taken from `position_ids` (torchtitan: `positions`), else from the borders `cu_seq_lens_q`,
+    else from the document numbers `seq_idx`; without any of them each row is one document.
 
     Args:
         sample: the inputs of a micro-batch.
     """
     rows, length = sample["input"].shape[:2]
     given, borders, index = (sample.get(k) for k in ("position_ids", "cu_seq_lens_q", "seq_idx"))
+    given = sample.get("positions") if given is None else given
     if isinstance(given, Tensor) and given.dim() == 2:
         return given.expand(rows, length).contiguous()
     at = torch.arange(rows * length)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ditty_di.data.collate import varlen_arguments
 from ditty_di.isolation.forms import FORMS, DocumentInputs
 from ditty_di.isolation.positions import document_index, position_limit, positions_of
-from ditty_di.metrics.validation import evaluating
+from ditty_di.models.evaluation import evaluating
 from ditty_di.seed import preserved_rng
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,11 @@ class Isolation:
     _coupling: float = 0.0  # how far outputs move with another row's tokens
     _rounding: float = 0.0  # and with the row's length
 
+    @property
+    def added(self) -> str | None:
+        """What batches get beside `position_ids`, one of `FORMS`; None if they need nothing."""
+        return None if self.form == _PLAIN else self.form
+
     def ensure(self, sample: Mapping[str, Any]) -> None:
         """Probe with batches like `sample`, the inputs of a micro-batch, and choose a form.
 
@@ -90,12 +95,12 @@ class Isolation:
                 stack.enter_context(_high_precision_linears(self.module))
                 self._measure(batch)
             self.form = self._choose(batch)
-        if self.form not in (None, _PLAIN):
+        if self.added is not None:
             log.info(
                 "%s does not keep the documents of a row apart by position_ids alone: each batch "
                 "gets %s as well (probed: no document sees another)",
                 self.name,
-                self.form,
+                self.added,
             )
 
     def _choose(self, batch: _Probe) -> str | None:

@@ -11,17 +11,12 @@ import torch
 from torch import nn
 
 from ditty_di.batch import Batch
+from ditty_di.isolation.copies import copy_of_each_kind, fill_randomly
 from ditty_di.isolation.positions import check_positions, holds_several, position_limit
 from ditty_di.isolation.probe import Isolation, NotIsolated
 from ditty_di.losses.plain import PlainLoss, as_loss
-from ditty_di.models.weights import (
-    hugging_face,
-    initialize,
-    is_meta,
-    materialize,
-    torch_reset,
-    transformers_model,
-)
+from ditty_di.models.weights import is_meta
+from ditty_di.parallelize.context import SequenceSplit
 from ditty_di.processors.workflow import Processors
 from ditty_di.protocols import DataLoader, DataLoaderFactory
 from ditty_di.runtime import Runtime
@@ -29,7 +24,7 @@ from ditty_di.seed import preserved_rng
 
 log = logging.getLogger(__name__)
 
-#: Parameters of the largest model that `rehearse` builds.
+#: Parameters of the largest model that `rehearse` builds, without layers that repeat.
 REHEARSED = 50_000_000
 
 
@@ -64,15 +59,44 @@ def check_rows(
     check_positions(isolation.module, isolation.config, dataset, sample, name=isolation.name)
     packs = getattr(getattr(loader, "collate_fn", None), "packs_documents", False)
     if packs or holds_several(sample):
-        dims = runtime.parallel_dims
-        if dims.pp_enabled or dims.cp_enabled:
-            log.warning(
-                "%s: packed rows are not probed where the model or its rows are split over ranks "
-                "(runtime.pp, runtime.cp); check the model on one rank first",
-                isolation.name,
+        split = SequenceSplit.of([isolation.module])
+        if runtime.parallel_dims.cp_enabled and split is None:
+            raise NotIsolated(
+                f"{isolation.name}: packed rows cannot be split over ranks (runtime.cp > 1) by "
+                f"this parallelize function; write parallelize=fsdp, or batching=padded"
             )
-            return
+        if runtime.parallel_dims.pp_enabled:
+            _ensure_of_stages(isolation, sample)
+        else:
+            isolation.ensure(sample)
+        if split is not None and isolation.added is not None:
+            raise NotIsolated(
+                f"{isolation.name}: the documents of a packed row see each other without "
+                f"{isolation.added}, which cannot be split over ranks (runtime.cp > 1); use "
+                f"batching=padded or length_grouped, or runtime.cp=1"
+            )
+
+
+def _ensure_of_stages(isolation: Isolation, sample: dict[str, Any]) -> None:
+    """Probe the copy of a model that is split into stages, whose inputs nothing can be added to."""
+    try:
+        with preserved_rng(isolation.device):
+            fill_randomly(isolation.module, isolation.device)
         isolation.ensure(sample)
+    except NotIsolated:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise NotIsolated(
+            f"{isolation.name}: whether the documents of a packed row see each other cannot be "
+            f"probed with runtime.pp > 1 ({reason}); use batching=padded or length_grouped"
+        ) from error
+    if isolation.added is not None:
+        raise NotIsolated(
+            f"{isolation.name}: the documents of a packed row see each other without "
+            f"{isolation.added}, which pipeline stages do not get; use batching=padded or "
+            f"length_grouped, or runtime.pp=1"
+        )
 
 
 def _sample(loader: Any) -> dict[str, Any] | None:
@@ -86,12 +110,12 @@ def _sample(loader: Any) -> dict[str, Any] | None:
     collate = torch.utils.data.default_collate if collate is None else collate
     try:
         rows = min(8, getattr(loader, "batch_size", 1) or 1, len(dataset))
-        first = collate([dataset[0]])[0]
+        first = Batch.of(collate([dataset[0]])).inputs
         if not (isinstance(first, dict) and isinstance(first.get("input"), torch.Tensor)):
             return None
         if first["input"].dim() < 2 or len(first) == 1 or rows == 1:
             return first if first["input"].dim() >= 2 else None
-        found = collate([dataset[n] for n in range(rows)])[0]
+        found = Batch.of(collate([dataset[n] for n in range(rows)])).inputs
     except Exception as error:
         log.debug("no sample of the loader's rows: %r", error)
         return None
@@ -102,7 +126,7 @@ def isolation_of(
     module: nn.Module,
     *,
     config: Any,
-    forward: Callable[[dict[str, Any]], Any],
+    forward: Callable[[dict[str, Any]], Any] | None,
     processors: Processors,
     runtime: Runtime,
 ) -> Isolation:
@@ -111,16 +135,17 @@ def isolation_of(
     Args:
         module: what is called in training.
         config: its configuration, if it has one.
-        forward: takes inputs on the CPU and returns the model's output.
+        forward: takes inputs on the CPU and returns the model's output; None calls the module.
         processors: of the trainer.
         runtime: this process's.
     """
+    run = forward or (lambda inputs: _called(module, Batch(inputs, None).to(runtime.device).inputs))
     before = Processors(processors.preprocessors)
     own = {"original_batch", "target", "forward_kwargs", "model"}
 
     def prepared(inputs: dict[str, Any]) -> Any:
         if not before:
-            return forward(inputs)
+            return run(inputs)
         states = [(s, copy.deepcopy(s.state_dict())) for s in before.states().values()]
         given = before.prepare(
             Batch(inputs, inputs["input"]),
@@ -135,7 +160,7 @@ def isolation_of(
         if given is None:
             return {}
         written = {name: value for name, value in given.context.items() if name not in own}
-        return {"output": forward(given.inputs), **written}
+        return {"output": run(given.inputs), **written}
 
     return Isolation(
         module,
@@ -182,12 +207,13 @@ def rehearse(build: Callable[[str], Any]) -> list[str]:
         )
     if not packs or not is_meta(model):
         return warnings
+    model = copy_of_each_kind(model)
     if sum(p.numel() for p in model.parameters()) > REHEARSED:
         return [*warnings, f"{name}: packed rows are probed at the start, for the model is large"]
     cpu = torch.device("cpu")
     try:
         with preserved_rng(cpu):
-            model = _random_values(model)
+            fill_randomly(model, cpu)
             ids = torch.arange(2, 18)
             sample, _ = collate([({"input": ids, "position_ids": torch.arange(16)}, ids)] * 2)
             isolation = Isolation(
@@ -211,12 +237,3 @@ def rehearse(build: Callable[[str], Any]) -> list[str]:
 
 def _called(model: nn.Module, inputs: dict[str, Any]) -> Any:
     return model(inputs["input"], **{k: v for k, v in inputs.items() if k != "input"})
-
-
-def _random_values(model: nn.Module) -> nn.Module:
-    """Return a copy on the CPU of a model on meta, initialized as its library does."""
-    model = copy.deepcopy(model)
-    materialize(model, torch.device("cpu"))
-    init = hugging_face if transformers_model(model)[1] is not None else torch_reset
-    initialize(model, device=torch.device("cpu"), init=init)
-    return model

@@ -43,21 +43,24 @@ class Local:
             are killed. Only used with several ranks; a single one runs in this process.
 
     Raises:
-        ValueError: `nproc` is less than one.
+        ValueError: `nproc` is less than one, or `grace_seconds` negative.
     """
 
     @staticmethod
-    def validate(*, nproc: int | None = None) -> None:
+    def validate(*, nproc: int | None = None, grace_seconds: float = 300.0) -> None:
         """Check the arguments without starting anything; see the class.
 
         Args:
             nproc: number of ranks.
+            grace_seconds: in seconds.
         """
         if nproc is not None and nproc < 1:
             raise ValueError(f"launcher.nproc={nproc}: give the number of ranks (null: one a GPU)")
+        if not grace_seconds >= 0:
+            raise ValueError(f"launcher.grace_seconds={grace_seconds} must not be negative")
 
     def __init__(self, nproc: int | None = None, grace_seconds: float = 300.0) -> None:
-        self.validate(nproc=nproc)
+        self.validate(nproc=nproc, grace_seconds=grace_seconds)
         self.nproc = nproc
         self.grace_seconds = grace_seconds
 

@@ -36,6 +36,7 @@ class RunDirectory:
     result.json       how the run ended; absent while it runs
     logs/             rank-N.log, error-rank-N.json of ranks that failed
     .next/            configuration of a start that has not loaded its checkpoint yet
+    .temporary        exists in the directory of a task that leaves no run
     stop              while this file exists, every rank stops at its next step
     .lock             locked by the launcher and all ranks, whose process ids it lists
 
@@ -52,6 +53,7 @@ class RunDirectory:
         self.result = self.path / "result.json"
         self.logs = self.path / "logs"
         self.stop = self.path / "stop"
+        self.temporary = self.path / ".temporary"
         self.next = self.path / ".next"
         self._lock_file = self.path / ".lock"
         self._lock: TextIO | None = None
@@ -64,6 +66,10 @@ class RunDirectory:
     def is_run(self) -> bool:
         """Return whether the directory holds a run."""
         return self.config.is_file() and self.overrides.is_file()
+
+    def is_temporary(self) -> bool:
+        """Return whether it is removed at the end: the task leaves no run (`run: false`)."""
+        return self.temporary.exists()
 
     def is_free(self) -> bool:
         """Return whether a new run can use it: it is empty but for files of a failed start."""

@@ -30,6 +30,8 @@ from ditty_di.launch.local import visible_gpus
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
 from ditty_di.launch.warm import TARGETS, WarmJobs
 
+#: Columns that are left out where no job has a value.
+_OPTIONAL = ("step", "tokens_per_second")
 _COLUMNS = ("job", "status", "objective", "step", "tokens_per_second", "folder", "error")
 
 
@@ -221,24 +223,31 @@ def table(folder: Path) -> list[dict[str, Any]]:
     jobs = {entry["folder"]: entry["overrides"] for entry in map(json.loads, lines)}
     counts = Counter(override for overrides in jobs.values() for override in overrides)
     rows = []
+    more: dict[str, None] = {}  # columns of the task's own, in their order
     for path, overrides in jobs.items():
         run = RunDirectory(path)
         result = run.read_result() or {"status": "failed", "error": "left no result.json"}
         row = {name: result.get(name) for name in _COLUMNS}
         row["job"], row["folder"] = run.path.relative_to(folder.absolute()).as_posix(), str(run)
-        row["overrides"] = overrides
+        row["overrides"], own = overrides, result.get("table") or {}
+        row.update(own)
+        more.update(dict.fromkeys(own))
         differing = [o for o in overrides if counts[o] < len(jobs) or len(jobs) == 1]
         rows.append(row | {"changed": shlex.join(differing)})
     rows.sort(key=_rank)
-    columns = ["job", "changed", *_COLUMNS[1:]]
+    columns = ["job", "changed", *_COLUMNS[1:3], *more, *_COLUMNS[3:]]
+    rows = [dict.fromkeys(columns) | row for row in rows]
     (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     print(f"\nbest first; the same table in {folder}/results.csv and results.json")
-    cells = [[_cell(row[column]) for column in columns[:-1]] for row in rows]
-    cells.insert(0, [column.replace("_", " ") for column in columns[:-1]])
+    shown = [
+        c for c in columns[:-1] if c not in _OPTIONAL or any(row[c] is not None for row in rows)
+    ]
+    cells = [[_cell(row[column]) for column in shown] for row in rows]
+    cells.insert(0, [column.replace("_", " ") for column in shown])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip())

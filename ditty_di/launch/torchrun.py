@@ -9,8 +9,11 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from ditty_di.launch import parent_death, worker
+from ditty_di.launch.rundir import RunDirectory
 
 _KEY = "ditty_di/job"
+#: The answer for a task without a run directory: each rank starts the command.
+_EACH = "each"
 _TIMEOUT = timedelta(hours=1)  # rank 0 may be importing everything from a slow disk
 
 
@@ -23,7 +26,8 @@ def run(arguments: Sequence[str], start: Callable[..., int]) -> int:
     """Run the command on all ranks and return this rank's exit code.
 
     Rank 0 starts the command and sends the path of the run directory to the others through the
-    rendezvous store; they import no Hydra. When rank 0 cannot start, all exit with its code.
+    rendezvous store; they import no Hydra. When rank 0 cannot start, all exit with its code. A
+    task that leaves no run has no directory to share: there each rank starts the command.
 
     Args:
         arguments: the command line.
@@ -37,10 +41,13 @@ def run(arguments: Sequence[str], start: Callable[..., int]) -> int:
     store = next(iter(rendezvous("env://", timeout=_TIMEOUT)))[0]
     if int(os.environ["RANK"]):
         answer = store.get(_KEY).decode()
+        if answer == _EACH:
+            return start(arguments, worker.main)
         return int(answer) if answer.isdigit() else worker.main(answer)
 
     def launch(run_dir: str) -> int:
-        store.set(_KEY, run_dir)
+        # A temporary directory is on this machine alone.
+        store.set(_KEY, _EACH if RunDirectory(run_dir).is_temporary() else run_dir)
         return worker.main(run_dir)
 
     code = 1

@@ -25,6 +25,10 @@ from ditty_di.launch.signals import StopSignals
 #: Environment variable of the warm parent: the targets that it imports, separated by spaces.
 TARGETS = "DITTY_DI_WARM_TARGETS"
 
+#: Environment variable without which importing pyarrow starts a thread of its allocator (jemalloc):
+#: one that a fork may catch in the middle of something.
+ARROW_WITHOUT_THREAD = ("JE_ARROW_MALLOC_CONF", "background_thread:false")
+
 _POLL_SECONDS = 0.05
 
 
@@ -62,6 +66,7 @@ class WarmJobs:
         method = "forkserver" if sys.platform == "linux" else "spawn"
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
+            os.environ.setdefault(*ARROW_WITHOUT_THREAD)
             context.set_forkserver_preload(["ditty_di.launch.warm_imports"])
         waiting = list(enumerate(commands))
         with self.signals:

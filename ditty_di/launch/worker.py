@@ -6,6 +6,9 @@ least of all after a failure: waiting for a dead rank would never end.
 
 from __future__ import annotations
 
+import atexit
+import functools
+import logging
 import os
 import signal
 import sys
@@ -18,6 +21,9 @@ from ditty_di.console import LAUNCHED, Console, quiet_imports
 from ditty_di.launch import hang, parent_death, signals
 from ditty_di.launch.failure import describe, exit_code, how_killed, oom_kills, report
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
+
+_rank_ran = False
+_exit_code: int | None = None  # with which the process ends at once
 
 
 def main(run_dir: str | Path) -> int:
@@ -33,6 +39,8 @@ def main(run_dir: str | Path) -> int:
     Returns:
         The exit code, 0 when the task finished or was preempted.
     """
+    global _rank_ran
+    _rank_ran = True
     run = RunDirectory(run_dir)
     rank = int(os.environ.get("RANK", "0"))
     started, kills = time.time(), oom_kills()
@@ -47,7 +55,10 @@ def main(run_dir: str | Path) -> int:
             try:
                 run.join(rank)
                 graph = Graph.load(run.to_build)
-                result = {"status": "finished"} | (graph.build("task") or {})
+                made = graph.build("task")
+                if isinstance(made, functools.partial):  # it works on the graph
+                    made = made(graph)
+                result = {"status": "finished"} | (made or {})
                 handlers.ask = handlers.insist = _ignore
             except (Exception, KeyboardInterrupt, SystemExit) as error:
                 handlers.ask = handlers.insist = _ignore
@@ -112,6 +123,7 @@ def own_process() -> None:
     parent_death.follow_parent()
     parent_death.take_forks_along()
     signals.ends_with_job = True
+    atexit.register(_end_at_once)  # the first that is registered is the last that is called
 
 
 def leave(code: int) -> None:
@@ -119,6 +131,9 @@ def leave(code: int) -> None:
 
     After a failure they would wait for other ranks; and on torch 2.15 gloo's threads may outlive
     the interpreter, which ends a rank that succeeded with a signal (pytorch#179291).
+
+    Where no rank has run, and so no object of the user may have anything left to write, exit
+    handlers are the last that is called: freeing torch's modules would take a second.
 
     Args:
         code: the exit code.
@@ -130,4 +145,14 @@ def leave(code: int) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)
+    global _exit_code
+    _exit_code = None if _rank_ran else code
     sys.exit(code)
+
+
+def _end_at_once() -> None:
+    if _exit_code is not None:
+        logging.shutdown()  # registered earlier
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(_exit_code)

@@ -8,9 +8,9 @@ from ditty_di.losses.cross_entropy import (
     CrossEntropyCalculator,
     CrossEntropyLoss,
 )
-from ditty_di.losses.deferred import deferred_head
 from ditty_di.losses.distillation import DistillationLoss
 from ditty_di.losses.elementwise import HuberLoss, L1Loss, MSELoss
+from ditty_di.losses.hidden_states import skip_lm_head
 from ditty_di.losses.liger import LigerLinearCrossEntropyLoss
 from ditty_di.losses.linear_cross_entropy import LinearCrossEntropyLoss
 from ditty_di.losses.plain import PlainLoss
@@ -32,5 +32,5 @@ __all__ = [
     "MSELoss",
     "PlainLoss",
     "UncertaintyWeightedLoss",
-    "deferred_head",
+    "skip_lm_head",
 ]

@@ -16,12 +16,29 @@ class Loss(nn.Module):
     runs. The trainer sums the counts over all micro-batches and data-parallel ranks and passes the
     total to `forward`. So micro-batches add up to one large batch, and ranks to one rank.
 
+    A loss whose elements have the shape of the labels may tell them apart by two more methods, for
+    metrics of each source of a mixture (`ditty_di.training.sources`): `valid(batch)`, bool in that
+    shape, of which `num_valid` is the sum, and `element_losses(output, batch)`, the loss of each, 0
+    where it is not valid. The loss is their sum divided by `num_valid_global`, and it has no
+    metrics. A subclass that overrides `forward` has no elements unless it overrides both.
+
     Any object with `num_valid` and `__call__` of these signatures fits the trainer's `loss_fn` slot
     (`ditty_di.protocols.Loss`).
     """
 
     #: None if `num_valid` has shape `[]`; n if it has shape `[n]`, as for the parts of a composite.
     num_counts: int | None = None
+    #: Method of a batch, or None: see above.
+    valid: Any = None
+    #: Method of output and batch, or None: see above.
+    element_losses: Any = None
+
+    #: Whether it takes logits whose vocabulary is split over ranks, as a `DTensor`. Other losses
+    #: get whole logits.
+    takes_split_logits: bool = False
+
+    #: Whether it is a sum over tokens, of which ranks with parts of sequences each compute theirs.
+    takes_split_sequences: bool = False
 
     def num_valid(self, batch: Batch, /) -> Tensor:
         """Return the number of valid elements in a batch, shape `[]`.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ditty_di.batch import Batch, Context
 from ditty_di.losses.calculator import LossCalculator, LossOutput
+from ditty_di.losses.vocab_parallel import cross_entropy
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -37,13 +38,16 @@ class CrossEntropyCalculator(LossCalculator):
 
     def count_valid(self, ctx: Context) -> Tensor:
         """Return the number of valid labels, shape `[]`, int64."""
-        return self._count(self._labels(ctx))
+        return self._valid(ctx).sum()
+
+    def valid(self, batch: Batch, /) -> Tensor:
+        """Return which labels are valid, in the shape of the labels, bool."""
+        return self._valid(batch.full_context())
 
     def compute(self, model_output: Any, ctx: Context) -> LossOutput:
         """Return the mean cross-entropy over the valid labels."""
-        labels = self._labels(ctx)
-        total = self._summed(self.get_prediction(model_output, ctx), labels)
-        loss = total / self._count(labels).clamp(min=1)
+        losses = self._losses(self.get_prediction(model_output, ctx), self._labels(ctx))
+        loss = losses / self.count_valid(ctx).clamp(min=1)
         return LossOutput(loss, {"ce": loss})
 
     def _labels(self, ctx: Context) -> Tensor:
@@ -58,20 +62,26 @@ class CrossEntropyCalculator(LossCalculator):
             )
         return labels.masked_fill(mask == 0, self.ignore_index)
 
-    def _count(self, labels: Tensor) -> Tensor:
-        labels = labels[:, 1:] if self.shift else labels
-        return (labels != self.ignore_index).sum()
+    def _valid(self, ctx: Context) -> Tensor:
+        valid = self._labels(ctx) != self.ignore_index
+        if self.shift:
+            valid[:, 0] = False  # nothing predicts the first token
+        return valid
 
-    def _summed(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the summed cross-entropy in float32, shape `[]`."""
+    def _losses(self, logits: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
+        """Return the cross-entropy in float32: summed, shape `[]`, or that of each label."""
         if self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        return F.cross_entropy(
-            logits.flatten(0, -2).float(),  # [tokens, classes]
+        losses = cross_entropy(
+            logits.flatten(0, -2),  # [tokens, classes]
             labels.flatten(),  # [tokens]
             ignore_index=self.ignore_index,
-            reduction="sum",
+            reduction=reduction,
         )
+        if reduction == "sum":
+            return losses
+        losses = losses.view(labels.shape)
+        return F.pad(losses, (1, 0)) if self.shift else losses
 
 
 class CrossEntropyLoss(CrossEntropyCalculator):
@@ -86,6 +96,9 @@ class CrossEntropyLoss(CrossEntropyCalculator):
 
     Shapes: logits `[batch, seq, vocab]` or `[batch, classes]`; labels `[batch, seq]` or `[batch]`.
     """
+
+    takes_split_logits = True
+    takes_split_sequences = True
 
     def __init__(
         self, *, output: str | int | None = None, shift: bool = False, ignore_index: int = -100
@@ -102,7 +115,12 @@ class CrossEntropyLoss(CrossEntropyCalculator):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed cross-entropy over `num_valid_global`, shape `[]`, in float32."""
         labels = self._labels(batch.full_context())
-        return self._summed(self.get_prediction(output), labels) / num_valid_global, {}
+        return self._losses(self.get_prediction(output), labels) / num_valid_global, {}
+
+    def element_losses(self, output: Any, batch: Batch, /) -> Tensor:
+        """Return the cross-entropy of each label, in the shape of the labels, in float32."""
+        labels = self._labels(batch.full_context())
+        return self._losses(self.get_prediction(output), labels, reduction="none")
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ditty_di.batch import Batch
-from ditty_di.losses.deferred import DeferredOutput, Head
+from ditty_di.losses.hidden_states import Head, HiddenStatesOutput
 from ditty_di.losses.linear_cross_entropy import LinearCrossEntropyLoss, labeled
 
 
 class LigerLinearCrossEntropyLoss(LinearCrossEntropyLoss):
-    """Cross-entropy in nats per valid label, of a model with `ditty_di.losses.deferred_head`.
+    """Cross-entropy in nats per valid label, of a model with `ditty_di.losses.skip_lm_head`.
 
     Liger computes the gradients in the forward pass, chunk by chunk, and so computes each logit
     once. It multiplies by the projection's weight itself: the projection must be a plain linear
@@ -26,10 +26,15 @@ class LigerLinearCrossEntropyLoss(LinearCrossEntropyLoss):
 
     Shapes: hidden states `[batch, seq, hidden]`, labels `[batch, seq]`.
 
+    Attributes:
+        needs_whole_head: a rank must have all rows of the projection.
+
     Raises:
         ImportError: liger-kernel is not installed.
         RuntimeError: there is no accelerator for its kernels.
     """
+
+    needs_whole_head = True
 
     def __init__(self, *, ignore_index: int = -100, accum_dtype: str | None = None) -> None:
         super().__init__(ignore_index=ignore_index)
@@ -49,7 +54,7 @@ class LigerLinearCrossEntropyLoss(LinearCrossEntropyLoss):
         self._fused: Any = LigerFusedLinearCrossEntropyLoss
 
     def forward(
-        self, output: DeferredOutput, batch: Batch, num_valid_global: Tensor, /
+        self, output: HiddenStatesOutput, batch: Batch, num_valid_global: Tensor, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed cross-entropy over `num_valid_global`, shape `[]`, in float32.
 
@@ -58,7 +63,7 @@ class LigerLinearCrossEntropyLoss(LinearCrossEntropyLoss):
             ValueError: the projection is not a plain linear layer, or the model changes its logits
                 in a way that the kernel does not support.
         """
-        hidden, labels, head = labeled(self, output, batch.target, self.ignore_index)
+        hidden, labels, head, _ = labeled(self, output, batch.target, self.ignore_index)
         weight, bias = plain_linear(head.projection)
         scale, softcap = scale_and_softcap(head)
         if scale != 1.0:

@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
+
+import ditty_di.models.modeling  # noqa: F401
+
+# isort: split
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
@@ -46,8 +50,7 @@ def builders(
         config = build("config")
         if not isinstance(config, PretrainedConfig):
             config = _make_config(config, build("tokenizer"))
-        _build_on_meta(auto_class, config, build("dtype"), build("attn_implementation"))
-        return []
+        return rehearse_build(config, build)
 
     def rehearse_pretrained(build: Callable[[str], Any]) -> list[str]:
         path = build("path")
@@ -55,7 +58,15 @@ def builders(
             config = _read_config(ModelFiles(path, build("revision")), {})
         except OSError as error:
             raise ValueError(f"path={path}: {error}") from None
-        _build_on_meta(auto_class, config, build("dtype"), build("attn_implementation"))
+        return rehearse_build(config, build)
+
+    def rehearse_build(config: PretrainedConfig, build: Callable[[str], Any]) -> list[str]:
+        model: Any = _build_on_meta(
+            auto_class, config, build("dtype"), build("attn_implementation")
+        )
+        for name in ("quantize", "adapter"):  # they log what they leave out
+            transform = build(name)
+            model = model if transform is None else transform(model)
         return []
 
     @early_checks(validate=_validate, rehearse=rehearse_config)
@@ -163,7 +174,7 @@ def builders(
             transforms=(quantize, adapter, convert, neftune, head),
             files=files,
             contract=contract,
-            default_weights=Pretrained(path, revision=revision, missing=initialize_adapters),
+            default_weights=Pretrained(path, revision=revision, init_missing=initialize_adapters),
         )
 
     for function in (from_config, from_pretrained):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditty_di.fqn import base_fqn
 from ditty_di.models.conversion import Converted, bare_model, equal, made_when_missing, pieces
 from ditty_di.models.deferred import Deferred
 from ditty_di.models.files import ModelFiles
@@ -24,7 +25,6 @@ from ditty_di.models.weights import (
     transformers_model,
     unsharded,
 )
-from ditty_di.names import base_fqn
 from ditty_di.protocols import MissingWeightsFn
 from ditty_di.seed import run_seed
 
@@ -38,7 +38,7 @@ _NEW_ROW_NOISE = 0.01
 class Pretrained:
     """Fill a model with the values that a folder, or a model on the hub, has for it.
 
-    Every parameter is read by its name in the files (`ditty_di.names.base_fqn`), cast to its own
+    Every parameter is read by its name in the files (`ditty_di.fqn.base_fqn`), cast to its own
     dtype, and each rank reads only the slices that it holds. Tensors that transformers renames,
     merges or splits when it loads a model (`ditty_di.models.conversion`) are read likewise. A
     module with `fill_from` computes its tensors (all but a `bias`) from what it reads: quantized
@@ -50,7 +50,7 @@ class Pretrained:
     Args:
         path: a folder that `save_pretrained` wrote, or the hub's `user/name`.
         revision: branch, tag or commit on the hub; None is its main branch.
-        missing: initializes what the files do not have, such as adapters. None raises instead.
+        init_missing: initializes what the files do not have, such as adapters. None raises instead.
         seed: of the noise in new rows; None is the run's seed (`ditty_di.seed`).
     """
 
@@ -59,11 +59,11 @@ class Pretrained:
         path: str | os.PathLike[str],
         *,
         revision: str | None = None,
-        missing: MissingWeightsFn | None = None,
+        init_missing: MissingWeightsFn | None = None,
         seed: int | None = None,
     ) -> None:
         self.path, self.revision = os.fspath(path), revision
-        self.missing, self._seed = missing, seed
+        self.init_missing, self._seed = init_missing, seed
         self._identity: dict[str, Any] | None = None
 
     @property
@@ -103,13 +103,13 @@ class Pretrained:
         if source.problems:
             shown = "\n  ".join(source.problems[:10])
             raise ValueError(f"weights: {self.path} does not fit the model:\n  {shown}")
-        if lacking and self.missing is None:
+        if lacking and self.init_missing is None:
             raise ValueError(
                 f"weights: {self.path} has no values for {len(lacking)} tensors of the model: "
                 f"{lacking[:5]}; {source.remedy(lacking)}"
             )
-        if lacking and self.missing is not None:
-            self.missing(model, lacking, device=device)
+        if lacking and self.init_missing is not None:
+            self.init_missing(model, lacking, device=device)
         if unused := source.unused():
             log.warning(
                 "%s has %d tensors that the model does not: %s", self.path, len(unused), unused[:5]
@@ -183,7 +183,7 @@ class _Source:
                 "the configuration does not tie them to others: if they are tied, write "
                 "model.tie_word_embeddings=true"
             )
-        return "`missing` can name what makes them (ditty_di.adapters.initialize for adapters)"
+        return "`init_missing` can name what makes them (ditty_di.adapters.initialize for adapters)"
 
     def plain(self, name: str) -> str:
         return base_fqn(name.removeprefix(self._prefix))

@@ -16,6 +16,7 @@ from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config
 from torchtitan.models.common.param_init import depth_scaled_std
 from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
+from torchtitan.models.llama3.sharding import set_llama3_sharding_config
 
 from ditty_di.models.weights import initialize, torchtitan
 
@@ -57,13 +58,14 @@ def llama3(
     vocab_size = len(tokenizer) if vocab_size is None else vocab_size
     max_seq_len = tokenizer.model_max_length if max_seq_len is None else max_seq_len
     hidden_dim = hidden_dim or (8 * dim // 3 + 63) // 64 * 64
-    norm = RMSNorm.Config(normalized_shape=dim, param_init={"weight": nn.init.ones_})
+    # Each norm has a configuration of its own: the last one is split otherwise.
+    norm = partial(RMSNorm.Config, normalized_shape=dim, param_init={"weight": nn.init.ones_})
 
     def block(layer: int) -> Llama3TransformerBlock.Config:
         inputs, outputs = _normal(0.02), _normal(depth_scaled_std(0.02, layer))
         return Llama3TransformerBlock.Config(
-            attention_norm=norm,
-            ffn_norm=norm,
+            attention_norm=norm(),
+            ffn_norm=norm(),
             attention=make_gqa_config(
                 dim=dim,
                 n_heads=n_heads,
@@ -87,12 +89,13 @@ def llama3(
         tok_embeddings=Embedding.Config(
             num_embeddings=vocab_size, embedding_dim=dim, param_init=_normal(1.0)
         ),
-        norm=norm,
+        norm=norm(),
         lm_head=Linear.Config(
             in_features=dim, out_features=vocab_size, param_init=_normal(dim**-0.5)
         ),
         layers=[block(layer) for layer in range(n_layers)],
     )
+    set_llama3_sharding_config(config, enable_sp=True)  # tells how runtime.tp splits it
     with torch.device("meta"):
         model: Any = config.build()
     model.contract = CONTRACT

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ditty_di.names import base_fqn, canonical_fqn
+from ditty_di.fqn import base_fqn, canonical_fqn
 from ditty_di.seed import run_seed
 
 #: Initializes one module.
@@ -30,6 +31,17 @@ InitModule = Callable[[nn.Module], None]
 def is_meta(model: nn.Module) -> bool:
     """Return whether any tensor of the model is on the meta device."""
     return any(t.is_meta for _, t in _tensors(model))
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """Return a copy of a model without values; tied parameters stay tied."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        made = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = made
+    return copy.deepcopy(model, memo)
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -65,23 +77,23 @@ def materialize(model: nn.Module, device: torch.device) -> None:
                 module._parameters[name] = first._parameters[first_name]
     with torch.no_grad():
         for _, tensor in _tensors(model):
-            local(tensor).fill_(_unset_value(tensor.dtype))
+            local(tensor).fill_(_uninitialized_value(tensor.dtype))
 
 
-def unset(model: nn.Module) -> list[str]:
+def uninitialized(model: nn.Module) -> list[str]:
     """Return the names of tensors that are on meta, hold NaN, or integers as allocated."""
-    return [name for name, t in _tensors(model) if t.is_meta or _is_unset(local(t))]
+    return [name for name, t in _tensors(model) if t.is_meta or _is_uninitialized(local(t))]
 
 
-def _unset_value(dtype: torch.dtype) -> float | int:
+def _uninitialized_value(dtype: torch.dtype) -> float | int:
     if dtype.is_floating_point or dtype.is_complex:
         return torch.nan
     return torch.iinfo(dtype).min if dtype.is_signed else 0
 
 
-def _is_unset(tensor: Tensor) -> bool:
+def _is_uninitialized(tensor: Tensor) -> bool:
     """Compare piece by piece: a mask of a large embedding would be half as large again."""
-    value = _unset_value(tensor.dtype)
+    value = _uninitialized_value(tensor.dtype)
     if value == 0 or not tensor.numel():
         return False
     pieces = tensor.detach().flatten().split(1 << 24)
@@ -133,7 +145,9 @@ def hugging_face(model: nn.Module) -> InitModule:
             return
         initialize(module)
         own = {**module._parameters, **module._buffers}
-        left = {n: t for n, t in own.items() if t is not None and not t.is_meta and _is_unset(t)}
+        left = {
+            n: t for n, t in own.items() if t is not None and not t.is_meta and _is_uninitialized(t)
+        }
         if not left or id(module) not in paths:
             return
         if not constructed:
@@ -256,7 +270,7 @@ def _init_child(parent: nn.Module, child: nn.Module, init_module: InitModule) ->
     The child's own parameters are unsharded for it, one child after another, and everything else
     is on meta: so the values do not depend on the sharding.
     """
-    wholes = {id(p): _unset_like(p) for p in child.parameters(recurse=False)}
+    wholes = {id(p): _uninitialized_like(p) for p in child.parameters(recurse=False)}
     if not wholes:
         return
 
@@ -268,7 +282,7 @@ def _init_child(parent: nn.Module, child: nn.Module, init_module: InitModule) ->
         init_module(parent)
     for parameter in child.parameters(recurse=False):
         whole = wholes[id(parameter)]
-        if not _is_unset(whole):
+        if not _is_uninitialized(whole):
             local(parameter).copy_(whole[slices(parameter)])
 
 
@@ -286,13 +300,38 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def slices(tensor: Tensor) -> tuple[slice, ...]:
-    """Return which part of the whole tensor this rank holds."""
+    """Return which part of the whole tensor this rank holds.
+
+    Raises:
+        ValueError: it holds several pieces, which do not lie together in the whole tensor.
+    """
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, n) for n in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
+    if not _is_one_piece(tensor) or shape != tuple(tensor._local_tensor.shape):
+        raise ValueError(
+            f"a rank's part of a tensor {list(tensor.shape)} that is sharded as "
+            f"{tensor.placements} over {tensor.device_mesh} is not one piece of it, so it cannot "
+            f"be read, initialized or saved by slices"
+        )
     return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def _is_one_piece(tensor: DTensor) -> bool:
+    """Return whether the strides of shards come from other mesh dimensions only.
+
+    FSDP over tensor parallelism splits each of the latter's parts: its stride is their number, and
+    no rank has two of them. A stride of anything else, such as two matrices in one, leaves pieces.
+    """
+    sizes = tensor.device_mesh.shape
+    splits = [(getattr(p, "dim", None), getattr(p, "split_factor", 1)) for p in tensor.placements]
+    for n, (dim, factor) in enumerate(splits):
+        later = [sizes[m] for m in range(n + 1, len(splits)) if splits[m] == (dim, 1)]
+        if factor != 1 and factor != math.prod(later):
+            return False
+    return True
 
 
 def derived_seed(seed: int, name: str) -> int:
@@ -306,9 +345,9 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, name))
 
 
-def _unset_like(tensor: Tensor) -> Tensor:
+def _uninitialized_like(tensor: Tensor) -> Tensor:
     """Return an unsharded tensor of the same shape, marked as unset."""
-    value, device = _unset_value(tensor.dtype), local(tensor).device
+    value, device = _uninitialized_value(tensor.dtype), local(tensor).device
     return torch.full(tensor.shape, value, dtype=tensor.dtype, device=device)
 
 
@@ -355,7 +394,7 @@ def unsharded(modules: list[nn.Module], done: set[int]) -> Iterator[None]:
 
     def replacement(tensor: Tensor) -> Tensor | None:
         if id(tensor) in done or isinstance(tensor, DTensor):
-            return _unset_like(tensor)
+            return _uninitialized_like(tensor)
         done.add(id(tensor))
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +13,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ditty_di.names import canonical_fqn
+from ditty_di.compat import low_bit_views_keep_their_dtype
+from ditty_di.fqn import canonical_fqn
 from ditty_di.protocols import OptimizerFactory, SchedulerFactory
 
 
@@ -121,8 +123,11 @@ def _require_even_shards(optimizer: Any, names: dict[int, str]) -> None:
 
     They compile a step for shards of one size.
     """
+    if "torchao.optim" not in sys.modules:
+        return  # importing it takes a third of a second
     from torchao.optim.adam import _AdamBase
 
+    low_bit_views_keep_their_dtype()
     for one in (optimizer, *getattr(optimizer, "optimizers", ())):
         held = [p for group in one.param_groups for p in group["params"]]
         for parameter in held if isinstance(one, _AdamBase) else ():
@@ -209,7 +214,7 @@ class Schedulers:
         factory = factory or partial(LambdaLR, lr_lambda=_constant)
         if not callable(factory):
             raise TypeError(
-                f"lr_scheduler: pass a partial, such as functools.partial(cosine, total_steps=100) "
+                f"lr_scheduler: pass a partial, such as functools.partial(cosine, max_steps=100) "
                 f"or `_partial_: true` in YAML, not a built {type(factory).__name__}: the "
                 f"optimizer does not exist before the model is set up"
             )

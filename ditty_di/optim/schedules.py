@@ -6,8 +6,8 @@
 - Warmup is linear, `(step + 1) / warmup_steps`: the first update has a rate above 0, and update
   `warmup_steps - 1` is the first at the peak.
 - A decay over `d` updates has progress `i / d` in its i-th update (from 0). It starts at the peak,
-  and `step = total_steps` is exactly the minimum. No update of a run has a rate of 0.
-- A run that is extended past `total_steps` keeps the minimum.
+  and `step = max_steps` is exactly the minimum. No update of a run has a rate of 0.
+- A run that is extended past `max_steps` keeps the minimum.
 
 The length of a phase is given in updates (`warmup_steps`) or as a fraction of the run
 (`warmup_ratio`, rounded down). The number of updates wins where both are given.
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ditty_di.data.loader import horizon
+from ditty_di.data.loader import training_steps
 from ditty_di.protocols import early_checks
 
 #: Shape of a decay: maps progress in [0, 1] to 1 at progress 0, falling to 0 at progress 1.
@@ -62,7 +62,7 @@ class Schedule(LambdaLR):
     """Multiply the initial rate of every parameter group by `factor(step)`.
 
     The state is the step alone; the curve and the peaks are configuration. A run resumed with
-    another `total_steps` or learning rate follows the new curve from the step it had reached.
+    another `max_steps` or learning rate follows the new curve from the step it had reached.
     Loading also sets the optimizer's rates, so load it after the optimizer's state.
     """
 
@@ -88,12 +88,12 @@ class Schedule(LambdaLR):
 
 
 def _phases(
-    total_steps: int, min_lr_ratio: float = 0.0, **given: tuple[int | None, float]
+    max_steps: int, min_lr_ratio: float = 0.0, **given: tuple[int | None, float]
 ) -> list[int]:
     """Return the number of updates of each phase.
 
     Args:
-        total_steps: updates of the run.
+        max_steps: updates of the run.
         min_lr_ratio: lowest rate, as a fraction of the peak.
         **given: by name of the phase, its updates (None takes the ratio), and its fraction of the
             run.
@@ -101,10 +101,10 @@ def _phases(
     Raises:
         ValueError: numbers out of range, or phases that are longer than the run.
     """
-    if total_steps < 1 or total_steps != int(total_steps):
+    if max_steps < 1 or max_steps != int(max_steps):
         raise ValueError(
-            f"lr_scheduler: total_steps={total_steps}; write the run's number of updates, a whole "
-            f"number of at least 1 (in YAML: total_steps: ${{horizon}})"
+            f"lr_scheduler: max_steps={max_steps}; write the run's number of updates, a whole "
+            f"number of at least 1 (in YAML: max_steps: ${{training_steps}})"
         )
     if not 0.0 <= min_lr_ratio <= 1.0:
         raise ValueError(
@@ -118,25 +118,25 @@ def _phases(
                 f"lr_scheduler: {name}_ratio={ratio}; write a fraction of the run between 0 and 1"
             )
         if steps is None:  # exact, where 0.29 * 100 would be below 29
-            steps = int(Fraction(str(ratio)) * total_steps)
+            steps = int(Fraction(str(ratio)) * max_steps)
         if steps < 0 or steps != int(steps):
             raise ValueError(
                 f"lr_scheduler: {name}_steps={steps}; write a whole number of updates, 0 or more "
-                f"(a tenth of this run is {name}_steps={total_steps // 10})"
+                f"(a tenth of this run is {name}_steps={max_steps // 10})"
             )
         phases[f"{name}_steps"] = steps
-    if sum(phases.values()) > total_steps:
+    if sum(phases.values()) > max_steps:
         written = " + ".join(f"{name}={steps}" for name, steps in phases.items() if steps)
         raise ValueError(
-            f"lr_scheduler: {written} is longer than the run (total_steps={total_steps}); write "
-            f"phases of {total_steps} updates or less together, or train for longer"
+            f"lr_scheduler: {written} is longer than the run (max_steps={max_steps}); write "
+            f"phases of {max_steps} updates or less together, or train for longer"
         )
     return list(phases.values())
 
 
 def _validate(
     *,
-    total_steps: Any = None,
+    max_steps: Any = None,
     min_lr_ratio: Any = 0.0,
     warmup_steps: Any = None,
     warmup_ratio: Any = 0.0,
@@ -146,9 +146,9 @@ def _validate(
     cooldown_ratio: Any = 0.0,
 ) -> None:
     """Check the phases that are known before anything is built (`ditty_di.config.View`)."""
-    if getattr(total_steps, "target", None) is horizon:
-        total_steps = total_steps.arguments.get("steps")
-    total: Any = total_steps if isinstance(total_steps, int | float) else sys.maxsize
+    if getattr(max_steps, "target", None) is training_steps:
+        max_steps = max_steps.arguments.get("max_steps")
+    total: Any = max_steps if isinstance(max_steps, int | float) else sys.maxsize
     if total < 1:  # reported where the number of steps is given
         return
     phases = {
@@ -171,7 +171,7 @@ def _peak(step: int) -> float:
 def _schedule(
     optimizer: Optimizer,
     *,
-    total_steps: int,
+    max_steps: int,
     warmup: int,
     decay: int = 0,
     min_lr_ratio: float = 0.0,
@@ -183,7 +183,7 @@ def _schedule(
     def factor(step: int) -> float:
         if step < warmup:
             return stable(warmup - 1) * (step + 1) / warmup
-        start = total_steps - decay
+        start = max_steps - decay
         if step < start or not decay:
             return stable(step)
         progress = min(1.0, (step - start) / decay)
@@ -196,30 +196,30 @@ def _schedule(
 def constant(
     optimizer: Optimizer,
     *,
-    total_steps: int,
+    max_steps: int,
     warmup_steps: int | None = None,
     warmup_ratio: float = 0.0,
 ) -> Schedule:
-    """Return a warmup followed by the constant peak, also past `total_steps`.
+    """Return a warmup followed by the constant peak, also past `max_steps`.
 
     Args:
         optimizer: its groups' initial rates are the peaks.
-        total_steps: updates of the run.
+        max_steps: updates of the run.
         warmup_steps: updates of the warmup; None takes `warmup_ratio`.
         warmup_ratio: length of the warmup as a fraction of the run.
 
     Raises:
         ValueError: a phase that is negative, not a whole number, or longer than the run.
     """
-    (warmup,) = _phases(total_steps, warmup=(warmup_steps, warmup_ratio))
-    return _schedule(optimizer, total_steps=total_steps, warmup=warmup)
+    (warmup,) = _phases(max_steps, warmup=(warmup_steps, warmup_ratio))
+    return _schedule(optimizer, max_steps=max_steps, warmup=warmup)
 
 
 @early_checks(validate=_validate)
 def wsd(
     optimizer: Optimizer,
     *,
-    total_steps: int,
+    max_steps: int,
     warmup_steps: int | None = None,
     warmup_ratio: float = 0.0,
     decay_steps: int | None = None,
@@ -235,7 +235,7 @@ def wsd(
 
     Args:
         optimizer: its groups' initial rates are the peaks.
-        total_steps: updates of the run.
+        max_steps: updates of the run.
         warmup_steps: updates of the warmup; None takes `warmup_ratio`.
         warmup_ratio: length of the warmup as a fraction of the run.
         decay_steps: updates of the decay; None takes `decay_ratio`.
@@ -248,14 +248,14 @@ def wsd(
         ValueError: phases that do not fit into the run; a minimum outside [0, 1].
     """
     warmup, decay = _phases(
-        total_steps,
+        max_steps,
         min_lr_ratio,
         warmup=(warmup_steps, warmup_ratio),
         decay=(decay_steps, decay_ratio),
     )
     return _schedule(
         optimizer,
-        total_steps=total_steps,
+        max_steps=max_steps,
         warmup=warmup,
         decay=decay,
         min_lr_ratio=min_lr_ratio,
@@ -269,17 +269,17 @@ def _decay_after_warmup(shape: Shape, summary: str) -> Callable[..., Schedule]:
     def schedule(
         optimizer: Optimizer,
         *,
-        total_steps: int,
+        max_steps: int,
         warmup_steps: int | None = None,
         warmup_ratio: float = 0.0,
         min_lr_ratio: float = 0.0,
     ) -> Schedule:
-        (warmup,) = _phases(total_steps, min_lr_ratio, warmup=(warmup_steps, warmup_ratio))
+        (warmup,) = _phases(max_steps, min_lr_ratio, warmup=(warmup_steps, warmup_ratio))
         return _schedule(
             optimizer,
-            total_steps=total_steps,
+            max_steps=max_steps,
             warmup=warmup,
-            decay=total_steps - warmup,
+            decay=max_steps - warmup,
             min_lr_ratio=min_lr_ratio,
             shape=shape,
         )
@@ -292,7 +292,7 @@ def _decay_after_warmup(shape: Shape, summary: str) -> Callable[..., Schedule]:
 _AFTER_WARMUP = """\
     Args:
         optimizer: its groups' initial rates are the peaks.
-        total_steps: updates of the run.
+        max_steps: updates of the run.
         warmup_steps: updates of the warmup; None takes `warmup_ratio`.
         warmup_ratio: length of the warmup as a fraction of the run.
         min_lr_ratio: lowest rate of the decay, as a fraction of the peak.
@@ -317,7 +317,7 @@ exponential = _decay_after_warmup(
 def power(
     optimizer: Optimizer,
     *,
-    total_steps: int,
+    max_steps: int,
     batch_size: int,
     seq_len: int,
     a: float = 4.6,
@@ -337,11 +337,11 @@ def power(
     dolomite-engine's `PowerScheduler` writes it `min(1, a' / lr * (c * n)^b)`: its `a'` is
     `a * batch_size`, its `c` is `batch_size * seq_len`. The warmup rises to the value of the law
     at its end; a decay falls from the value of the law at its start. Without a decay the law
-    continues past `total_steps`, down to the minimum.
+    continues past `max_steps`, down to the minimum.
 
     Args:
         optimizer: its groups' initial rates are the peaks.
-        total_steps: updates of the run.
+        max_steps: updates of the run.
         batch_size: sequences in an update, over all ranks and accumulation.
         seq_len: tokens in a sequence.
         a: factor of the law, in units of the learning rate.
@@ -360,7 +360,7 @@ def power(
             `a` that is not positive; a positive `b`.
     """
     warmup, decay = _phases(
-        total_steps,
+        max_steps,
         min_lr_ratio,
         warmup=(warmup_steps, warmup_ratio),
         decay=(decay_steps, decay_ratio),
@@ -383,7 +383,7 @@ def power(
 
     return _schedule(
         optimizer,
-        total_steps=total_steps,
+        max_steps=max_steps,
         warmup=warmup,
         decay=decay,
         min_lr_ratio=min_lr_ratio,
@@ -396,7 +396,7 @@ def power(
 def infinite(
     optimizer: Optimizer,
     *,
-    total_steps: int,
+    max_steps: int,
     warmup_steps: int | None = None,
     warmup_ratio: float = 0.0,
     cooldown_steps: int | None = None,
@@ -408,14 +408,14 @@ def infinite(
     """Return warmup, a cosine cooldown to a constant rate, and an optional annealing at the end.
 
     Infinite learning rates (arXiv 2403.08763, and eq. 1 of arXiv 2503.02844). Without
-    `anneal_start` the rate stays at `constant_factor` times the peak, also past `total_steps`. To
-    finish a run, resume with `anneal_start` at a step of the constant phase and `total_steps`
+    `anneal_start` the rate stays at `constant_factor` times the peak, also past `max_steps`. To
+    finish a run, resume with `anneal_start` at a step of the constant phase and `max_steps`
     where the run shall end: `constant_factor * (min_lr_ratio / constant_factor) ** progress`. (In
     2503.02844 the length of the annealing grows with its first step; here it ends with the run.)
 
     Args:
         optimizer: its groups' initial rates are the peaks.
-        total_steps: updates of the run.
+        max_steps: updates of the run.
         warmup_steps: updates of the warmup; None takes `warmup_ratio`.
         warmup_ratio: length of the warmup as a fraction of the run.
         cooldown_steps: updates of the cosine from the peak to the constant rate; None takes
@@ -430,7 +430,7 @@ def infinite(
             `0 < min_lr_ratio <= constant_factor <= 1`.
     """
     warmup, cooldown = _phases(
-        total_steps,
+        max_steps,
         min_lr_ratio,
         warmup=(warmup_steps, warmup_ratio),
         cooldown=(cooldown_steps, cooldown_ratio),
@@ -447,10 +447,10 @@ def infinite(
             f"{constant_factor} at once; write at least 1 update, or constant_factor=1.0"
         )
     begins = warmup + cooldown
-    if anneal_start is not None and not begins <= anneal_start < total_steps:
+    if anneal_start is not None and not begins <= anneal_start < max_steps:
         raise ValueError(
             f"lr_scheduler: anneal_start={anneal_start}; write a step of the constant phase, from "
-            f"{begins} (warmup_steps + cooldown_steps) to {total_steps - 1} (total_steps - 1)"
+            f"{begins} (warmup_steps + cooldown_steps) to {max_steps - 1} (max_steps - 1)"
         )
 
     def level(step: int) -> float:
@@ -462,7 +462,7 @@ def infinite(
             return constant_factor + (1.0 - constant_factor) * fall
         if anneal_start is None or step < anneal_start:
             return constant_factor
-        progress = min(1.0, (step - anneal_start) / (total_steps - anneal_start))
+        progress = min(1.0, (step - anneal_start) / (max_steps - anneal_start))
         return float(constant_factor * (min_lr_ratio / constant_factor) ** progress)
 
-    return _schedule(optimizer, total_steps=total_steps, warmup=warmup, stable=level)
+    return _schedule(optimizer, max_steps=max_steps, warmup=warmup, stable=level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ def complaints(optimizer: Any, prefix: str = "", /, **more: Any) -> list[str]:
     plain = bool | int | float | str | list | tuple | None
     given = {**optimizer.arguments, **more}
     arguments = {name: value for name, value in given.items() if isinstance(value, plain)}
+    lr = arguments.get("lr")
+    if isinstance(lr, float) and not math.isfinite(lr):
+        return [f"{prefix if 'lr' not in more else ''}lr={lr}: write a finite learning rate"]
     error = raised(**arguments)
     if error is None:
         return []

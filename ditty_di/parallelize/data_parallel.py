@@ -24,6 +24,9 @@ from ditty_di.compat import sum_gradients_on_gloo
 # isort: split
 from torchtitan.distributed import ParallelDims
 
+from ditty_di.models.skipped import Skipped
+from ditty_di.models.weights import transformers_model
+from ditty_di.parallelize.experts import shard_experts
 from ditty_di.precision.casting import compute_in
 
 
@@ -35,12 +38,14 @@ def shard(
     dp_replicate: int = -1,
     dp_shard: int = -1,
     blocks: str | None = None,
-    recompute: Callable[[nn.Module], nn.Module] | None = None,
-    recompute_every: int = 1,
+    activation_checkpointing: Callable[[nn.Module], nn.Module] | None = None,
+    checkpoint_every_n_blocks: int = 1,
     compile: Mapping[str, Any] | None = None,
     param_dtype: str | None = None,
     reduce_dtype: str | None = None,
-    reshard_after_forward: bool = True,
+    reshard_after_forward: bool | int | None = None,
+    prefetch_blocks: int | None = None,
+    separate_embeddings: bool = False,
     cpu_offload: bool = False,
 ) -> nn.Module:
     """Checkpoint, compile and shard the repeated blocks of a model, then the rest as one unit.
@@ -57,22 +62,29 @@ def shard(
         dp_shard: ranks that share one copy, likewise.
         blocks: path of the `ModuleList` (or `ModuleDict`) of repeated blocks, such as
             `model.layers`; None takes the one with the most parameters.
-        recompute: wraps a block for activation checkpointing (`ditty_di.parallelize.recompute`);
-            None keeps all activations.
-        recompute_every: wrap every n-th block only.
+        activation_checkpointing: wraps a block for activation checkpointing
+            (`ditty_di.parallelize.activation_checkpointing`); None keeps all activations.
+        checkpoint_every_n_blocks: wrap every n-th block only.
         compile: arguments of `nn.Module.compile` for each block; None stays eager.
         param_dtype: name of the torch dtype for computation; None is the parameters' own. The
             optimizer's parameters keep their dtype (float32: master weights), and so do buffers,
             such as rotary frequencies.
         reduce_dtype: name of the torch dtype for reducing gradients; None is `param_dtype`.
-        reshard_after_forward: free a block's gathered parameters between forward and backward.
-            Parameters outside the blocks (embeddings, the last norm, the LM head) stay gathered,
-            for the loss and the backward pass need them at once.
+        reshard_after_forward: free a block's gathered parameters between forward and backward; a
+            number leaves them gathered within groups of so many ranks. None frees them unless the
+            model is split into pipeline stages, which would gather them again for every
+            micro-batch. Parameters outside the blocks (embeddings, the last norm, the LM head) stay
+            gathered, for the loss and the backward pass need them at once.
+        prefetch_blocks: blocks that are gathered ahead of the running one; None leaves it to FSDP,
+            which gathers one ahead in the backward pass.
+        separate_embeddings: shard embeddings and LM head as units of their own, which need less
+            memory at a time, and more communication: the embeddings are gathered twice.
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
 
     Raises:
-        ValueError: `blocks` does not name a container of blocks, or one block has trainable
-            parameters of several dtypes, whose gradients FSDP2 could not reduce together.
+        ValueError: `blocks` does not name a container of blocks; one block has trainable parameters
+            of several dtypes, whose gradients FSDP2 could not reduce together; or
+            `separate_embeddings` for a model whose embeddings are tied or not known.
     """
     for name, wanted in (("dp_replicate", dp_replicate), ("dp_shard", dp_shard)):
         found = getattr(parallel_dims, name)
@@ -81,23 +93,27 @@ def shard(
                 f"parallelize: {name}={wanted}, but the runtime has {name}={found}; write "
                 f"parallelize.{name}={found}"
             )
-    container = _blocks(model, blocks)
-    plain_blocks = list(container.children())
-    if recompute is not None:
+    if reshard_after_forward is None:
+        reshard_after_forward = not parallel_dims.pp_enabled
+    container = repeated_blocks(model, blocks)
+    plain_blocks = _own_blocks(container)
+    if activation_checkpointing is not None:
         for i, (name, block) in enumerate(list(container.named_children())):
-            if i % recompute_every == 0:
-                container.register_module(name, recompute(block))
+            if i % checkpoint_every_n_blocks == 0 and block in plain_blocks:
+                container.register_module(name, activation_checkpointing(block))
+    units = _own_blocks(container)
     if compile is not None:
-        for block in container.children():
+        for block in units:
             block.compile(**compile)
 
-    alone = not (parallel_dims.dp_enabled or parallel_dims.cp_enabled or cpu_offload)
+    dims = parallel_dims
+    alone = not (dims.dp_enabled or dims.cp_enabled or dims.ep_enabled or cpu_offload)
     if alone and param_dtype is None:
         return model
     names = {id(module): name for name, module in model.named_modules()}
-    for block in container.children():
+    for block in units:
         _require_one_dtype(block, names[id(block)], apart=())
-    _require_one_dtype(model, "", apart=container.children())
+    _require_one_dtype(model, "", apart=units)
     # A recurrent layer lists its weights by itself, and compiled code would trace the casts.
     flat = any(isinstance(module, nn.RNNBase) for module in model.modules())
     if alone and param_dtype and not (compile is not None or flat or parallel_dims.pp_enabled):
@@ -111,10 +127,21 @@ def shard(
             param_dtype=getattr(torch, param_dtype) if param_dtype else None,
             reduce_dtype=getattr(torch, reduce_dtype) if reduce_dtype else None,
         ),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        "offload_policy": OffloadPolicy(),
     }
-    for block in container.children():
+    if cpu_offload:
+        pinned = options["mesh"].device_type != "cpu"  # pinning needs an accelerator
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
+    if parallel_dims.ep_enabled:
+        own = {name: option for name, option in options.items() if name != "mesh"}
+        own["reshard_after_forward"] = reshard_after_forward
+        shard_experts(model, parallel_dims=parallel_dims, **own)
+    for block in units:
         fully_shard(block, **options, reshard_after_forward=reshard_after_forward)
+    if prefetch_blocks is not None:
+        _prefetch(units, prefetch_blocks)
+    for unit in _untied_embeddings(model) if separate_embeddings else ():
+        fully_shard(unit, **options, reshard_after_forward=reshard_after_forward)
     # None is True for inner modules, but leaves the outermost one gathered after its forward.
     fully_shard(model, **options, reshard_after_forward=None if reshard_after_forward else False)
     for module in model.modules():
@@ -124,6 +151,45 @@ def shard(
     if options["mesh"].device_type == "cpu":
         sum_gradients_on_gloo(model)
     return model
+
+
+def _untied_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Return embeddings and output head of a model of transformers, if they share no parameter.
+
+    Raises:
+        ValueError: they do, or it is another model.
+    """
+    base = transformers_model(model)[1]
+    found = [] if base is None else [base.get_input_embeddings(), base.get_output_embeddings()]
+    units = [module for module in found if module is not None and has_parameters(module)]
+    parameters = [id(p) for module in units for p in module.parameters()]
+    if base is None or len(set(parameters)) < len(parameters):
+        why = "are not known" if base is None else "are tied"
+        raise ValueError(
+            f"parallelize: separate_embeddings=true, but embeddings and output head of the "
+            f"{type(base or model).__name__} {why}; write parallelize.separate_embeddings=false"
+        )
+    return units
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Return whether a module has parameters, also inside of others."""
+    return next(module.parameters(), None) is not None
+
+
+def _prefetch(blocks: list[Any], ahead: int) -> None:
+    """Let each block begin to gather those that run after it, forward and backward."""
+    for order, method in (
+        (blocks, "set_modules_to_forward_prefetch"),
+        (blocks[::-1], "set_modules_to_backward_prefetch"),
+    ):
+        for i, block in enumerate(order):
+            getattr(block, method)(order[i + 1 : i + 1 + ahead])
+
+
+def _own_blocks(container: nn.Module) -> list[nn.Module]:
+    """Return the blocks without those that other pipeline stages have."""
+    return [block for block in container.children() if not isinstance(block, Skipped)]
 
 
 def _require_one_dtype(unit: nn.Module, name: str, *, apart: Iterable[nn.Module]) -> None:
@@ -142,8 +208,16 @@ def _require_one_dtype(unit: nn.Module, name: str, *, apart: Iterable[nn.Module]
         )
 
 
-def _blocks(model: nn.Module, path: str | None) -> nn.Module:
-    """Return the container of repeated blocks; an empty one for a model without."""
+def repeated_blocks(model: nn.Module, path: str | None = None) -> nn.Module:
+    """Return the container of repeated blocks; an empty one for a model without.
+
+    Args:
+        model: the model.
+        path: of the container; None takes the one with the most parameters.
+
+    Raises:
+        ValueError: `path` does not name a container of blocks.
+    """
     if path is None:
         lists = [
             m for m in model.modules() if isinstance(m, nn.ModuleList | nn.ModuleDict) and len(m)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ditty_di.batch import Batch
-from ditty_di.compat import PIPELINE_TAKES_MICROBATCHES
+from ditty_di.compat import run_micro_batches
 from ditty_di.protocols import Loss
 from ditty_di.runtime import Runtime, seed_everything
 from ditty_di.seed import preserved_rng
@@ -22,35 +23,38 @@ from ditty_di.seed import preserved_rng
 class PipelineLoss:
     """The loss function of a pipeline schedule, called with an output and a micro-batch number.
 
-    Schedules take tensors as targets, those of older torch versions split them, and they cannot
-    pass the global count to the loss: so batches and count are kept here.
+    Schedules take tensors as targets, and cannot pass the global count to the loss: so loss,
+    batches and count are kept here.
 
     Args:
-        loss_fn: the training loss.
         finish: `Processors.finish`, which runs the postprocessors.
     """
 
-    def __init__(self, loss_fn: Loss, finish: Callable[[Any, Batch, Loss], Any]) -> None:
-        self.loss_fn, self.finish = loss_fn, finish
+    def __init__(self, finish: Callable[[Any, Batch, Loss], Any]) -> None:
+        self.finish = finish
+        self.loss_fn: Loss | None = None
         self.batches: list[Batch] = []
         self.metrics: dict[int, dict[str, Tensor]] = {}
         self.num_valid_global: Tensor | None = None
 
-    def begin(self, batches: list[Batch], num_valid_global: Tensor) -> None:
-        """Start an optimizer step.
+    def begin(self, loss_fn: Loss, batches: list[Batch], num_valid_global: Tensor) -> None:
+        """Start an optimizer step, or a part of a validation.
 
         Args:
+            loss_fn: its loss.
             batches: its micro-batches.
-            num_valid_global: what the loss counted over the step.
+            num_valid_global: what the loss counted over all of it.
         """
-        self.batches, self.metrics, self.num_valid_global = batches, {}, num_valid_global
+        self.loss_fn, self.batches, self.metrics = loss_fn, batches, {}
+        self.num_valid_global = num_valid_global
 
     def __call__(self, output: Any, number: Tensor, **ignored: Any) -> Tensor:
         """Return the loss of a micro-batch, shape `[]`."""
-        assert self.num_valid_global is not None
+        assert self.loss_fn is not None and self.num_valid_global is not None
         n = int(number)
         if n >= len(self.batches):  # pads a step with fewer micro-batches
-            tensors = [x for x in tree_leaves(output) if torch.is_tensor(x) and x.requires_grad]
+            leaves = tree_leaves(output)
+            tensors = [x for x in leaves if torch.is_tensor(x) and x.is_floating_point()]
             return torch.stack([0.0 * x.sum() for x in tensors]).sum()
         batch = self.batches[n]
         output = self.finish(output, batch, self.loss_fn)
@@ -60,34 +64,76 @@ class PipelineLoss:
         return loss
 
 
+class TorchSchedule:
+    """A pipeline schedule of torch's, with the interface of `StageSchedule`.
+
+    Args:
+        schedule: made by a function of the user's; its number of micro-batches is fixed.
+        has_first_stage: whether this rank has the first stage.
+        has_last_stage: whether this rank has the last stage.
+    """
+
+    duplicates: Sequence[nn.Parameter] = ()
+
+    def __init__(self, schedule: Any, *, has_first_stage: bool, has_last_stage: bool) -> None:
+        self.schedule = schedule
+        self.has_first_stage, self.has_last_stage = has_first_stage, has_last_stage
+
+    def run(self, inputs: list[dict[str, Any]], *, backward: bool) -> list[Tensor] | None:
+        """Run micro-batches; see `StageSchedule.run`."""
+        losses: list[Tensor] | None = [] if self.has_last_stage else None
+        run_micro_batches(
+            self.schedule,
+            backward=backward,
+            arg_mbs=[(one["input"],) for one in inputs] if self.has_first_stage else None,
+            kwarg_mbs=[{k: v for k, v in one.items() if k != "input"} for one in inputs],
+            target_mbs=list(torch.arange(len(inputs)).split(1)) if self.has_last_stage else None,
+            losses=losses,
+        )
+        return losses
+
+
 @dataclass
 class ModelParts:
     """The model as this rank trains it: one module, or its pipeline stages.
 
     Args:
         modules: the module, or this rank's stages.
-        schedule: pipeline schedule; None without pipeline parallelism.
+        schedule: `StageSchedule` or `TorchSchedule`; None without pipeline parallelism.
         pipeline_loss: the loss that the schedule calls.
-        has_first_stage: whether this rank has the first stage.
-        has_last_stage: whether this rank has the last stage, and so the loss.
+        whole: the model before it was split, on meta; None without pipeline parallelism.
+        group: the ranks of the pipeline.
     """
 
     modules: list[nn.Module]
     schedule: Any = None
     pipeline_loss: PipelineLoss | None = None
-    has_first_stage: bool = True
-    has_last_stage: bool = True
+    whole: nn.Module | None = None
+    group: dist.ProcessGroup | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters of all modules."""
         return [p for module in self.modules for p in module.parameters()]
+
+    @property
+    def duplicates(self) -> Sequence[nn.Parameter]:
+        """Parameters that another pipeline rank has as well, and counts in the gradient norm."""
+        return self.schedule.duplicates if self.schedule is not None else ()
 
     def forward(self, inputs: dict[str, Any]) -> Any:
         """Return the output of the model.
 
         Args:
             inputs: its arguments on the device; `"input"` is the positional one.
+
+        Raises:
+            ValueError: the model is split into pipeline stages.
         """
+        if self.schedule is not None:
+            raise ValueError(
+                "forward: the model is split into pipeline stages (runtime.pp > 1), and no rank "
+                "has its output; take the loss of a validator, or task=generate run=FOLDER"
+            )
         keywords = {name: value for name, value in inputs.items() if name != "input"}
         return self.modules[0](inputs["input"], **keywords)
 
@@ -103,48 +149,57 @@ class ModelParts:
                 set_sync(requires_gradient_sync)
 
     def run_schedule(
-        self, batches: list[Batch], num_valid_global: Tensor, size: int
-    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Run forward and backward of an optimizer step's micro-batches.
+        self,
+        loss_fn: Loss,
+        batches: list[Batch],
+        num_valid_global: Tensor,
+        size: int,
+        *,
+        backward: bool = True,
+    ) -> list[dict[str, Tensor]]:
+        """Run an optimizer step's micro-batches through the stages.
 
         Args:
+            loss_fn: the loss.
             batches: the micro-batches on the device.
             num_valid_global: what the loss counted over the step.
             size: number of micro-batches of the schedule. Fewer are padded with the first one,
                 whose loss is then 0.
+            backward: whether gradients are accumulated.
 
         Returns:
-            The loss, shape `[]`, and each micro-batch's metrics on the rank of the last stage; 0
-            and nothing on the others.
+            `loss` and metrics of each micro-batch on the rank of the last stage; nothing on the
+            others.
         """
         assert self.pipeline_loss is not None
-        self.pipeline_loss.begin(batches, num_valid_global)
+        self.pipeline_loss.begin(loss_fn, batches, num_valid_global)
         padded = [batch.inputs for batch in batches + batches[:1] * (size - len(batches))]
-        inputs = [one["input"] for one in padded]
-        keywords = [{k: v for k, v in one.items() if k != "input"} for one in padded]
-        numbers = torch.arange(size)
-        losses: list[Tensor] | None = [] if self.has_last_stage else None
-        if PIPELINE_TAKES_MICROBATCHES:
-            self.schedule.step(
-                arg_mbs=[(x,) for x in inputs] if self.has_first_stage else None,
-                kwarg_mbs=keywords,
-                target_mbs=list(numbers.split(1)) if self.has_last_stage else None,
-                losses=losses,
-                return_outputs=False,
-            )
-        else:
-            # The schedule splits the concatenated step again, into the same micro-batches.
-            self.schedule.step(
-                *([torch.cat(inputs)] if self.has_first_stage else []),
-                target=numbers if self.has_last_stage else None,
-                losses=losses,
-                return_outputs=False,
-                **{key: torch.cat([k[key] for k in keywords]) for key in keywords[0]},
-            )
-        if losses is None:
-            return torch.zeros_like(num_valid_global.sum()), []
-        total = torch.stack([loss.detach() for loss in losses]).sum()
-        return total.to(num_valid_global.device), list(self.pipeline_loss.metrics.values())
+        losses = self.schedule.run(padded, backward=backward)
+        metrics = self.pipeline_loss.metrics
+        return [
+            {**metrics[n], "loss": loss.detach().to(num_valid_global.device)}
+            for n, loss in enumerate((losses or [])[: len(batches)])
+        ]
+
+    def evaluate(
+        self, loss_fn: Loss, batches: list[Batch], num_valid_global: Tensor, size: int
+    ) -> list[dict[str, Tensor]]:
+        """Run micro-batches through the stages without gradients.
+
+        Args:
+            loss_fn: the loss.
+            batches: at most `size` micro-batches on the device.
+            num_valid_global: what the loss counted over all data.
+            size: as in `run_schedule`.
+
+        Returns:
+            `loss` and metrics of each micro-batch, on the CPU, on all ranks of the pipeline.
+        """
+        own = self.run_schedule(loss_fn, batches, num_valid_global, size, backward=False)
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        shown = [{name: value.detach().cpu() for name, value in one.items()} for one in own]
+        dist.all_gather_object(found, shown, group=self.group)
+        return next(one for one in found if one)  # type: ignore[no-any-return]
 
 
 class SyncedPPRNG:

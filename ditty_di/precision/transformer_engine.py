@@ -72,8 +72,8 @@ def convert(
     return model
 
 
-def recompute(block: nn.Module, /) -> nn.Module:
-    """Checkpoint the activations of a block, for the node `recompute`.
+def activation_checkpointing(block: nn.Module, /) -> nn.Module:
+    """Checkpoint the activations of a block, for the node `activation_checkpointing`.
 
     torch's own function would recompute the block outside of the autocast, not in float8.
     """

@@ -13,6 +13,7 @@ from ditty_di.contracts.grammar import Contract
 from ditty_di.contracts.render import render
 from ditty_di.contracts.runtime import BatchChecks, TensorChecks
 from ditty_di.contracts.stages import POST, PRE, Stage, pipeline
+from ditty_di.parallelize.collectives import gather_output
 from ditty_di.processors.base import PostProcessor, PreProcessor
 from ditty_di.protocols import Loss, Stateful
 
@@ -95,6 +96,7 @@ class Processors:
         batch = batch.to(device)
         inputs, labels = batch.inputs, batch.labels
         ctx = Context(
+            batch.context,
             original_batch=(inputs, labels),
             target=labels,
             forward_kwargs={name: value for name, value in inputs.items() if name != "input"},
@@ -123,6 +125,9 @@ class Processors:
     def finish(self, output: Any, batch: Batch, loss_fn: Loss | None = None) -> Any:
         """Run the postprocessors on the model's output.
 
+        Logits that are split over ranks are gathered for them, and for a loss that does not take
+        such logits.
+
         Args:
             output: the model's output.
             batch: the batch it was computed from; its context becomes what they return.
@@ -136,6 +141,8 @@ class Processors:
             ContractError: a tensor differs from a contract, where tensors are checked.
             ValueError: a postprocessor changed the number of valid elements.
         """
+        if self._active or not getattr(loss_fn, "takes_split_logits", False):
+            output = gather_output(output)
         if not self._active:
             return output
         checks, on, before = self._checks, batch.checks, batch.context

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from ditty_di.models.weights import local, slices
 
@@ -64,6 +64,11 @@ class QuantizedLinear(nn.Module):
         """Create the packed tensors, uninitialized."""
         raise NotImplementedError
 
+    @property
+    def column_step(self) -> int:
+        """Number of inputs that are packed together, so that ranks cannot share them."""
+        return 1
+
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Return rows of the weight `[rows, in]` as the module's packed tensors, by name."""
         raise NotImplementedError
@@ -94,23 +99,18 @@ class QuantizedLinear(nn.Module):
         return _Product.apply(x, self.bias, self.decoder(x.device), *self.packed())
 
     def fill_from(self, read: Read) -> None:
-        """Read and quantize the rows that this rank holds, piece by piece.
+        """Read and quantize the rows that this rank holds a part of, piece by piece.
+
+        Whole rows are quantized also where a rank keeps some columns of them: scales may depend on
+        all of a row.
 
         Args:
             read: reads the pretrained `weight`.
 
         Raises:
-            ValueError: the pretrained weight has another shape, or the parameters are not sharded
-                by rows.
+            ValueError: the pretrained weight has another shape.
         """
         require_shape(self, read("weight", None))
-        for parameter in (self.qweight, self.scale):
-            if isinstance(parameter, DTensor) and any(
-                isinstance(p, Shard) and p.dim != 0 for p in parameter.placements
-            ):
-                raise ValueError(
-                    f"a quantized layer can be sharded by rows only, not as {parameter.placements}"
-                )
         rows, device = slices(self.qweight)[0], local(self.qweight).device
         step = max(1, (_CPU_PIECE if device.type == "cpu" else _PIECE) // self.in_features)
         with torch.no_grad():
@@ -119,7 +119,8 @@ class QuantizedLinear(nn.Module):
                 weight = read("weight", (part, slice(None))).to(device)
                 here = slice(part.start - rows.start, part.stop - rows.start)
                 for name, value in self.encode(weight).items():
-                    local(getattr(self, name))[here].copy_(value)
+                    parameter = getattr(self, name)
+                    local(parameter)[here].copy_(value[:, slices(parameter)[1]])
 
     def reset_parameters(self) -> None:
         """Draw random values, uniform within 1 / sqrt(in), as `torch.nn.Linear` does."""

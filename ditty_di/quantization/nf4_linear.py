@@ -144,16 +144,26 @@ def _scales(scale: Tensor, row_scale: Tensor | None) -> Tensor:
     return scale.float() if row_scale is None else scale.float() * (row_scale.float() / 255)
 
 
+#: Weights that share a scale, as bitsandbytes' kernels take them.
+_BITSANDBYTES_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
 def _decoders(kernels: str, block_size: int) -> tuple[Decoder, Decoder]:
     """Return the decoders for CUDA devices and for others."""
     if kernels not in ("auto", "torch", "bitsandbytes"):
         raise ValueError(
             f"quantize: kernels={kernels!r}; it can be 'auto', 'torch' or 'bitsandbytes'"
         )
+    known = block_size in _BITSANDBYTES_BLOCKS
     if kernels == "bitsandbytes":
         require_bitsandbytes()
+        if not known:
+            raise ValueError(
+                f"quantize: block_size={block_size} with kernels=bitsandbytes; it takes "
+                f"{', '.join(map(str, _BITSANDBYTES_BLOCKS))}"
+            )
         return decode_with_bitsandbytes, decode_with_bitsandbytes
-    if kernels == "torch" or importlib.util.find_spec("bitsandbytes") is None:
+    if kernels == "torch" or not known or importlib.util.find_spec("bitsandbytes") is None:
         return decode, decode
     # On a CPU bitsandbytes has no kernel for larger blocks, and compiles torch code for each shape.
     fast = block_size < 2048 and same_on_cpu()
@@ -247,6 +257,11 @@ class NF4Linear(QuantizedLinear):
         row_scale = frozen(rows, 1, torch.bfloat16, device) if double_quant else None
         self.register_parameter("row_scale", row_scale)
         self._pairs = pairs(self.qweight.device)
+
+    @property
+    def column_step(self) -> int:
+        """The block size."""
+        return self.block_size
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Return rows of the weight as `qweight`, `scale` and, if it is doubled, `row_scale`."""

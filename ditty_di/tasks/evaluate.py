@@ -8,11 +8,20 @@ from typing import Any
 from torch import nn
 
 from ditty_di.batch import Batch
-from ditty_di.isolation import check_rows, isolation_of
+from ditty_di.isolation import check_rows, copy_of_each_kind, isolation_of
 from ditty_di.losses.plain import as_loss
+from ditty_di.parallelize.fits import Parts, require_fit
 from ditty_di.processors import PostProcessor, PreProcessor, Processors
-from ditty_di.protocols import Loss, ModelTransform, ParallelizeFn, ValidatorFactory, WeightsFn
+from ditty_di.protocols import (
+    Loss,
+    ModelTransform,
+    ParallelizeFn,
+    PipelineFn,
+    ValidatorFactory,
+    WeightsFn,
+)
 from ditty_di.runtime import Runtime
+from ditty_di.training.forward import ForwardPass
 from ditty_di.training.setup import (
     prepare_model,
     setup_loss,
@@ -33,6 +42,7 @@ def evaluate(
     preprocessors: Sequence[PreProcessor] = (),
     postprocessors: Sequence[PostProcessor] = (),
     parallelize_fn: ParallelizeFn | None = None,
+    pipeline_fn: PipelineFn | None = None,
     runtime: Runtime | None = None,
 ) -> dict[str, Any]:
     """Validate once, on the same batches and with the same loss as training.
@@ -48,6 +58,7 @@ def evaluate(
         preprocessors: Run before the model, at step 0 of 1.
         postprocessors: Run after the model, at step 0 of 1.
         parallelize_fn: Parallelizes the model.
+        pipeline_fn: Splits the model into pipeline stages, with `runtime.pp > 1`.
         runtime: Device and mesh; None: a new `Runtime`.
 
     Returns:
@@ -71,17 +82,22 @@ def evaluate(
     if loss_weights is not None:
         loss_weights(loss_fn)
     loss_fn = setup_loss(loss_fn, runtime)
+    require_fit(Parts(model, loss_fn, parallelize_fn, pipeline_fn), runtime.parallel_dims)
     parts = setup_model(
         model,
         runtime=runtime,
-        loss_fn=loss_fn,
         weights=weights_of(model, weights),
         parallelize_fn=parallelize_fn,
-        pipeline_fn=None,
+        pipeline_fn=pipeline_fn,
+        processors=processors,
     )
-
-    def forward(batch: Batch) -> Any:
-        return processors.finish(parts.forward(batch.inputs), batch, loss_fn)
+    passes = ForwardPass(
+        parts=parts,
+        loss_fn=loss_fn,
+        runtime=runtime,
+        processors=processors,
+        pp_size=2 * runtime.parallel_dims.pp,
+    )
 
     def prepare(batch: Batch) -> Batch | None:
         return processors.prepare(
@@ -90,15 +106,16 @@ def evaluate(
 
     made = validator(
         model_parts=parts.modules,
-        forward=forward,
+        evaluate=passes.evaluate,
         loss_fn=loss_fn,
         runtime=runtime,
         prepare=prepare,
     )
+    # No stage can be asked about documents.
     isolation = isolation_of(
-        parts.modules[0],
+        parts.modules[0] if parts.whole is None else copy_of_each_kind(parts.whole),
         config=getattr(model, "config", None),
-        forward=lambda inputs: parts.forward(Batch(inputs, None).to(runtime.device).inputs),
+        forward=passes.run_model if parts.whole is None else None,
         processors=processors,
         runtime=runtime,
     )

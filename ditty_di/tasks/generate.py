@@ -25,7 +25,7 @@ from ditty_di.generation.decoding import (
     plain,
     positions,
 )
-from ditty_di.generation.prompts import Encoder, Prompts, read_prompts
+from ditty_di.generation.prompts import PromptRenderer, Prompts, read_prompts
 from ditty_di.io import is_first_rank, replacing
 from ditty_di.protocols import ModelTransform, WeightsFn, early_checks
 from ditty_di.tasks.loading import ready
@@ -81,7 +81,7 @@ def generate(
     prompt: str | None = None,
     prompts: str | None = None,
     output: str | None = None,
-    encoder: Encoder | None = None,
+    renderer: PromptRenderer | None = None,
     input_format: str | Sequence[str] | None = None,
     chat: bool | None = None,
     about: str | None = None,
@@ -115,14 +115,14 @@ def generate(
         weights: Fills a model on meta, usually from a checkpoint.
         prompt: A prompt; a number is used as its text.
         prompts: A file of objects with the text under `prompt` or `input`, with `messages` (or
-            under the keys that `encoder` has for conversations), or with the fields that the format
-            needs; or a text file with a prompt a line. See `ditty_di.generation.prompts`.
+            under the keys that `renderer` has for conversations), or with the fields that the
+            format needs; or a text file with a prompt a line. See `ditty_di.generation.prompts`.
         output: A .jsonl file for the answers, which appears when all are there; None prints them.
-        encoder: Makes the prompt of a record; see `Prompts`.
+        renderer: Makes the prompt of a record; see `Prompts`.
         input_format: Makes the prompt of a record instead; see `Prompts`.
         chat: Make a text the turn of a user in a conversation, which the tokenizer's chat template
-            renders. None: with an `encoder`, if `about` says that training used conversations; else
-            if there is a template and no `input_format`. A log line says so.
+            renders. None: with a `renderer`, if `about` says that training used conversations;
+            else if there is a template and no `input_format`. A log line says so.
         about: The file that `ditty_di.tasks.train` wrote about the training; it may be missing.
         max_new_tokens: Limit of an answer, in tokens.
         temperature: Sampling temperature; 0 is greedy.
@@ -159,10 +159,10 @@ def generate(
     options.check()
     chosen = chat
     if chat is None and not seq2seq and input_format is None and tokenizer.chat_template:
-        chosen = encoder is None or _used_conversations(about)
+        chosen = renderer is None or _used_conversations(about)
     making = Prompts(
         tokenizer,
-        encoder=encoder,
+        renderer=renderer,
         input_format=input_format,
         seq2seq=seq2seq,
         chat=bool(chosen),

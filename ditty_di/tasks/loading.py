@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ditty_di.models.weights import is_meta, materialize, unset
+from ditty_di.models.weights import is_meta, materialize, uninitialized
 from ditty_di.protocols import WeightsFn
 
 
@@ -30,7 +30,7 @@ def ready(model: nn.Module, weights: WeightsFn | None, device: torch.device) -> 
     else:
         materialize(model, device)
         weights(model, device=device)
-        if missing := unset(model):
+        if missing := uninitialized(model):
             raise ValueError(
                 f"weights: these tensors have no value: {missing[:5]}; buffers that no checkpoint "
                 f"has come from its `initialize`"

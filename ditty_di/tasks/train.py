@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ditty_di.export.gather import whole_models
 from ditty_di.launch.rundir import RunDirectory
 from ditty_di.training.trainer import Trainer
 
@@ -35,7 +36,8 @@ def train(
         export's result.
     """
     if prepare := getattr(export, "prepare", None):
-        prepare(trainer.model_parts)  # fail before the training, not after it
+        # Fail before the training, not after it.
+        prepare(trainer.model_parts if trainer.parts.whole is None else [trainer.parts.whole])
     file = Path(about) if about is not None and trainer.runtime.rank == 0 else None
     if file is not None and not file.exists():
         _write_about(file, trainer.dataloader)
@@ -52,7 +54,8 @@ def train(
         for report in filter(None, reports + trainer.callbacks.reports()):
             print(report)
     if export is not None and result["status"] == "finished":
-        result |= export(trainer.model_parts) or {}
+        for modules in whole_models(trainer.parts):
+            result |= export(modules) or {}
     # Not after an error: another rank may never reach the collective that `close` waits for.
     trainer.close()
     trainer.runtime.close()

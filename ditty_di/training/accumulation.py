@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,10 @@ class GradientAccumulation:
         loss_fn: counts the valid elements of a batch.
         runtime: sums over the ranks.
         prepare: runs the preprocessors; returns None for a rejected batch. None without any.
+        count_sources: counts the valid elements of each source in micro-batches, `[sources]`.
 
     Attributes:
+        num_valid_of_sources: what it counted in the newest optimizer step, over all ranks.
         taken: micro-batches that the newest optimizer step was taken from.
         rejected: micro-batches of this rank that preprocessors have rejected so far.
         stopping: whether a rank was asked to stop; the same on all ranks.
@@ -43,8 +45,11 @@ class GradientAccumulation:
         loss_fn: Loss,
         runtime: Runtime,
         prepare: Callable[[Batch], Batch | None] | None = None,
+        count_sources: Callable[[Sequence[Batch]], Tensor] = lambda batches: torch.zeros(0),
     ) -> None:
         self.size, self.loss_fn, self.runtime, self.prepare = size, loss_fn, runtime, prepare
+        self.count_sources = count_sources
+        self.num_valid_of_sources: list[float] = []
         self.stopping = False
         self.taken = self.rejected = 0
         self._failure: Exception | None = None
@@ -95,7 +100,9 @@ class GradientAccumulation:
             micro_batches = [batch for batch, on_any_rank in kept if batch and not on_any_rank]
             self.rejected += common - len(micro_batches)
             more = self._agree(*self._count(micro_batches))
-        return micro_batches, torch.tensor(more, dtype=torch.float32).reshape(self._shape)
+        parts = self._shape.numel()
+        self.num_valid_of_sources = more[parts:]
+        return micro_batches, torch.tensor(more[:parts], dtype=torch.float32).reshape(self._shape)
 
     def stop(self) -> None:
         """Take no further optimizer step; called on all ranks."""
@@ -138,7 +145,7 @@ class GradientAccumulation:
         return summed
 
     def _count(self, micro_batches: list[Batch]) -> list[float]:
-        """Return what the loss counts in the micro-batches, flattened; zeros after a failure."""
+        """Return what is counted in the micro-batches, of sources last; zeros after a failure."""
         if micro_batches and self._failure is None:
             try:
                 of_batches = [self.loss_fn.num_valid(batch) for batch in micro_batches]
@@ -146,7 +153,8 @@ class GradientAccumulation:
                     batch.num_valid = num_valid
                 counts = torch.stack(of_batches).sum(0)
                 self._shape = counts.shape
-                return counts.flatten().tolist()
+                of_sources = self.count_sources(micro_batches).to(counts.device)
+                return torch.cat([counts.flatten().double(), of_sources]).tolist()
             except Exception as error:
                 self.fail(error)
-        return [0.0] * self._shape.numel()
+        return [0.0] * (self._shape.numel() + len(self.count_sources([])))

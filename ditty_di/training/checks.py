@@ -6,10 +6,13 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any, ParamSpec
 
-from ditty_di.metrics.validation import evaluating
+from ditty_di import isolation
+from ditty_di.models.evaluation import evaluating
 from ditty_di.optim import trial
+from ditty_di.parallelize.fits import Degrees, Parts, fits
 
 P = ParamSpec("P")
 
@@ -19,11 +22,11 @@ CONTRACTS = ("static", "runtime", "every_batch")
 
 def validate(
     *,
-    steps: Any = None,
-    max_norm: Any = None,
+    max_steps: Any = None,
+    max_grad_norm: Any = None,
     global_batch_size: Any = None,
     max_skipped_steps: Any = None,
-    gc_every: Any = None,
+    gc_interval: Any = None,
     optimizer: Any = None,
     dataloader: Any = None,
     contracts: Any = "static",
@@ -34,27 +37,54 @@ def validate(
         ValueError: arguments out of range, an optimizer whose constructor rejects its own
             arguments, or rows per step that are not a multiple of a micro-batch.
     """
-    at_least_1 = {"steps": steps, "global_batch_size": global_batch_size, "gc_every": gc_every}
+    at_least_1 = {
+        "max_steps": max_steps,
+        "global_batch_size": global_batch_size,
+        "gc_interval": gc_interval,
+    }
     limits = [(name, value, 1) for name, value in at_least_1.items()]
     wrong = [
         f"trainer.{name}={value} must be at least {limit}"
         for name, value, limit in [*limits, ("max_skipped_steps", max_skipped_steps, 0)]
         if _is_number(value) and not value >= limit
     ]
-    if _is_number(max_norm) and not max_norm > 0:
-        wrong.append(f"trainer.max_norm={max_norm} must be above 0; inf does not clip")
+    if _is_number(max_grad_norm) and not max_grad_norm > 0:
+        wrong.append(f"trainer.max_grad_norm={max_grad_norm} must be above 0; inf does not clip")
     if contracts not in CONTRACTS:
         wrong.append(f"contracts={contracts} is unknown: write {', '.join(CONTRACTS)}")
     wrong += trial.complaints(optimizer, "optimizer.")
-    rows: Any = getattr(dataloader, "arguments", {}).get("batch_size")
+    rows: Any = getattr(dataloader, "arguments", {}).get("micro_batch_size")
     numbers = _is_number(rows) and _is_number(global_batch_size)
     if not wrong and numbers and rows > 0 and global_batch_size % rows:
         wrong.append(
             f"global_batch_size={global_batch_size} is not a multiple of the {rows} rows of a "
-            f"micro-batch (the loader's batch_size)"
+            f"micro-batch (the loader's micro_batch_size)"
         )
     if wrong:
         raise ValueError("\n".join(wrong))
+
+
+def rehearse(build: Callable[[str], Any]) -> list[str]:
+    """Try early whether the model fits the layout, and what `ditty_di.isolation.rehearse` tries.
+
+    Args:
+        build: as in `ditty_di.protocols`.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ValueError: the model does not fit the degrees of the runtime, or cannot keep the documents
+            of a row apart.
+    """
+    names = [field.name for field in fields(Degrees)]
+    given = {name: build(f"runtime.{name}") for name in names}
+    degrees = Degrees(**{name: n for name, n in given.items() if isinstance(n, int)})
+    if degrees.split_the_model:
+        slots = {name: build(name) for name in ("loss_fn", "parallelize_fn", "pipeline_fn")}
+        if problems := fits(Parts(build("model"), **slots), degrees):
+            raise ValueError("\n".join(problems))
+    return isolation.rehearse(build)
 
 
 def _is_number(value: Any) -> bool:

@@ -69,6 +69,29 @@ class LossParameters:
             held.grad = gradient if held is own else _replicated(gradient, self._mesh)
 
 
+def reduce_partial(parameters: Iterable[Tensor]) -> None:
+    """Sum the gradients that are `DTensor`s of partial sums, in one all-reduce for each dtype.
+
+    Tensor-parallel ranks have a part of the gradient of a norm that each has whole. Under FSDP
+    nothing is left to do: it sums them when it reduces gradients.
+
+    Args:
+        parameters: on the same mesh of one dimension, where they have such a gradient.
+    """
+    partial: dict[torch.dtype, list[Any]] = {}
+    for p in parameters:
+        if isinstance(p.grad, DTensor) and any(x.is_partial() for x in p.grad.placements):
+            partial.setdefault(p.grad.dtype, []).append(p)
+    for several in partial.values():
+        mesh = several[0].grad.device_mesh
+        gradients = [p.grad.to_local() for p in several]
+        total = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(total, group=mesh.get_group())
+        pieces = total.split([gradient.numel() for gradient in gradients])
+        for p, gradient, piece in zip(several, gradients, pieces, strict=True):
+            p.grad = _replicated(piece.view_as(gradient), mesh)
+
+
 def loss_meshes(runtime: Runtime) -> list[DeviceMesh]:
     """Return the meshes over which a loss is summed: data-parallel and pipeline ranks.
 
@@ -86,8 +109,9 @@ def _replicated(tensor: Tensor, mesh: DeviceMesh | Any) -> DTensor:
 def clip_grad_norm(
     model: Sequence[Tensor],
     loss: Sequence[Tensor],
-    max_norm: float,
+    max_grad_norm: float,
     *,
+    duplicates: Sequence[Tensor] = (),
     pp_mesh: DeviceMesh | None,
     ep_enabled: bool,
 ) -> Tensor:
@@ -96,7 +120,9 @@ def clip_grad_norm(
     Args:
         model: parameters of the model, sharded and split into stages or not.
         loss: parameters of the loss, whose gradients are the same on all ranks and stages.
-        max_norm: largest norm; `inf` only computes it.
+        max_grad_norm: largest norm; `inf` only computes it.
+        duplicates: those of `model` that another pipeline stage has as well: they are clipped, and
+            do not count in the norm.
         pp_mesh: mesh of the pipeline stages, or None.
         ep_enabled: whether experts are split over ranks.
 
@@ -104,15 +130,20 @@ def clip_grad_norm(
         The norm before clipping, shape `[]`.
     """
     options: dict[str, Any] = {"foreach": True, "pp_mesh": pp_mesh, "ep_enabled": ep_enabled}
-    if not loss:
-        return dist_utils.clip_grad_norm_(model, max_norm, **options)
+    if not loss and not duplicates:
+        return dist_utils.clip_grad_norm_(model, max_grad_norm, **options)
     # Clipping to infinity computes the norm over all shards and stages and changes nothing.
-    norms = [dist_utils.clip_grad_norm_(model, float("inf"), **options)]
-    norms.append(dist_utils.clip_grad_norm_(loss, float("inf"), foreach=True))
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+    elsewhere = {id(p) for p in duplicates}
+    counted = [p for p in model if id(p) not in elsewhere]
+    norms = [dist_utils.clip_grad_norm_(counted, float("inf"), **options)]
+    if loss:
+        norms.append(dist_utils.clip_grad_norm_(loss, float("inf"), foreach=True))
+    total = norms[0]  # to the bit: on another rank of the pipeline it may clip the same parameters
+    if loss:
+        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
     for parameters in (model, loss):
         # Separately: foreach kernels cannot take sharded tensors of several meshes at once.
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, total, foreach=True)
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, total, foreach=True)
     return total
 
 
@@ -140,6 +171,15 @@ class MetricAccumulator:
         """
         for name, value in (item for one in metrics for item in one.items()):
             self._metrics[name] = self._metrics.get(name, 0.0) + value.detach()
+
+    def take(self, name: str) -> Tensor | None:
+        """Remove a metric, and return what this rank has added; None without it.
+
+        Args:
+            name: its name. Only such a metric may have another shape than `[]`.
+        """
+        found: Any = self._metrics.pop(name, None)
+        return found  # type: ignore[no-any-return]
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum over the ranks in float32, on the device; collective.

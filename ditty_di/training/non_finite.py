@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,49 @@ log = logging.getLogger(__name__)
 _SMALLEST_SCALE = 1.0
 #: Optimizer steps in a row with a gradient norm of exactly 0 after which a warning is logged.
 ZERO_GRADIENTS = 10
+
+
+class StepValues(Mapping[str, float]):
+    """`loss` and `grad_norm` of an optimizer step; the host waits for them at the first look.
+
+    Args:
+        loss: over all ranks, on the device, shape `[]`.
+        grad_norm: before clipping, shape `[]`.
+    """
+
+    def __init__(self, loss: Tensor, grad_norm: Tensor) -> None:
+        self._on_device = torch.stack([loss.double(), grad_norm.to(loss.device).double()])
+        self._on_host = self._on_device.to("cpu", non_blocking=True)
+        self._copied = None if loss.device.type == "cpu" else torch.Event(loss.device)
+        if self._copied is not None:
+            self._copied.record()
+        self._values: dict[str, float] = {}
+
+    def __getitem__(self, name: str) -> float:
+        if not self._values:
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._values = dict(zip(self, self._on_host.tolist(), strict=True))
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("loss", "grad_norm"))
+
+    def __len__(self) -> int:
+        return 2
+
+    @property
+    def pending(self) -> bool:
+        """Whether the host has not read them yet."""
+        return not self._values
+
+    def finite(self) -> bool:
+        """Return whether both are finite."""
+        return all(map(math.isfinite, self.values()))
+
+    def non_finite_on_device(self) -> Tensor:
+        """Return 0.0 where both are finite, otherwise 1.0, without a wait; shape `[]`."""
+        return self._on_device.isfinite().all().logical_not().float()
 
 
 class NonFiniteGuard:
@@ -45,8 +88,20 @@ class NonFiniteGuard:
         self._zero_gradients = 0
         self.skipped = 0
 
+    def rows(self, micro_batches: int) -> list[int] | None:
+        """Return the row numbers of this rank's last micro-batches; None if they are unknown.
+
+        Args:
+            micro_batches: number of micro-batches that the step was taken from.
+        """
+        return self._last_rows(micro_batches) if self._last_rows else None
+
     def skip(
-        self, step: int, values: dict[str, float], num_valid_global: Tensor, micro_batches: int
+        self,
+        step: int,
+        values: Mapping[str, float],
+        num_valid_global: Tensor,
+        rows: list[int] | None,
     ) -> None:
         """Skip an optimizer step instead of updating.
 
@@ -54,7 +109,7 @@ class NonFiniteGuard:
             step: optimizer step.
             values: `loss` and `grad_norm`.
             num_valid_global: what the loss counted over the step.
-            micro_batches: number of micro-batches that the step was taken from.
+            rows: the step's `rows`.
 
         Raises:
             FloatingPointError: the budget is used up.
@@ -64,11 +119,9 @@ class NonFiniteGuard:
         # The scaler handles an overflow, down to the smallest scale.
         if not (overflow and math.isfinite(values["loss"]) and scale >= _SMALLEST_SCALE):
             valid = bool(num_valid_global.any())
-            what = f"is not finite: {values}" if valid else "has no label to learn from"
-            rows = "of unknown row numbers"
-            if self._last_rows:
-                rows = f"rows {self._last_rows(micro_batches)}"
-            message = f"step {step} {what} (rank {self.rank} had {rows})"
+            what = f"is not finite: {dict(values)}" if valid else "has no label to learn from"
+            which = "of unknown row numbers" if rows is None else f"rows {rows}"
+            message = f"step {step} {what} (rank {self.rank} had {which})"
             # Raised before anything changes: the step can be undone.
             if self.skipped >= self.allowed:
                 raise FloatingPointError(

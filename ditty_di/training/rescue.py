@@ -300,7 +300,8 @@ class Rescue:
             error: the exception.
         """
         progress = self.progress
-        failed = progress.step
+        # A callback's exception is raised in the next step, by all ranks together.
+        failed = getattr(error, "training_step", progress.step)
         error.training_step = failed  # type: ignore[attr-defined]
         problem = self.boundary.restore() or self.unfit()
         own = None if isinstance(error, RankFailedError) else f"{type(error).__name__}: {error}"

@@ -75,7 +75,7 @@ class Saving:
         """
         if self.checkpointer is None:
             return False
-        due = force or not self.step % (getattr(self.checkpointer, "every", None) or 1)
+        due = force or not self.step % (getattr(self.checkpointer, "save_interval", None) or 1)
         if due and self.step > self.saved_step:
             require_finite_parameters(self.step, self._trained, self.runtime)
         if not self.checkpointer.save(self.step, force=force):

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import nn
 
 from ditty_di.checkpoint import states
+from ditty_di.checkpoint.model_state import ModelState, model_states
 from ditty_di.compat import sum_gradients_on_gloo
 from ditty_di.data.content import DataContent
 from ditty_di.losses.plain import as_loss
-from ditty_di.models.weights import is_meta, materialize, unset
-from ditty_di.parallelize.pipeline import ModelParts, PipelineLoss
+from ditty_di.models.weights import is_meta, materialize, on_meta, uninitialized
+from ditty_di.parallelize.pipeline import ModelParts, PipelineLoss, TorchSchedule
 from ditty_di.processors.workflow import SPLIT_SEQUENCES, Processors
 from ditty_di.protocols import (
     Checkpointer,
@@ -69,7 +70,6 @@ def setup_model(
     model: nn.Module,
     *,
     runtime: Runtime,
-    loss_fn: Loss,
     weights: WeightsFn | None,
     parallelize_fn: ParallelizeFn | None,
     pipeline_fn: PipelineFn | None,
@@ -82,7 +82,6 @@ def setup_model(
     Args:
         model: the model as injected.
         runtime: device and layout.
-        loss_fn: for a pipeline schedule.
         weights: fills a model on the meta device (see `weights_of`).
         parallelize_fn: shards, wraps or compiles; needed with several data-parallel ranks.
         pipeline_fn: splits the model into stages; needed with `runtime.pp > 1`.
@@ -101,8 +100,12 @@ def setup_model(
         )
     if runtime.parallel_dims.pp_enabled:
         if pipeline_fn is None:
-            raise ValueError("pipeline_fn: runtime.pp > 1 needs a function that splits the model")
-        pipeline_loss = PipelineLoss(loss_fn, (processors or Processors()).finish)
+            raise ValueError(
+                "pipeline_fn: runtime.pp > 1 needs a function that splits the model, such as "
+                "ditty_di.parallelize.stages.split (pipeline=stages)"
+            )
+        pipeline_loss = PipelineLoss((processors or Processors()).finish)
+        whole = on_meta(model)
         schedule, modules, first, last = pipeline_fn(
             model,
             parallel_dims=runtime.parallel_dims,
@@ -110,7 +113,10 @@ def setup_model(
             loss_fn=pipeline_loss,
             parallelize_fn=parallelize_fn or (lambda part, parallel_dims: part),
         )
-        parts = ModelParts(modules, schedule, pipeline_loss, first, last)
+        if schedule is not None and not hasattr(schedule, "run"):
+            schedule = TorchSchedule(schedule, has_first_stage=first, has_last_stage=last)
+        group = runtime.parallel_dims.get_mesh("pp").get_group()
+        parts = ModelParts(modules, schedule, pipeline_loss, whole, group)
     elif parallelize_fn is not None:
         parts = ModelParts([parallelize_fn(model, parallel_dims=runtime.parallel_dims)])
     elif runtime.dp_world_size > 1:
@@ -126,7 +132,7 @@ def setup_model(
         if is_meta(module):
             materialize(module, runtime.device)
             weights(module, device=runtime.device)  # type: ignore[misc]
-        if missing := unset(module):
+        if missing := uninitialized(module):
             raise ValueError(f"weights: these tensors have no value (meta or NaN): {missing[:5]}")
         module.train()
     return parts
@@ -239,7 +245,7 @@ def setup_checkpointer(
         others: further states by key.
     """
     saved: dict[str, Any] = {
-        **states.model_states(model_parts, weights),
+        **model_states(model_parts, weights),
         "optimizer": states.OptimizerState(optimizer),
         "lr_scheduler": states.SchedulerState(lr_scheduler),
         "data": dataloader,
@@ -247,7 +253,7 @@ def setup_checkpointer(
         **others,
     }
     if isinstance(loss_fn, nn.Module) and loss_fn.state_dict():
-        saved["loss"] = states.ModelState([loss_fn])
+        saved["loss"] = ModelState([loss_fn])
     if grad_scaler.is_enabled():
         saved["grad_scaler"] = grad_scaler
     return checkpointer(states=saved, rank_states={"rng": states.RNGState()})

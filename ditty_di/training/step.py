@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import spmd_types as spmd
 import torch
 from torch import Tensor
 
-import ditty_di.compat  # noqa: F401
-
-# isort: split
-import torchtitan.distributed.utils as dist_utils
-
 from ditty_di.batch import Batch
+from ditty_di.optim.fused import can_skip_on_device, step_unless
 from ditty_di.parallelize.pipeline import ModelParts
 from ditty_di.processors import Processors
 from ditty_di.protocols import Loss
 from ditty_di.runtime import Runtime
-from ditty_di.training.gradients import LossParameters, MetricAccumulator, clip_grad_norm
+from ditty_di.training.forward import ForwardPass
+from ditty_di.training.gradients import (
+    LossParameters,
+    MetricAccumulator,
+    clip_grad_norm,
+    reduce_partial,
+)
+from ditty_di.training.non_finite import StepValues
 
 
-def _raise_non_finite(values: dict[str, float], num_valid_global: Tensor) -> None:
-    raise FloatingPointError(f"not finite: {values}, {num_valid_global.tolist()} valid elements")
+def _raise_non_finite(values: Mapping[str, float], num_valid_global: Tensor) -> None:
+    raise FloatingPointError(
+        f"not finite: {dict(values)}, {num_valid_global.tolist()} valid elements"
+    )
 
 
-class TrainStep:
+class TrainStep(ForwardPass):
     """Do one optimizer step on the micro-batches of all ranks.
 
     Args:
@@ -36,7 +39,7 @@ class TrainStep:
         optimizer: over the parameters of the model and of the loss.
         runtime: device and layout.
         scaler: gradient scaler for float16; None is a disabled one.
-        max_norm: largest global L2 norm of the gradients; `inf` only computes it.
+        max_grad_norm: largest global L2 norm of the gradients; `inf` only computes it.
         processors: its postprocessors run between model and loss.
         loss_parameters: parameters of the loss; None for a loss without.
         prepare_inputs: turns a micro-batch on the device into the model's arguments and the labels.
@@ -44,6 +47,9 @@ class TrainStep:
         before_update: called before parameters change.
         on_non_finite: called instead of an update, with loss and gradient norm and the global
             count; None raises FloatingPointError.
+        defer_read: called after the backward pass; returns whether loss and gradient norm may be
+            read after the step. Then the device decides about the update, if the optimizer can
+            (`ditty_di.optim.fused`), and `on_non_finite` is not called.
 
     Attributes:
         metrics: the metrics of the loss, added up over the step.
@@ -57,26 +63,29 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         runtime: Runtime,
         scaler: torch.amp.GradScaler | None = None,
-        max_norm: float = 1.0,
+        max_grad_norm: float = 1.0,
         processors: Processors | None = None,
         loss_parameters: LossParameters | None = None,
         prepare_inputs: Callable[[Batch], Batch] = lambda batch: batch,
         pp_size: int = 1,
         before_update: Callable[[], None] = lambda: None,
-        on_non_finite: Callable[[dict[str, float], Tensor], None] = _raise_non_finite,
+        on_non_finite: Callable[[Mapping[str, float], Tensor], None] = _raise_non_finite,
+        defer_read: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.parts, self.loss_fn, self.optimizer, self.runtime = parts, loss_fn, optimizer, runtime
+        super().__init__(
+            parts=parts, loss_fn=loss_fn, runtime=runtime, processors=processors, pp_size=pp_size
+        )
+        self.optimizer = optimizer
         self.scaler = scaler or torch.amp.GradScaler(runtime.device.type, enabled=False)
-        self.max_norm = max_norm
-        self.processors = processors or Processors()
+        self.max_grad_norm = max_grad_norm
         self.loss_parameters = loss_parameters or LossParameters(loss_fn, parts.modules, runtime)
         self.parameters = parts.parameters()
-        self.prepare_inputs, self.pp_size = prepare_inputs, pp_size
+        self.prepare_inputs = prepare_inputs
         self.before_update, self.on_non_finite = before_update, on_non_finite
+        self.defer_read = defer_read
         self.metrics = MetricAccumulator(runtime)
-        self.spmd_context = dist_utils.get_spmd_context(parallel_dims=runtime.parallel_dims)
 
-    def __call__(self, micro_batches: list[Batch], num_valid_global: Tensor) -> dict[str, float]:
+    def __call__(self, micro_batches: list[Batch], num_valid_global: Tensor) -> StepValues:
         """Do forward and backward passes, and update the parameters if all values are finite.
 
         Args:
@@ -88,26 +97,38 @@ class TrainStep:
         """
         self.optimizer.zero_grad()
         loss = self.forward_backward(micro_batches, num_valid_global.to(self.runtime.device))
-        self.loss_parameters.reduce()
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = clip_grad_norm(
-            self.parameters,
-            self.loss_parameters.trained,
-            self.max_norm,
-            pp_mesh=self.runtime.parallel_dims.get_optional_mesh("pp"),
-            ep_enabled=self.runtime.parallel_dims.ep_enabled,
-        )
-        measured = [self.metrics.sum(loss), grad_norm.to(self.runtime.device)]
-        # The only wait for the device in a step.
-        total, norm = torch.stack([value.double() for value in measured]).tolist()
-        values = {"loss": total, "grad_norm": norm}
-        if num_valid_global.any() and math.isfinite(total) and math.isfinite(norm):
+        grad_norm = self.clip_gradients()
+        values, valid = StepValues(self.metrics.sum(loss), grad_norm), bool(num_valid_global.any())
+        deferred = self.defer_read() and valid and not self.scaler.is_enabled()
+        if deferred and can_skip_on_device(self.optimizer):
+            self.before_update()
+            step_unless(self.optimizer, values.non_finite_on_device())
+        elif valid and values.finite():  # the only wait for the device in a step
             self.before_update()
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.on_non_finite(values, num_valid_global)
         return values
+
+    def clip_gradients(self) -> Tensor:
+        """Complete the gradients that ranks have parts of, and clip all of them.
+
+        Returns:
+            The global L2 norm before clipping, shape `[]`.
+        """
+        self.loss_parameters.reduce()
+        if self.runtime.parallel_dims.tp_enabled:
+            reduce_partial(self.parameters)
+        self.scaler.unscale_(self.optimizer)
+        return clip_grad_norm(
+            self.parameters,
+            self.loss_parameters.trained,
+            self.max_grad_norm,
+            duplicates=self.parts.duplicates,
+            pp_mesh=self.runtime.parallel_dims.get_optional_mesh("pp"),
+            ep_enabled=self.runtime.parallel_dims.ep_enabled,
+        )
 
     def forward_backward(self, micro_batches: list[Batch], num_valid_global: Tensor) -> Tensor:
         """Accumulate the gradients of all micro-batches.
@@ -120,14 +141,17 @@ class TrainStep:
             This rank's part of the loss, shape `[]`.
         """
         batches = [batch.to(self.runtime.device) for batch in micro_batches]
+        total = torch.zeros((), device=self.runtime.device)
         if self.parts.schedule is not None:
             # One schedule runs all micro-batches of the step.
             batches = [self.prepare_inputs(batch) for batch in batches]
             with self.spmd_context():
-                total, of_batches = self.parts.run_schedule(batches, num_valid_global, self.pp_size)
-            self.metrics.add(*of_batches)
-            return total
-        total = torch.zeros((), device=self.runtime.device)
+                found = self.parts.run_schedule(
+                    self.loss_fn, batches, num_valid_global, self.pp_size
+                )
+            losses = [one.pop("loss") for one in found] or [total]
+            self.metrics.add(*found)
+            return torch.stack(losses).sum()
         for n, batch in enumerate(batches, start=1):
             if len(batches) > 1:
                 self.parts.set_requires_gradient_sync(n == len(batches))  # reduce once per step
@@ -141,20 +165,3 @@ class TrainStep:
             self.metrics.add(metrics)
             total += loss.detach()
         return total
-
-    def forward(self, batch: Batch) -> Any:
-        """Return the model's output after the postprocessors.
-
-        Args:
-            batch: a batch on the device, after the preprocessors.
-        """
-        return self.processors.finish(self.run_model(batch.inputs), batch, self.loss_fn)
-
-    def run_model(self, inputs: dict[str, Any]) -> Any:
-        """Return the model's output.
-
-        Args:
-            inputs: its arguments on the device; `"input"` is the positional one.
-        """
-        with self.spmd_context():
-            return self.parts.forward(inputs)

@@ -12,7 +12,6 @@ from torch import Tensor
 import ditty_di.compat  # noqa: F401
 
 # isort: split
-import torchtitan.trainer
 from torchtitan.components.dataloader import DataloaderExhaustedError
 from torchtitan.distributed import full_dtensor
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
@@ -22,8 +21,20 @@ from torchtitan.models.common.decoder import Decoder
 
 from ditty_di import protocols
 from ditty_di.batch import Batch
+from ditty_di.postponed import postponed
 from ditty_di.runtime import Runtime
 from ditty_di.training.step import TrainStep
+
+with postponed(
+    {
+        "datasets": ("Dataset", "load_dataset"),  # with pandas and pyarrow
+        "datasets.distributed": ("split_dataset_by_node",),
+        "torch._functorch.partitioners": ("get_default_op_list",),  # with networkx
+        "torch.utils.tensorboard": ("SummaryWriter",),
+        "torchtitan.components.quantization.utils": ("has_quantization",),  # with torchao
+    }
+):
+    import torchtitan.trainer
 
 
 class TitanTrainer(torchtitan.trainer.Trainer):
@@ -34,7 +45,7 @@ class TitanTrainer(torchtitan.trainer.Trainer):
     """
 
     runtime: Runtime
-    metrics_processor: protocols.Metrics
+    metrics_processor: protocols.MetricsProcessor
     optimizer_step: TrainStep
     model_config: Any
 
@@ -63,13 +74,16 @@ class TitanTrainer(torchtitan.trainer.Trainer):
     ) -> tuple[Any, Any, dict[str, Any]]:
         """Return the model's input, the labels and the model's keyword arguments.
 
-        Attention masks of torchtitan models are built here, sequences are split for context
+        Attention masks of torchtitan models are built here, their sequences are split for context
         parallelism, tensors are annotated or distributed for the SPMD backend, and tokens counted.
         A subclass may override it.
 
         Args:
             input_dict: the model's arguments on the device; `"input"` is the positional one.
             labels: labels on the device.
+
+        Raises:
+            ValueError: with context parallelism, inputs without `positions`.
         """
         keywords = {name: value for name, value in input_dict.items() if name != "input"}
         inputs, positions, dims = input_dict["input"], keywords.get("positions"), self.parallel_dims
@@ -78,11 +92,18 @@ class TitanTrainer(torchtitan.trainer.Trainer):
             if isinstance(attention, FlexAttention.Config | VarlenAttention.Config):
                 decoder: Any = self.model_parts[0]
                 keywords["attention_masks"] = decoder.get_attention_masks(positions=positions)
-        if dims.cp_enabled:
+        self.ntokens_seen += labels.numel()
+        if dims.cp_enabled and self.optimizer_step.split is None:
+            if positions is None:
+                raise ValueError(
+                    "runtime.cp > 1 splits the sequences of a batch: its inputs need `positions` "
+                    "[rows, length], and the model's attention must gather the parts, as "
+                    "torchtitan's does; for models of transformers write parallelize=fsdp, for "
+                    "others runtime.cp=1"
+                )
             inputs, labels, keywords = prepare_context_parallel_input(
                 inputs, labels, keywords, dims.get_mesh("cp"), self.device, None, None
             )
-        self.ntokens_seen += labels.numel()
         if dims.spmd_backend == "full_dtensor":
             return full_dtensor.parallelize_inputs(dims, inputs, labels, keywords)
         if dims.spmd_backend == "spmd_types":
@@ -91,7 +112,8 @@ class TitanTrainer(torchtitan.trainer.Trainer):
 
     def _prepare_inputs(self, batch: Batch) -> Batch:
         inputs, labels, keywords = self.post_dataloading_process(batch.inputs, batch.labels)
-        return replace(batch, inputs={"input": inputs, **keywords}, labels=labels)
+        batch = replace(batch, inputs={"input": inputs, **keywords}, labels=labels)
+        return self.optimizer_step.own_part(batch)
 
     def forward_backward_step(
         self, *, input_dict: Any, labels: Any, global_valid_tokens: Tensor

@@ -24,10 +24,11 @@ from ditty_di import protocols
 from ditty_di.batch import Batch
 from ditty_di.callbacks import Callback, Callbacks
 from ditty_di.checkpoint import CheckpointError
-from ditty_di.isolation import check_rows, isolation_of, rehearse
-from ditty_di.metrics.metrics import Metrics
-from ditty_di.metrics.validation import evaluating
+from ditty_di.isolation import check_rows, copy_of_each_kind, isolation_of
+from ditty_di.loggers.processor import MetricsProcessor
+from ditty_di.models.evaluation import evaluating
 from ditty_di.optim.container import Optimizers, Schedulers
+from ditty_di.parallelize.fits import Parts, require_fit
 from ditty_di.parallelize.pipeline import SyncedPPRNG
 from ditty_di.precision.casting import release_copies
 from ditty_di.processors import PostProcessor, PreProcessor, Processors
@@ -35,9 +36,10 @@ from ditty_di.runtime import Runtime
 from ditty_di.training import checks, setup
 from ditty_di.training.accumulation import GradientAccumulation
 from ditty_di.training.gradients import LossParameters
-from ditty_di.training.non_finite import NonFiniteGuard
+from ditty_di.training.non_finite import NonFiniteGuard, StepValues
 from ditty_di.training.rescue import StepBoundary
 from ditty_di.training.saving import Saving
+from ditty_di.training.sources import BY_SOURCE, LossBySource, SourceMetrics
 from ditty_di.training.step import TrainStep
 from ditty_di.training.titan import TitanTrainer
 
@@ -58,7 +60,7 @@ class Trainer(TitanTrainer):
             a mean over rows (`ditty_di.losses.PlainLoss`).
         optimizer: called with the named trainable parameters.
         dataloader: a loader, or a factory that takes this rank's coordinates.
-        steps: optimizer steps in total, including those of a resumed run before it stopped.
+        max_steps: optimizer steps in total, including those of a resumed run before it stopped.
         lr_scheduler: called with the optimizer; None keeps the learning rate constant.
         runtime: device, ranks and seeds; None is `Runtime()`.
         weights: fills a model on meta; None is the model's attribute `default_weights`.
@@ -68,7 +70,7 @@ class Trainer(TitanTrainer):
         pipeline_fn: splits the model into pipeline stages.
         validator: computes the loss on held-out data.
         checkpointer: saves and loads.
-        metrics: collects and writes what is logged.
+        logger: collects metrics and passes them to loggers.
         grad_scaler: `torch.amp.GradScaler` for float16, or a partial of it that lacks `device`;
             its overflows do not count as skipped steps.
         profiler: a partial of `torchtitan.tools.profiler.Profiler`, started with the first step.
@@ -81,10 +83,10 @@ class Trainer(TitanTrainer):
         parallelize_loss_fn: shards the parameters of a loss; None keeps them whole on every rank.
         callbacks: by name, called in order (`ditty_di.callbacks`).
         global_batch_size: rows per optimizer step over all ranks; None is one micro-batch per rank.
-        max_norm: largest global L2 norm of the gradients; `inf` only computes it.
+        max_grad_norm: largest global L2 norm of the gradients; `inf` only computes it.
         max_skipped_steps: optimizer steps that may be skipped, on all ranks, for non-finite loss or
             gradients or for lack of a valid label, before training fails.
-        gc_every: optimizer steps between collections of Python's garbage, the same on all ranks.
+        gc_interval: optimizer steps between collections of Python's garbage, the same on all ranks.
 
     Raises:
         ValueError: a component does not fit the others; the message names the slot.
@@ -92,7 +94,7 @@ class Trainer(TitanTrainer):
     """
 
     validate = staticmethod(checks.validate)
-    rehearse = staticmethod(rehearse)
+    rehearse = staticmethod(checks.rehearse)
 
     @checks.known_arguments
     def __init__(
@@ -102,7 +104,7 @@ class Trainer(TitanTrainer):
         loss_fn: protocols.Loss | protocols.LossFunction,
         optimizer: protocols.OptimizerFactory,
         dataloader: protocols.DataLoaderFactory | protocols.DataLoader,
-        steps: int,
+        max_steps: int,
         lr_scheduler: protocols.SchedulerFactory | None = None,
         runtime: Runtime | None = None,
         weights: protocols.WeightsFn | None = None,
@@ -111,7 +113,7 @@ class Trainer(TitanTrainer):
         pipeline_fn: protocols.PipelineFn | None = None,
         validator: protocols.ValidatorFactory | None = None,
         checkpointer: protocols.CheckpointerFactory | None = None,
-        metrics: protocols.Metrics | None = None,
+        logger: protocols.MetricsProcessor | None = None,
         grad_scaler: torch.amp.GradScaler | protocols.GradScalerFactory | None = None,
         profiler: protocols.ProfilerFactory | None = None,
         preprocessors: Sequence[PreProcessor] = (),
@@ -121,21 +123,21 @@ class Trainer(TitanTrainer):
         parallelize_loss_fn: protocols.ParallelizeFn | None = None,
         callbacks: Mapping[str, Callback | None] | None = None,
         global_batch_size: int | None = None,
-        max_norm: float = 1.0,
+        max_grad_norm: float = 1.0,
         max_skipped_steps: int = 0,
-        gc_every: int = 1000,
+        gc_interval: int = 1000,
     ) -> None:
-        if steps is None:
+        if max_steps is None:
             raise ValueError(
-                "trainer.steps=None: give the number of optimizer steps, such as steps=1000; "
-                "ditty_di.data.horizon computes it from epochs"
+                "trainer.max_steps=None: give the number of optimizer steps, as max_steps=1000; "
+                "ditty_di.data.training_steps computes it from epochs"
             )
         self.validate(
-            steps=steps,
-            max_norm=max_norm,
+            max_steps=max_steps,
+            max_grad_norm=max_grad_norm,
             global_batch_size=global_batch_size,
             max_skipped_steps=max_skipped_steps,
-            gc_every=gc_every,
+            gc_interval=gc_interval,
         )
         if grad_scaler and runtime and runtime.parallel_dims.pp_enabled:
             raise ValueError("grad_scaler: a pipeline does not scale its loss; use precision=bf16")
@@ -143,13 +145,15 @@ class Trainer(TitanTrainer):
         self.device, self.parallel_dims = runtime.device, runtime.parallel_dims
         # What inherited methods read of torchtitan's configuration.
         self.config = SimpleNamespace(
-            training=SimpleNamespace(steps=steps, disable_cuda_graphs=True)
+            training=SimpleNamespace(steps=max_steps, disable_cuda_graphs=True)
         )
-        self.gc_every, self.profiler = gc_every, profiler
+        self.gc_interval, self.profiler = gc_interval, profiler
         self.step = self.ntokens_seen = 0
         self.objective: float | None = None
         self.objective_step: int | None = None
-        self.last_loss: float | None = None
+        self._last_loss: float | None = None
+        #: The last step if its values are not read yet: number, values, valid elements and rows.
+        self._pending: tuple[int, StepValues, Tensor, list[int] | None] | None = None
         self.stopped: str | None = None
         self.callbacks = Callbacks(callbacks or {})
 
@@ -163,12 +167,14 @@ class Trainer(TitanTrainer):
             around={"loader": dataloader, **around},
         )
         self.loss_fn = loss_fn = setup.setup_loss(loss_fn, runtime, parallelize_loss_fn)
+        require_fit(Parts(model, loss_fn, parallelize_fn, pipeline_fn), runtime.parallel_dims)
+        self.dataloader = setup.setup_dataloader(dataloader, runtime)
+        by_source = LossBySource(loss_fn, getattr(self.dataloader, "source_names", ()))
         self.model_config = getattr(model, "config", None)
         weights = setup.weights_of(model, weights)
         self.parts = setup.setup_model(
             model,
             runtime=runtime,
-            loss_fn=loss_fn,
             weights=weights,
             parallelize_fn=parallelize_fn,
             pipeline_fn=pipeline_fn,
@@ -187,8 +193,7 @@ class Trainer(TitanTrainer):
             grad_scaler = grad_scaler(device=self.device.type)
         self.grad_scaler = grad_scaler or torch.amp.GradScaler(self.device.type, enabled=False)
 
-        # -- data
-        self.dataloader = setup.setup_dataloader(dataloader, runtime)
+        # -- steps
         self.guard = NonFiniteGuard(
             max_skipped_steps,
             scaler=self.grad_scaler,
@@ -198,35 +203,41 @@ class Trainer(TitanTrainer):
         self.gradient_accumulation_steps = setup.accumulation_steps(
             global_batch_size, dataloader=self.dataloader, runtime=runtime
         )
+        if require := getattr(self.parts.schedule, "require_micro_batches", None):
+            require(self.gradient_accumulation_steps)
         self.accumulation = GradientAccumulation(
             self.gradient_accumulation_steps,
             loss_fn=loss_fn,
             runtime=runtime,
             prepare=self.prepare if self.processors else None,
+            count_sources=by_source.count,
         )
         self.optimizer_step = TrainStep(
             parts=self.parts,
-            loss_fn=loss_fn,
+            loss_fn=by_source,
             optimizer=self.optimizer,
             runtime=runtime,
             scaler=self.grad_scaler,
-            max_norm=max_norm,
+            max_grad_norm=max_grad_norm,
             processors=self.processors,
             loss_parameters=self.loss_parameters,
             prepare_inputs=self._prepare_inputs,
             pp_size=self.gradient_accumulation_steps,
             before_update=self._before_update,
             on_non_finite=self._skip_step,
+            defer_read=self._defer_read,
         )
+        self.sources = SourceMetrics(by_source, self.optimizer_step.metrics)
         self.synced_pp_rng = SyncedPPRNG(runtime)
-        self.metrics_processor = metrics or Metrics()
+        self.metrics_processor: protocols.MetricsProcessor = logger or MetricsProcessor()
 
         # -- checkpoints, and the last complete step when an exception ends the training
-        states: dict[str, Any] = {"train_state": self, "windows": self.accumulation}
+        states: dict[str, Any] = {"train_state": self, "rejected_batches": self.accumulation}
+        counters = SimpleNamespace(state_dict=self._counters, load_state_dict=self.__dict__.update)
         modules = (*self.model_parts, *around_model)
         self.boundary = StepBoundary(
             dataloader=self.dataloader if checkpointer else None,
-            states=states,
+            states={**states, "train_state": counters},
             modules=[module for module in modules if isinstance(module, nn.Module)],
             device=self.device,
         )
@@ -257,17 +268,21 @@ class Trainer(TitanTrainer):
         if validator:
             self.validator = validator(
                 model_parts=self.model_parts,
-                forward=self.optimizer_step.forward,
+                evaluate=self.optimizer_step.evaluate,
                 loss_fn=loss_fn,
                 runtime=runtime,
                 prepare=self.prepare,
             )
             if samples := getattr(self.validator, "samples", None):
                 self.callbacks = Callbacks({**self.callbacks.named, "samples": samples})
+        whole = self.parts.whole
+        if whole is not None:
+            self.callbacks = self.callbacks.without_forward()
+        # No stage can be asked about documents.
         isolation = isolation_of(
-            self.model_parts[0],
+            self.model_parts[0] if whole is None else copy_of_each_kind(whole),
             config=self.model_config,
-            forward=self.forward,
+            forward=self.forward if whole is None else None,
             processors=self.processors,
             runtime=runtime,
         )
@@ -276,7 +291,7 @@ class Trainer(TitanTrainer):
 
     # ------------------------------------------------------------------------------- training
     def train(self, *, restored: Callable[[], None] | None = None) -> dict[str, Any]:
-        """Train from the newest checkpoint, or from the start, to `steps`.
+        """Train from the newest checkpoint, or from the start, to `max_steps`.
 
         An exception of a step, a callback or the validator is raised after the last complete step
         has been saved, if all ranks can agree on it.
@@ -291,9 +306,12 @@ class Trainer(TitanTrainer):
         """
         self.runtime.catch_signals()
         gc_was_enabled = gc.isenabled()
-        self.gc_handler = GarbageCollection(gc_freq=self.gc_every)  # disables automatic collection
+        # Disables automatic collection.
+        self.gc_handler = GarbageCollection(gc_freq=self.gc_interval)
         try:
             self.callbacks.call("on_train_start", self)
+            if self.runtime.rank == 0:
+                self.sources.say()
             self._restore()
             if restored is not None:
                 restored()
@@ -302,7 +320,7 @@ class Trainer(TitanTrainer):
                 self.saving.require_space()
             self.metrics_processor.start(
                 model_parts=self.model_parts,
-                total_steps=self.config.training.steps,
+                max_steps=self.config.training.steps,
                 runtime=self.runtime,
                 step=self.step,
             )
@@ -350,20 +368,35 @@ class Trainer(TitanTrainer):
         learning_rates = self.lr_schedulers.get_metrics()
         loss_metrics = self.optimizer_step.metrics
         loss_metrics.clear()
-        values: dict[str, float] = {}
+        values: StepValues | None = None
         if micro_batches:  # preprocessors may have rejected all of them
             values = self.optimizer_step(micro_batches, num_valid_global)
-            self.last_loss = values["loss"]
-            self.guard.watch(self.step, values["grad_norm"])
+            if values.pending:
+                rows = self.guard.rows(self.accumulation.taken)
+                self._pending = self.step, values, num_valid_global, rows
+            else:
+                self._note(self.step, values)
+        else:
+            self._read_pending()
         self.boundary.updating("the learning rate")
         self.lr_schedulers.step()
         self.boundary.complete()
+        self.sources.add(loss_metrics.take(BY_SOURCE), self.accumulation.num_valid_of_sources)
         if self.metrics_processor.should_log(self.step):
+            self._read_pending()
             # Where a loss's own metric has the name of one of these, these win.
-            own = loss_metrics.metrics() | self.accumulation.get_metrics()
+            data: dict[str, float] = getattr(self.dataloader, "get_metrics", dict)()
+            own = loss_metrics.metrics() | self.accumulation.get_metrics() | data
+            own |= self.sources.report()
             (tokens,) = self.runtime.sum([self.ntokens_seen])
-            logged = own | learning_rates | values | {"tokens_seen": tokens}
+            logged = own | learning_rates | dict(values or {}) | {"tokens_seen": tokens}
             self.metrics_processor.log(self.step, logged)
+
+    @property
+    def last_loss(self) -> float | None:
+        """The loss of the last step; None before the first."""
+        self._read_pending()
+        return self._last_loss
 
     def forward(self, inputs: dict[str, Any]) -> Any:
         """Return the model's output for one micro-batch of inputs.
@@ -371,7 +404,7 @@ class Trainer(TitanTrainer):
         Args:
             inputs: the model's arguments on any device; `"input"` is the positional one.
         """
-        return self.optimizer_step.run_model(Batch(inputs, None).to(self.device).inputs)
+        return self.optimizer_step.run_model(inputs)
 
     def prepare(self, batch: Batch) -> Batch | None:
         """Run the preprocessors on a batch of the loader; return None if one rejects it.
@@ -412,10 +445,12 @@ class Trainer(TitanTrainer):
         """Run the steps; save the last complete one after an exception."""
         try:
             exhausted = self._run_steps(profiler)
+            self._read_pending()
             self.accumulation.raise_failure()
         except CheckpointError:
             raise  # saving is what failed
         except Exception as error:
+            self._read_pending()
             if (cause := self.saving.after(error)) is error:
                 raise
             raise cause from None
@@ -455,12 +490,36 @@ class Trainer(TitanTrainer):
                     self.saving.require_space()  # the optimizer has its state now
         return False
 
+    def _defer_read(self) -> bool:
+        """Read the values of the last step; return whether those of this one may be read later.
+
+        Not if skipping this step would end the training: it is undone then, before the next begins.
+        """
+        self._read_pending()
+        return self.guard.skipped < self.guard.allowed
+
+    def _read_pending(self) -> None:
+        """Read the values of the last step if they are pending; count it if it was skipped."""
+        if self._pending is not None:
+            (step, values, num_valid_global, rows), self._pending = self._pending, None
+            if not values.finite():
+                self.guard.skip(step, values, num_valid_global, rows)
+            self._note(step, values)
+
     def _before_update(self) -> None:
         self.saving.wait_for_staging()
         self.boundary.updating("the parameters")
 
-    def _skip_step(self, values: dict[str, float], num_valid_global: Tensor) -> None:
-        self.guard.skip(self.step, values, num_valid_global, self.accumulation.taken)
+    def _skip_step(self, values: Mapping[str, float], num_valid_global: Tensor) -> None:
+        rows = self.guard.rows(self.accumulation.taken)
+        self.guard.skip(self.step, values, num_valid_global, rows)
+
+    def _note(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep a step's loss, and watch its gradient norm."""
+        self._last_loss = values["loss"]
+        if self.validator is None and self.objective_step == step:
+            self.objective = self._last_loss  # it was not known at the end of the step
+        self.guard.watch(step, values["grad_norm"])
 
     def _call(self, moment: str) -> None:
         """Call the callbacks.
@@ -473,13 +532,15 @@ class Trainer(TitanTrainer):
         except Exception as error:
             if self.runtime.world_size > 1:
                 log.error("%s, step %d: %s: %s", moment, self.step, type(error).__name__, error)
+            error.training_step = self.step  # type: ignore[attr-defined]
             self.accumulation.fail(error)
 
     def _validate(self, *, last: bool) -> None:
         """Validate when it is due; a stop request during validation ends the training too."""
         if self.validator is None:
-            self.objective, self.objective_step = self.last_loss, self.step
+            self.objective, self.objective_step = self._last_loss, self.step
         elif not self.accumulation.stopping and (last or self.validator.should_validate(self.step)):
+            self._read_pending()
             with self.metrics_processor.pause(), evaluating(self._around_model):
                 values = self.validator.validate(self.step)
             if not values:
@@ -494,14 +555,20 @@ class Trainer(TitanTrainer):
     # ---------------------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict[str, Any]:
         """Return the counters that a checkpoint saves."""
+        self._read_pending()
         return {
             "step": self.step,
             "tokens_seen": self.ntokens_seen * self.runtime.dp_world_size,
             "skipped_steps": self.guard.skipped,
             "objective": self.objective,
             "objective_step": self.objective_step,
-            "steps": self.config.training.steps,
+            "max_steps": self.config.training.steps,
+            **({"source_tokens": self.sources.state_dict()} if self.sources.names else {}),
         }
+
+    def _counters(self) -> dict[str, int]:
+        """Return what a step changes before its update, to undo it; a subclass adds its own."""
+        return {"step": self.step, "ntokens_seen": self.ntokens_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -510,22 +577,25 @@ class Trainer(TitanTrainer):
         self.objective = state_dict["objective"]
         # Earlier versions have neither of these.
         self.objective_step = state_dict.get("objective_step", self.step)
-        self._steps_before = state_dict.get("steps")
+        self._max_steps_before = state_dict.get("max_steps")
+        self.sources.load_state_dict(state_dict.get("source_tokens", {}))
 
     def _restore(self) -> None:
-        steps, self._steps_before = self.config.training.steps, None
+        max_steps, self._max_steps_before = self.config.training.steps, None
         if not self.saving.load():
             return
-        if self.step > steps:
+        if self.step > max_steps:
             log.warning(
-                "the checkpoint is at step %d, and steps=%d: nothing to do", self.step, steps
+                "the checkpoint is at step %d, and max_steps=%d: nothing to do",
+                self.step,
+                max_steps,
             )
             return
-        log.info("resumed after step %d of %d", self.step, steps)
-        if self._steps_before not in (None, steps):
+        log.info("resumed after step %d of %d", self.step, max_steps)
+        if self._max_steps_before not in (None, max_steps):
             log.info(
-                "the run had steps=%s before; its learning rate continues at %.3g",
-                self._steps_before,
+                "the run had max_steps=%s before; its learning rate continues at %.3g",
+                self._max_steps_before,
                 self.lr_schedulers.get_metrics()["lr"],
             )
 

@@ -46,7 +46,7 @@ TINY = [
     "data.train.tokens.size=20000",
     "compile=null",
 ]
-#: Of model.config, for the scores' operations: `12 layers hidden tokens` (see metrics.flops).
+#: Of model.config, for the scores' operations: `12 layers hidden tokens` (see loggers.flops).
 SHAPES = {"layers": 32, "hidden": 4096}
 MEASURED = ("tokens_per_second", "tflops", "mfu", "memory_gib")
 
@@ -58,9 +58,9 @@ def run(name: str, *, steps: int, warmup: int, tiny: bool, folder: Path) -> dict
     scores = 0.0 if tiny else 12.0 * SHAPES["layers"] * SHAPES["hidden"] * tokens
     command = [
         *(sys.executable, "-m", "ditty_di", "--config-dir", str(HERE / "conf")),
-        *(f"+experiment={experiment}", f"run={where}", f"steps={steps}"),
-        *(f"data.loader.batch_size={rows}", f"data.seq_len={tokens}"),
-        *(f"+metrics.attention_flops_per_token={scores}", "launcher.nproc=1"),
+        *(f"+experiment={experiment}", f"run={where}", f"max_steps={steps}"),
+        *(f"data.loader.micro_batch_size={rows}", f"data.seq_len={tokens}"),
+        *(f"+logger.attention_flops_per_token={scores}", "launcher.nproc=1"),
         *(TINY if tiny else []),
         *more,
     ]

@@ -31,7 +31,7 @@ from _here import environment
 from torch import Tensor, nn
 
 from ditty_di.losses import CrossEntropyLoss, LigerLinearCrossEntropyLoss, LinearCrossEntropyLoss
-from ditty_di.losses.deferred import DeferredOutput, Head
+from ditty_di.losses.hidden_states import Head, HiddenStatesOutput
 
 
 def losses(chunks: list[int], device: str) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def losses(chunks: list[int], device: str) -> dict[str, Any]:
 
     def deferred(loss_fn: nn.Module) -> Any:
         def run(hidden: Tensor, head: nn.Linear, labels: Tensor, count: Tensor) -> Tensor:
-            output = DeferredOutput(hidden[None], None, Head(head, head, (), nullcontext))
+            output = HiddenStatesOutput(hidden[None], None, Head(head, head, (), nullcontext))
             return loss_fn(output, labels[None], count)[0]
 
         return run

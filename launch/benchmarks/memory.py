@@ -85,16 +85,15 @@ def build(base: str, *, quantize: str, adapters: bool, dtype: str) -> nn.Module:
     if adapters:
         from peft import LoraConfig
 
-        from ditty_di.adapters import add
+        from ditty_di.adapters import apply_adapter
 
-        adapter = partial(add, config=LoraConfig(r=16, target_modules="all-linear"))
+        adapter = partial(apply_adapter, config=LoraConfig(r=16, target_modules="all-linear"))
     return from_pretrained(base, dtype=dtype, quantize=quantizer(quantize), adapter=adapter)
 
 
 def place(model: nn.Module, base: str) -> nn.Module:
     from ditty_di import Runtime
     from ditty_di.adapters import initialize
-    from ditty_di.losses import CrossEntropyLoss
     from ditty_di.models.pretrained import Pretrained
     from ditty_di.parallelize.data_parallel import shard
     from ditty_di.training.setup import setup_model
@@ -103,8 +102,7 @@ def place(model: nn.Module, base: str) -> nn.Module:
     (placed,) = setup_model(
         model,
         runtime=runtime,
-        loss_fn=CrossEntropyLoss(output="logits"),
-        weights=Pretrained(base, missing=initialize),
+        weights=Pretrained(base, init_missing=initialize),
         parallelize_fn=shard,
         pipeline_fn=None,
     ).modules
@@ -118,7 +116,7 @@ def load(base: str, quantize: str) -> dict[str, Any]:
     # A first, small model: imports and the process group come before what is measured.
     small = f"{base}/small"
     place(build(small, quantize=quantize, adapters=False, dtype="bfloat16"), small)
-    model = build(base, quantize=quantize, adapters=False, dtype="bfloat16")
+    model: Any = build(base, quantize=quantize, adapters=False, dtype="bfloat16")
     dist.barrier()
     time.sleep(0.1)
     began = time.monotonic()
@@ -255,7 +253,7 @@ def make_base(folder: Path, *, width: int, layers: int, vocabulary: int) -> dict
         tie_word_embeddings=False,
     )
     config.save_pretrained(folder)
-    model = from_config(config, dtype="bfloat16")
+    model: Any = from_config(config, dtype="bfloat16")
     generator = torch.Generator().manual_seed(0)
     files: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():

@@ -146,8 +146,8 @@ def ditty_di(
     steps: int, make: Callable[[], nn.Module] = make_model, **slots: Any
 ) -> tuple[Source, nn.Module]:
     from ditty_di import Runtime, Trainer
+    from ditty_di.loggers import MetricsProcessor
     from ditty_di.losses import CrossEntropyLoss
-    from ditty_di.metrics import Metrics
 
     model, source = make(), Named(steps)
     runtime = Runtime()
@@ -157,10 +157,10 @@ def ditty_di(
         optimizer=partial(torch.optim.AdamW, lr=LR),
         lr_scheduler=schedule,
         dataloader=source,
-        steps=steps,
+        max_steps=steps,
         runtime=runtime,
-        max_norm=MAX_NORM,
-        metrics=Metrics(every=steps),
+        max_grad_norm=MAX_NORM,
+        logger=MetricsProcessor(log_interval=steps),
         **slots,
     )
     trainer.train()
@@ -189,6 +189,7 @@ def processors() -> dict[str, Any]:
 def hugging_face(steps: int) -> tuple[Source, nn.Module]:
     model, source = make_model(), Flat(steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    optimizers: Any = (optimizer, schedule(optimizer))  # typed as LambdaLR there
 
     class FromSource(transformers.Trainer):
         def get_train_dataloader(self) -> Any:
@@ -214,7 +215,7 @@ def hugging_face(steps: int) -> tuple[Source, nn.Module]:
         model=model,
         args=arguments,
         train_dataset=source.batches,
-        optimizers=(optimizer, schedule(optimizer)),
+        optimizers=optimizers,
         compute_loss_func=loss_fn,
     )
     trainer.remove_callback(transformers.PrinterCallback)

@@ -38,15 +38,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ditty_di import Runtime, Trainer
 from ditty_di.data import (
-    LengthGrouped,
+    LengthGroupedSampler,
     Loader,
-    Packed,
     PackedCollate,
+    PackedDataset,
     PaddedCollate,
     PaddingFreeCollate,
 )
+from ditty_di.loggers import MetricsProcessor
 from ditty_di.losses import CrossEntropyLoss
-from ditty_di.metrics import Metrics
 
 VOCAB, SEQ, EXAMPLES_A_STEP, PACKS_A_STEP = 2048, 512, 8, 2
 MEDIAN, SHORTEST = 100, 8
@@ -109,13 +109,15 @@ def make_model(hidden: int) -> LlamaForCausalLM:
 
 
 def loaders(examples: Ragged) -> dict[str, partial[Loader]]:
-    grouped = partial(LengthGrouped, dataset=examples, group_size=EXAMPLES_A_STEP)
+    grouped = partial(LengthGroupedSampler, dataset=examples, group_size=EXAMPLES_A_STEP)
     return {
         "padded": partial(Loader, examples, EXAMPLES_A_STEP, collate_fn=PaddedCollate()),
         "length_grouped": partial(
-            Loader, examples, EXAMPLES_A_STEP, collate_fn=PaddedCollate(), order=grouped
+            Loader, examples, EXAMPLES_A_STEP, collate_fn=PaddedCollate(), sampler=grouped
         ),
-        "packed": partial(Loader, Packed(examples, SEQ), PACKS_A_STEP, collate_fn=PackedCollate()),
+        "packed": partial(
+            Loader, PackedDataset(examples, SEQ), PACKS_A_STEP, collate_fn=PackedCollate()
+        ),
         "padding_free": partial(Loader, examples, EXAMPLES_A_STEP, collate_fn=PaddingFreeCollate()),
     }
 
@@ -142,9 +144,9 @@ def turn(loader: Loader, steps: int, hidden: int) -> Watched:
         optimizer=partial(torch.optim.AdamW, lr=1e-3),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
         dataloader=source,
-        steps=steps,
+        max_steps=steps,
         runtime=runtime,
-        metrics=Metrics(every=steps),
+        logger=MetricsProcessor(log_interval=steps),
     )
     status = trainer.train()["status"]
     if status != "finished":

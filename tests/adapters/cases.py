@@ -17,7 +17,7 @@ from ditty_di import adapters, quantization
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.models.causal_lm import from_pretrained
 from ditty_di.models.pretrained import Pretrained
-from ditty_di.models.weights import materialize, unset
+from ditty_di.models.weights import materialize, uninitialized
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime
 from tests.distributed import cases as distributed
@@ -48,11 +48,11 @@ def save_base(folder: Path, *, seed: int = 0, tie: bool = False, layers: int = 2
 def lora(**options: Any) -> Any:
     """The adapter slot, as conf/adapter/lora.yaml fills it."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options})
-    return partial(adapters.add, config=config)
+    return partial(adapters.apply_adapter, config=config)
 
 
 def pretrained(base: str, seed: int = 3) -> Pretrained:
-    return Pretrained(base, missing=partial(adapters.initialize, seed=seed))
+    return Pretrained(base, init_missing=partial(adapters.initialize, seed=seed))
 
 
 def filled(base: str, seed: int = 3, **transforms: Any) -> nn.Module:
@@ -60,7 +60,7 @@ def filled(base: str, seed: int = 3, **transforms: Any) -> nn.Module:
     model = from_pretrained(base, **transforms)
     materialize(model, CPU)
     pretrained(base, seed)(model, device=CPU)
-    assert not unset(model)
+    assert not uninitialized(model)
     return model
 
 
@@ -119,4 +119,4 @@ def resumed(folder: Path, base: str, source: Path, variant: str = "", **options:
 
 
 def checkpointer(folder: Path, **options: Any) -> Any:
-    return partial(Checkpointer, str(folder / "checkpoints"), keep=None, **options)
+    return partial(Checkpointer, str(folder / "checkpoints"), keep_latest_k=None, **options)

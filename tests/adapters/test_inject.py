@@ -68,7 +68,7 @@ def test_targets_are_found_by_architecture_or_in_the_blocks(base):
 def test_the_configuration_is_not_written_to(base):
     config = peft.LoraConfig(target_modules="all-linear")
     for _ in range(2):
-        adapters.add(from_pretrained(base), config=config)
+        adapters.apply_adapter(from_pretrained(base), config=config)
     assert config.target_modules == "all-linear" and config.task_type is None
 
 
@@ -110,7 +110,7 @@ def test_what_is_trained_is_float32_on_a_base_of_16_bits(base, options):
 def test_dtype_none_leaves_peft_s_own(base):
     import functools
 
-    adapter = functools.partial(adapters.add, config=peft.LoraConfig(), dtype=None)
+    adapter = functools.partial(adapters.apply_adapter, config=peft.LoraConfig(), dtype=None)
     model = from_pretrained(base, dtype="bfloat16", adapter=adapter)
     assert {p.dtype for p in trained(model).values()} == {torch.bfloat16}
 
@@ -145,7 +145,7 @@ def test_what_cannot_work_is_said_when_the_model_is_built(base, options, message
 def test_kinds_that_cannot_work(base, config, message):
     with pytest.raises(ValueError, match=message), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapters.add(from_pretrained(base), config=config)
+        adapters.apply_adapter(from_pretrained(base), config=config)
 
 
 def test_adapters_are_added_once(base):
@@ -158,7 +158,7 @@ def test_adapters_are_added_once(base):
 def test_kinds_that_would_read_packed_bytes_as_weights(base, quantize):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ValueError, match=r"quantized|NF4Linear.* not supported"):
-        adapters.add(from_pretrained(base, quantize=quantize), config=peft.HRAConfig())
+        adapters.apply_adapter(from_pretrained(base, quantize=quantize), config=peft.HRAConfig())
 
 
 @pytest.mark.parametrize("quantize", [quantization.nf4, quantization.int8])

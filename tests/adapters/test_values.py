@@ -9,7 +9,7 @@ import torch
 from ditty_di import adapters, quantization
 from ditty_di.models.causal_lm import from_pretrained
 from ditty_di.models.pretrained import Pretrained
-from ditty_di.models.weights import materialize, unset
+from ditty_di.models.weights import materialize, uninitialized
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime
 from tests.adapters.cases import CPU, filled, ids, lora, pretrained
@@ -24,11 +24,11 @@ KINDS = {
     "embedding-dora": lora(target_modules=["embed_tokens", "q_proj"], use_dora=True),
     "tokens": lora(trainable_token_indices=[3, 60]),
     "copies": lora(modules_to_save=["embed_tokens", "lm_head", "norm"]),
-    "ia3": partial(adapters.add, config=peft.IA3Config()),
-    "norms": partial(adapters.add, config=peft.LNTuningConfig()),
-    "loha": partial(adapters.add, config=peft.LoHaConfig(r=4)),
-    "lokr": partial(adapters.add, config=peft.LoKrConfig(r=4)),
-    "road": partial(adapters.add, config=peft.RoadConfig(group_size=8)),
+    "ia3": partial(adapters.apply_adapter, config=peft.IA3Config()),
+    "norms": partial(adapters.apply_adapter, config=peft.LNTuningConfig()),
+    "loha": partial(adapters.apply_adapter, config=peft.LoHaConfig(r=4)),
+    "lokr": partial(adapters.apply_adapter, config=peft.LoKrConfig(r=4)),
+    "road": partial(adapters.apply_adapter, config=peft.RoadConfig(group_size=8)),
 }
 
 
@@ -124,7 +124,7 @@ def test_a_head_that_the_base_lacks(base, tmp_path):
 def test_what_nobody_can_start_is_named(base):
     config = peft.LoHaConfig(r=4, init_weights=False)
     with pytest.raises(ValueError, match=r"LoHaLinear|layers\.0\..* starts with init_weights=Fa"):
-        filled(base, adapter=partial(adapters.add, config=config))
+        filled(base, adapter=partial(adapters.apply_adapter, config=config))
 
 
 def test_a_model_without_a_base_in_files_has_nothing_to_start_from(base):
@@ -148,7 +148,7 @@ def whole_values(base):
             materialize(model, CPU)
             pretrained(base)(model, device=CPU)
             key = f"{kind}-{quantize and quantize.__name__}"
-            assert not unset(model)
+            assert not uninitialized(model)
             for name, parameter in model.named_parameters():
                 full = getattr(parameter, "full_tensor", parameter.detach)()
                 found[f"{key}/{name}"] = full.double().flatten()[:999].tolist()

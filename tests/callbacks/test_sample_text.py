@@ -9,7 +9,7 @@ from torch import nn
 from ditty_di.callbacks import SampleText
 from ditty_di.callbacks.sample_text import labels, one_line
 from ditty_di.data.loader import Loader
-from ditty_di.metrics import Validator
+from ditty_di.training.validation import Validator
 from tests.distributed.cases import Ragged, make_trainer
 from tests.generation.test_sampling import DEVICE, Letters
 
@@ -106,12 +106,19 @@ def test_a_sample_ends_with_its_turn_and_within_the_models_positions(tokenizer):
 
 def trained(samples=None, **slots):
     """Losses with dropout, what was written, and what the callbacks report."""
-    loader = partial(Loader, Ragged(), batch_size=16, shuffle=False)
+    loader = partial(Loader, Ragged(), micro_batch_size=16, shuffle=False)
     trainer, recorder = make_trainer(
         None,
         dropout=0.3,
-        steps=3,
-        validator=partial(Validator, loader, every=2, max_batches=1, first=True, samples=samples),
+        max_steps=3,
+        validator=partial(
+            Validator,
+            loader,
+            eval_interval=2,
+            max_batches=1,
+            validate_before_training=True,
+            samples=samples,
+        ),
         **slots,
     )
     trainer.train()
@@ -141,7 +148,7 @@ def test_a_validator_brings_the_callback_that_logs_samples():
 
 def test_one_validation_has_nothing_to_be_compared_with():
     sample = SampleText(Letters(), ["ab"], max_new_tokens=1)
-    trainer, _ = make_trainer(None, steps=1, validator=None)
+    trainer, _ = make_trainer(None, max_steps=1, validator=None)
     sample.on_validation_end(trainer)
     trainer.close()
     assert sample.report() == ""

@@ -20,7 +20,8 @@ from torchao.optim import AdamW8bit
 import ditty_di.checkpoint.load  # noqa: F401
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.checkpoint.folder import MANIFEST
-from ditty_di.checkpoint.states import ModelState, OptimizerState, RNGState, SchedulerState
+from ditty_di.checkpoint.model_state import ModelState
+from ditty_di.checkpoint.states import OptimizerState, RNGState, SchedulerState
 
 ROWS = 8
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from ditty_di.checkpoint import CheckpointError
 from ditty_di.checkpoint.folder import Checkpoint
+from ditty_di.checkpoint.model_state import BaseState, ModelState, model_states
 from ditty_di.checkpoint.read import from_checkpoint, load_model, read_base
-from ditty_di.checkpoint.states import BaseState, ModelState, model_states
 from tests.adapters import cases
 from tests.checkpoint import ranks
 from tests.checkpoint.cases import Box, checkpointer
@@ -29,7 +29,7 @@ def other(tmp_path_factory):
 
 def save(folder, base, variant):
     """Trains two steps and saves; bytes of the adapters and of the base, and their values."""
-    trainer, _ = make_trainer(folder, **cases.slots(base, variant), steps=2)
+    trainer, _ = make_trainer(folder, **cases.slots(base, variant), max_steps=2)
     trainer.train()
     trainer.close()
     model = trainer.model_parts[0]
@@ -65,7 +65,7 @@ def resume(folder, base, load):
     trainer, recorder = make_trainer(
         None,
         **cases.slots(base, "qlora"),
-        steps=3,
+        max_steps=3,
         checkpointer=cases.checkpointer(folder, load=load),
     )
     try:
@@ -104,7 +104,7 @@ def test_read_without_the_run_that_wrote_it(saved, base, other):
     fill = partial(from_checkpoint, device=cases.CPU, path=path)
     model = empty(base, **cases.VARIANTS["qlora"])
     fill(model, initialize=cases.pretrained(base, seed=9))
-    assert not cases.unset(model)
+    assert not cases.uninitialized(model)
     assert {n: p.tolist() for n, p in model.named_parameters() if p.requires_grad} == trained
 
     with pytest.raises(CheckpointError, match=f"trained on the base {base} .*here is {other}"):

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from ditty_di.checkpoint import CheckpointError
 from ditty_di.checkpoint.folder import MANIFEST
-from ditty_di.checkpoint.states import ModelState
+from ditty_di.checkpoint.model_state import ModelState
 from tests.checkpoint.cases import OPTIMIZERS, Box, Run, checkpointer, without_digests
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -29,7 +29,7 @@ def names(folder):
 
 
 def roundtrip(folder, saved, live, **options):
-    checkpointer(folder, {"box": Box(saved)}, every=1, **options).save(1)
+    checkpointer(folder, {"box": Box(saved)}, save_interval=1, **options).save(1)
     box = Box(live)
     assert checkpointer(folder, {"box": box}).load() == 1
     return box.state
@@ -42,7 +42,7 @@ def roundtrip(folder, saved, live, **options):
 @pytest.mark.parametrize("optimizer", EXACT)
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, optimizer, async_save):
     whole = Run(optimizer)
-    saver = whole.checkpointer(tmp_path, every=2, async_save=async_save)
+    saver = whole.checkpointer(tmp_path, save_interval=2, async_save=async_save)
     whole.train([1, 2])
     assert saver.save(2)
     at_2 = whole.content()
@@ -160,16 +160,16 @@ def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path):
 
 @pytest.mark.parametrize("async_save", [False, True])
 def test_due_forced_and_already_saved(tmp_path, async_save):
-    saver = checkpointer(tmp_path, {"box": Box({"x": 1})}, every=3, async_save=async_save)
+    saver = checkpointer(tmp_path, {"box": Box({"x": 1})}, save_interval=3, async_save=async_save)
     assert [step for step in range(1, 8) if saver.save(step)] == [3, 6]
     assert saver.save(7, force=True) and not saver.save(7, force=True)
     saver.close()
     # A rerun after the end: the step is whole, with and without having been loaded.
-    rerun = checkpointer(tmp_path, {"box": Box({"x": 2})}, every=3)
+    rerun = checkpointer(tmp_path, {"box": Box({"x": 2})}, save_interval=3)
     assert not rerun.save(7, force=True)
-    rerun = checkpointer(tmp_path, {"box": Box({"x": 2})}, every=3)
+    rerun = checkpointer(tmp_path, {"box": Box({"x": 2})}, save_interval=3)
     assert rerun.load() == 7 and not rerun.save(7, force=True)
-    only_forced = checkpointer(tmp_path, {"box": Box({"x": 2})}, every=None)
+    only_forced = checkpointer(tmp_path, {"box": Box({"x": 2})}, save_interval=None)
     assert not only_forced.save(9)
 
 
@@ -177,7 +177,7 @@ def test_due_forced_and_already_saved(tmp_path, async_save):
 @pytest.mark.parametrize("keep, left", [(1, [5]), (2, [4, 5]), (None, [1, 2, 3, 4, 5])])
 def test_so_many_are_kept(tmp_path, keep, left, async_save):
     saver = checkpointer(
-        tmp_path, {"box": Box({"x": 1})}, every=1, keep=keep, async_save=async_save
+        tmp_path, {"box": Box({"x": 1})}, save_interval=1, keep_latest_k=keep, async_save=async_save
     )
     for step in range(1, 6):
         saver.save(step)
@@ -279,7 +279,7 @@ def test_sharded_tensors_in_a_list_are_refused(tmp_path):
 def test_damage_of_a_whole_checkpoint_is_an_error(tmp_path, file):
     """Without digests, as of earlier versions. The older one is not taken instead: that would lose
     steps without a word."""
-    saver = checkpointer(tmp_path, {"box": Box({"x": torch.ones(1000), "y": 1})}, every=1)
+    saver = checkpointer(tmp_path, {"box": Box({"x": torch.ones(1000), "y": 1})}, save_interval=1)
     saver.save(1), saver.save(2)
     without_digests(tmp_path / "step-00000002")
     path = tmp_path / "step-00000002" / file
@@ -298,7 +298,7 @@ def flip_a_bit(file, at):
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", MANIFEST])
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_taken(tmp_path, file, caplog):
     box = Box({"x": torch.ones(1000), "y": 1})
-    saver = checkpointer(tmp_path, {"box": box}, every=1, keep=2)
+    saver = checkpointer(tmp_path, {"box": box}, save_interval=1, keep_latest_k=2)
     saver.save(1)
     box.state["x"].fill_(2.0)
     saver.save(2)
@@ -316,7 +316,7 @@ def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_taken(tmp_path, f
 
 
 def test_damaged_checkpoints_alone_are_an_error_not_a_new_start(tmp_path):
-    saver = checkpointer(tmp_path, {"box": Box({"x": torch.ones(1000)})}, every=1)
+    saver = checkpointer(tmp_path, {"box": Box({"x": torch.ones(1000)})}, save_interval=1)
     saver.save(1)
     flip_a_bit(tmp_path / "step-00000001" / "__0_0.distcp", 900)
     with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*is damaged.*start anew"):
@@ -324,7 +324,7 @@ def test_damaged_checkpoints_alone_are_an_error_not_a_new_start(tmp_path):
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_digests_and_loads(tmp_path):
-    saver = checkpointer(tmp_path, {"box": Box({"x": torch.ones(3)})}, every=1)
+    saver = checkpointer(tmp_path, {"box": Box({"x": torch.ones(3)})}, save_interval=1)
     saver.save(1)
     without_digests(tmp_path / "step-00000001")
     assert saver.load() == 1
@@ -347,7 +347,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_named_with_what_is_needed_and_leaves_the_others_whole(small_disk):
     box = Box({"x": torch.rand(100_000)})
-    saver = checkpointer(small_disk / "c", {"box": box}, every=1, keep=None)
+    saver = checkpointer(small_disk / "c", {"box": box}, save_interval=1, keep_latest_k=None)
     saver.save(1), saver.save(2)
     with pytest.raises(
         CheckpointError,
@@ -369,7 +369,7 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path):
         from tests.checkpoint.cases import Box, checkpointer
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         box = Box({{"x": torch.rand(100_000)}})
-        saver = checkpointer({str(tmp_path)!r}, {{"box": box}}, every=1)
+        saver = checkpointer({str(tmp_path)!r}, {{"box": box}}, save_interval=1)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         try:
@@ -386,7 +386,7 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path):
 
 def test_an_incomplete_newest_is_passed_over(tmp_path, caplog):
     box = Box({"x": torch.ones(1000)})
-    saver = checkpointer(tmp_path, {"box": box}, every=1)
+    saver = checkpointer(tmp_path, {"box": box}, save_interval=1)
     saver.save(1), saver.save(2)
     os.truncate(tmp_path / "step-00000002" / "__0_0.distcp", 100)
     assert saver.load() == 1
@@ -398,8 +398,8 @@ def test_an_incomplete_newest_is_passed_over(tmp_path, caplog):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"every": 0}, "checkpoint.every=0"),
-        ({"keep": 0}, "checkpoint.keep=0"),
+        ({"save_interval": 0}, "checkpoint.save_interval=0"),
+        ({"keep_latest_k": 0}, "checkpoint.keep_latest_k=0"),
         ({"rank_states": {"box": Box({})}}, r"unique and without dots: \['box'"),
         ({"rank_states": {"a.b": Box({})}}, r"unique and without dots: \['a.b'"),
     ],

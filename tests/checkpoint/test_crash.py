@@ -24,7 +24,7 @@ def content(step):
 
 def saver(folder, step=0, **options):
     box, own = content(step)
-    return box, own, checkpointer(folder, {"box": box}, {"rng": own}, keep=KEEP, **options)
+    return box, own, checkpointer(folder, {"box": box}, {"rng": own}, keep_latest_k=KEEP, **options)
 
 
 @pytest.fixture

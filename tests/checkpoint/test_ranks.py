@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ditty_di.checkpoint import CheckpointError, latest
-from ditty_di.checkpoint.states import ModelState
+from ditty_di.checkpoint.model_state import ModelState
 from tests.checkpoint import ranks
 from tests.checkpoint.cases import OPTIMIZERS, Box, Run, checkpointer
 
@@ -22,7 +24,7 @@ def train_and_save(folder, layout):
     result = {}
     for name in OPTIMIZERS:
         run = Run(name, layout)
-        saver = run.checkpointer(folder / name, every=3, async_save=name != "sgd")
+        saver = run.checkpointer(folder / name, save_interval=3, async_save=name != "sgd")
         run.train([1, 2, 3])
         assert saver.save(3)
         content = run.content()
@@ -273,3 +275,30 @@ def not_shared(folder):
 def test_a_folder_that_ranks_do_not_share(tmp_path):
     ranks.run(not_shared, 2, tmp_path)
     assert latest(tmp_path) is None
+
+
+# -- a rank that does not answer -------------------------------------------------------------------
+class Slow(Box):
+    """As a state that reads rows from a disk that does not answer, for a while."""
+
+    def state_dict(self):
+        if dist.get_rank() == 1:
+            time.sleep(6)
+        return super().state_dict()
+
+
+def wait_for_a_slow_state(folder):
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    saver = checkpointer(folder, {"data": Slow({"consumed": 1})})
+    try:
+        saver.require_space()
+    except CheckpointError as error:
+        return f"the checkpointer blames {error}"
+    except RuntimeError as error:
+        return str(error)
+    return "waited"
+
+
+def test_before_the_first_step_a_rank_that_hangs_is_missed_as_soon_as_in_training(tmp_path):
+    found = ranks.run(wait_for_a_slow_state, 2, tmp_path / "checkpoints")
+    assert "imed out" in found[0], found

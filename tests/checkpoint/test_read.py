@@ -10,15 +10,15 @@ from torch import nn
 
 from ditty_di.checkpoint import CheckpointError
 from ditty_di.checkpoint.folder import Checkpoint
+from ditty_di.checkpoint.model_state import ModelState
 from ditty_di.checkpoint.read import from_checkpoint, load_model
-from ditty_di.checkpoint.states import ModelState
 from tests.checkpoint import ranks
 from tests.checkpoint.cases import Box, Model, Run, checkpointer, without_digests
 
 
 def save_sharded(folder):
     run = Run("adamw")
-    saver = run.checkpointer(folder, every=1)
+    saver = run.checkpointer(folder, save_interval=1)
     for step in (1, 2):
         run.train([step])
         saver.save(step)

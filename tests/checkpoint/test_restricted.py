@@ -86,7 +86,7 @@ def test_a_storage_inside_is_read_with_the_same_restriction(tmp_path: Path) -> N
 
 
 def test_a_checkpoint_is_read_without_running_its_pickles(tmp_path: Path, process_group) -> None:
-    checkpointer(tmp_path, {"box": Box({"a": 1, "b": torch.ones(2)})}, every=1).save(1)
+    checkpointer(tmp_path, {"box": Box({"a": 1, "b": torch.ones(2)})}, save_interval=1).save(1)
     checkpoint = tmp_path / "step-00000001"
     assert set(Checkpoint(checkpoint).entries["box"]) == {"a", "b"}
     evil, opened = pickle.dumps(Calls(os.mkdir, str(tmp_path / "made"))), Checkpoint(checkpoint)
@@ -99,4 +99,4 @@ def test_a_checkpoint_is_read_without_running_its_pickles(tmp_path: Path, proces
 def test_what_could_not_be_read_again_is_not_saved(tmp_path: Path, process_group) -> None:
     box = Box({"loader": torch.utils.data.DataLoader([1])})
     with pytest.raises(CheckpointError, match=r"cannot be saved.*could run code"):
-        checkpointer(tmp_path, {"box": box}, every=1).save(1)
+        checkpointer(tmp_path, {"box": box}, save_interval=1).save(1)

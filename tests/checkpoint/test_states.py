@@ -10,12 +10,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import lr_scheduler as schedules
 
-from ditty_di.checkpoint.states import (
-    ModelState,
-    OptimizerState,
-    RNGState,
-    SchedulerState,
-)
+from ditty_di.checkpoint.model_state import ModelState
+from ditty_di.checkpoint.states import OptimizerState, RNGState, SchedulerState
 from tests.checkpoint.cases import checkpointer
 
 pytestmark = pytest.mark.usefixtures("process_group")

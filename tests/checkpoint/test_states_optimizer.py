@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 
 from ditty_di.checkpoint import CheckpointError
-from ditty_di.checkpoint.states import ModelState, OptimizerState
+from ditty_di.checkpoint.model_state import ModelState
+from ditty_di.checkpoint.states import OptimizerState
 from tests.checkpoint.cases import checkpointer
 
 pytestmark = pytest.mark.usefixtures("process_group")

@@ -35,7 +35,7 @@ def test_what_is_said_later_replaces_what_was_said_earlier() -> None:
         ("prompt=Hello, you! (yes)", "prompt='Hello, you! (yes)'"),
         ("prompt=it's \\ me", "prompt='it\\'s \\ me'"),
         ("model=a,b", "model=a,b"),  # Hydra says what is ambiguous about it
-        ("steps=[1, 2", "steps=[1, 2"),  # and what is unfinished here
+        ("max_steps=[1, 2", "max_steps=[1, 2"),  # and what is unfinished here
         ("lr=1e-3", "lr=1e-3"),
         ("seed=0", "seed=0"),
         ("note=", "note="),

@@ -54,7 +54,7 @@ def test_a_misspelt_module_is_corrected_by_one_that_is_there(folder):
 
 def test_it_trains_with_a_function_as_its_loss(folder):
     loss = ["loss=function", "loss._target_=mine.loss"]
-    code, said = run(folder, *FILLED, *loss, "steps=3", "run=outputs/own")
+    code, said = run(folder, *FILLED, *loss, "max_steps=3", "run=outputs/own")
     assert code == 0, said
     assert "loss has no num_valid(batch): its value is taken as a mean over rows" in said
     result = json.loads((folder / "outputs/own/result.json").read_text())

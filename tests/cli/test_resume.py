@@ -26,10 +26,10 @@ def rows():
 ROWS = [[[i / 64, 1 - i / 64], [i / 32]] for i in range(64)]
 ONE = ["model._target_=mine.Net", "data.train._target_=mine.rows", "+model.width=8"]
 OPTIONS = [
-    "steps=4",
+    "max_steps=4",
     "global_batch_size=8",
-    "data.loader.batch_size=8",
-    "checkpoint.every=2",
+    "data.loader.micro_batch_size=8",
+    "checkpoint.save_interval=2",
     "export=none",
 ]
 OPTIONS += ["lr_scheduler=linear", "validator=none"]
@@ -71,26 +71,26 @@ def files(run):
 def test_a_resume_that_cannot_load_leaves_no_trace_and_more_steps_go_on(folder):
     before = files(folder / "r")
     code, said = ditty_di(
-        folder, "run=r", "model.width=16", "resume.allow=[model.width]", "steps=6"
+        folder, "run=r", "model.width=16", "resume.allow=[model.width]", "max_steps=6"
     )
     assert code != 0 and "shape" in said, said
     assert files(folder / "r") == before
-    code, said = ditty_di(folder, "run=r", "steps=6")
+    code, said = ditty_di(folder, "run=r", "max_steps=6")
     assert code == 0, said
-    assert "the run had steps=4 before; its learning rate continues at" in said
+    assert "the run had max_steps=4 before; its learning rate continues at" in said
     assert json.loads((folder / "r/result.json").read_text())["step"] == 6
 
 
 def test_data_changed_in_place_are_refused_until_told_otherwise(folder):
     (folder / "rows.json").write_text(json.dumps([*ROWS[:40], [[0.5, 0.5], [9.0]], *ROWS[41:]]))
     before = files(folder / "r")
-    code, said = ditty_di(folder, "run=r", "steps=6")
+    code, said = ditty_di(folder, "run=r", "max_steps=6")
     assert code != 0 and "another content" in said and "load.content=false" in said, said
     assert files(folder / "r") == before
-    code, said = ditty_di(folder, "run=r", "steps=6", "load.content=false")
+    code, said = ditty_di(folder, "run=r", "max_steps=6", "load.content=false")
     assert code == 0, said
 
 
 def test_fewer_steps_are_another_run(folder):
-    code, said = ditty_di(folder, "run=r", "steps=3")
-    assert code == 2 and "steps: 4 -> 3" in said and "resume.allow=[steps]" in said, said
+    code, said = ditty_di(folder, "run=r", "max_steps=3")
+    assert code == 2 and "max_steps: 4 -> 3" in said and "resume.allow=[max_steps]" in said, said

@@ -200,21 +200,21 @@ def test_what_is_not_text_stays_what_it_is() -> None:
     graph, _ = settled(
         *(
             "+experiment=full",
-            "data.encoder.output_format=[a,b]",
-            "steps=5",
+            "data.renderer.output_format=[a,b]",
+            "max_steps=5",
             "optimizer.lr=1e-3",
             "epochs=null",
         ),
         *("tokenizer.special_tokens=[<|im_start|>,<|im_end|>]", "name=007", "debug=true"),
-        *("data.encoder.input_format=[INST] __input__ [/INST]", "export.path=${run}/e"),
+        *("data.renderer.input_format=[INST] __input__ [/INST]", "export.path=${run}/e"),
     )
-    values = ("data.encoder.output_format", "steps", "optimizer.lr", "epochs", "name", "debug")
+    values = ("data.renderer.output_format", "max_steps", "optimizer.lr", "epochs", "name", "debug")
     assert [graph.build(key) for key in values] == [["a", "b"], 5, 1e-3, None, "007", True]
     assert graph.build("tokenizer.special_tokens") == ["<|im_start|>", "<|im_end|>"]
-    assert graph.build("data.encoder.input_format") == "[INST] __input__ [/INST]"
+    assert graph.build("data.renderer.input_format") == "[INST] __input__ [/INST]"
 
 
-@pytest.mark.parametrize("typed", ["steps=[1, 2", "trainer.max_norm={a: <b>}"])
+@pytest.mark.parametrize("typed", ["max_steps=[1, 2", "trainer.max_grad_norm={a: <b>}"])
 def test_what_can_be_read_neither_as_text_nor_otherwise_is_an_error(typed: str) -> None:
     with pytest.raises(ConfigError, match=rf"cannot read {re.escape(repr(typed))}: "):
         settled(typed)

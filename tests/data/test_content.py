@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ditty_di.data import Encoder, Examples, Packed, Seq2SeqExamples, in_memory
+from ditty_di.data import (
+    PackedDataset,
+    Renderer,
+    TokenizedDataset,
+    TokenizedSeq2SeqDataset,
+    in_memory,
+)
 from ditty_di.data.content import DataContent, array_digest, rows_digest
 from ditty_di.data.rows import Rows as Chosen
 from tests.data.words import word_tokenizer
@@ -79,12 +85,12 @@ def test_the_digest_of_an_array_is_of_its_blocks_when_it_is_large():
 
 def tokenized(folder, words):
     records = [{"input": "a b", "output": word} for word in words]
-    return Examples(in_memory(records), Encoder(word_tokenizer()), cache_dir=folder)
+    return TokenizedDataset(in_memory(records), Renderer(word_tokenizer()), cache_dir=folder)
 
 
 WRAPPERS = [
-    lambda examples: Packed(examples, 16),
-    Seq2SeqExamples,
+    lambda examples: PackedDataset(examples, 16),
+    TokenizedSeq2SeqDataset,
     lambda examples: Chosen(examples, range(0, len(examples), 3)),
 ]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ditty_di.data import Encoder
+from ditty_di.data import Renderer
 from tests.data import templates as t
 from tests.data.templates import bot, chat_tokenizer, shown, user
 
@@ -20,7 +20,7 @@ def texts(tokenizer):
 
     def make(record, template=t.CHATML, **options):
         tokenizer.chat_template = template
-        (examples,) = Encoder(tokenizer, **options)([record])
+        (examples,) = Renderer(tokenizer, **options)([record])
         for example in examples:
             if isinstance(example, ValueError):
                 raise example
@@ -160,7 +160,7 @@ def test_fields_that_nothing_reads_are_named(texts):
     assert not unread({"input": "a", "output": " b", "images": [], "history": None, "note": ""})
     assert unread(chat(user("a"), bot("b"), images=["x.png"], tools=[])) == {"images"}
     assert unread({"input": [5], "output": [6], "text": "a"}) == {"text"}
-    assert Encoder(chat_tokenizer(t.CHATML)).unread(pair) == {"instruction", "history", "id"}
+    assert Renderer(chat_tokenizer(t.CHATML)).unread(pair) == {"instruction", "history", "id"}
     with pytest.raises(ValueError, match='nothing reads "history", "id", "instruction"'):
         texts(pair, audit="refuse")
 
@@ -198,27 +198,27 @@ def test_bos_comes_once(tokenizer):
     )
     pair = {"input": "hi", "output": "yo"}
     for spelt in ("<s>[__input__]", "[__input__]"):
-        encoder = Encoder(adding, input_format=spelt)
-        ((example,),) = encoder([pair])
+        renderer = Renderer(adding, input_format=spelt)
+        ((example,),) = renderer([pair])
         assert shown(example, adding) == "<s>[hi]⟦yo<|endoftext|>⟧"
-        assert encoder.prompt(pair) == example.ids[: example.inputs]
-        ((cut,),) = Encoder(adding, input_format=spelt, max_input_tokens=2)([pair])
+        assert renderer.prompt(pair) == example.ids[: example.inputs]
+        ((cut,),) = Renderer(adding, input_format=spelt, max_input_tokens=2)([pair])
         assert shown(cut, adding) == "<s>]⟦yo<|endoftext|>⟧"
-    ((example,),) = Encoder(adding)([chat(user("a"), bot("b"))])
+    ((example,),) = Renderer(adding)([chat(user("a"), bot("b"))])
     assert shown(example, adding).count("<s>") == 1
     tokenizer.chat_template = t.CHATML
-    ((example,),) = Encoder(tokenizer, input_format="<s>__input__")([pair])
+    ((example,),) = Renderer(tokenizer, input_format="<s>__input__")([pair])
     assert shown(example, tokenizer).startswith("<s>hi"), "as it is spelt, where nothing is added"
 
 
 def test_a_border_within_a_token_is_told_and_left(tokenizer):
     record = {"input": "def f():\n", "output": "    return 1"}
-    ((example,),) = Encoder(tokenizer)([record])
+    ((example,),) = Renderer(tokenizer)([record])
     assert [note.kind for note in example.notes] == ["border"]
     assert shown(example, tokenizer) == "def f():\n⟦    return 1<|endoftext|>⟧"
-    ((example,),) = Encoder(tokenizer, audit="refuse")([record])
+    ((example,),) = Renderer(tokenizer, audit="refuse")([record])
     assert not isinstance(example, ValueError), "nothing is wrong with it"
-    ((example,),) = Encoder(tokenizer)([{"input": "a:", "output": " b"}])
+    ((example,),) = Renderer(tokenizer)([{"input": "a:", "output": " b"}])
     assert not example.notes
 
 

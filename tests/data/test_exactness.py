@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ditty_di.batch import Batch
-from ditty_di.data import Packed, PackedCollate, PaddedCollate, PaddingFreeCollate
+from ditty_di.data import PackedCollate, PackedDataset, PaddedCollate, PaddingFreeCollate
 from ditty_di.losses import CrossEntropyLoss
 from tests.data.ragged import VOCAB, Documents, make_model, run
 
@@ -36,7 +36,7 @@ def gradients(model):
 def batches(how):
     """Micro-batches, and for each where its documents are: (row, start, document)."""
     if how == "packed":
-        dataset = Packed(DOCUMENTS, 20, pad_id=3)
+        dataset = PackedDataset(DOCUMENTS, 20, pad_id=3)
         rows = [dataset[i] for i in range(len(dataset))]
         places = []
         for row in range(len(dataset)):

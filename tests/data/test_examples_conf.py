@@ -12,7 +12,7 @@ from ditty_di.config import Graph
 from tests.data.words import CHAT, word_tokenizer
 from tests.warm import ditty_di
 
-BATCHINGS = ["padded", "length_grouped", "packed", "padding_free", "seq2seq"]
+BATCHINGS = ["padded", "length_grouped", "token_budget", "packed", "padding_free", "seq2seq"]
 PAIRS = [{"input": "a b", "output": "c"}, {"input": "d", "output": "e f"}] * 20
 
 
@@ -64,11 +64,28 @@ def test_a_folder_of_ones_own_in_every_batching(folder, batching):
 
 
 def test_epochs_are_counted_in_rows_of_the_batching(folder):
-    overrides = ("data=jsonl", f"data.path={folder}", "steps=null", "epochs=2", "data.seq_len=16")
+    overrides = (
+        "data=jsonl",
+        f"data.path={folder}",
+        "max_steps=null",
+        "epochs=2",
+        "data.seq_len=16",
+    )
     sized = (*overrides, "global_batch_size=5")
-    assert graph(folder, *sized).build("horizon") == 16
+    assert graph(folder, *sized).build("training_steps") == 16
     # 20 examples of 4 tokens and 20 of 4: four in a row of 16.
-    assert graph(folder, *sized, "batching=packed").build("horizon") == 4
+    assert graph(folder, *sized, "batching=packed").build("training_steps") == 4
+
+
+def test_micro_batches_of_a_number_of_tokens(folder):
+    program = graph(
+        folder, "data=jsonl", f"data.path={folder}", "batching=token_budget", "data.seq_len=16",
+        "batching.max_tokens=24", "epochs=1",
+    )  # fmt: skip
+    loader = program.build("data.loader")(dp_rank=0, dp_world_size=1)
+    sizes = [inputs["input"].shape for inputs, _ in loader]
+    assert max(shape.numel() for shape in sizes) <= 24
+    assert sum(rows for rows, _ in sizes) == 40 and len(sizes) < 10
 
 
 def test_an_encoder_and_a_decoder(folder):
@@ -113,15 +130,15 @@ def test_public_datasets_are_conf_files(folder):
 def test_options_of_conversations_are_keys_that_exist(folder):
     turns = [{"from": f, "value": v} for f, v in [("a", "a"), ("b", "b"), ("a", "c"), ("b", "d")]]
     overrides = (
-        "data.encoder.messages_key=turns",
-        "data.encoder.role_key=from",
-        "data.encoder.content_key=value",
-        "data.encoder.roles={a: user, b: assistant}",
-        "data.encoder.assistant_turns=each",
-        "data.encoder.audit=refuse",
+        "data.renderer.messages_key=turns",
+        "data.renderer.role_key=from",
+        "data.renderer.content_key=value",
+        "data.renderer.roles={a: user, b: assistant}",
+        "data.renderer.assistant_turns=each",
+        "data.renderer.audit=refuse",
     )
     record = {"turns": turns, "id": 0}
-    texts = texts_of(folder, "jsonl", [record], *overrides, "data.encoder.ignored_fields=[id]")
+    texts = texts_of(folder, "jsonl", [record], *overrides, "data.renderer.ignored_fields=[id]")
     assert len(texts) == 2 and texts[0] == "<user>a<end><bot>b<end>"
     with pytest.raises(Exception, match='nothing reads "id"'):
         texts_of(folder, "jsonl", [record], *overrides)
@@ -151,10 +168,15 @@ def test_training_with_workers_over_two_epochs(folder):
     ditty_di(
         folder,
         *("data=jsonl", f"data.path={folder}", "batching=padding_free", "data.seq_len=16"),
-        *("data.loader.num_workers=1", "data.validation_loader.batch_size=2"),
+        *("data.loader.num_workers=1", "data.validation_loader.micro_batch_size=2"),
         *("tokenizer=pretrained", "validator=loss_only", "export=none", "checkpoint=none"),
         f"tokenizer.pretrained_model_name_or_path={folder / 'tokenizer'}",
-        *("steps=null", "epochs=2", f"run={folder / 'run'}", "model.config.num_hidden_layers=1"),
+        *(
+            "max_steps=null",
+            "epochs=2",
+            f"run={folder / 'run'}",
+            "model.config.num_hidden_layers=1",
+        ),
         "global_batch_size=8",
     )
     result = json.loads((folder / "run" / "result.json").read_text())

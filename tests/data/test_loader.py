@@ -1,3 +1,4 @@
+import gc
 import itertools
 import json
 import multiprocessing
@@ -13,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditty_di.data import (
-    LengthGrouped,
+    LengthGroupedSampler,
     Loader,
     PaddedCollate,
     PaddingFreeCollate,
-    horizon,
+    training_steps,
 )
-from ditty_di.data.order import permutation
+from ditty_di.data.sampler import permutation
 
 
 class Rows:
@@ -272,7 +273,7 @@ def test_collates_that_fill_give_every_label_once(collate, workers, rows, batch_
 )
 def test_grouped_rows_resume_on_any_layout(rows, before, after, stop):
     dataset = Ragged(rows)
-    order = partial(LengthGrouped, dataset=dataset, group_size=4, sort_rows=12)
+    order = partial(LengthGroupedSampler, dataset=dataset, group_size=4, sort_rows=12)
 
     def stream(layout, state=None, limit=None):
         ranks = []
@@ -282,7 +283,7 @@ def test_grouped_rows_resume_on_any_layout(rows, before, after, stop):
                 layout[0],
                 epochs=2,
                 collate_fn=PaddedCollate(),
-                order=order,
+                sampler=order,
                 dp_rank=rank,
                 dp_world_size=layout[1],
             )
@@ -302,8 +303,8 @@ def test_grouped_rows_resume_on_any_layout(rows, before, after, stop):
 def test_a_position_in_another_grouping_is_refused():
     dataset = Ragged(10)
     plain = Loader(dataset, 2, collate_fn=PaddedCollate())
-    order = partial(LengthGrouped, dataset=dataset)
-    grouped = Loader(dataset, 2, collate_fn=PaddedCollate(), order=order)
+    order = partial(LengthGroupedSampler, dataset=dataset)
+    grouped = Loader(dataset, 2, collate_fn=PaddedCollate(), sampler=order)
     with pytest.raises(ValueError, match=r"lacks \['grouping'\]"):
         grouped.load_state_dict(plain.state_dict())
     with pytest.raises(ValueError, match=r"saved with .*grouping=groups of 1024"):
@@ -471,7 +472,7 @@ def test_a_position_in_another_order_is_refused(change, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0"),
         ({"seed": -1}, "seed=-1"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"dp_rank": 2, "dp_world_size": 2}, "dp_rank=2 must be .* below dp_world_size=2"),
@@ -483,26 +484,55 @@ def test_a_position_in_another_order_is_refused(change, words):
 )
 def test_bad_arguments(arguments, words):
     with pytest.raises(ValueError, match=words):
-        Loader(**{"dataset": Rows(3), "batch_size": 1, **arguments})
+        Loader(**{"dataset": Rows(3), "micro_batch_size": 1, **arguments})
 
 
 @given(st.integers(1, 1000), st.integers(1, 20), st.integers(1, 50))
-def test_the_horizon_is_the_loaders_length(rows, epochs, batch):
+def test_the_number_of_steps_is_the_loaders_length(rows, epochs, batch):
     dataset = Rows(rows)
-    steps = horizon(epochs=epochs, dataset=dataset, global_batch_size=batch)
+    steps = training_steps(epochs=epochs, dataset=dataset, global_batch_size=batch)
     assert steps == len(Loader(dataset, batch, epochs=epochs))
 
 
-def test_the_horizon_takes_exactly_one_of_steps_and_epochs():
+def test_the_number_of_steps_takes_exactly_one_of_max_steps_and_epochs():
     dataset = Rows(10)
-    assert horizon(steps=7, dataset=dataset) == 7
-    assert horizon(epochs=0.1, dataset=Rows(30), global_batch_size=1) == 3
-    for both in ({}, {"steps": 1, "epochs": 1}):
-        with pytest.raises(ValueError, match="exactly one of steps and epochs"):
-            horizon(dataset=dataset, global_batch_size=1, **both)
-    with pytest.raises(ValueError, match="steps=0"):
-        horizon(steps=0, dataset=dataset)
+    assert training_steps(max_steps=7, dataset=dataset) == 7
+    assert training_steps(epochs=0.1, dataset=Rows(30), global_batch_size=1) == 3
+    for both in ({}, {"max_steps": 1, "epochs": 1}):
+        with pytest.raises(ValueError, match="exactly one of max_steps and epochs"):
+            training_steps(dataset=dataset, global_batch_size=1, **both)
+    with pytest.raises(ValueError, match="max_steps=0"):
+        training_steps(max_steps=0, dataset=dataset)
     with pytest.raises(ValueError, match="global_batch_size=0"):
-        horizon(epochs=1, dataset=dataset, global_batch_size=0)
+        training_steps(epochs=1, dataset=dataset, global_batch_size=0)
     with pytest.raises(ValueError, match="need a global_batch_size"):
-        horizon(epochs=1, dataset=dataset)
+        training_steps(epochs=1, dataset=dataset)
+
+
+class Unwanted:
+    """Garbage whose destructor tells which process collected it."""
+
+    def __init__(self, told):
+        self.told, self.itself = told, self
+
+    def __del__(self):
+        self.told.write_text(str(os.getpid()))
+
+
+class Collecting(Rows):
+    def __getitem__(self, index):
+        gc.collect()
+        return super().__getitem__(index)
+
+
+def test_a_worker_collects_no_garbage_of_its_parent(tmp_path):
+    """A process group's destructor would wait there for threads that it does not have."""
+    gc.disable()
+    try:
+        Unwanted(tmp_path / "told")
+        next(iter(Loader(Collecting(4), 2, num_workers=1)))
+        assert not (tmp_path / "told").exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert (tmp_path / "told").read_text() == str(os.getpid())

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditty_di.data import Loader, Packed, PackedCollate, horizon
+from ditty_di.data import Loader, PackedCollate, PackedDataset, training_steps
 from ditty_di.data.packing import best_fit_decreasing
 
 
@@ -61,7 +61,7 @@ PACKS = [[4], [0, 5], [2, 1], [3]]
 
 def test_a_row_is_its_examples_and_then_padding(caplog):
     with caplog.at_level(logging.INFO):
-        dataset = Packed(Ragged([3, 2, 4]), 6, pad_id=9)
+        dataset = PackedDataset(Ragged([3, 2, 4]), 6, pad_id=9)
     assert "packed 3 examples into 2 rows of 6 tokens: 75.0 % of the tokens are real" in caplog.text
     rows = [dataset[i] for i in range(len(dataset))]
     assert rows[0][0]["input"].tolist() == rows[0][1].tolist() == [2, 2, 2, 2, 1, 1]
@@ -77,26 +77,26 @@ def test_a_row_is_its_examples_and_then_padding(caplog):
 def test_examples_that_are_too_long_are_an_error_or_cut_or_dropped():
     ragged = Ragged([3, 9, 7])
     with pytest.raises(ValueError, match=r"2 of 3 examples do not fit .*seq_len=6 .*longest has 9"):
-        Packed(ragged, 6)
-    cut = Packed(ragged, 6, overlong="cut")
+        PackedDataset(ragged, 6)
+    cut = PackedDataset(ragged, 6, truncation="cut")
     assert sorted(row["input"].tolist() for row, _ in map(cut.__getitem__, range(3)))[1:] == [
         [1] * 6,
         [2] * 6,
     ]
-    dropped = Packed(ragged, 6, overlong="drop")
+    dropped = PackedDataset(ragged, 6, truncation="drop")
     assert [dropped.members(i) for i in range(len(dropped))] == [[0]]
     with pytest.raises(ValueError, match="no example fits"):
-        Packed(Ragged([9]), 6, overlong="drop")
-    with pytest.raises(ValueError, match="overlong='ignore' must be one of error, cut, drop"):
-        Packed(ragged, 6, overlong="ignore")
+        PackedDataset(Ragged([9]), 6, truncation="drop")
+    with pytest.raises(ValueError, match="truncation='ignore' must be one of error, cut, drop"):
+        PackedDataset(ragged, 6, truncation="ignore")
     with pytest.raises(ValueError, match="seq_len=0"):
-        Packed(ragged, 0)
+        PackedDataset(ragged, 0)
 
 
 @pytest.mark.parametrize(("batch_size", "world"), [(1, 1), (2, 2), (3, 1)])
 def test_an_epoch_holds_every_example_once_on_any_layout_and_resumes(batch_size, world):
     ragged = Ragged(np.random.default_rng(0).integers(1, 17, 50))
-    dataset = Packed(ragged, 16)
+    dataset = PackedDataset(ragged, 16)
 
     def stream(skip, size=batch_size):
         found = []
@@ -121,6 +121,6 @@ def test_an_epoch_holds_every_example_once_on_any_layout_and_resumes(batch_size,
 
 
 def test_epochs_are_counted_in_packs():
-    dataset = Packed(Ragged([4] * 40), 16)
+    dataset = PackedDataset(Ragged([4] * 40), 16)
     assert len(dataset) == 10
-    assert horizon(epochs=2, dataset=dataset, global_batch_size=4) == 5
+    assert training_steps(epochs=2, dataset=dataset, global_batch_size=4) == 5

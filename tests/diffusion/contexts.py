@@ -14,7 +14,7 @@ def context(images, labels, *, step=1, training=True):
         forward_kwargs={},
         epoch=0,
         step=step,
-        total_steps=10,
+        max_steps=10,
         device=torch.device("cpu"),
         model=model,
     )

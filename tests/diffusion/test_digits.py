@@ -30,7 +30,7 @@ def test_the_split_depends_on_the_seed_and_loses_nothing():
 
 
 def test_rows_go_through_the_loader():
-    loader = Loader(Digits("validation"), batch_size=100, epochs=1, shuffle=False)
+    loader = Loader(Digits("validation"), micro_batch_size=100, epochs=1, shuffle=False)
     batches = list(loader)
     inputs, labels = batches[0]
     assert inputs["input"].shape == (100, 1, 8, 8)

@@ -3,8 +3,8 @@ import torch
 
 from ditty_di.diffusion import DiT
 from ditty_di.diffusion.models import _image, _patches
-from ditty_di.models.weights import initialize, materialize, unset
-from ditty_di.parallelize.data_parallel import _blocks
+from ditty_di.models.weights import initialize, materialize, uninitialized
+from ditty_di.parallelize.data_parallel import repeated_blocks
 
 
 def small(**options):
@@ -71,7 +71,7 @@ def test_on_meta_it_is_filled_completely_and_repeatably():
         assert all(p.is_meta for p in model.parameters())
         materialize(model, torch.device("cpu"))
         initialize(model, device=torch.device("cpu"), seed=3)
-        assert not unset(model)
+        assert not uninitialized(model)
         models.append(model)
     for a, b in zip(*(m.parameters() for m in models), strict=True):
         assert torch.equal(a, b)
@@ -82,7 +82,7 @@ def test_on_meta_it_is_filled_completely_and_repeatably():
 
 def test_its_blocks_are_found_to_be_sharded():
     model = small()
-    assert _blocks(model, None) is model.blocks
+    assert repeated_blocks(model, None) is model.blocks
 
 
 def test_the_contract_asks_for_classes_only_where_there_are_some():

@@ -165,9 +165,9 @@ def test_samples_depend_on_seed_and_row_alone(eta):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DDIM(cosine(10), Epsilon(), steps=11), "steps=11 must be from 1 to 10"),
+        (lambda: DDIM(cosine(10), Epsilon(), steps=11), "max_steps=11 must be from 1 to 10"),
         (lambda: DDIM(cosine(10), Epsilon(), steps=5, eta=-1), "eta=-1"),
-        (lambda: Euler(steps=0), "steps=0"),
+        (lambda: Euler(steps=0), "max_steps=0"),
     ],
 )
 def test_impossible_samplers_are_refused(make, message):

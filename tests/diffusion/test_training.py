@@ -20,12 +20,13 @@ from ditty_di.diffusion import (
     Velocity,
     cosine,
 )
+from ditty_di.loggers import MetricsProcessor
 from ditty_di.losses import MSELoss
-from ditty_di.metrics import Metrics, Validator
 from ditty_di.models.weights import initialize
 from ditty_di.optim import schedules
 from ditty_di.runtime import Runtime
 from ditty_di.training.trainer import Trainer
+from ditty_di.training.validation import Validator
 from tests import warm
 from tests.distributed.cases import Recorder
 
@@ -42,8 +43,8 @@ def runtime():
 
 def trained(runtime, noise, *, steps=4, total=4, accumulation=1, folder=None, save=False):
     recorder, ema = Recorder(), EMA(0.9)
-    loader = partial(Loader, Digits("validation"), batch_size=16 // accumulation, seed=0)
-    held_out = partial(Loader, Digits("validation"), batch_size=100, epochs=1, shuffle=False)
+    loader = partial(Loader, Digits("validation"), micro_batch_size=16 // accumulation, seed=0)
+    held_out = partial(Loader, Digits("validation"), micro_batch_size=100, epochs=1, shuffle=False)
     trainer = Trainer(
         runtime=runtime,
         model=DiT(hidden=16, layers=2, heads=2, device="meta"),
@@ -51,14 +52,14 @@ def trained(runtime, noise, *, steps=4, total=4, accumulation=1, folder=None, sa
         preprocessors=[ClassLabels(0.3), noise],
         loss_fn=MSELoss(mask_key="mask"),
         optimizer=partial(torch.optim.AdamW, lr=1e-2),
-        lr_scheduler=partial(schedules.cosine, total_steps=total, warmup_steps=1),
+        lr_scheduler=partial(schedules.cosine, max_steps=total, warmup_steps=1),
         dataloader=loader,
-        validator=partial(Validator, held_out, every=2),
-        checkpointer=partial(Checkpointer, folder, every=None) if folder else None,
+        validator=partial(Validator, held_out, eval_interval=2),
+        checkpointer=partial(Checkpointer, folder, save_interval=None) if folder else None,
         callbacks={"ema": ema},
-        metrics=Metrics(writers=[recorder], every=1),
+        logger=MetricsProcessor(loggers=[recorder], log_interval=1),
         global_batch_size=16,
-        steps=steps,
+        max_steps=steps,
     )
     trainer.train()
     trainer.close()
@@ -88,7 +89,7 @@ def test_a_resumed_run_draws_the_same_noise_and_keeps_its_averages(runtime, tmp_
 @pytest.mark.slow
 def test_the_experiment_draws_digits_that_a_classifier_recognizes(tmp_path):
     run = tmp_path / "run"
-    warm.ditty_di(tmp_path, "+experiment=diffusion", "metrics=quiet", f"run={run}")
+    warm.ditty_di(tmp_path, "+experiment=diffusion", "logger=quiet", f"run={run}")
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["recognized"] >= 0.85

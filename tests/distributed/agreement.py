@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ditty_di.checkpoint import Checkpointer
+from ditty_di.loggers.processor import MetricsProcessor
 from ditty_di.losses import CrossEntropyLoss
-from ditty_di.metrics.metrics import Metrics
 from ditty_di.optim.schedules import constant
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime
@@ -53,12 +53,19 @@ def trainer(batches: Any, **slots: Any) -> Trainer:
         "model": nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 3)),
         "loss_fn": CrossEntropyLoss(),
         "optimizer": partial(torch.optim.SGD, lr=0.1),
-        "lr_scheduler": partial(constant, total_steps=100),
+        "lr_scheduler": partial(constant, max_steps=100),
         "parallelize_fn": shard,
         "dataloader": batches,
-        "steps": 6,
+        "max_steps": 6,
     }
     return Trainer(runtime=runtime, **{**options, **slots})
+
+
+def fused(named: Any, *, on_device: bool) -> torch.optim.Optimizer:
+    """AdamW, which says whether its update can be skipped on the device."""
+    optimizer = torch.optim.AdamW(named, lr=0.1, fused=True)
+    optimizer._step_supports_amp_scaling = on_device
+    return optimizer
 
 
 def whole(trainer: Trainer) -> list[float]:
@@ -86,12 +93,23 @@ def agreement(folder: Path) -> dict[str, Any]:
         message = ""
     except FloatingPointError as error:
         message = str(error)
-    clean = trainer(partial(Batches, 9), steps=2)
+    clean = trainer(partial(Batches, 9), max_steps=2)
     clean.train()
     out["nan"] = by_rank(runtime, message)
     out["nan_weights"] = by_rank(runtime, whole(nan) == whole(clean))
 
-    checkpoints = partial(Checkpointer, str(folder / "uneven"), every=100)
+    out["skipped"] = []
+    for on_device in (True, False):
+        skips = trainer(
+            partial(Batches, 9, bad=2 if mine else None),
+            optimizer=partial(fused, on_device=on_device),
+            max_skipped_steps=2,
+        )
+        result = skips.train()
+        found = result["skipped_steps"], result["objective"], whole(skips)
+        out["skipped"].append(by_rank(runtime, found))
+
+    checkpoints = partial(Checkpointer, str(folder / "uneven"), save_interval=100)
     uneven = trainer(partial(Batches, 5 - 2 * mine), checkpointer=checkpoints)
     out["uneven"] = by_rank(runtime, uneven.train())
     uneven.close()
@@ -105,10 +123,12 @@ def agreement(folder: Path) -> dict[str, Any]:
             if step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    checkpoints = partial(Checkpointer, str(folder / "killed"), every=100)
+    checkpoints = partial(Checkpointer, str(folder / "killed"), save_interval=100)
     # Only rank 0 has writers, so only rank 0 is signalled.
     killed = trainer(
-        partial(Batches, 9), metrics=Metrics([Kill()], every=1), checkpointer=checkpoints
+        partial(Batches, 9),
+        logger=MetricsProcessor([Kill()], log_interval=1),
+        checkpointer=checkpoints,
     )
     out["killed"] = by_rank(runtime, killed.train())
     killed.close()

@@ -18,8 +18,8 @@ from torch import nn
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.data.loader import Loader
 from ditty_di.data.tokens import TokenDataset
+from ditty_di.loggers.processor import MetricsProcessor
 from ditty_di.losses import CrossEntropyLoss
-from ditty_di.metrics.metrics import Metrics
 from ditty_di.models.causal_lm import from_config
 from ditty_di.models.weights import hugging_face, initialize
 from ditty_di.optim.schedules import cosine
@@ -111,30 +111,31 @@ def make_trainer(
     accumulation: int = 1,
     optimizer_name: str = "AdamW",
     dropout: float = 0.0,
-    steps: int = STEPS,
+    max_steps: int = STEPS,
     async_save: bool = False,
     rows: int = ROWS,
+    runtime: Runtime | None = None,
     **slots: Any,
 ) -> tuple[Trainer, Recorder]:
     degrees = {"fsdp": {}, "ddp": {"dp_replicate": -1, "dp_shard": 1}}[layout]
-    runtime = Runtime(seed=3, **degrees)
+    runtime = runtime or Runtime(seed=3, **degrees)
     recorder = Recorder()
     checkpointer = None
     if folder is not None:
         checkpointer = partial(
             Checkpointer,
             str(folder / "checkpoints"),
-            every=RESUME_AT,
-            keep=None,
+            save_interval=RESUME_AT,
+            keep_latest_k=None,
             async_save=async_save,
         )
     options = {
         "model": tiny_llama(dropout),
         "loss_fn": CrossEntropyLoss(output="logits"),
         "optimizer": optimizer(optimizer_name),
-        "lr_scheduler": partial(cosine, total_steps=STEPS, warmup_steps=3),
+        "lr_scheduler": partial(cosine, max_steps=STEPS, warmup_steps=3),
         "dataloader": partial(
-            Loader, Ragged(), batch_size=rows // accumulation // runtime.dp_world_size, seed=3
+            Loader, Ragged(), micro_batch_size=rows // accumulation // runtime.dp_world_size, seed=3
         ),
         "weights": partial(initialize, seed=3, init=hugging_face),
         "parallelize_fn": shard,
@@ -142,9 +143,9 @@ def make_trainer(
     }
     trainer = Trainer(
         runtime=runtime,
-        steps=steps,
+        max_steps=max_steps,
         global_batch_size=rows,
-        metrics=Metrics(writers=[recorder], every=1),
+        logger=MetricsProcessor(loggers=[recorder], log_interval=1),
         **{**options, **slots},
     )
     return trainer, recorder
@@ -203,8 +204,10 @@ def cases() -> dict[str, Callable[..., Any]]:
     from tests.distributed.agreement import agreement
     from tests.distributed.pipelined import pipelined
     from tests.distributed.processing import piped, processing, rejecting
+    from tests.planning.cases import peaks, planned
 
     found = (whole_runs, resumed_runs, agreement, pipelined, processing, rejecting, piped)
+    found += (planned, peaks)
     return {case.__name__: case for case in found}
 
 

@@ -13,8 +13,8 @@ from torch.distributed import pipelining
 import ditty_di.compat  # noqa: F401
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.data.loader import Loader
+from ditty_di.loggers.processor import MetricsProcessor
 from ditty_di.losses import CrossEntropyLoss
-from ditty_di.metrics.metrics import Metrics
 from ditty_di.optim.schedules import constant
 from ditty_di.runtime import Runtime
 from ditty_di.training.trainer import Trainer
@@ -68,14 +68,16 @@ def pipelined(folder: Path, steps: int = 6) -> dict[str, Any]:
         model=Staged(),
         loss_fn=CrossEntropyLoss(),
         optimizer=partial(torch.optim.AdamW, lr=1e-2),
-        lr_scheduler=partial(constant, total_steps=steps),
-        dataloader=partial(Loader, Ragged(), batch_size=4, seed=1),
+        lr_scheduler=partial(constant, max_steps=steps),
+        dataloader=partial(Loader, Ragged(), micro_batch_size=4, seed=1),
         pipeline_fn=partial(split, n_microbatches=4) if pipeline else None,
-        checkpointer=partial(Checkpointer, str(folder / "checkpoints"), every=3, keep=None),
-        metrics=Metrics([recorder], every=1),
+        checkpointer=partial(
+            Checkpointer, str(folder / "checkpoints"), save_interval=3, keep_latest_k=None
+        ),
+        logger=MetricsProcessor([recorder], log_interval=1),
         global_batch_size=16,
-        max_norm=0.1,
-        steps=steps,
+        max_grad_norm=0.1,
+        max_steps=steps,
     )
     trainer.train()
     trainer.close()

@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from ditty_di.callbacks import Callback, EarlyStopping
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.data.loader import Loader
+from ditty_di.loggers import MetricsProcessor
 from ditty_di.losses import (
     CompositeLoss,
     CrossEntropyCalculator,
     MSELoss,
     UncertaintyWeightedLoss,
 )
-from ditty_di.metrics import Metrics, Validator
 from ditty_di.optim.schedules import constant
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.processors import Context, PostProcessor, PreProcessor
 from ditty_di.runtime import Runtime
 from ditty_di.training.trainer import Trainer
+from ditty_di.training.validation import Validator
 from tests.distributed.cases import Recorder
 from tests.distributed.pipelined import Staged, split
 
@@ -131,14 +132,14 @@ def make(
         "model": TwoHeads(),
         "loss_fn": composite(),
         "optimizer": partial(torch.optim.AdamW, lr=1e-2),
-        "lr_scheduler": partial(constant, total_steps=1000),
-        "dataloader": partial(Loader, data or Rows(), batch_size=micro, shuffle=False),
+        "lr_scheduler": partial(constant, max_steps=1000),
+        "dataloader": partial(Loader, data or Rows(), micro_batch_size=micro, shuffle=False),
         "parallelize_fn": shard,
         "preprocessors": [Refuse(), Targets()],
         "postprocessors": [Double()],
         "global_batch_size": rows,
-        "steps": 6,
-        "metrics": Metrics([recorder], every=1),
+        "max_steps": 6,
+        "logger": MetricsProcessor([recorder], log_interval=1),
     }
     return Trainer(runtime=runtime, **{**options, **slots}), recorder
 
@@ -202,8 +203,8 @@ class Notes(Callback):
 def held_out(rows: int = 10, *, bad: Any = (), drop: Any = (), **options: Any) -> Any:
     """Validates on the last of 60 rows, in their order, one at a time; without those to `drop`."""
     data = Rows(60, bad=bad, lacking=[*range(60 - rows), *drop])
-    loader = partial(Loader, data, batch_size=1, shuffle=False, epochs=1)
-    return partial(Validator, loader, **{"every": 2, **options})
+    loader = partial(Loader, data, micro_batch_size=1, shuffle=False, epochs=1)
+    return partial(Validator, loader, **{"eval_interval": 2, **options})
 
 
 def processing(folder: Path) -> dict[str, Any]:
@@ -219,16 +220,16 @@ def processing(folder: Path) -> dict[str, Any]:
             sgd = partial(torch.optim.SGD, lr=0.3)
             out[f"{layout}-composite-{n}"] = run(micro=micro, optimizer=sgd)
             out[f"{layout}-uncertain-{n}"] = run(
-                micro=micro, loss_fn=uncertain(), max_norm=0.5, validator=held_out()
+                micro=micro, loss_fn=uncertain(), max_grad_norm=0.5, validator=held_out()
             )
         out[f"{layout}-fused"] = run(
             micro=2,
             loss_fn=uncertain(),
-            max_norm=0.5,
+            max_grad_norm=0.5,
             optimizer=partial(torch.optim.AdamW, lr=1e-2, fused=True),
         )
         saved = folder / f"{layout}-{ranks}"
-        keep = partial(Checkpointer, str(saved), every=3, keep=None)
+        keep = partial(Checkpointer, str(saved), save_interval=3, keep_latest_k=None)
         whole = run(micro=2, loss_fn=uncertain(), checkpointer=keep)
         if runtime.rank == 0:
             shutil.rmtree(saved / "step-00000006")
@@ -237,14 +238,14 @@ def processing(folder: Path) -> dict[str, Any]:
         out[f"{layout}-resumed"] = [whole, again]
     runtime = Runtime(seed=0)
     out["sharded"] = trained(
-        runtime, micro=2, loss_fn=uncertain(), max_norm=0.5, parallelize_loss_fn=shard
+        runtime, micro=2, loss_fn=uncertain(), max_grad_norm=0.5, parallelize_loss_fn=shard
     )
     calls: list[str] = []
     stop = {"first": Notes(calls, "a"), "none": None, "stop": EarlyStopping(patience=2)}
     stopped = trained(
         runtime,
         micro=2,
-        steps=50,
+        max_steps=50,
         callbacks={**stop, "last": Notes(calls, "z")},
         # Nothing can improve: the rate is 0.
         optimizer=partial(torch.optim.SGD, lr=0.0),
@@ -263,16 +264,16 @@ def rejecting(folder: Path) -> dict[str, Any]:
     # Global micro-batches are four rows, the first two of them rank 0's. Of each window one is
     # refused: by rank 1, by rank 0, by both.
     bad, lacking = [2, 13, 33, 34], [*range(0, 4), *range(12, 16), *range(32, 36)]
-    out["some"] = trained(runtime, micro=2, data=Rows(bad=bad), steps=3)
-    out["without"] = trained(runtime, micro=2, rows=8, data=Rows(lacking=lacking), steps=3)
+    out["some"] = trained(runtime, micro=2, data=Rows(bad=bad), max_steps=3)
+    out["without"] = trained(runtime, micro=2, rows=8, data=Rows(lacking=lacking), max_steps=3)
     # The second window is refused altogether, by this rank or the other.
     bad, lacking = [13, 18, 20], list(range(12, 24))
-    out["window"] = trained(runtime, micro=2, data=Rows(bad=bad), steps=3)
-    out["without window"] = trained(runtime, micro=2, data=Rows(lacking=lacking), steps=2)
+    out["window"] = trained(runtime, micro=2, data=Rows(bad=bad), max_steps=3)
+    out["without window"] = trained(runtime, micro=2, data=Rows(lacking=lacking), max_steps=2)
     # Rank 1 has nothing to validate but what it refuses.
     odd = [53, 55, 57, 59]
-    out["refused"] = trained(runtime, micro=2, steps=2, validator=held_out(8, bad=odd))
-    out["lacking"] = trained(runtime, micro=2, steps=2, validator=held_out(8, drop=odd))
+    out["refused"] = trained(runtime, micro=2, max_steps=2, validator=held_out(8, bad=odd))
+    out["lacking"] = trained(runtime, micro=2, max_steps=2, validator=held_out(8, drop=odd))
     results: list[Any] = [None, None]
     torch.distributed.all_gather_object(results, [out[name]["result"] for name in out])
     out["results"] = results
@@ -315,8 +316,8 @@ def piped(folder: Path, steps: int = 4) -> dict[str, Any]:
             "postprocessors": [Sharper()],
             "pipeline_fn": partial(split, n_microbatches=4) if pipeline else None,
             "parallelize_fn": None,
-            "max_norm": 0.1,
-            "steps": steps,
+            "max_grad_norm": 0.1,
+            "max_steps": steps,
         }
         torch.manual_seed(1)
         trainer, recorder = make(runtime, micro=3, **{**slots, **options})
@@ -327,7 +328,7 @@ def piped(folder: Path, steps: int = 4) -> dict[str, Any]:
         out[name]["loss_weights"] = [p.tolist() for p in trainer.loss_parameters.trained]
 
     run("plain")
-    run("rejecting", Refuse(), data=Rows(bad=[4, 12, 15, 18, 21]), steps=3)
+    run("rejecting", Refuse(), data=Rows(bad=[4, 12, 15, 18, 21]), max_steps=3)
     if pipeline:
-        run("noisy", Noisy(), optimizer=partial(torch.optim.AdamW, lr=5e-2), steps=40)
+        run("noisy", Noisy(), optimizer=partial(torch.optim.AdamW, lr=5e-2), max_steps=40)
     return out

@@ -24,6 +24,12 @@ def test_nan_on_one_rank_stops_both_before_the_update(seen):
     assert seen["nan_weights"] == [True, True]
 
 
+def test_nan_on_one_rank_skips_the_step_of_both_whoever_decides(seen):
+    by_device, by_host = seen["skipped"]
+    assert by_device == by_host
+    assert by_device[0] == by_device[1] and by_device[0][0] == 1
+
+
 def test_a_rank_that_runs_dry_ends_the_training_of_both_with_a_save(seen):
     assert [(r["status"], r["step"]) for r in seen["uneven"]] == [("finished", 3)] * 2
     assert seen["uneven_saved"] == ["step-00000003"]

@@ -64,4 +64,9 @@ def test_resuming_on_the_same_layout_is_bit_exact(runs, ranks, name):
 def test_resuming_on_another_layout(runs, start, ranks, name):
     whole, resumed = runs
     expected = whole[start][f"fsdp-{name}"][RESUME_AT:]
-    assert resumed[start, ranks][name] == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    losses, read = resumed[start, ranks][name], 3
+    assert losses[:read] == pytest.approx(expected[:read], rel=1e-6, abs=1e-6)
+    # Gradients summed in another order differ in the last bit of fp32. That moves some moment of
+    # 8-bit Adam to the neighbouring one of its 256 values, and the loss by more than such a bit.
+    bound = 1e-5 if "8bit" in name else 1e-6
+    assert losses == pytest.approx(expected, rel=bound, abs=bound)

@@ -10,13 +10,13 @@ import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
-from ditty_di.adapters import add, initialize
+from ditty_di.adapters import apply_adapter, initialize
 from ditty_di.export import AdapterExport, HuggingFaceExport, MergedExport
-from ditty_di.losses import CrossEntropyLoss, deferred_head
+from ditty_di.losses import skip_lm_head
 from ditty_di.models import causal_lm, seq2seq
 from ditty_di.models.pretrained import Pretrained
+from ditty_di.parallelize.activation_checkpointing import full
 from ditty_di.parallelize.data_parallel import shard
-from ditty_di.parallelize.recompute import full
 from ditty_di.quantization import nf4
 from ditty_di.runtime import Runtime
 from ditty_di.training.setup import setup_model
@@ -25,14 +25,13 @@ from ditty_di.training.setup import setup_model
 def main(folder, bases):
     runtime = Runtime()
     tokenizer = AutoTokenizer.from_pretrained(bases["llama"])
-    sharding = partial(shard, recompute=full, reshard_after_forward=False)
+    sharding = partial(shard, activation_checkpointing=full, reshard_after_forward=False)
 
     def placed(model, base):
         parts = setup_model(
             model,
             runtime=runtime,
-            loss_fn=CrossEntropyLoss(output="logits"),
-            weights=Pretrained(base, missing=initialize),
+            weights=Pretrained(base, init_missing=initialize),
             parallelize_fn=sharding,
             pipeline_fn=None,
         )
@@ -40,7 +39,7 @@ def main(folder, bases):
 
     grown = AutoTokenizer.from_pretrained(bases["llama"])
     grown.add_tokens(["<|one|>", "<|two|>", "<|three|>"])
-    model = causal_lm.from_pretrained(bases["llama"], tokenizer=grown, head=deferred_head)
+    model = causal_lm.from_pretrained(bases["llama"], tokenizer=grown, head=skip_lm_head)
     (whole,) = placed(model, bases["llama"])
     with torch.no_grad():  # leaves the outermost parameters gathered
         whole(torch.zeros(1, 3, dtype=torch.long))
@@ -48,9 +47,9 @@ def main(folder, bases):
     (encoder_decoder,) = placed(seq2seq.from_pretrained(bases["t5"]), bases["t5"])
     HuggingFaceExport(tokenizer, str(folder / "t5"))([encoder_decoder])
 
-    lora = partial(add, config=LoraConfig(r=4, target_modules="all-linear"))
+    lora = partial(apply_adapter, config=LoraConfig(r=4, target_modules="all-linear"))
     model = causal_lm.from_pretrained(
-        bases["llama"], tokenizer=grown, quantize=nf4, adapter=lora, head=deferred_head
+        bases["llama"], tokenizer=grown, quantize=nf4, adapter=lora, head=skip_lm_head
     )
     (adapted,) = placed(model, bases["llama"])
     with torch.no_grad():

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ditty_di.adapters import add, initialize
+from ditty_di.adapters import apply_adapter, initialize
 from ditty_di.export import AdapterExport, HuggingFaceExport, MergedExport
-from ditty_di.export.opening import open_model
+from ditty_di.export.load import open_model
 from ditty_di.models import causal_lm, seq2seq
 from ditty_di.models.pretrained import Pretrained
 from ditty_di.tasks.loading import ready
@@ -78,14 +78,14 @@ def test_new_tokens_travel_with_the_adapters(base, llama, tokenizer, tmp_path):
         llama = cases.llama(tmp_path / "base", tokenizer, tie_word_embeddings=False)
     grown = AutoTokenizer.from_pretrained(llama)
     grown.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>"]})
-    lora = partial(add, config=LoraConfig(r=4, target_modules="all-linear"))
+    lora = partial(apply_adapter, config=LoraConfig(r=4, target_modules="all-linear"))
     model = causal_lm.from_pretrained(
         llama,
         tokenizer=grown,
         adapter=lora,
         pad_vocab_to_multiple_of=64 if base == "padded" else None,
     )
-    ready(model, Pretrained(llama, missing=initialize), torch.device("cpu"))
+    ready(model, Pretrained(llama, init_missing=initialize), torch.device("cpu"))
     ids = torch.tensor([[len(grown) - 2, 7, len(grown) - 1, 9]])
     with torch.no_grad():
         wanted = model(ids).logits
@@ -97,7 +97,9 @@ def test_new_tokens_travel_with_the_adapters(base, llama, tokenizer, tmp_path):
     assert merged.config.vocab_size == wanted.shape[-1] >= len(grown)
 
 
-def test_merged_opens_as_a_plain_model_and_the_drift_is_told(tokenizer, tmp_path, capsys):
+def test_merged_opens_as_a_plain_model_and_the_logit_difference_is_told(
+    tokenizer, tmp_path, capsys
+):
     llama = cases.llama(tmp_path / "base", tokenizer, initializer_range=0.05)
     model = trained(llama)
     path = tmp_path / "export"
@@ -114,9 +116,9 @@ def test_merged_opens_as_a_plain_model_and_the_drift_is_told(tokenizer, tmp_path
     start = base.model.layers[1].mlp.up_proj.weight.bfloat16().float()
     assert torch.equal(opened.model.layers[1].mlp.up_proj.weight, (start + delta).bfloat16())
 
-    drift = json.loads((path / "export.json").read_text())["drift"]
-    assert drift["rows"] == 4 and drift["tokens"] > 40
-    unmerged, training = drift["from"]["unmerged"], drift["from"]["training"]
+    logit_diff = json.loads((path / "export.json").read_text())["logit_diff"]
+    assert logit_diff["rows"] == 4 and logit_diff["tokens"] > 40
+    unmerged, training = logit_diff["from"]["unmerged"], logit_diff["from"]["training"]
     assert 0 < unmerged["mean_abs"] < unmerged["max_abs"] < 0.05
     assert 0 < unmerged["kl"] < 1e-3 and training["max_abs"] > 0
     card = (path / "README.md").read_text()
@@ -138,9 +140,9 @@ def test_merging_in_float32_changes_nothing_but_rounding(llama, tokenizer, tmp_p
     model = trained(llama, use_dora=True)
     rows = [({"input": IDS[0]}, IDS[0]), ({"input": IDS[0, :7]}, IDS[0, :7])]
     MergedExport(tokenizer, str(tmp_path / "export"), dtype="float32", dataset=rows)([model])
-    drift = json.loads((tmp_path / "export" / "export.json").read_text())["drift"]
-    assert (drift["rows"], drift["tokens"]) == (2, 27)
-    assert all(one["max_abs"] < 1e-4 for one in drift["from"].values())
+    logit_diff = json.loads((tmp_path / "export" / "export.json").read_text())["logit_diff"]
+    assert (logit_diff["rows"], logit_diff["tokens"]) == (2, 27)
+    assert all(one["max_abs"] < 1e-4 for one in logit_diff["from"].values())
 
 
 def test_seq2seq(t5, tokenizer, tmp_path):
@@ -231,12 +233,12 @@ def test_a_tied_config_that_scales_the_output_is_kept(t5, tokenizer, tmp_path, t
 
 
 def lora(**config):
-    return partial(add, config=LoraConfig(**({"r": 4, "lora_alpha": 8} | config)))
+    return partial(apply_adapter, config=LoraConfig(**({"r": 4, "lora_alpha": 8} | config)))
 
 
 def moved(model, base):
     """The model with the base's values and adapters that do something."""
-    ready(model, Pretrained(base, missing=initialize), torch.device("cpu"))
+    ready(model, Pretrained(base, init_missing=initialize), torch.device("cpu"))
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from ditty_di.export.card import write_card
-from ditty_di.export.record import RunRecord
+from ditty_di.export.run_info import RunInfo
 
 CONFIG = """
 seed: 7
@@ -15,14 +15,17 @@ epochs: null
 run: /home/me/outputs/x
 data:
   path: /home/me/secret_project/pairs
-  train: {_target_: ditty_di.data.Examples, records: '${data.records}', loss_mask: output_only}
+  train:
+    _target_: ditty_di.data.TokenizedDataset
+    records: ${data.records}
+    loss_mask: output_only
   records: {_target_: ditty_di.data.records, path: '${data.path}', hf_token: hf_abcdef}
 quantize: {_target_: ditty_di.quantization.nf4, _partial_: true}
 adapter: {_target_: ditty_di.adapters.peft, config: {_target_: peft.LoraConfig, r: 8}}
 optimizer: {_target_: torch.optim.AdamW, _partial_: true, lr: 0.002, betas: [0.9, 0.95]}
 weights: {_target_: ditty_di.models.pretrained.Pretrained, path: '${model.path}', revision: abc}
 model: {_target_: x, path: org/base}
-metrics: {writers: {wandb: {api_key: hf_123456}}}
+logger: {loggers: {wandb: {api_key: hf_123456}}}
 """
 METRICS = """\
 {"step": 0, "validation/loss": 3.5}
@@ -72,7 +75,7 @@ def test_everything_that_a_run_knows(folder, run):
         "| optimizer | `AdamW(lr=0.002, betas=[0.9, 0.95])` |",
         "| adapter | `peft(config=LoraConfig(r=8))` |",
         "| base quantized by | `nf4()` |",
-        "`Examples(records=records(path=pairs), loss_mask=output_only)`",
+        "`TokenizedDataset(records=records(path=pairs), loss_mask=output_only)`",
         "| torch | 2.13.0 |",
         "| python | 3.11.9 |",
     ):
@@ -81,10 +84,10 @@ def test_everything_that_a_run_knows(folder, run):
         assert untold not in made.content, untold
 
 
-def test_a_merged_model_tells_its_drift(folder, run):
+def test_a_merged_model_tells_its_logit_difference(folder, run):
     one = {"max_abs": 0.0123, "mean_abs": 0.001, "kl": 1e-6}
-    drift = {"rows": 4, "tokens": 99, "from": {"unmerged": one, "training": one}}
-    record = {"kind": "merged", "base": "org/base", "revision": None, "drift": drift}
+    logit_diff = {"rows": 4, "tokens": 99, "from": {"unmerged": one, "training": one}}
+    record = {"kind": "merged", "base": "org/base", "revision": None, "logit_diff": logit_diff}
     made = card(folder, record, run=run)
     assert made.data.library_name == "transformers" and made.data.license is None
     assert (
@@ -117,7 +120,7 @@ def test_a_base_in_a_folder_is_no_metadata(folder, run, tmp_path):
 
 
 def test_references_are_followed_but_never_for_ever():
-    known = RunRecord(None)
+    known = RunInfo(None)
     known.config = {"a": "${b}", "b": "${a}", "c": "${d.e}", "d": {"e": 3}, "f": "${now:%Y}"}
     assert known.at("c") == 3 and known.at("f") == "${now:%Y}" and known.at("d.x.y") is None
     assert known.at("a") is None

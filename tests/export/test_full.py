@@ -94,7 +94,7 @@ def test_any_model_as_safetensors(tmp_path):
     assert set(saved) == {"first.weight", "first.bias", "steps"}
     assert torch.equal(saved["first.weight"], model.first.weight.half())
     assert saved["steps"].dtype == torch.int64
-    with pytest.raises(ValueError, match="split into 2 pipeline stages"):
+    with pytest.raises(ValueError, match="split into pipeline stages"):
         SafetensorsExport(str(tmp_path / "export"))([model, model])
 
 
@@ -102,7 +102,7 @@ def test_what_training_put_into_a_model_is_not_exported(llama, tokenizer, tmp_pa
     """Float8 layers, noise on embeddings and a deferred head leave an ordinary Llama."""
     from transformers import AutoModelForCausalLM
 
-    from ditty_di.losses import deferred_head
+    from ditty_di.losses import skip_lm_head
     from ditty_di.models import causal_lm
     from ditty_di.models.neftune import neftune
     from ditty_di.models.pretrained import Pretrained
@@ -112,7 +112,7 @@ def test_what_training_put_into_a_model_is_not_exported(llama, tokenizer, tmp_pa
         llama,
         convert=partial(float8.torchao, recipe="tensorwise"),
         neftune=partial(neftune, alpha=5.0),
-        head=deferred_head,
+        head=skip_lm_head,
     )
     ready(model, Pretrained(llama), torch.device("cpu"))
     HuggingFaceExport(tokenizer, str(tmp_path / "export"))([model])
@@ -163,8 +163,10 @@ def test_two_ranks_export_what_one_does(llama, t5, tokenizer, tmp_path, capsys):
             if kind != "adapter" or file == "export.json":
                 found = [json.loads((f / kind / file).read_text()) for f in (one, two)]
                 if file == "export.json" and kind == "merged":
-                    drifts = [f.pop("drift")["from"]["training"]["mean_abs"] for f in found]
-                    assert drifts[0] == pytest.approx(drifts[1], rel=1e-3)
+                    found_means = [
+                        f.pop("logit_diff")["from"]["training"]["mean_abs"] for f in found
+                    ]
+                    assert found_means[0] == pytest.approx(found_means[1], rel=1e-3)
                 assert found[0] == found[1]
 
     # Grown, and with a deferred head in training: an ordinary Llama.
@@ -179,5 +181,5 @@ def test_two_ranks_export_what_one_does(llama, t5, tokenizer, tmp_path, capsys):
     assert not any(info.values()), info
     assert opened.encoder.embed_tokens.weight is opened.shared.weight
     assert opened.decoder.embed_tokens.weight is opened.shared.weight
-    drift = json.loads((two / "merged" / "export.json").read_text())["drift"]
-    assert drift["from"]["unmerged"]["max_abs"] > 0
+    logit_diff = json.loads((two / "merged" / "export.json").read_text())["logit_diff"]
+    assert logit_diff["from"]["unmerged"]["max_abs"] > 0

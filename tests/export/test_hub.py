@@ -253,7 +253,7 @@ def test_a_failed_upload_fails_the_run_and_the_same_command_completes_it(hub, tm
     words = "one two three four five six seven eight nine ten"
     for name in "abcdef":
         (tmp_path / "texts" / f"{name}.txt").write_text(f"{name} {words}\n" * 60)
-    small = "steps=2 data.seq_len=64 tokenizer.vocab_size=300 model.config.num_hidden_layers=1"
+    small = "max_steps=2 data.seq_len=64 tokenizer.vocab_size=300 model.config.num_hidden_layers=1"
     data = "data=text data.corpus.path=texts validator=loss_only"
     line = ["-m", "ditty_di", "run=RUN", *f"{small} {data} export.push_to={NAME}".split()]
     out = ditty_di_command(hub, *line, folder=tmp_path, token="hf_wrong_one", code=1)

@@ -12,7 +12,7 @@ from ditty_di.losses import (
     CrossEntropyLoss,
     LigerLinearCrossEntropyLoss,
     LinearCrossEntropyLoss,
-    deferred_head,
+    skip_lm_head,
 )
 from tests.losses import as_batch
 from tests.losses.families import batch, build
@@ -37,7 +37,7 @@ def chunked() -> nn.Module:
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "cohere", "granite"])
 def test_loss_and_gradients_are_those_of_whole_logits(family, dtype, make):
     plain = build(family).to("cuda", dtype)
-    deferred = deferred_head(copy.deepcopy(plain))
+    deferred = skip_lm_head(copy.deepcopy(plain))
     inputs, labels = batch(family)
     inputs, labels = {k: v.cuda() for k, v in inputs.items()}, labels.cuda()
     whole, loss_fn = CrossEntropyLoss(output="logits"), make()
@@ -72,4 +72,4 @@ def test_the_logits_never_exist_as_a_whole(make):
 
     whole = peak(model, CrossEntropyLoss(output="logits"))
     assert whole > 2 * vocab * tokens * 4
-    assert peak(deferred_head(model), make()) < whole / 3
+    assert peak(skip_lm_head(model), make()) < whole / 3

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from ditty_di.data import Packed, PackedCollate, PaddedCollate, PaddingFreeCollate
+from ditty_di.data import PackedCollate, PackedDataset, PaddedCollate, PaddingFreeCollate
 from tests.data.ragged import Documents, make_model, run
 
 pytestmark = [
@@ -50,7 +50,7 @@ def test_documents_are_apart(attention, how, rows_at_once):
     model.set_attn_implementation(attention)
     dataset, collate = DOCUMENTS, PaddingFreeCollate()
     if how == "packed":
-        dataset, collate = Packed(DOCUMENTS, 20), PackedCollate()
+        dataset, collate = PackedDataset(DOCUMENTS, 20), PackedCollate()
     rows = [dataset[i] for i in range(len(dataset))]
     chunks = [rows[i : i + rows_at_once] for i in range(0, len(rows), rows_at_once)]
     found, mine = results(model, map(collate, chunks))

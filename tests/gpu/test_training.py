@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ditty_di import adapters, quantization
-from ditty_di.losses import LinearCrossEntropyLoss, deferred_head
+from ditty_di.losses import LinearCrossEntropyLoss, skip_lm_head
 from ditty_di.models.neftune import neftune
+from ditty_di.parallelize.activation_checkpointing import full
 from ditty_di.parallelize.data_parallel import shard
-from ditty_di.parallelize.recompute import full
 from ditty_di.precision.autocast import autocast
 from tests.distributed.cases import make_trainer, tiny_llama
 
@@ -32,7 +32,7 @@ def needs(module: str) -> Any:
 
 
 def losses(**options: Any) -> list[float]:
-    trainer, recorder = make_trainer(None, steps=STEPS, **options)
+    trainer, recorder = make_trainer(None, max_steps=STEPS, **options)
     trainer.train()
     assert all(p.device.type == "cuda" for p in trainer.model_parts[0].parameters())
     return recorder.losses()
@@ -61,7 +61,7 @@ def with_lora(model: nn.Module) -> nn.Module:
     # All of it starts away from zero, so that gradients go everywhere from the first step.
     config = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
     torch.manual_seed(1)
-    return adapters.add(model, config=config)
+    return adapters.apply_adapter(model, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def exact() -> list[float]:
     "options",
     [
         {"parallelize_fn": BF16},
-        {"parallelize_fn": partial(BF16, recompute=full)},
+        {"parallelize_fn": partial(BF16, activation_checkpointing=full)},
         {"parallelize_fn": partial(BF16, compile={})},
         {"parallelize_fn": partial(BF16), "accumulation": 2},
     ],
@@ -85,11 +85,11 @@ def test_bfloat16_follows_float32(exact, options):
     assert found == pytest.approx(exact, abs=0.05)
 
 
-def test_autocast_follows_float32_with_a_deferred_head_too(exact):
+def test_autocast_follows_float32_without_the_lm_head_too(exact):
     whole = losses(model=autocast(llama()), weights=None)
     assert whole == pytest.approx(exact, abs=0.05)
     chunked = losses(
-        model=deferred_head(autocast(llama())),
+        model=skip_lm_head(autocast(llama())),
         weights=None,
         loss_fn=LinearCrossEntropyLoss(chunk_tokens=100),
     )
@@ -173,10 +173,10 @@ def test_compiled_blocks_with_adapters(quantize):
 def test_a_quantised_base_with_everything_at_once():
     model = with_lora(quantization.nf4(llama(dtype=torch.bfloat16)))
     found = losses(
-        model=deferred_head(neftune(model, alpha=1.0)),
+        model=skip_lm_head(neftune(model, alpha=1.0)),
         weights=None,
         loss_fn=LinearCrossEntropyLoss(chunk_tokens=100),
-        parallelize_fn=partial(shard, recompute=full, compile={}),
+        parallelize_fn=partial(shard, activation_checkpointing=full, compile={}),
         accumulation=2,
     )
     assert found == pytest.approx(qlora(quantization.nf4), abs=0.1)

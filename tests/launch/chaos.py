@@ -60,7 +60,7 @@ loader:
   _target_: ditty_di.data.Loader
   _partial_: true
   dataset: ${{data.train}}
-  batch_size: 4
+  micro_batch_size: 4
   num_workers: {workers}
   seed: ${{seed}}
 """
@@ -75,17 +75,17 @@ defaults:
   - override /optimizer: adamw
   - override /validator: null
   - override /export: null
-  - override /metrics: quiet
+  - override /logger: quiet
   - _self_
 name: chaos
-steps: {steps}
+max_steps: {steps}
 global_batch_size: 16
 launcher: {{nproc: 2}}
-checkpoint: {{every: 5, keep: 3}}
-metrics:
-  every: 1
-  writers:
-    jsonl: {{_target_: ditty_di.metrics.JSONLines, path: "${{run}}/metrics.jsonl"}}
+checkpoint: {{save_interval: 5, keep_latest_k: 3}}
+logger:
+  log_interval: 1
+  loggers:
+    jsonl: {{_target_: ditty_di.loggers.JSONLines, path: "${{run}}/metrics.jsonl"}}
 """
 
 

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import importlib.util
 import json
+import os
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ditty_di.launch.sweep import ParallelJobs
+from tests import warm
 from tests.toy import Folder, wait_for
 
 
@@ -170,3 +172,18 @@ def test_a_script_without_a_guard_can_run_a_sweep(folder: Folder) -> None:
     )
     out, _ = folder(*SWEEP, "value=3,2", command=(sys.executable, "script.py"))
     assert out.count("once") == 1 and [row["status"] for row in rows(folder)] == ["finished"] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads in /proc")
+def test_what_jobs_are_forked_from_has_one_thread() -> None:
+    """Another one may hold a lock while a job is forked, and the job would wait for it forever."""
+    receiver, sender = warm.context.Pipe(duplex=False)
+    process = warm.context.Process(target=threads_of_parent, args=(sender,))
+    process.start()
+    assert receiver.poll(60) and receiver.recv() == ["python"]
+    process.join(10)
+
+
+def threads_of_parent(sender) -> None:
+    tasks = Path(f"/proc/{os.getppid()}/task").iterdir()
+    sender.send([(task / "comm").read_text().strip()[:6] for task in tasks])

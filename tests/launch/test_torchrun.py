@@ -45,3 +45,12 @@ def test_a_sweep_under_torchrun_is_refused(folder: Folder) -> None:
     _, err = torchrun(folder, "--multirun", "value=1,2", code=1)
     assert err.count("python -m ditty_di --multirun value=1,2 launcher.nproc=2") == 1
     assert not (folder.path / "multirun").exists()
+
+
+def test_of_a_task_that_leaves_no_run_each_rank_starts_the_command(folder: Folder) -> None:
+    """Its temporary directory is on one machine alone, and is removed when rank 0 is done."""
+    lines = ["# @package _global_", "run: false", "task: {_target_: tests.toy_tasks.sign}"]
+    folder.write("conf/task/sign.yaml", "\n".join(lines))
+    torchrun(folder, "task=sign")
+    assert {p.name for p in folder.path.glob("signed-*")} == {"signed-by-0", "signed-by-1"}
+    assert not (folder.path / "outputs").exists()

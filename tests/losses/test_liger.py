@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from ditty_di.losses import CrossEntropyLoss, LigerLinearCrossEntropyLoss, deferred_head
+from ditty_di.losses import CrossEntropyLoss, LigerLinearCrossEntropyLoss, skip_lm_head
 from ditty_di.losses.liger import plain_linear, scale_and_softcap
 from tests.losses import as_batch
 from tests.losses.families import batch, build
@@ -29,12 +29,12 @@ def test_without_an_accelerator_it_says_what_to_use():
     ],
 )
 def test_what_a_model_does_to_its_logits_is_recognized(family, changes, expected):
-    output = deferred_head(build(family, **changes))(**batch(family)[0])
+    output = skip_lm_head(build(family, **changes))(**batch(family)[0])
     assert scale_and_softcap(output.head) == expected
 
 
 def test_anything_else_is_refused_and_not_left_out():
-    output = deferred_head(build("bart"))(**batch("bart")[0])
+    output = skip_lm_head(build("bart"))(**batch("bart")[0])
     with pytest.raises(ValueError, match=r"applies .*add to its logits.*loss=chunked"):
         scale_and_softcap(output.head)
 
@@ -56,7 +56,7 @@ def test_only_a_plain_linear_projection_will_do():
 def test_on_cuda_loss_and_gradients_are_those_of_whole_logits(family):
     pytest.importorskip("liger_kernel")
     plain = build(family).cuda()
-    deferred = deferred_head(copy.deepcopy(plain))
+    deferred = skip_lm_head(copy.deepcopy(plain))
     inputs, labels = batch(family)
     inputs, labels = {k: v.cuda() for k, v in inputs.items()}, labels.cuda()
     whole, fused = CrossEntropyLoss(output="logits"), LigerLinearCrossEntropyLoss()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditty_di.losses import CrossEntropyLoss, LinearCrossEntropyLoss, deferred_head
+from ditty_di.losses import CrossEntropyLoss, LinearCrossEntropyLoss, skip_lm_head
 from tests.losses import as_batch
 from tests.losses.families import VOCAB, batch, build
 
@@ -28,7 +28,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("chunk_tokens", [64, 100])
 def test_no_more_logits_than_a_chunk_s_exist_at_once(chunk_tokens):
-    model = deferred_head(build("llama", vocab_size=4096, max_position_embeddings=512))
+    model = skip_lm_head(build("llama", vocab_size=4096, max_position_embeddings=512))
     ids = torch.randint(3, 4096, (1, 400))
     loss_fn = LinearCrossEntropyLoss(chunk_tokens=chunk_tokens)
     with Largest() as largest:
@@ -40,7 +40,7 @@ def test_no_more_logits_than_a_chunk_s_exist_at_once(chunk_tokens):
 
 
 def test_positions_without_a_valid_label_cost_nothing_and_weigh_nothing():
-    model = deferred_head(build("llama"))
+    model = skip_lm_head(build("llama"))
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda m, args, out: rows.append(len(args[0])))
     inputs, labels = batch("llama")
@@ -60,7 +60,7 @@ def test_positions_without_a_valid_label_cost_nothing_and_weigh_nothing():
 
 
 def test_without_a_valid_label_loss_and_gradients_are_zero_and_not_missing():
-    model = deferred_head(build("llama"))
+    model = skip_lm_head(build("llama"))
     inputs, labels = batch("llama")
     loss, _ = LinearCrossEntropyLoss()(
         model(**inputs), as_batch(torch.full_like(labels, -100)), torch.ones(())
@@ -71,7 +71,7 @@ def test_without_a_valid_label_loss_and_gradients_are_zero_and_not_missing():
 
 
 def test_parts_of_a_window_add_up_to_the_whole():
-    model = deferred_head(build("gemma2"))
+    model = skip_lm_head(build("gemma2"))
     inputs, labels = batch("gemma2", rows=4)
     loss_fn = LinearCrossEntropyLoss(chunk_tokens=5)
     count = loss_fn.num_valid(as_batch(labels))
@@ -84,7 +84,7 @@ def test_parts_of_a_window_add_up_to_the_whole():
 
 
 def test_half_precision_logits_are_compared_in_float32():
-    model = deferred_head(build("llama").bfloat16())
+    model = skip_lm_head(build("llama").bfloat16())
     inputs, labels = batch("llama")
     loss, _ = LinearCrossEntropyLoss()(model(**inputs), as_batch(labels), torch.tensor(9.0))
     assert loss.dtype == torch.float32
@@ -93,7 +93,7 @@ def test_half_precision_logits_are_compared_in_float32():
 def test_logits_are_refused_with_what_to_write_instead():
     inputs, labels = batch("llama")
     loss_fn = LinearCrossEntropyLoss()
-    with pytest.raises(TypeError, match=r"CausalLMOutputWithPast.*deferred_head\(model\)"):
+    with pytest.raises(TypeError, match=r"CausalLMOutputWithPast.*skip_lm_head\(model\)"):
         loss_fn(build("llama")(**inputs), as_batch(labels), torch.tensor(9.0))
     with pytest.raises(TypeError, match=r"Tensor.*loss=causal_lm"):
         loss_fn(torch.rand(2, 13, VOCAB), as_batch(labels), torch.tensor(9.0))

@@ -9,11 +9,11 @@ from torch import nn
 
 from ditty_di import Trainer
 from ditty_di.data import Loader
+from ditty_di.loggers.processor import MetricsProcessor
 from ditty_di.losses import CompositeLoss, PlainLoss
-from ditty_di.metrics.metrics import Metrics
-from ditty_di.metrics.validation import Validator
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime
+from ditty_di.training.validation import Validator
 from tests.checkpoint import ranks
 from tests.distributed.cases import Recorder
 
@@ -86,12 +86,14 @@ def trained(name, *, micro, runtime=None, validate=False, **options):
         loss_fn=make(),
         optimizer=partial(torch.optim.SGD, lr=0.1),
         dataloader=partial(Loader, data, micro, shuffle=False),
-        steps=4,
+        max_steps=4,
         global_batch_size=20,
-        max_norm=float("inf"),
-        metrics=Metrics([recorder], every=1),
+        max_grad_norm=float("inf"),
+        logger=MetricsProcessor([recorder], log_interval=1),
         runtime=runtime,
-        validator=partial(Validator, partial(Loader, data, 12, shuffle=False, epochs=1), every=4)
+        validator=partial(
+            Validator, partial(Loader, data, 12, shuffle=False, epochs=1), eval_interval=4
+        )
         if validate
         else None,
         **options,
@@ -186,7 +188,7 @@ def trained_with(loss, runtime, rows=None):
         loss_fn=loss,
         optimizer=partial(torch.optim.SGD, lr=0.1),
         dataloader=partial(Loader, rows or regression(), 20, shuffle=False),
-        steps=1,
+        max_steps=1,
         runtime=runtime,
     ).train()
 
@@ -198,8 +200,8 @@ def test_a_part_of_a_composite(runtime):
 
 
 def test_steps_may_not_be_left_empty(runtime):
-    with pytest.raises(ValueError, match=r"trainer\.steps=None: give the number"):
+    with pytest.raises(ValueError, match=r"trainer\.max_steps=None: give the number"):
         Trainer(
             model=model(1), loss_fn=nn.MSELoss(), optimizer=torch.optim.SGD, dataloader=regression,
-            steps=None, runtime=runtime,
+            max_steps=None, runtime=runtime,
         )  # fmt: skip

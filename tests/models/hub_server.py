@@ -1,11 +1,11 @@
-"""A small server that answers as the Hugging Face hub does when a model is downloaded."""
+"""A small server that answers as the Hugging Face hub does when something is downloaded."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,10 +19,14 @@ TOKEN = "hf_of_the_test"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves the folders of `models`, at the revisions `main`, `v1` and their commit."""
+    """Serves the folders of `models`, at the revisions `main`, `v1` and their commit.
+
+    They are served as datasets too. Of each file in `breaks` the first answer breaks off half-way.
+    """
 
     models: ClassVar[dict[str, Path]] = {}
     requested: ClassVar[list[str]] = []
+    breaks: ClassVar[set[str]] = set()
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -32,7 +36,7 @@ class Hub(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path).lstrip("/")
         self.requested.append(f"{self.command} {path}")
         if match := re.fullmatch(
-            r"(?:api/models/)?([^/]+/[^/]+)/(resolve|revision|tree)/(.+)", path
+            r"(?:api/models/|(?:api/)?datasets/)?([^/]+/[^/]+)/(resolve|revision|tree)/(.+)", path
         ):
             repo, what, rest = match.groups()
         else:
@@ -47,20 +51,10 @@ class Hub(BaseHTTPRequestHandler):
             return self._answer(404, "RevisionNotFound")
         folder = self.models[repo]
         if what == "revision":
-            files = [{"rfilename": file.name} for file in folder.iterdir()]
+            files = [{"rfilename": name} for name in _files(folder)]
             return self._json({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": files})
         if what == "tree":
-            return self._json(
-                [
-                    {
-                        "type": "file",
-                        "path": file.name,
-                        "size": file.stat().st_size,
-                        "oid": _etag(file),
-                    }
-                    for file in folder.iterdir()
-                ]
-            )
+            return self._json([_entry(name, file) for name, file in _files(folder).items()])
         file = folder / name
         if not file.is_file():
             return self._answer(404, "EntryNotFound")
@@ -70,12 +64,21 @@ class Hub(BaseHTTPRequestHandler):
         self._send(json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _send(self, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(200)
+        first = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if first and self.command == "GET":
+            self.requested.append(f"from byte {first[1]}")
+            total, body = len(body), body[int(first[1]) :]
+            headers["Content-Range"] = f"bytes {first[1]}-{total - 1}/{total}"
+        self.send_response(206 if "Content-Range" in headers else 200)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
+            name = unquote(urlsplit(self.path).path).rpartition("/")[2]
+            if name in self.breaks:
+                self.breaks.remove(name)
+                body, self.close_connection = body[: len(body) // 2], True
             self.wfile.write(body)
 
     def _answer(self, status: int, code: str) -> None:
@@ -88,14 +91,35 @@ class Hub(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    return {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
+
+
+def _entry(name: str, file: Path) -> dict:
+    size = file.stat().st_size
+    entry = {"type": "file", "path": name, "size": size, "oid": _git(file)}
+    if _is_large(file):
+        entry["lfs"] = {"oid": _etag(file), "size": size, "pointerSize": 99}
+    return entry
+
+
+def _is_large(file: Path) -> bool:
+    return file.suffix == ".parquet"
+
+
+def _git(file: Path) -> str:
+    data = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
 def _etag(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()
+    return hashlib.sha256(file.read_bytes()).hexdigest() if _is_large(file) else _git(file)
 
 
 @contextmanager
-def hub(models: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
+def hub(models: dict[str, Path], breaks: Iterable[str] = ()) -> Iterator[tuple[str, list[str]]]:
     """(its address, what was requested) of a hub that runs until the end of the block."""
-    handler = type("Handler", (Hub,), {"models": models, "requested": []})
+    handler = type("Handler", (Hub,), {"models": models, "requested": [], "breaks": {*breaks}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
     try:

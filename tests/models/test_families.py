@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ditty_di.export import HuggingFaceExport
 from ditty_di.models import causal_lm, seq2seq
-from ditty_di.models.weights import hugging_face, initialize, materialize, unset
+from ditty_di.models.weights import hugging_face, initialize, materialize, uninitialized
 from tests.models.families import CAUSAL, RARE, SEQ2SEQ, config
 from tests.models.test_hugging_face import tokenizer
 from tests.models.tiny import CPU, fill
@@ -77,7 +77,7 @@ def test_it_is_initialised_from_random_numbers(kind, model_type, changes):
     for model in models:
         materialize(model, CPU)
         initialize(model, device=CPU, init=hugging_face)
-        assert not unset(model)
+        assert not uninitialized(model)
     one, two = (model.state_dict() for model in models)
     assert all(torch.equal(one[name], two[name]) for name in one)
 

@@ -9,10 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from ditty_di.adapters import add
+from ditty_di.adapters import apply_adapter
 from ditty_di.adapters import initialize as initialize_adapters
 from ditty_di.export import AdapterExport, HuggingFaceExport
-from ditty_di.losses import CrossEntropyLoss
 from ditty_di.models import causal_lm, seq2seq
 from ditty_di.models.deferred import Deferred
 from ditty_di.models.pretrained import Pretrained
@@ -32,14 +31,13 @@ READ = ("mixtral", "gpt_neox", "falcon_h1", "jamba")
 #: Tensors that only the constructor makes, and experts of three dimensions.
 DRAWN = ("mixtral", "apertus", "openai-gpt")
 
-LORA = partial(add, config=LoraConfig(r=4, target_modules="all-linear"))
+LORA = partial(apply_adapter, config=LoraConfig(r=4, target_modules="all-linear"))
 
 
 def placed(model, weights, runtime):
     (part,) = setup_model(
         model,
         runtime=runtime,
-        loss_fn=CrossEntropyLoss(output="logits"),
         weights=weights,
         parallelize_fn=shard,
         pipeline_fn=None,
@@ -75,7 +73,7 @@ def read_and_draw(folder):
         found[name] = whole(model)
         if name in ("mixtral", "marian"):
             HuggingFaceExport(tokenizer(97), str(folder / f"{name}-export"))([model])
-    weights = Pretrained(folder / "gpt_neox", missing=initialize_adapters)
+    weights = Pretrained(folder / "gpt_neox", init_missing=initialize_adapters)
     model = causal_lm.from_pretrained(folder / "gpt_neox", quantize=nf4, adapter=LORA)
     found["nf4"] = whole(placed(model, weights, runtime))
     for name in DRAWN:
@@ -114,7 +112,7 @@ def test_two_ranks_read_and_draw_what_one_does_and_export_it(bases):
 @pytest.mark.parametrize("name", ["mixtral", "gpt_neox"])
 def test_adapters_on_converted_tensors_fit_the_base_of_transformers(bases, name, tmp_path):
     model = causal_lm.from_pretrained(bases / name, adapter=LORA)
-    fill(model, bases / name, missing=initialize_adapters)
+    fill(model, bases / name, init_missing=initialize_adapters)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "lora_B" in key:

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from ditty_di.adapters import add, initialize
+from ditty_di.adapters import apply_adapter, initialize
 from ditty_di.export import AdapterExport, HuggingFaceExport, MergedExport
-from ditty_di.export.opening import open_model
+from ditty_di.export.load import open_model
 from ditty_di.models import causal_lm
 from ditty_di.models.files import ModelFiles
 from ditty_di.models.generation import read, savable
@@ -101,11 +101,11 @@ def test_every_export_has_a_config_that_stock_saves(kind, tokenizer, tmp_path, c
     values = {"temperature": 0.6, "do_sample": False, "eos_token_id": 7, "bos_token_id": 4}
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(values))
     chat = chat_tokenizer(base)
-    adapter = None if kind == "model" else partial(add, config=LoraConfig(r=2))
+    adapter = None if kind == "model" else partial(apply_adapter, config=LoraConfig(r=2))
     model = causal_lm.from_pretrained(base, tokenizer=chat, adapter=adapter)
     end = chat.convert_tokens_to_ids("<|im_end|>")
     assert model.generation_config.eos_token_id == [7, end], "a run stops there too"
-    ready(model, Pretrained(base, missing=initialize), torch.device("cpu"))
+    ready(model, Pretrained(base, init_missing=initialize), torch.device("cpu"))
     exports = {"model": HuggingFaceExport, "adapter": AdapterExport, "merged": MergedExport}
     path = tmp_path / "out"
     exports[kind](chat, str(path))([model])
@@ -125,9 +125,9 @@ def test_a_base_tuned_on_a_conversation_stops_where_the_turn_ends(kind, tokenize
     base = cases.llama(tmp_path / "base", tokenizer, initializer_range=0.05)
     chat = chat_tokenizer(base)
     lora = LoraConfig(r=8, target_modules="all-linear", modules_to_save=["lm_head"])
-    adapter = None if kind == "model" else partial(add, config=lora)
+    adapter = None if kind == "model" else partial(apply_adapter, config=lora)
     model = causal_lm.from_pretrained(base, tokenizer=chat, adapter=adapter)
-    ready(model, Pretrained(base, missing=initialize), torch.device("cpu"))
+    ready(model, Pretrained(base, init_missing=initialize), torch.device("cpu"))
     messages = [{"role": "user", "content": "Document 3"}, {"role": "assistant", "content": "says"}]
     ids = chat.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
     asked = chat.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)

@@ -21,7 +21,7 @@ from ditty_di import adapters
 from ditty_di.config import Graph
 from ditty_di.config.errors import ConfigError
 from ditty_di.models import causal_lm, seq2seq
-from ditty_di.models.weights import is_meta, materialize, unset
+from ditty_di.models.weights import is_meta, materialize, uninitialized
 from ditty_di.runtime import Runtime
 from tests.models.tiny import CPU, TOKENS, llama, save_llama
 
@@ -164,12 +164,16 @@ def test_a_model_carries_its_contract_and_its_weights(tmp_path):
     ):
         assert module.from_config.contract == module.from_pretrained.contract == contract
     saved = save_llama(tmp_path)
-    model = causal_lm.from_pretrained(tmp_path, adapter=partial(adapters.add, config=LoraConfig()))
+    model = causal_lm.from_pretrained(
+        tmp_path, adapter=partial(adapters.apply_adapter, config=LoraConfig())
+    )
     assert model.contract == "0:2:i64 -> logits:3:f"
     assert model.default_weights.identity()["path"] == str(tmp_path)
     materialize(model, CPU)
     model.default_weights(model, device=CPU)
-    assert not unset(model) and torch.equal(model.eval()(TOKENS).logits, saved(TOKENS).logits)
+    assert not uninitialized(model) and torch.equal(
+        model.eval()(TOKENS).logits, saved(TOKENS).logits
+    )
 
 
 def test_default_values_follow_the_seed_of_the_run():
@@ -231,6 +235,31 @@ def test_what_transformers_keeps_in_32_bits_is_kept_in_them(dtype, wide):
     found = model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype
     assert found == (torch.float32 if wide else torch.bfloat16)
     assert model.shared.weight.dtype == getattr(torch, dtype)
+
+
+def test_what_quantization_and_adapters_leave_out_is_told_before_anything_is_built(caplog):
+    """As `task=check` does it."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    config = {"_target_": "transformers.MixtralConfig", "num_attention_heads": 4}
+    lora = {"_target_": "peft.LoraConfig", "target_modules": "all-linear"}
+    node = {
+        "_target_": "ditty_di.models.causal_lm.from_config",
+        "config": {**config, **sizes, **experts, "vocab_size": 61},
+        "quantize": {"_target_": "ditty_di.quantization.nf4", "_partial_": True, "block_size": 16},
+        "adapter": {
+            "_target_": "ditty_di.adapters.apply_adapter",
+            "_partial_": True,
+            "config": lora,
+        },
+    }
+    with caplog.at_level("WARNING", logger="ditty_di"):
+        Graph({"model": node}).rehearse("model")
+    quantized, adapted = (m for m in caplog.messages if "mlp.experts.gate_up_proj" in m)
+    assert "which is not quantized" in quantized and "target_parameters" in adapted
+    lora["target_modules"] = ["q_porj"]
+    with pytest.raises(ConfigError, match=r"q_porj"):
+        Graph({"model": node}).rehearse("model")
 
 
 def test_a_model_that_cannot_be_built_is_told_before_anything_is(tmp_path):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ditty_di.losses import LinearCrossEntropyLoss, deferred_head
+from ditty_di.losses import LinearCrossEntropyLoss, skip_lm_head
 from ditty_di.models.neftune import neftune
 from ditty_di.models.weights import hugging_face, initialize, materialize
+from ditty_di.parallelize.activation_checkpointing import full
 from ditty_di.parallelize.data_parallel import shard
-from ditty_di.parallelize.recompute import full
 from ditty_di.runtime import Runtime
 from tests.checkpoint import ranks
 from tests.distributed.cases import RESUME_AT, make_trainer, tiny_llama
@@ -17,7 +17,9 @@ from tests.distributed.cases import RESUME_AT, make_trainer, tiny_llama
 
 def noise_of_a_rank() -> torch.Tensor:
     runtime = Runtime(seed=0)
-    model = shard(neftune(tiny_llama()), parallel_dims=runtime.parallel_dims, recompute=full)
+    model = shard(
+        neftune(tiny_llama()), parallel_dims=runtime.parallel_dims, activation_checkpointing=full
+    )
     materialize(model, runtime.device)
     initialize(model, device=runtime.device, init=hugging_face)
     seen: list[torch.Tensor] = []
@@ -42,8 +44,8 @@ def test_ranks_with_one_seed_have_different_noise():
 def train(folder, steps):
     trainer, recorder = make_trainer(
         folder,
-        steps=steps,
-        model=deferred_head(neftune(tiny_llama())),
+        max_steps=steps,
+        model=skip_lm_head(neftune(tiny_llama())),
         loss_fn=LinearCrossEntropyLoss(chunk_tokens=50),
     )
     trainer.train()

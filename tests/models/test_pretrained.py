@@ -30,7 +30,7 @@ from transformers import (
 from ditty_di.export import HuggingFaceExport
 from ditty_di.models import causal_lm, seq2seq
 from ditty_di.models.pretrained import Pretrained
-from ditty_di.models.weights import materialize, unset
+from ditty_di.models.weights import materialize, uninitialized
 from tests.checkpoint import ranks
 from tests.models.test_hugging_face import tokenizer
 from tests.models.tiny import CPU, TOKENS, fill, logits, save_llama
@@ -267,7 +267,7 @@ def test_files_of_the_bare_transformer_fit_the_model_with_a_head(tmp_path):
 
 def test_adapters_are_missing_and_the_base_inside_is_read(tmp_path):
     usual, missing = save_llama(tmp_path), Missing()
-    model = fill(causal_lm.from_pretrained(tmp_path, adapter=lora), tmp_path, missing=missing)
+    model = fill(causal_lm.from_pretrained(tmp_path, adapter=lora), tmp_path, init_missing=missing)
     assert torch.equal(logits(model), logits(usual))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert set(missing.names) == trained and len(trained) == 8
@@ -279,7 +279,7 @@ def test_a_trained_copy_of_a_module_starts_with_the_values_of_the_base(tmp_path,
     usual = save_llama(tmp_path, tie_word_embeddings=tie)
     adapter = partial(lora, modules_to_save=["lm_head"])
     model = causal_lm.from_pretrained(tmp_path, adapter=adapter)
-    fill(model, tmp_path, missing=Missing())
+    fill(model, tmp_path, init_missing=Missing())
     copy = model.get_parameter("base_model.model.lm_head.modules_to_save.default.weight")
     assert copy.requires_grad and torch.equal(copy, usual.lm_head.weight)
 
@@ -288,7 +288,7 @@ def test_what_is_missing_is_named_when_nothing_makes_it(tmp_path):
     save_llama(tmp_path)
     model = causal_lm.from_pretrained(tmp_path, adapter=lora)
     materialize(model, CPU)
-    with pytest.raises(ValueError, match=r"no values for 8 tensors.*lora_A.*`missing`"):
+    with pytest.raises(ValueError, match=r"no values for 8 tensors.*lora_A.*`init_missing`"):
         Pretrained(tmp_path)(model, device=CPU)
 
 
@@ -331,10 +331,10 @@ def test_a_tensor_that_nothing_fills_is_found_whatever_its_type():
     with torch.device("meta"):
         model = Forgetful()
     materialize(model, CPU)
-    assert unset(model) == ["codes", "positions"]
+    assert uninitialized(model) == ["codes", "positions"]
     model.positions.copy_(torch.arange(3))
     model.codes.data.copy_(torch.tensor([-128, 0, -128]))
-    assert not unset(model)
+    assert not uninitialized(model)
 
 
 # -- a larger vocabulary --------------------------------------------------------------------------
@@ -369,7 +369,6 @@ def test_a_bias_of_the_logits_grows_with_zeros(tmp_path):
 
 def grown(path):
     """The embedding and the head with 9 new rows, read by each rank for its shard."""
-    from ditty_di.losses import CrossEntropyLoss
     from ditty_di.parallelize.data_parallel import shard
     from ditty_di.runtime import Runtime
     from ditty_di.training.setup import setup_model
@@ -378,7 +377,6 @@ def grown(path):
     (model,) = setup_model(
         causal_lm.from_pretrained(path, vocab_size=70),
         runtime=runtime,
-        loss_fn=CrossEntropyLoss(output="logits"),
         weights=Pretrained(path, seed=0),
         parallelize_fn=shard,
         pipeline_fn=None,

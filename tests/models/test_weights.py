@@ -11,7 +11,7 @@ from ditty_di.models.weights import (
     initialize,
     is_meta,
     materialize,
-    unset,
+    uninitialized,
 )
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_a_model_from_a_config_has_no_memory_and_no_cache():
 def test_tied_parameters_stay_tied():
     model = filled(from_config(llama(tie=True)), init=hugging_face)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert not unset(model)
+    assert not uninitialized(model)
 
 
 def test_values_depend_on_the_seed_and_the_name_only():
@@ -96,7 +96,7 @@ def test_a_module_that_does_not_initialise_itself_is_found():
 
     with torch.device("meta"):
         model = Forgetful()
-    assert unset(filled(model)) == ["scale"]
+    assert uninitialized(filled(model)) == ["scale"]
 
 
 def test_a_model_that_is_half_on_meta_is_refused():

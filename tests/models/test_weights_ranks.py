@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import T5Config
 
 from ditty_di.models import causal_lm, seq2seq
-from ditty_di.models.weights import hugging_face, initialize, materialize, unset
+from ditty_di.models.weights import (
+    hugging_face,
+    initialize,
+    materialize,
+    slices,
+    uninitialized,
+)
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime
 from tests.checkpoint import ranks
@@ -31,7 +42,7 @@ def values():
         model = shard(make(), parallel_dims=runtime.parallel_dims)
         materialize(model, runtime.device)
         initialize(model, device=runtime.device, seed=3, init=hugging_face)
-        assert not unset(model)
+        assert not uninitialized(model)
         found[name] = {
             key: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().numpy()
             for key, p in model.named_parameters()
@@ -45,6 +56,35 @@ def runs():
     """One process group for all models: processes are slow to start."""
     (one,), two = ranks.run(values, 1), ranks.run(values, 2)
     return one, *two
+
+
+def pieces():
+    """Slices of a tensor of 8 rows, sharded in several ways over two ranks; None if refused."""
+    runtime = Runtime()
+    line = init_device_mesh("cpu", (2,))
+    square = init_device_mesh("cpu", (1, 2))
+    strided = partial(_StridedShard, 0)
+    found = []
+    for mesh, placements in (
+        (line, [Shard(0)]),
+        (line, [strided(split_factor=2)]),  # as of two matrices in one: each rank has half of both
+        (square, [strided(split_factor=2), Shard(0)]),  # as of FSDP over tensor parallelism
+        (square, [strided(split_factor=4), Shard(0)]),
+    ):
+        tensor = DTensor.from_local(torch.zeros(4, 3), mesh, placements, run_check=False)
+        try:
+            found.append(slices(tensor)[0])
+        except ValueError as error:
+            assert "is not one piece of it" in str(error)
+            found.append(None)
+    runtime.close()
+    return found
+
+
+def test_slices_are_refused_where_a_rank_has_several_pieces():
+    first, second = ranks.run(pieces, 2)
+    assert first == [slice(0, 4), None, slice(0, 4), None]
+    assert second == [slice(4, 8), None, slice(4, 8), None]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ditty_di.models.pretrained import Pretrained
-from ditty_di.models.weights import materialize, unset
+from ditty_di.models.weights import materialize, uninitialized
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(12)[None]
@@ -42,7 +42,7 @@ def save_llama(folder: Path, *, dtype: torch.dtype = torch.float32, **changes) -
 def fill(model: nn.Module, path: Path | str, **options) -> nn.Module:
     materialize(model, CPU)
     Pretrained(path, **options)(model, device=CPU)
-    assert not unset(model)
+    assert not uninitialized(model)
     return model.eval()
 
 

@@ -80,7 +80,7 @@ def train(
     checkpointer, first = None, 0
     if folder is not None:
         states = {"optimizer": OptimizerState(built), "model": model_state(model)}
-        checkpointer = Checkpointer(str(folder), states=states, rank_states={}, every=None)
+        checkpointer = Checkpointer(str(folder), states=states, rank_states={}, save_interval=None)
     if start:
         assert checkpointer is not None
         loaded = checkpointer.load()
@@ -98,7 +98,7 @@ def train(
 
 
 def model_state(model: nn.Module) -> Any:
-    from ditty_di.checkpoint.states import ModelState
+    from ditty_di.checkpoint.model_state import ModelState
 
     return ModelState([model])
 
@@ -184,7 +184,7 @@ def low_bit(folder: str) -> dict[str, list[list[float]]]:
                 here,
                 model=llama("bfloat16", adapter=adapter),
                 optimizer=optimizer,
-                steps=RESUME_AT + 3,
+                max_steps=RESUME_AT + 3,
             )
             with torch.compiler.set_stance("force_eager"):  # torchao's: the same step, uncompiled
                 trainer.train()

@@ -57,7 +57,7 @@ def test_groups_and_schedules_reach_it():
         groups=[{"max_ndim": 1, "weight_decay": 0.0}],
     )
     optimizer = build_optimizer(factory, [model])
-    scheduler = cosine(optimizer, total_steps=10, warmup_steps=5)
+    scheduler = cosine(optimizer, max_steps=10, warmup_steps=5)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [1.0, 0.0]
     before = [p.detach().clone() for p in model.parameters()]
     for parameter in model.parameters():

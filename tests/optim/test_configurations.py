@@ -198,7 +198,7 @@ def test_optimizer_file_says_its_rate_as_a_number(name: str) -> None:
 
 
 def scheduler(name: str) -> Callable[[Optimizer], Any] | None:
-    root = OmegaConf.create({"horizon": 50, "global_batch_size": 8, "data": {"seq_len": 64}})
+    root = OmegaConf.create({"training_steps": 50, "global_batch_size": 8, "data": {"seq_len": 64}})
     root.node = OmegaConf.load(SCHEDULERS[name])
     return instantiate(root.node, _convert_="all")
 

@@ -126,7 +126,7 @@ def test_a_built_optimizer_is_refused() -> None:
 def test_the_trainers_pair() -> None:
     block = Block()
     optimizers = Optimizers(partial(SGD, lr=0.5), [block])
-    schedulers = Schedulers(partial(cosine, total_steps=4, warmup_steps=2), optimizers.optimizer)
+    schedulers = Schedulers(partial(cosine, max_steps=4, warmup_steps=2), optimizers.optimizer)
     assert schedulers.get_metrics() == {"lr": 0.25}
     block(torch.ones(1, 4)).sum().backward()
     bias = dict(block.named_parameters())["layers.1.bias"]
@@ -145,7 +145,7 @@ def test_rates_of_every_group() -> None:
         grouped, optimizer=partial(AdamW, lr=0.5), groups=[{"max_ndim": 1, "lr": 0.25}]
     )
     optimizer = build_optimizer(factory, [Block()])
-    schedulers = Schedulers(partial(cosine, total_steps=4), optimizer)
+    schedulers = Schedulers(partial(cosine, max_steps=4), optimizer)
     assert schedulers.get_metrics() == {"lr": 0.5, "lr/group0": 0.5, "lr/group1": 0.25}
 
 

@@ -220,7 +220,7 @@ def test_combined_is_an_optimizer(factory: Callable[[Named], Optimizer]) -> None
     ).keys()
     calls: list[str] = []
     optimizer.register_step_post_hook(lambda *_: calls.append("stepped"))
-    schedule = cosine(optimizer, total_steps=10, warmup_steps=2)
+    schedule = cosine(optimizer, max_steps=10, warmup_steps=2)
     peaks = [group["initial_lr"] for group in optimizer.param_groups]
     losses = []
     for step in range(10):

@@ -46,18 +46,18 @@ def rates(build: Callable[[Optimizer], Schedule], steps: int, lr: float = 1.0) -
 
 def test_linear_written_out() -> None:
     # Peak 2, 4 warm-up updates, then a fall from 2 to 0.5 over 6: 1.5 / 6 = 0.25 an update.
-    got = rates(lambda o: linear(o, total_steps=10, warmup_steps=4, min_lr_ratio=0.25), 13, lr=2.0)
+    got = rates(lambda o: linear(o, max_steps=10, warmup_steps=4, min_lr_ratio=0.25), 13, lr=2.0)
     expected = [0.5, 1.0, 1.5, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.5, 0.5]
     assert got == pytest.approx(expected)
 
 
 def test_constant_written_out() -> None:
-    got = rates(lambda o: constant(o, total_steps=5, warmup_steps=2), 8)
+    got = rates(lambda o: constant(o, max_steps=5, warmup_steps=2), 8)
     assert got == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_cosine_written_out() -> None:
-    got = rates(lambda o: cosine(o, total_steps=110, warmup_steps=10, min_lr_ratio=0.1), 130)
+    got = rates(lambda o: cosine(o, max_steps=110, warmup_steps=10, min_lr_ratio=0.1), 130)
     assert got[0] == pytest.approx(0.1)
     assert got[9] == got[10] == 1.0
     assert got[10 + 25] == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
@@ -70,7 +70,7 @@ def test_cosine_equals_torch() -> None:
     """Without warm-up it is torch's CosineAnnealingLR, which is a recurrence, up to the end."""
     optimizer = sgd(0.3)
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=0.03)
-    for rate in rates(lambda o: cosine(o, total_steps=40, min_lr_ratio=0.1), 41, lr=0.3):
+    for rate in rates(lambda o: cosine(o, max_steps=40, min_lr_ratio=0.1), 41, lr=0.3):
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         reference.step()
@@ -81,7 +81,7 @@ def test_exponential_is_dolomites() -> None:
     a = (1 - floor) * math.e / (math.e - 1)
     b = (floor * math.e - 1) / (math.e - 1)
     got = rates(
-        lambda o: exponential(o, total_steps=total, warmup_steps=warmup, min_lr_ratio=floor),
+        lambda o: exponential(o, max_steps=total, warmup_steps=warmup, min_lr_ratio=floor),
         total + 5,
     )
     for step in range(warmup, total):
@@ -102,7 +102,7 @@ def test_exponential_is_dolomites() -> None:
 def test_wsd_written_out(shape: Callable[[float], float], quarter: float, half: float) -> None:
     got = rates(
         lambda o: wsd(
-            o, total_steps=100, warmup_steps=5, decay_steps=20, min_lr_ratio=0.2, shape=shape
+            o, max_steps=100, warmup_steps=5, decay_steps=20, min_lr_ratio=0.2, shape=shape
         ),
         110,
     )
@@ -119,7 +119,7 @@ def test_power_is_dolomites() -> None:
     batch_size, seq_len, lr = 32, 1024, 0.02
     got = rates(
         lambda o: power(
-            o, total_steps=3000, warmup_steps=100, batch_size=batch_size, seq_len=seq_len
+            o, max_steps=3000, warmup_steps=100, batch_size=batch_size, seq_len=seq_len
         ),
         3500,
         lr=lr,
@@ -138,7 +138,7 @@ def test_power_is_dolomites() -> None:
 def test_power_decay_and_floor() -> None:
     def build(optimizer: Optimizer) -> Schedule:
         return power(
-            optimizer, total_steps=100, decay_steps=50, batch_size=1, seq_len=1, a=1.0, b=-0.5,
+            optimizer, max_steps=100, decay_steps=50, batch_size=1, seq_len=1, a=1.0, b=-0.5,
             min_lr_ratio=0.05, warmup_steps=4,
         )  # fmt: skip
 
@@ -150,9 +150,7 @@ def test_power_decay_and_floor() -> None:
     assert got[75] == pytest.approx(0.05 + (begin - 0.05) / 2)
     assert got[100:] == pytest.approx([0.05] * 10)
     alone = rates(
-        lambda o: power(
-            o, total_steps=10, batch_size=1, seq_len=1, a=1.0, b=-0.5, min_lr_ratio=0.25
-        ),
+        lambda o: power(o, max_steps=10, batch_size=1, seq_len=1, a=1.0, b=-0.5, min_lr_ratio=0.25),
         30,
     )
     assert alone[8] == pytest.approx(1 / 3) and alone[20:] == [0.25] * 10
@@ -160,17 +158,17 @@ def test_power_decay_and_floor() -> None:
 
 def test_power_keeps_the_ratio_of_groups() -> None:
     optimizer = sgd(0.1, 0.01)
-    power(optimizer, total_steps=9, batch_size=1, seq_len=1, a=0.05, b=-0.5)
+    power(optimizer, max_steps=9, batch_size=1, seq_len=1, a=0.05, b=-0.5)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.05, 0.005])
     optimizer = sgd(0.1, 0.01)
-    power(optimizer, total_steps=9, batch_size=1, seq_len=1, a=0.005, b=-0.5, reference_lr=0.01)
+    power(optimizer, max_steps=9, batch_size=1, seq_len=1, a=0.005, b=-0.5, reference_lr=0.01)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.05, 0.005])
 
 
 def test_infinite_written_out() -> None:
     def build(anneal_start: int | None) -> Callable[[Optimizer], Schedule]:
         return lambda o: infinite(
-            o, total_steps=200, warmup_steps=10, cooldown_steps=40, constant_factor=0.5,
+            o, max_steps=200, warmup_steps=10, cooldown_steps=40, constant_factor=0.5,
             anneal_start=anneal_start, min_lr_ratio=0.02,
         )  # fmt: skip
 
@@ -186,7 +184,7 @@ def test_infinite_written_out() -> None:
 
 def test_groups_keep_their_own_rates() -> None:
     optimizer = sgd(1.0, 0.1)
-    schedule = linear(optimizer, total_steps=4)
+    schedule = linear(optimizer, max_steps=4)
     optimizer.step()
     schedule.step()
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.75, 0.075])
@@ -212,7 +210,7 @@ def test_warmup_rises_and_decay_falls(
 ) -> None:
     total, warmup, decay = phases
     schedule = wsd(
-        sgd(1.0), total_steps=total, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=floor,
+        sgd(1.0), max_steps=total, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=floor,
         shape=shape,
     )  # fmt: skip
     factors = [schedule.factor(step) for step in range(total + 20)]
@@ -236,7 +234,7 @@ def test_no_jump_between_updates(
 ) -> None:
     """No two neighbours differ by more than the steepest shape (exponential) allows."""
     total, warmup, _ = phases
-    factor = build(sgd(1.0), total_steps=total, warmup_steps=warmup, min_lr_ratio=floor).factor
+    factor = build(sgd(1.0), max_steps=total, warmup_steps=warmup, min_lr_ratio=floor).factor
     for step in range(total):
         slope = math.e / (math.e - 1)
         steepest = 1 / warmup if step < warmup else slope / (total - warmup)
@@ -251,7 +249,7 @@ def test_power_is_bounded_and_falls(
 ) -> None:
     total, warmup, decay = phases
     factor = power(
-        sgd(1.0), total_steps=total, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=floor,
+        sgd(1.0), max_steps=total, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=floor,
         a=a, b=b, batch_size=2, seq_len=3,
     ).factor  # fmt: skip
     factors = [factor(step) for step in range(total + 20)]
@@ -270,7 +268,7 @@ def test_infinite_is_bounded_and_falls(data: st.DataObject, total: int) -> None:
     level = data.draw(st.floats(0.1, 1.0))
     floor = data.draw(st.floats(0.01, level))
     factor = infinite(
-        sgd(1.0), total_steps=total, warmup_steps=warmup, cooldown_steps=cooldown,
+        sgd(1.0), max_steps=total, warmup_steps=warmup, cooldown_steps=cooldown,
         constant_factor=level, anneal_start=start, min_lr_ratio=floor,
     ).factor  # fmt: skip
     after = [factor(step) for step in range(max(0, warmup - 1), total + 20)]
@@ -294,7 +292,7 @@ def train(optimizer: Optimizer, schedule: Schedule, steps: int) -> list[float]:
 
 def test_state_round_trip_is_exact() -> None:
     def build(optimizer: Optimizer) -> Schedule:
-        return cosine(optimizer, total_steps=30, warmup_steps=7, min_lr_ratio=0.1)
+        return cosine(optimizer, max_steps=30, warmup_steps=7, min_lr_ratio=0.1)
 
     whole = rates(build, 30, lr=0.3)
     optimizer = sgd(0.3)
@@ -318,7 +316,7 @@ def test_state_round_trip_with_tensor_rates() -> None:
     def start() -> tuple[Optimizer, Schedule]:
         parameter = nn.Parameter(torch.zeros(1))
         optimizer = AdamW([parameter], lr=torch.tensor(0.3), capturable=False, foreach=False)
-        return optimizer, linear(optimizer, total_steps=9, warmup_steps=2)
+        return optimizer, linear(optimizer, max_steps=9, warmup_steps=2)
 
     optimizer, schedule = start()
     whole = train(optimizer, schedule, 9)
@@ -332,12 +330,12 @@ def test_state_round_trip_with_tensor_rates() -> None:
 
 
 def test_curve_is_configuration() -> None:
-    """A longer horizon, or the start of annealing, takes effect on a resumed run."""
+    """A longer training_steps, or the start of annealing, takes effect on a resumed run."""
     optimizer = sgd(1.0)
-    short = linear(optimizer, total_steps=10)
+    short = linear(optimizer, max_steps=10)
     train(optimizer, short, 5)
     longer_optimizer = sgd(1.0)
-    longer = linear(longer_optimizer, total_steps=20)
+    longer = linear(longer_optimizer, max_steps=20)
     longer.load_state_dict(short.state_dict())
     assert longer_optimizer.param_groups[0]["lr"] == 0.75
     assert train(longer_optimizer, longer, 2) == [0.75, 0.7]
@@ -349,36 +347,36 @@ def test_curve_is_configuration() -> None:
 @pytest.mark.parametrize(
     ("build", "arguments", "message"),
     [
-        (cosine, {"total_steps": 0}, r"total_steps=0; write .* at least 1"),
-        (cosine, {"total_steps": 10.5}, r"total_steps=10.5; write .*whole number"),
-        (linear, {"total_steps": 100, "warmup_steps": 200}, r"warmup_steps=200 is longer .*=100"),
-        (linear, {"total_steps": 100, "warmup_steps": 0.1}, r"warmup_steps=0.1; .*warmup_steps=10"),
-        (linear, {"total_steps": 100, "warmup_steps": -1}, r"warmup_steps=-1; write"),
-        (linear, {"total_steps": 100, "warmup_ratio": 1.5}, r"warmup_ratio=1.5; write a fraction"),
-        (wsd, {"total_steps": 100, "decay_ratio": -0.1}, r"decay_ratio=-0.1; write a fraction"),
+        (cosine, {"max_steps": 0}, r"max_steps=0; write .* at least 1"),
+        (cosine, {"max_steps": 10.5}, r"max_steps=10.5; write .*whole number"),
+        (linear, {"max_steps": 100, "warmup_steps": 200}, r"warmup_steps=200 is longer .*=100"),
+        (linear, {"max_steps": 100, "warmup_steps": 0.1}, r"warmup_steps=0.1; .*warmup_steps=10"),
+        (linear, {"max_steps": 100, "warmup_steps": -1}, r"warmup_steps=-1; write"),
+        (linear, {"max_steps": 100, "warmup_ratio": 1.5}, r"warmup_ratio=1.5; write a fraction"),
+        (wsd, {"max_steps": 100, "decay_ratio": -0.1}, r"decay_ratio=-0.1; write a fraction"),
         (
             exponential,
-            {"total_steps": 9, "min_lr_ratio": 1.5},
+            {"max_steps": 9, "min_lr_ratio": 1.5},
             r"min_lr_ratio=1.5; write .*fraction of the peak",
         ),
-        (cosine, {"total_steps": 9, "min_lr_ratio": -0.1}, r"min_lr_ratio=-0.1; write"),
-        (constant, {"total_steps": 9, "warmup_steps": 10}, r"warmup_steps=10 is longer"),
+        (cosine, {"max_steps": 9, "min_lr_ratio": -0.1}, r"min_lr_ratio=-0.1; write"),
+        (constant, {"max_steps": 9, "warmup_steps": 10}, r"warmup_steps=10 is longer"),
         (
             wsd,
-            {"total_steps": 100, "warmup_steps": 60, "decay_steps": 50},
-            r"warmup_steps=60 \+ decay_steps=50 is longer than the run \(total_steps=100\)",
+            {"max_steps": 100, "warmup_steps": 60, "decay_steps": 50},
+            r"warmup_steps=60 \+ decay_steps=50 is longer than the run \(max_steps=100\)",
         ),
-        (power, {"total_steps": 9, "batch_size": 0, "seq_len": 8}, r"batch_size=0; write"),
-        (power, {"total_steps": 9, "batch_size": 8, "seq_len": 8, "b": 0.5}, r"b=0.5; write"),
+        (power, {"max_steps": 9, "batch_size": 0, "seq_len": 8}, r"batch_size=0; write"),
+        (power, {"max_steps": 9, "batch_size": 8, "seq_len": 8, "b": 0.5}, r"b=0.5; write"),
         (
             infinite,
-            {"total_steps": 9, "cooldown_steps": 4, "min_lr_ratio": 0.0},
+            {"max_steps": 9, "cooldown_steps": 4, "min_lr_ratio": 0.0},
             r"0 < min_lr_ratio",
         ),
-        (infinite, {"total_steps": 9, "cooldown_steps": 0}, r"cooldown_steps=0 would drop"),
+        (infinite, {"max_steps": 9, "cooldown_steps": 0}, r"cooldown_steps=0 would drop"),
         (
             infinite,
-            {"total_steps": 9, "cooldown_steps": 4, "anneal_start": 2},
+            {"max_steps": 9, "cooldown_steps": 4, "anneal_start": 2},
             r"anneal_start=2; write a step .* from 4 .* to 8",
         ),
     ],

@@ -13,10 +13,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ditty_di import adapters, quantization
-from ditty_di.losses import deferred_head
-from ditty_di.names import canonical_fqn
+from ditty_di.fqn import canonical_fqn
+from ditty_di.losses import skip_lm_head
+from ditty_di.parallelize.activation_checkpointing import full, selective
 from ditty_di.parallelize.data_parallel import shard
-from ditty_di.parallelize.recompute import full, selective
 from ditty_di.precision.casting import release_copies
 from ditty_di.runtime import Runtime
 from tests.checkpoint.ranks import run as run_ranks
@@ -33,16 +33,18 @@ def runtime():
 
 def run(**options):
     trainer, recorder = make_trainer(
-        None, steps=4, dropout=0.1, parallelize_fn=partial(shard, **options)
+        None, max_steps=4, dropout=0.1, parallelize_fn=partial(shard, **options)
     )
     trainer.train()
     return recorder.losses(), trainer
 
 
-@pytest.mark.parametrize("recompute", [full, selective, partial(selective, matmul_every=1)])
-def test_recomputed_activations_give_the_same_losses_and_names(runtime, recompute):
+@pytest.mark.parametrize(
+    "activation_checkpointing", [full, selective, partial(selective, recompute_every_nth_matmul=1)]
+)
+def test_recomputed_activations_give_the_same_losses_and_names(runtime, activation_checkpointing):
     plain, trainer = run()
-    recomputed, wrapped = run(recompute=recompute)
+    recomputed, wrapped = run(activation_checkpointing=activation_checkpointing)
     assert recomputed == plain
     names = [
         [canonical_fqn(n) for n, _ in t.model_parts[0].named_parameters()]
@@ -52,7 +54,7 @@ def test_recomputed_activations_give_the_same_losses_and_names(runtime, recomput
 
 
 def test_every_second_block_is_recomputed(runtime):
-    _, trainer = run(recompute=full, recompute_every=2)
+    _, trainer = run(activation_checkpointing=full, checkpoint_every_n_blocks=2)
     wrapped = [
         hasattr(b, "_checkpoint_wrapped_module") for b in trainer.model_parts[0].model.layers
     ]
@@ -62,7 +64,9 @@ def test_every_second_block_is_recomputed(runtime):
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses(runtime):
     def losses(**options):
-        trainer, recorder = make_trainer(None, steps=4, parallelize_fn=partial(shard, **options))
+        trainer, recorder = make_trainer(
+            None, max_steps=4, parallelize_fn=partial(shard, **options)
+        )
         trainer.train()
         return recorder.losses()
 
@@ -105,10 +109,10 @@ def test_the_repeated_blocks_are_found_and_can_be_named(runtime):
         wrapped.append(block)
         return block
 
-    shard(model["b"], parallel_dims=runtime.parallel_dims, recompute=note)
+    shard(model["b"], parallel_dims=runtime.parallel_dims, activation_checkpointing=note)
     assert wrapped == list(model["b"])
     wrapped.clear()
-    shard(model, parallel_dims=runtime.parallel_dims, recompute=note, blocks="a")
+    shard(model, parallel_dims=runtime.parallel_dims, activation_checkpointing=note, blocks="a")
     assert wrapped == list(model["a"])
     for path, message in (("c", "has no attribute"), ("a.0", "has no modules in it")):
         with pytest.raises(ValueError, match=message):
@@ -177,11 +181,11 @@ def test_on_one_rank_nothing_is_sharded(runtime):
         assert not hasattr(trainer.model_parts[0], "unshard")
 
 
-def fsdp(model, *, parallel_dims, recompute=None, param_dtype="bfloat16"):
+def fsdp(model, *, parallel_dims, activation_checkpointing=None, param_dtype="bfloat16"):
     """Mixed precision by FSDP2 itself."""
     for i, block in enumerate(list(model.get_submodule(BLOCKS[type(model).__name__]))):
-        if recompute is not None:
-            block = recompute(block)
+        if activation_checkpointing is not None:
+            block = activation_checkpointing(block)
             model.get_submodule(BLOCKS[type(model).__name__]).register_module(str(i), block)
         fully_shard(block, mesh=parallel_dims.get_mesh("fsdp"), mp_policy=policy(param_dtype))
     fully_shard(model, mesh=parallel_dims.get_mesh("fsdp"), mp_policy=policy(param_dtype))
@@ -205,17 +209,20 @@ def policy(dtype):
 def copies(model):
     """Adapters and modules that are trained whole, in float32 on a base of 16 bits."""
     names = {"target_modules": ["q_proj"], "modules_to_save": ["norm", "lm_head"]}
-    return adapters.add(model, config=LoraConfig(r=4, **names))
+    return adapters.apply_adapter(model, config=LoraConfig(r=4, **names))
 
 
 @pytest.mark.parametrize(
     "model, options",
     [
         (cases.llama, {}),
-        (cases.llama, {"recompute": full}),
-        (cases.llama, {"head": deferred_head}),
+        (cases.llama, {"activation_checkpointing": full}),
+        (cases.llama, {"head": skip_lm_head}),
         (partial(cases.llama, "bfloat16", adapter=cases.lora), {}),
-        (partial(cases.llama, "bfloat16", adapter=cases.lora), {"recompute": selective}),
+        (
+            partial(cases.llama, "bfloat16", adapter=cases.lora),
+            {"activation_checkpointing": selective},
+        ),
         (partial(cases.llama, adapter=cases.lora), {}),
         (partial(cases.llama, "bfloat16", adapter=copies), {}),
         (partial(cases.llama, "bfloat16", adapter=cases.lora, quantize=quantization.nf4), {}),
@@ -228,7 +235,7 @@ def test_one_rank_casts_to_the_losses_of_fsdp_bit_for_bit(runtime, model, option
         rest = {name: options[name] for name in options if name != "head"}
         trainer, recorder = make_trainer(
             None,
-            steps=4,
+            max_steps=4,
             accumulation=2,
             model=model(**transforms),
             parallelize_fn=partial(parallelize, **rest, **more),

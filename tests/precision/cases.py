@@ -16,8 +16,8 @@ from ditty_di.batch import Batch
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.models.causal_lm import from_config
 from ditty_di.optim.schedules import constant
+from ditty_di.parallelize.activation_checkpointing import full, selective
 from ditty_di.parallelize.data_parallel import shard
-from ditty_di.parallelize.recompute import full, selective
 from ditty_di.precision import float8
 from ditty_di.runtime import Runtime
 from tests.distributed.cases import RESUME_AT, Recorder, make_trainer, tiny_llama
@@ -45,10 +45,12 @@ def lora(model: nn.Module, rank: int = 16) -> nn.Module:
     return peft.get_peft_model(model, config)
 
 
-def training(options: dict[str, Any], steps: int = STEPS, **slots: Any) -> tuple[Any, Recorder]:
+def training(options: dict[str, Any], max_steps: int = STEPS, **slots: Any) -> tuple[Any, Recorder]:
     """A trainer of the tiny Llama with these `options` of `shard`, and its records."""
     folder = slots.pop("folder", None)
-    return make_trainer(folder, steps=steps, parallelize_fn=partial(shard, **options), **slots)
+    return make_trainer(
+        folder, max_steps=max_steps, parallelize_fn=partial(shard, **options), **slots
+    )
 
 
 def losses(options: dict[str, Any] | None = None, **slots: Any) -> list[float]:
@@ -96,12 +98,12 @@ def combinations(*names: str) -> dict[str, list[float]]:
     """Losses of adapters on a bfloat16 base, with recomputation and compiled."""
     variants: dict[str, dict[str, Any]] = {
         "plain": {},
-        "full": {"recompute": full},
-        "selective": {"recompute": selective},
-        "compiled": {"compile": {}, "recompute": full},
+        "full": {"activation_checkpointing": full},
+        "selective": {"activation_checkpointing": selective},
+        "compiled": {"compile": {}, "activation_checkpointing": full},
     }
     return {
-        name: losses(BF16 | variants[name], model=llama("bfloat16", adapter=lora), steps=3)
+        name: losses(BF16 | variants[name], model=llama("bfloat16", adapter=lora), max_steps=3)
         for name in names
     }
 
@@ -151,14 +153,14 @@ def facts() -> dict[str, Any]:
     out: dict[str, Any] = {"gathered": gathered(BF16)}
     sgd = {
         "optimizer": partial(torch.optim.SGD, lr=0.5),
-        "lr_scheduler": partial(constant, total_steps=9),
-        "steps": 1,
+        "lr_scheduler": partial(constant, max_steps=9),
+        "max_steps": 1,
     }
     for name, options, own in (
         ("fp32", {}, {}),
         ("fp16", FP16, {"grad_scaler": scaler(init_scale=2.0**10)}),
     ):
-        trainer, recorder = training(options, **sgd, **own, max_norm=0.01)
+        trainer, recorder = training(options, **sgd, **own, max_grad_norm=0.01)
         before = whole(trainer)
         trainer.train()
         moved = [b - a for a, b in zip(before, whole(trainer), strict=True)]

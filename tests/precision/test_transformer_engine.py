@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from ditty_di.precision.transformer_engine import convert, recompute
+from ditty_di.precision.transformer_engine import activation_checkpointing, convert
 from tests.precision import cases
 
 installed = importlib.util.find_spec("transformer_engine") is not None
 
 
 @pytest.mark.skipif(installed, reason="transformer-engine is installed")
-@pytest.mark.parametrize("use", [convert, recompute])
+@pytest.mark.parametrize("use", [convert, activation_checkpointing])
 def test_without_it_one_sentence_says_what_to_install(use):
     with pytest.raises(ImportError, match=r"pip install 'ditty_di\[fp8\]'") as error:
         use(nn.Sequential(nn.Linear(16, 16)))

@@ -12,6 +12,7 @@ from torch import nn
 from ditty_di.callbacks import EMA
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.data.loader import Loader
+from ditty_di.loggers import MetricsProcessor
 from ditty_di.losses import (
     CompositeLoss,
     CrossEntropyLoss,
@@ -19,10 +20,10 @@ from ditty_di.losses import (
     LossOutput,
     MSELoss,
 )
-from ditty_di.metrics import Metrics, Validator
 from ditty_di.optim import constant
 from ditty_di.processors import Context, KeepInput, PostProcessor, PreProcessor
 from ditty_di.training.trainer import Trainer
+from ditty_di.training.validation import Validator
 from tests.distributed.cases import Recorder
 
 
@@ -51,10 +52,10 @@ def points(*processors, loss=None, callbacks=None, **slots):
         "model": nn.Linear(4, 3),
         "loss_fn": loss or MSELoss(),
         "optimizer": partial(torch.optim.SGD, lr=0.1),
-        "lr_scheduler": partial(constant, total_steps=10),
-        "dataloader": partial(Loader, rows, batch_size=4, shuffle=False),
-        "steps": 1,
-        "metrics": Metrics([recorder], every=1),
+        "lr_scheduler": partial(constant, max_steps=10),
+        "dataloader": partial(Loader, rows, micro_batch_size=4, shuffle=False),
+        "max_steps": 1,
+        "logger": MetricsProcessor([recorder], log_interval=1),
         "preprocessors": pre,
         "postprocessors": [p for p in processors if p not in pre],
         "callbacks": callbacks,
@@ -77,7 +78,7 @@ def test_a_postprocessor_may_change_a_target_but_not_how_many_elements_are_valid
         points(
             Rewrite(lambda y: y.masked_fill_(torch.arange(4) < 2, 7)),
             loss=ignored,
-            dataloader=partial(Loader, rows, batch_size=4),
+            dataloader=partial(Loader, rows, micro_batch_size=4),
         )
 
 
@@ -120,14 +121,14 @@ def test_processors_and_losses_that_are_modules_are_evaluated_and_resumed(runtim
     def trained(steps, *more):
         loss, augment = Normed(), Augment()
         rows = [({"input": x}, x[:3]) for x in torch.randn(8, 4)]
-        held_out = partial(Loader, rows, batch_size=4, shuffle=False, epochs=1)
-        keep = partial(Checkpointer, str(tmp_path), every=None)
+        held_out = partial(Loader, rows, micro_batch_size=4, shuffle=False, epochs=1)
+        keep = partial(Checkpointer, str(tmp_path), save_interval=None)
         points(
             augment,
             *more,
             loss=loss,
-            steps=steps,
-            validator=partial(Validator, held_out, every=10),
+            max_steps=steps,
+            validator=partial(Validator, held_out, eval_interval=10),
             checkpointer=keep,
         )
         return int(loss.norm.num_batches_tracked), int(augment.seen), augment.modes

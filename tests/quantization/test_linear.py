@@ -200,6 +200,7 @@ def test_a_model_with_nothing_to_quantise_is_refused():
     [
         ({"kernels": "cuda"}, "'auto', 'torch' or 'bitsandbytes'"),
         ({"block_size": 63}, "block_size=63 must be even"),
+        ({"block_size": 16, "kernels": "bitsandbytes"}, "block_size=16 .* it takes 32, 64"),
     ],
 )
 def test_options_that_cannot_be_are_named(options, message):
@@ -221,6 +222,8 @@ def test_bitsandbytes_decodes_on_a_cpu_where_it_gives_the_same_values():
             assert torch.equal(fast.dequantize(), slow.dequantize())
     # Its kernel for larger blocks would be compiled for every shape.
     assert NF4Linear(4096, 8, block_size=4096).decoder(cpu) is decode
+    for device in (cpu, torch.device("cuda")):  # it has none for blocks of this size
+        assert NF4Linear(64, 8, block_size=16).decoder(device) is decode
 
 
 def test_bitsandbytes_that_gives_other_values_is_left_alone(monkeypatch):

@@ -13,7 +13,7 @@ from torch import nn
 
 from ditty_di.models import causal_lm
 from ditty_di.models.pretrained import Pretrained
-from ditty_di.models.weights import hugging_face, initialize, materialize, unset
+from ditty_di.models.weights import hugging_face, initialize, materialize, uninitialized
 from ditty_di.quantization import bitsandbytes_int8, bitsandbytes_nf4, int8, nf4
 from ditty_di.quantization.int8_linear import Int8Linear
 from tests.checkpoint import ranks
@@ -68,7 +68,7 @@ def test_adapters_train_beside_it_after_an_evaluation(tmp_path, name):
 
     quantize = {**OURS, **THEIRS}[name]
     model = causal_lm.from_pretrained(tmp_path, quantize=quantize, adapter=adapter)
-    fill(model, tmp_path, missing=missing)
+    fill(model, tmp_path, init_missing=missing)
     embedding = model.get_input_embeddings().weight.requires_grad_()
     logits(model)
     model.train()
@@ -81,7 +81,7 @@ def test_random_values_for_a_model_without_files():
         model = causal_lm.from_config(llama(), quantize=quantize)
         materialize(model, CPU)
         initialize(model, device=CPU, init=hugging_face)
-        assert not unset(model)
+        assert not uninitialized(model)
         assert logits(model).isfinite().all()
 
 
@@ -149,10 +149,10 @@ def two_ranks(folder):
     """One process group for all of it: processes are slow to start."""
     import torch.distributed.checkpoint as dcp
 
-    from ditty_di.checkpoint.states import ModelState
+    from ditty_di.checkpoint.model_state import ModelState
     from ditty_di.losses import CrossEntropyLoss
+    from ditty_di.parallelize.activation_checkpointing import full
     from ditty_di.parallelize.data_parallel import shard
-    from ditty_di.parallelize.recompute import full
     from ditty_di.runtime import Runtime
     from ditty_di.training.setup import setup_model
 
@@ -175,7 +175,7 @@ def two_ranks(folder):
     found = {}
     for name, quantize in OURS.items():
         for dtype in (None, "bfloat16"):
-            model = place(quantize, param_dtype=dtype, recompute=full)
+            model = place(quantize, param_dtype=dtype, activation_checkpointing=full)
             found[f"{name}-{dtype}"] = logits(model).float().tolist()
             model.train()
             model(TOKENS).logits.float().square().sum().backward()
@@ -228,7 +228,7 @@ def test_mixed_precision_casts_activations_and_leaves_codes_and_scales(pair, nam
 def test_a_sharded_checkpoint_is_read_by_one_process(pair, name):
     import torch.distributed.checkpoint as dcp
 
-    from ditty_di.checkpoint.states import ModelState
+    from ditty_di.checkpoint.model_state import ModelState
 
     folder, _, _ = pair
     model = fill(causal_lm.from_pretrained(folder, quantize=OURS[name]), folder)

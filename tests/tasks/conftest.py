@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ditty_di.checkpoint import Checkpointer
+from ditty_di.checkpoint.model_state import ModelState
 from ditty_di.checkpoint.read import from_checkpoint
-from ditty_di.checkpoint.states import ModelState
 from ditty_di.data import train_bpe
 from ditty_di.models.causal_lm import from_config
 from ditty_di.models.weights import hugging_face, initialize, materialize

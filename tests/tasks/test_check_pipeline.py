@@ -103,7 +103,9 @@ def test_what_breaks_a_pipeline_is_found_with_file_and_line(checked, experiment,
 def test_processors_that_a_layout_does_not_allow_are_found(checked):
     with pytest.raises(ConfigError, match=r"two_heads.yaml:\d+: .*keep_input: with runtime.cp > 1"):
         checked("two_heads", "runtime: {cp: 2}\n")
-    assert "ok:" in checked("classification", "runtime: {cp: 2}\n")
+    with pytest.raises(ConfigError, match="is not a model of transformers") as others:
+        checked("classification", "runtime: {cp: 2}\n")
+    assert "with runtime.cp > 1" not in str(others.value)
 
 
 # -- the experiments that ship ---------------------------------------------------------------------
@@ -194,7 +196,10 @@ class NoProcess:
             f"callbacks: {{mine: {{_target_: {__name__}.NoProcess}}}}",
             r"callbacks.mine: .*has no on_train_start, on_step_end",
         ),
-        ("runtime: {pp: 2}", r"trainer.pipeline_fn: runtime.pp > 1 needs a function"),
+        (
+            "runtime: {pp: 2}\ntrainer: {pipeline_fn: null}",
+            r"trainer.pipeline_fn: runtime.pp > 1 needs a function",
+        ),
         (
             "trainer: {preprocessors: [{_target_: ditty_di.diffusion.DDPM, contract: 5, "
             "schedule: 1, prediction: 2}]}",

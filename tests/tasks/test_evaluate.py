@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ditty_di.losses import CrossEntropyLoss
-from ditty_di.metrics import Validator
 from ditty_di.runtime import Runtime
 from ditty_di.tasks.evaluate import evaluate
 from ditty_di.tasks.loading import ready
+from ditty_di.training.validation import Validator
 
 
 def batches():
@@ -34,7 +34,7 @@ def test_loss_of_a_checkpoint(runtime, build, tokenizer, checkpoint, capsys):
     found = evaluate(
         model=build(),
         weights=checkpoint,
-        validator=partial(Validator, batches(), every=1),
+        validator=partial(Validator, batches(), eval_interval=1),
         **parts,
     )
     model = build()
@@ -50,7 +50,7 @@ def test_loss_of_a_checkpoint(runtime, build, tokenizer, checkpoint, capsys):
 
 def test_a_stop_request_is_no_result(runtime, build, checkpoint):
     runtime.request_stop()
-    validator = partial(Validator, batches(), every=1)
+    validator = partial(Validator, batches(), eval_interval=1)
     found = evaluate(
         model=build(),
         weights=checkpoint,

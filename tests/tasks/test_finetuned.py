@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ditty_di.export.opening import open_model, open_tokenizer
+from ditty_di.export.load import open_model, open_tokenizer
 from ditty_di.tasks.generate import generate
 from tests.export import cases
 from tests.warm import ditty_di
@@ -33,7 +33,7 @@ def test_a_run_its_adapters_and_a_merged_model_answer_alike(tokenizer, tmp_path)
         "data.path=pairs",
         "data.seq_len=64",
         f"data.input_format='{form}'",
-        "steps=12",
+        "max_steps=12",
         "validator=loss_only",
         "export=adapter",
     )
@@ -80,8 +80,8 @@ def test_a_run_on_conversations_is_asked_in_them_and_stops_at_its_end_of_turn(to
     out = ditty_di(
         tmp_path,
         *("+experiment=full", "run=RUN", "model.path=base", "data.path=one.json"),
-        *("data.seq_len=64", "steps=40", "optimizer.lr=1e-2", "validator=none"),
-        *("global_batch_size=1", "data.loader.batch_size=1"),
+        *("data.seq_len=64", "max_steps=40", "optimizer.lr=1e-2", "validator=none"),
+        *("global_batch_size=1", "data.loader.micro_batch_size=1"),
         "tokenizer.chat_template=chat.jinja",
         "tokenizer.special_tokens=['<|user|>','<|assistant|>','<|end|>']",
     )

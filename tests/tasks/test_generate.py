@@ -283,11 +283,11 @@ def test_a_folder_with_a_chat_template_is_asked_by_it(model, chatty, tmp_path, c
 
 
 def test_a_run_is_asked_as_it_was_trained(model, chatty, tmp_path, caplog):
-    from ditty_di.data import Encoder
+    from ditty_di.data import Renderer
 
     caplog.set_level("INFO", "ditty_di")
     names = {"messages_key": "turns", "role_key": "from", "content_key": "value"}
-    encoder = Encoder(chatty, **names, roles={"human": "user", "gpt": "assistant"})
+    renderer = Renderer(chatty, **names, roles={"human": "user", "gpt": "assistant"})
     about = tmp_path / "data.json"
     model.resize_token_embeddings(len(chatty))
     source = asked(
@@ -297,7 +297,7 @@ def test_a_run_is_asked_as_it_was_trained(model, chatty, tmp_path, caplog):
             {"turns": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]},
         ],
     )
-    options = {"encoder": encoder, "about": str(about), "max_new_tokens": 4, **CPU}
+    options = {"renderer": renderer, "about": str(about), "max_new_tokens": 4, **CPU}
 
     def inputs(**more):
         generate(model, chatty, prompts=source, output=str(tmp_path / "out"), **options, **more)
@@ -401,24 +401,24 @@ def test_it_is_refused_before_a_model_is_built(options, message):
 
 
 def test_an_input_format_and_the_encoder_of_training_make_the_prompt(model, tokenizer, tmp_path):
-    from ditty_di.data import Encoder
+    from ditty_di.data import Renderer
 
     pattern = "Document __input__ says __what__:"
     record = {"input": "3", "what": "that", "output": "4"}
     wanted = tokenizer("Document 3 says that:")["input_ids"]
     assert Prompts(tokenizer, input_format=pattern).ids(record) == wanted
-    encoder = Encoder(tokenizer, input_format=pattern, output_format="__output__")
-    assert Prompts(tokenizer, encoder=encoder).ids(record) == wanted
-    ((trained,),) = encoder([record])
+    renderer = Renderer(tokenizer, input_format=pattern, output_format="__output__")
+    assert Prompts(tokenizer, renderer=renderer).ids(record) == wanted
+    ((trained,),) = renderer([record])
     assert trained.ids[: len(wanted)] == wanted, "what stood before the output in training"
     source, output = asked(tmp_path / "in.jsonl", [record]), tmp_path / "out.jsonl"
     options = {"max_new_tokens": 4, **CPU}
-    generate(model, tokenizer, prompts=source, output=str(output), encoder=encoder, **options)
+    generate(model, tokenizer, prompts=source, output=str(output), renderer=renderer, **options)
     (answer,) = answers(output)
     plainly = generate(model, tokenizer, prompt="Document 3 says that:", **options)
     assert answer == record | {"id": 0, "text": plainly["text"], "tokens": plainly["tokens"]}
     with pytest.raises(ValueError, match=r'prompt alone is not enough here: no key "what"'):
-        generate(model, tokenizer, prompt="3", encoder=encoder, **options)
+        generate(model, tokenizer, prompt="3", renderer=renderer, **options)
 
 
 def test_an_answer_is_printed_alone_a_continuation_with_its_start(model, tokenizer, capsys):
@@ -427,7 +427,7 @@ def test_an_answer_is_printed_alone_a_continuation_with_its_start(model, tokeniz
 
 
 def test_encoder_decoder_models(tokenizer, tmp_path):
-    from ditty_di.export.opening import published
+    from ditty_di.export.load import published
     from tests.export import cases
 
     model = published(cases.t5(tmp_path / "base", tokenizer)).eval()
@@ -482,6 +482,15 @@ def test_penalty_and_beams(model):
 def test_what_cannot_be_done_is_said(options, message, build, tokenizer):
     with pytest.raises(ValueError, match=message):
         generate(build(), tokenizer, **options, **CPU)
+
+
+def test_an_empty_prompt_of_a_model_trained_on_records_is_refused():
+    from ditty_di.data import Renderer
+    from tests.data.words import word_tokenizer
+
+    tokenizer = word_tokenizer()
+    with pytest.raises(ValueError, match="the prompt has no token; write a word"):
+        Prompts(tokenizer, renderer=Renderer(tokenizer)).ids({"input": ""})
 
 
 def test_weights_that_leave_something_unset_are_refused(build, tokenizer, checkpoint):

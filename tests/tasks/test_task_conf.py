@@ -33,12 +33,12 @@ def composed(*overrides):
         ["task=generate", "data=jsonl", "tokenizer=pretrained", *NAMED, "prompt=Once"],
         ["task=export", "data=jsonl", "tokenizer=pretrained", *NAMED, "export=merged"],
         ["task=generate_folder", "folder=user/name", "input_format='Q: __input__'", "prompt=Hi"],
-        ["metrics=default"],
-        ["metrics=wandb"],
-        ["metrics=quiet"],
-        ["~metrics.writers.tensorboard"],
+        ["logger=default"],
+        ["logger=wandb"],
+        ["logger=quiet"],
+        ["~logger.loggers.tensorboard"],
         ["validator=default"],
-        ["validator=loss_only", "metrics=quiet"],
+        ["validator=loss_only", "logger=quiet"],
         ["~validator"],
     ],
     ids=" ".join,
@@ -53,15 +53,15 @@ def test_tasks_on_a_run_name_none_by_themselves(task):
         assert compose("config", overrides=[f"task={task}"]).run is None
 
 
-def test_writers_are_added_and_taken_out_by_name(tmp_path):
-    config = composed("metrics=wandb", "~metrics.writers.tensorboard", f"run={tmp_path}")
-    metrics = Graph(config).build("metrics")
-    kinds = [type(writer).__name__ for writer in metrics.writers]
+def test_loggers_are_added_and_taken_out_by_name(tmp_path):
+    config = composed("logger=wandb", "~logger.loggers.tensorboard", f"run={tmp_path}")
+    logger = Graph(config).build("logger")
+    kinds = [type(one).__name__ for one in logger.loggers]
     assert kinds == ["JSONLines", "ProgressBar", "WandB"]
     assert list(tmp_path.iterdir()) == [], "nothing is written before training starts"
-    assert Graph(composed("metrics=quiet")).build("metrics").writers == []
-    config.metrics.writers.wandb = None
-    assert len(Graph(config).build("metrics").writers) == 2
+    assert Graph(composed("logger=quiet")).build("logger").loggers == []
+    config.logger.loggers.wandb = None
+    assert len(Graph(config).build("logger").loggers) == 2
 
 
 def test_generating_from_a_folder_needs_no_data():

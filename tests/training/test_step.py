@@ -59,7 +59,7 @@ def test_a_step_is_the_hand_written_loop_bit_for_bit(runtime):
         loss_fn=loss_fn,
         optimizer=torch.optim.AdamW(trained.parameters(), lr=1e-2),
         runtime=runtime,
-        max_norm=0.5,
+        max_grad_norm=0.5,
     )
     for _ in range(STEPS):
         batches = [Batch.of(next(data)) for _ in range(ACCUMULATION)]
@@ -90,8 +90,8 @@ def trainer(runtime):
         model=model(),
         loss_fn=CrossEntropyLoss(),
         optimizer=partial(torch.optim.AdamW, lr=1e-2),
-        dataloader=partial(Loader, rows(), batch_size=8, shuffle=False),
-        steps=2,
+        dataloader=partial(Loader, rows(), micro_batch_size=8, shuffle=False),
+        max_steps=2,
         runtime=runtime,
     )
 

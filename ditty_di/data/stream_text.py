@@ -1,0 +1,264 @@
+"""Text that is tokenized while it is read: rows, a sample, and held-out rows of a stream."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+
+from ditty_di.data import options
+from ditty_di.data.corpus import text_of
+from ditty_di.data.splits import content_hash
+from ditty_di.data.stream import Address, StatefulIterable, Streamed, iterated_alone
+from ditty_di.data.tokenization.long_documents import pieces
+from ditty_di.data.tokenizer import eos_id, tokenizer_fingerprint
+from ditty_di.data.windows import WindowRows
+
+_SPLITS = ("train", "validation")
+#: Text that is encoded at once, in bytes: the encodings need over a hundred times as much.
+_PIECE = 1 << 20
+
+
+class StreamedText(Streamed):
+    """Rows of `seq_len` consecutive tokens of a text dataset, tokenized while it is read.
+
+    Documents end in EOS and follow each other as in `Shards`, within a stream: over all its rows
+    each token but the first is a label once. Tokens are those of `task=tokenize`.
+
+    Args:
+        dataset: See `Streamed`; its examples are mappings.
+        tokenizer: A fast tokenizer of transformers, with EOS.
+        seq_len: Length of a row, in tokens.
+        split: `train`, or `validation`: the documents that are held out.
+        validation_fraction: Fraction of the documents that is held out, by their hashes.
+        text_key: Key of the document.
+        documents: `masked` or `joined`, see `WindowRows`.
+        streams: See `Streamed`.
+        shuffle_rows: See `Streamed`.
+        pad_id: Id of the padding's inputs.
+        ignore_index: Label that is excluded from the loss.
+
+    Raises:
+        ValueError: An option out of range, a dataset without a state, a tokenizer without EOS; when
+            rows are read, an example without text.
+    """
+
+    @staticmethod
+    def validate(
+        *,
+        streams: int = 1,
+        shuffle_rows: int = 1,
+        seq_len: int = 1,
+        documents: str = "masked",
+        split: str = "train",
+        validation_fraction: float | None = None,
+    ) -> None:
+        """Raise `ValueError` for an option out of range."""
+        Streamed.validate(streams=streams, shuffle_rows=shuffle_rows)
+        WindowRows.validate(seq_len=seq_len, documents=documents)
+        options.one_of(_SPLITS, split=split)
+        options.fraction(validation_fraction=validation_fraction)
+
+    @classmethod
+    def contract_for(cls, *, documents: str = "masked", **_: Any) -> str:
+        """Return the contract of a micro-batch of these rows."""
+        return WindowRows.contract_for(documents)
+
+    def __init__(
+        self,
+        dataset: StatefulIterable,
+        tokenizer: Any,
+        seq_len: int,
+        *,
+        split: str = "train",
+        validation_fraction: float = 0.01,
+        text_key: str = "text",
+        documents: str = "masked",
+        streams: int = 8,
+        shuffle_rows: int = 256,
+        pad_id: int = 0,
+        ignore_index: int = -100,
+    ) -> None:
+        self.validate(split=split, validation_fraction=validation_fraction)
+        super().__init__(dataset, streams=streams, shuffle_rows=shuffle_rows)
+        self._row = WindowRows(seq_len, documents, pad_id, ignore_index)
+        self.seq_len, self.contract = seq_len, self.contract_for(documents=documents)
+        self.split, self.validation_fraction, self.text_key = split, validation_fraction, text_key
+        self.eos = eos_id(tokenizer, "documents")
+        self._tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._digest = tokenizer_fingerprint(tokenizer)[:12]
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that determines the order of rows but the seed."""
+        rows = f"{self.seq_len} tokens of {self._digest}, {self.validation_fraction} held out"
+        return {**super().identity(), "rows": rows}
+
+    def finish(self, row: Any) -> Any:
+        """Return the row `({"input", "position_ids"}, labels)` of a window."""
+        return self._row(*row)
+
+    def rows(
+        self, stream: int, address: Address | None = None, *, once: bool = False
+    ) -> Iterator[tuple[Address, Any]]:
+        """Yield windows `(tokens, document starts)` of a stream, each with its address.
+
+        An address is that of the example with the window's first token, and `offset` of the token
+        in it.
+
+        Args:
+            stream: Number of the stream.
+            address: That of the first row; None: the beginning.
+            once: End where the dataset ends, with a shorter window; else begin again.
+        """
+        skipped = 0 if address is None else address["offset"]
+        held: list[tuple[Address, int, np.ndarray]] = []  # address, tokens before, tokens
+        length, documents = 0, self._documents(stream, address, once)
+        while True:
+            for found, ids in documents:
+                held.append((found, skipped, ids[skipped:]))
+                length += len(ids) - skipped
+                skipped = 0
+                if length > self.seq_len:
+                    break
+            if length < 2:
+                return
+            first, offset, _ = held[0]
+            yield {**first, "offset": offset}, _window(held, self.seq_len + 1)
+            if length <= self.seq_len:
+                return
+            length -= self.seq_len
+            left = self.seq_len
+            while left >= len(held[0][2]):
+                left -= len(held.pop(0)[2])
+            found, offset, ids = held[0]
+            held[0] = found, offset + left, ids[left:]
+
+    def _documents(
+        self, stream: int, address: Address | None, once: bool
+    ) -> Iterator[tuple[Address, np.ndarray]]:
+        number, documents = -1, 1
+        for found, example in self._examples(stream, address, once):
+            if found["number"] <= number:  # it has begun again
+                text = f"stream {stream}: none of its examples has text of the split {self.split!r}"
+                options.require(documents > 0, text)
+                documents = 0
+            number = found["number"]
+            try:
+                data = document(example, self.text_key, self.split, self.validation_fraction)
+            except ValueError as error:
+                raise ValueError(f"example {number} of stream {stream}: {error}") from None
+            if data:
+                documents += 1
+                ids = list[int]()
+                for piece in pieces(BytesIO(data).read, _PIECE):
+                    texts = [piece.text]
+                    (made,) = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                    ids += made.ids
+                yield found, np.array([*ids, self.eos], np.int32)
+
+
+def _window(
+    held: list[tuple[Address, int, np.ndarray]], size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first tokens, up to `size`, and where documents begin after the first."""
+    parts, starts, length = list[np.ndarray](), list[int](), 0
+    for _, _, ids in held:
+        if length >= size:
+            break
+        starts.append(length)
+        parts.append(ids[: size - length])
+        length += len(parts[-1])
+    return np.concatenate(parts), np.array(starts[1:], np.int64)
+
+
+def document(example: Any, text_key: str, split: str, validation_fraction: float) -> bytes:
+    """Return an example's text as UTF-8; nothing if it is blank or of the other split.
+
+    Raises:
+        ValueError: The example has no text under the key.
+    """
+    text = text_of(dict(example), text_key)
+    data = text.encode()
+    if not text or text.isspace():
+        return b""
+    first = next(pieces(BytesIO(data).read, _PIECE))  # as task=tokenize decides
+    held_out = content_hash(first.data) < int(validation_fraction * 2**64)
+    return data if held_out == (split == "validation") else b""
+
+
+class StreamSample:
+    """Text from the beginning of a dataset to train a tokenizer on, read anew by each iteration.
+
+    Held-out documents are left out.
+
+    Args:
+        dataset: See `StreamedText`.
+        sample_mb: Size of the sample, in MiB.
+        validation_fraction: See `StreamedText`.
+        text_key: See `StreamedText`.
+    """
+
+    @staticmethod
+    def validate(*, sample_mb: float = 1, validation_fraction: float = 0.0) -> None:
+        """Raise `ValueError` for an option out of range."""
+        options.require(sample_mb > 0, f"sample_mb={sample_mb} must be above 0")
+        options.fraction(validation_fraction=validation_fraction)
+
+    def __init__(
+        self,
+        dataset: Iterable[Any],
+        *,
+        sample_mb: float = 20.0,
+        validation_fraction: float = 0.01,
+        text_key: str = "text",
+    ) -> None:
+        self.validate(sample_mb=sample_mb, validation_fraction=validation_fraction)
+        self.dataset, self.bytes = dataset, int(sample_mb * 2**20)
+        self.validation_fraction, self.text_key = validation_fraction, text_key
+
+    def __iter__(self) -> Iterator[str]:
+        left = self.bytes
+        for example in iterated_alone(self.dataset):
+            data = document(example, self.text_key, "train", self.validation_fraction)
+            if data:
+                yield data.decode()
+            left -= len(data)
+            if left <= 0:
+                return
+
+    def fingerprint(self) -> str:
+        """Return a digest of the sample's content."""
+        digest = hashlib.sha256()
+        for text in self:
+            data = text.encode()
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+        return digest.hexdigest()
+
+
+def first_rows(dataset: Streamed, rows: int) -> list[Any]:
+    """Return the first rows of a dataset that is read in sequence, to validate on.
+
+    Args:
+        dataset: Read from its beginning, one row of each stream in turn, and at most once.
+        rows: Number of rows; fewer if there are no more.
+
+    Raises:
+        ValueError: There are none.
+    """
+    options.at_least(1, rows=rows)
+    streams = [dataset.rows(stream, once=True) for stream in range(dataset.streams)]
+    found: list[Any] = []
+    while streams and len(found) < rows:
+        read = [(stream, next(stream, None)) for stream in streams[: rows - len(found)]]
+        found += [dataset.finish(row[1]) for _, row in read if row is not None]
+        ended = [stream for stream, row in read if row is None]
+        streams = [stream for stream in streams if stream not in ended]
+    options.require(bool(found), "no rows: nothing is held out, so raise validation_fraction")
+    return found
