@@ -116,5 +116,5 @@ def test_samples_have_to_divide_by_classes(tmp_path):
         SampleGrid("s.png", Euler(), shape=(1, 8, 8), classes=10, samples=15)
     stages = [torch.nn.Linear(1, 1)] * 2
     grid = SampleGrid(str(tmp_path / "s.png"), Euler(), shape=(1, 8, 8), classes=10, samples=10)
-    with pytest.raises(ValueError, match="2 pipeline stages"):
+    with pytest.raises(ValueError, match="split into pipeline stages"):
         grid(stages)
