@@ -44,7 +44,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(family, dtype, make):
     count = whole.num_valid(as_batch(labels))
     losses = []
     for model, function in ((plain, whole), (deferred, loss_fn)):
-        loss, _ = function(model(**inputs), labels, count)
+        loss, _ = function(model(**inputs), as_batch(labels), count)
         loss.backward()
         losses.append(loss.detach())
     exact = dtype == torch.float32

@@ -86,9 +86,11 @@ def test_the_peak_is_within_a_tenth_of_what_the_gpu_measures(slots):
         max_steps=3,
         **slots,
     )
-    torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    real = torch.cuda.max_memory_allocated()
-    trainer.close()
-    trainer.runtime.close()
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        real = torch.cuda.max_memory_allocated()
+    finally:
+        trainer.close()
+        trainer.runtime.close()
     assert made.worst.bytes == pytest.approx(real, rel=0.1)
