@@ -67,7 +67,7 @@ class Recognition:
         self.train, self.held_out, self.classifier = train, held_out, classifier
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """Return `recognized` of samples and `recognised_real` of held-out images, both 0 to 1.
+        """Return `recognized` of samples and `recognized_real` of held-out images, both 0 to 1.
 
         Args:
             images: samples `[rows, ...]`.
@@ -79,7 +79,7 @@ class Recognition:
         classifier.fit(_flat(self.train.images), self.train.labels.numpy())
         real = classifier.score(_flat(self.held_out.images), self.held_out.labels.numpy())
         samples = classifier.score(_flat(images), labels.cpu().numpy())
-        return {"recognized": float(samples), "recognised_real": float(real)}
+        return {"recognized": float(samples), "recognized_real": float(real)}
 
 
 def _flat(images: Tensor) -> Any:

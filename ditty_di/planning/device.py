@@ -23,6 +23,8 @@ class Device:
         per_node: devices of one machine.
         node_gbps: bandwidth between two devices of a machine in one direction, in GB/s.
         network_gbps: bandwidth of a device to other machines in one direction, in GB/s.
+        grouped_attention: dtypes in which the device has a fused attention kernel for key and value
+            heads that several query heads share (grouped-query attention).
         efficiency: share of all these peaks that programs are assumed to reach.
         headroom: share of the memory that is left to the driver, the communication library, the
             workspaces of kernels, and what the allocator cannot use.
@@ -38,13 +40,18 @@ class Device:
     per_node: int
     node_gbps: float
     network_gbps: float
+    grouped_attention: Sequence[str] = ("bfloat16", "float16")
     efficiency: float = 0.7
     headroom: float = 0.08
 
     @staticmethod
     def validate(*, tflops: Any = None, **figures: Any) -> None:
         """Raise ValueError for figures out of range."""
+        grouped = figures.pop("grouped_attention", ())
         wrong = [f"{k}={v}: write a number above 0" for k, v in figures.items() if _not_above_0(v)]
+        for name in grouped:
+            if not isinstance(getattr(torch, name, None), torch.dtype):
+                wrong.append(f"grouped_attention: {name} is no dtype of torch")
         for name, value in dict(tflops or {}).items():
             if not isinstance(getattr(torch, name, None), torch.dtype) or _not_above_0(value):
                 wrong.append(f"tflops.{name}={value}: write a dtype of torch and a number above 0")

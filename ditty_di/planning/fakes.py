@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import device_mesh
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.distributed.tensor import debug
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -139,6 +142,28 @@ class EvenParts(WithoutValues):
     def number(self, tensor: Tensor) -> int | float:
         """Return the next size."""
         return super().number(tensor) if tensor.is_floating_point() else next(self._sizes)
+
+
+class Attention(TorchFunctionMode):
+    """Compute attention as a device does: fused, or as products and a softmax whose result stays.
+
+    On CUDA no fused kernel takes grouped key and value heads in float32 (`sdp_utils.cpp` of torch).
+
+    Args:
+        grouped: names of the dtypes in which fused kernels take grouped heads.
+    """
+
+    def __init__(self, grouped: Collection[str]) -> None:
+        super().__init__()
+        self._grouped = {getattr(torch, name) for name in grouped}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        grouped = func is F.scaled_dot_product_attention and kwargs.get("enable_gqa")
+        if grouped and args[0].dtype not in self._grouped and args[0].shape[1] != args[1].shape[1]:
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ditty_di.optim.container import Optimizers, trainable_parameters
 from ditty_di.parallelize.data_parallel import repeated_blocks
 from ditty_di.parallelize.pipeline import ModelParts
 from ditty_di.planning.device import Device
-from ditty_di.planning.fakes import WithoutValues, fake_tensors
+from ditty_di.planning.fakes import Attention, WithoutValues, fake_tensors
 from ditty_di.planning.layers import Counts, count_all, kinds
 from ditty_di.planning.meter import DATA_PARALLEL, Meter, in_backward, nbytes
 from ditty_di.planning.recipe import Stage
@@ -158,7 +158,7 @@ class StageRunner:
             for where, live in meter.moments.items():
                 found.update({("moment", which, *where, kind): n for kind, n in live.items()})
 
-        with fake_tensors() as fake:
+        with fake_tensors() as fake, Attention(self.device.grouped_attention):
             materialize(module, torch.device("cpu"))
             module.train()
             meter.track(list(module.parameters()), "parameters")

@@ -60,7 +60,7 @@ def test_recognition_knows_digits_from_other_digits_and_from_noise():
     judge = Recognition(Digits("train"), Digits("validation"))
     real = Digits("validation")
     right = judge(real.images, real.labels)
-    assert right["recognized"] == right["recognised_real"] > 0.97
+    assert right["recognized"] == right["recognized_real"] > 0.97
     assert judge(real.images, (real.labels + 1) % 10)["recognized"] < 0.03
     noise = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert judge(noise, torch.arange(200) % 10)["recognized"] < 0.3

@@ -93,6 +93,6 @@ def test_the_experiment_draws_digits_that_a_classifier_recognizes(tmp_path):
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["recognized"] >= 0.85
-    assert result["recognised_real"] > 0.95
+    assert result["recognized_real"] > 0.95
     header = (run / "samples.png").read_bytes()[16:24]
     assert struct.unpack(">II", header) == (364, 364)  # 10 x 10 digits of 8 pixels, enlarged

@@ -73,6 +73,33 @@ def test_compiled_blocks_give_the_same_losses(runtime):
     assert losses(compile={}) == pytest.approx(losses(), abs=1e-4)
 
 
+def test_compiled_checkpoints_save_the_input_alone_of_quantized_layers(runtime):
+    """What an autograd function computes is recomputed too (not so on torch 2.11 by itself)."""
+    layers = (nn.Sequential(nn.Linear(64, 64, bias=False), nn.SiLU()) for _ in range(4))
+    block = nn.Sequential(*layers)  # the backward pass of SiLU needs its input
+    model = nn.Module()
+    model.blocks = nn.ModuleList([block])
+    shard(
+        quantization.nf4(model, skip=()),
+        parallel_dims=runtime.parallel_dims,
+        activation_checkpointing=full,
+        compile={"backend": "aot_eager_decomp_partition"},
+    )
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    inputs = torch.randn(512, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.blocks[0](inputs)
+    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    activations = sum(size for where, size in saved.items() if where not in weights)
+    assert activations <= inputs.numel() * inputs.element_size()
+    output.sum().backward()
+
+
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(runtime):
     (*losses,), trainer = run(param_dtype="bfloat16", reduce_dtype="float32")
     (*exact,), _ = run()

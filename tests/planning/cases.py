@@ -35,6 +35,7 @@ DEVICE = Device(
     per_node=2,
     node_gbps=10.0,
     network_gbps=1.0,
+    grouped_attention=("float32", "bfloat16"),
 )
 ROWS, SEQ, LAYERS = 4, 32, 5
 
