@@ -33,14 +33,19 @@ def is_meta(model: nn.Module) -> bool:
     return any(t.is_meta for _, t in _tensors(model))
 
 
-def on_meta(model: nn.Module) -> nn.Module:
-    """Return a copy of a model without values; tied parameters stay tied."""
-    memo: dict[int, Any] = {}
+def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return a copy of a model without values; tied parameters stay tied.
+
+    Args:
+        model: not sharded.
+        memo: objects by `id` that the copy has others for; gets those of all others, too.
+    """
+    memo = {} if memo is None else memo
     for tensor in (*model.parameters(), *model.buffers()):
-        made = torch.empty_like(tensor, device="meta")
+        made = torch.empty_like(tensor, device="meta", requires_grad=False)
         if isinstance(tensor, nn.Parameter):
             made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = made
+        memo.setdefault(id(tensor), made)
     return copy.deepcopy(model, memo)
 
 

@@ -53,8 +53,8 @@ def fake_ranks(world_size: int, rank: int = 0) -> Iterator[None]:
     try:
         with (
             cpu_device(),
-            _replaced(vars(dist), "all_gather_object", all_gather_object),
-            _replaced(vars(device_mesh), "new_group", new_group),
+            replaced(vars(dist), "all_gather_object", all_gather_object),
+            replaced(vars(device_mesh), "new_group", new_group),
         ):
             yield
     finally:
@@ -76,7 +76,7 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
             (sys.modules.get("transformers.utils.import_utils"), "is_fake_tensor", lambda x: False),
         ):
             if module is not None:
-                stack.enter_context(_replaced(vars(module), name, value))
+                stack.enter_context(replaced(vars(module), name, value))
         if library := sys.modules.get("transformers.distributed.expert_parallel"):
             kind: Any = library.AllToAllEP
             stack.enter_context(_evenly_routed(kind))
@@ -184,7 +184,7 @@ def _evenly_routed(kind: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(namespace: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+def replaced(namespace: dict[str, Any], name: str, value: Any) -> Iterator[None]:
     """Replace what a module has under a name, if it has it."""
     if name not in namespace:
         yield

@@ -6,14 +6,13 @@ moment: in the first and in the last block of a kind, forward and backward, and 
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
+from ditty_di.models.weights import on_meta
 from ditty_di.parallelize.data_parallel import repeated_blocks
 
 #: What was counted, by key: a `Counter`, some of whose values are seconds. Blocks in keys are their
@@ -21,30 +20,24 @@ from ditty_di.parallelize.data_parallel import repeated_blocks
 Counts = Any
 
 
-def on_meta(module: nn.Module, *, blocks: Iterable[int] | None = None) -> nn.Module:
-    """Return a copy of a module on the meta device, ties included.
+def with_blocks(module: nn.Module, blocks: Iterable[int]) -> nn.Module:
+    """Return a copy of a module on the meta device that has some of its repeated blocks.
 
     Args:
         module: not sharded; its values are not copied.
-        blocks: positions of the repeated blocks that the copy keeps; None keeps all. Blocks without
-            parameters, which stand in for those of other pipeline stages, are always kept.
+        blocks: positions of the blocks that the copy keeps. Blocks without parameters, which stand
+            in for those of other pipeline stages, are always kept.
     """
-    children = list(repeated_blocks(module).children())
-    kept = set(range(len(children)) if blocks is None else blocks)
+    container = repeated_blocks(module)
+    children = list(container.children())
+    kept = set(blocks)
     kept |= {i for i, child in enumerate(children) if not any(True for _ in child.parameters())}
-    removed = [child for i, child in enumerate(children) if i not in kept]
     placeholder = nn.Identity()
-    memo: dict[int, Any] = {id(child): placeholder for child in removed}
-    for _, part in module.named_modules(memo=set(removed)):
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None and id(tensor) not in memo:
-                empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-                parameter = isinstance(tensor, nn.Parameter)
-                memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
-    container: Any = copy.deepcopy(repeated_blocks(module), memo)
-    made = copy.deepcopy(module, memo)
-    for name in [n for n, child in container._modules.items() if child is placeholder][::-1]:
-        del container[int(name) if isinstance(container, nn.ModuleList) else name]
+    memo: dict[int, Any] = {id(c): placeholder for i, c in enumerate(children) if i not in kept}
+    made = on_meta(module, memo)
+    cut = memo[id(container)]
+    for name in [n for n, child in cut._modules.items() if child is placeholder][::-1]:
+        del cut[int(name) if isinstance(cut, nn.ModuleList) else name]
     _cut_lists(made, len(children), sorted(kept))
     return made
 
@@ -73,11 +66,11 @@ def kinds(module: nn.Module, treatment: Mapping[int, Hashable]) -> list[list[int
         parameters = list(block.parameters())
         if parameters:
             trained = tuple(treatment.get(id(parameter)) for parameter in parameters)
-            found[_signature(block), trained].append(i)
+            found[signature(block), trained].append(i)
     return list(found.values())
 
 
-def _signature(block: nn.Module) -> Hashable:
+def signature(block: nn.Module) -> Hashable:
     """Return what two blocks share that compute alike: modules, shapes, dtypes, and text settings.
 
     Numbers are left out, for the position of a block is one.
@@ -114,7 +107,7 @@ def count_all(
 
     def counted(blocks: Iterable[int]) -> Counts:
         kept = sorted(blocks)
-        return run(on_meta(module, blocks=kept), kept)
+        return run(with_blocks(module, kept), kept)
 
     for first in (1, 2):  # some layouts treat the second block of a kind unlike the others
         base = {i for kind in of_kind for i in (*kind[:first], kind[-1])}

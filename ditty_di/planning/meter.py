@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ditty_di.planning.device import Device
-from ditty_di.planning.fakes import WithoutValues
+from ditty_di.planning.fakes import WithoutValues, replaced
 
 aten = torch.ops.aten
 
@@ -108,6 +109,7 @@ class Meter(WithoutValues):
         #: storage -> ([kind, bytes], a reference that calls when it is freed)
         self._known: Any = WeakIdKeyDictionary()
         self._resize: Any = None
+        self._in_kernel = False
 
     # ------------------------------------------------------------------------------- memory
     def track(self, tensors: Any, kind: str, *, known: bool = True) -> None:
@@ -172,8 +174,34 @@ class Meter(WithoutValues):
         storage.resize_ = self._resize
 
     # --------------------------------------------------------------------------- operations
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Count functions that are given to `torch.compile` as one kernel each.
+
+        It reads and writes its arguments once and needs no other memory, as inductor's kernels for
+        element-wise code do, such as the update of torchao's optimizers.
+        """
+        with replaced(vars(torch), "compile", lambda function, **options: self._kernel(function)):
+            yield
+
+    def _kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._in_kernel = True
+            try:
+                out = function(*args, **kwargs)
+            finally:
+                self._in_kernel = False
+            self.track(out, self._forward_kind, known=False)
+            moved = sum(nbytes(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+            self.counts["seconds", "forward"] += self.device.seconds(0, torch.float32, 2 * moved)
+            return out
+
+        return call
+
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation and count it."""
+        if self._in_kernel:
+            return super().run(func, args, kwargs)
         backward = in_backward()
         way = "backward" if backward else "forward"
         if backward and not self.held:

@@ -15,10 +15,12 @@ from torch import nn
 
 from ditty_di.data.options import require
 from ditty_di.losses.plain import as_loss
+from ditty_di.models.weights import on_meta
+from ditty_di.parallelize.data_parallel import repeated_blocks
 from ditty_di.parallelize.fits import Parts, require_fit
 from ditty_di.planning.device import Device
 from ditty_di.planning.fakes import fake_ranks
-from ditty_di.planning.layers import on_meta
+from ditty_di.planning.layers import signature
 from ditty_di.planning.rank import RankPlan, combine, pass_seconds
 from ditty_di.planning.recipe import Recipe, Stage, split
 from ditty_di.planning.schedule import Order, order_of, pipeline_seconds
@@ -179,7 +181,7 @@ def _micro_batches(recipe: Recipe, runtime: Runtime, schedule: Any, notes: list[
 def _measured(
     stages: list[Stage], recipe: Recipe, runtime: Runtime, device: Device, micro_batches: int
 ) -> dict[int, Step]:
-    """Return what each stage does, by number; those of the same tensors are run once."""
+    """Return what each stage does, by number; those of the same tensors and blocks are run once."""
     processors = Processors(recipe.preprocessors, recipe.postprocessors)
     found: dict[int, Step] = {}
     known: dict[Hashable, Step] = {}
@@ -187,7 +189,8 @@ def _measured(
     for stage in sorted(stages, key=lambda stage: stage.index):
         tensors = [*stage.module.parameters(), *stage.module.buffers()]
         shapes = Counter((t.shape, t.dtype, t.requires_grad) for t in tensors)
-        alike = (stage.first, stage.last, frozenset(shapes.items()))
+        blocks = Counter(map(signature, repeated_blocks(stage.module).children()))
+        alike = (stage.first, stage.last, *map(frozenset, (shapes.items(), blocks.items())))
         if alike not in known:
             batch = processors.prepare(
                 recipe.batch,

@@ -11,8 +11,8 @@ from torch import nn
 from ditty_di.batch import Batch
 from ditty_di.compat import sum_gradients_on_gloo
 from ditty_di.data.options import require
+from ditty_di.models.weights import on_meta
 from ditty_di.parallelize.schedule import StageSchedule
-from ditty_di.planning.layers import on_meta
 from ditty_di.processors import PostProcessor, PreProcessor
 from ditty_di.protocols import ModelTransform, OptimizerFactory, ParallelizeFn, PipelineFn
 from ditty_di.runtime import Runtime

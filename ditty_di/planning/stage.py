@@ -181,7 +181,7 @@ class StageRunner:
                 step.clip_gradients()
                 optimizers.step()  # makes the state
             exact = self._exact(module, step.optimizer)
-            with counted("update", ""):
+            with counted("update", ""), meter.compiling():
                 step.clip_gradients()
                 optimizers.step()
         found.update({("exact", kind): n for kind, n in exact.items()})

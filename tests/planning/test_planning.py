@@ -20,8 +20,9 @@ from ditty_di.optim import grouped
 from ditty_di.parallelize.activation_checkpointing import full, offload, selective
 from ditty_di.parallelize.compose import parallelize
 from ditty_di.parallelize.data_parallel import shard
+from ditty_di.parallelize.stages import split as split_decoder
 from ditty_di.planning import Recipe, plan, report
-from ditty_di.planning.layers import kinds, on_meta
+from ditty_di.planning.layers import kinds, with_blocks
 from ditty_di.planning.meter import FLOPS
 from ditty_di.planning.planner import fake_ranks
 from ditty_di.planning.schedule import in_flight, order_of, pipeline_seconds
@@ -48,7 +49,7 @@ def changed(name: str, ranks: int = 1, **changes) -> Recipe:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_bytes_are_those_of_real_ranks(ranks, tmp_path):
     several = {
-        2: ["AdamW, tied", "tp", "cp", "pp"],
+        2: ["AdamW, tied", "tp", "QLoRA, tp", "cp", "ep", "pp"],
         4: ["8 bits", "LoRA", "hsdp", "ep, tp", "cp, tp"],
     }
     one = [name for name, (*_, degrees) in CASES.items() if degrees in ({}, COPIES)]
@@ -120,7 +121,7 @@ def test_blocks_of_a_kind_share_shapes_settings_and_the_optimizers_treatment():
     assert kinds(model, {}) == [[0, 2], [1, 3], [4]]
     special = {id(model.layers[2].linear.weight): 1}
     assert kinds(model, special) == [[0], [1, 3], [2], [4]]
-    cut = on_meta(model, blocks=[1, 4])
+    cut = with_blocks(model, blocks=[1, 4])
     assert [block.layer_type for block in cut.layers] == ["sliding", "full"]
     assert all(p.is_meta for p in cut.parameters()) and len(model.layers) == 5
 
@@ -128,7 +129,7 @@ def test_blocks_of_a_kind_share_shapes_settings_and_the_optimizers_treatment():
 def test_a_copy_on_meta_is_tied_and_its_configuration_has_the_blocks_that_are_left():
     model = llama()
     model.config.layer_types = [f"kind {n}" for n in range(LAYERS)]
-    cut = on_meta(model, blocks=[0, 3])
+    cut = with_blocks(model, blocks=[0, 3])
     assert cut.lm_head.weight is cut.model.embed_tokens.weight
     assert cut.config.layer_types == ["kind 0", "kind 3"] and cut.model.config is cut.config
     assert len(model.config.layer_types) == LAYERS
@@ -261,6 +262,21 @@ def test_activations_on_the_host_leave_the_device():
     assert offloaded.worst.peak["activations"] < plain.worst.peak["activations"] / 2
 
 
+def test_a_compiled_update_needs_no_memory_of_its_own():
+    """Eager, the update of a matrix in 8 bits takes some twenty tensors of its size."""
+    made = Recipe(
+        model=Wide(),
+        loss_fn=CrossEntropyLoss(),
+        optimizer=optimizer("AdamW8bit"),
+        runtime=Runtime,
+        batch=Batch({"input": torch.zeros(1, 32)}, torch.zeros(1, dtype=torch.int64)),
+        parallelize_fn=columns_and_rows,
+    )
+    worst = planned(made).worst
+    held = sum(worst.exact[kind] for kind in ("parameters", "gradients", "optimizer"))
+    assert held < worst.bytes < 1.2 * held and worst.update > 0
+
+
 # -- pipelines -------------------------------------------------------------------------------------
 
 
@@ -291,6 +307,28 @@ def test_stages_are_planned_with_the_micro_batches_in_flight():
     assert four.positions[0].traffic["send over pp (node)"] == 2 * 4 * output
     assert four.seconds < 2 * two.seconds, "stages work at the same time"
     assert "position 1" in report.text(four)
+
+
+def test_stages_of_the_same_tensors_with_other_modules_are_planned_apart():
+    class Twice(nn.Module):
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x):
+            return self.mlp(self.mlp(x))
+
+    model = MODELS["Llama"].build({}, None)
+    model.model.layers[2].mlp = Twice(model.model.layers[2].mlp)
+    made = changed(
+        "pp",
+        model=model,
+        runtime=partial(Runtime, pp=4),
+        pipeline_fn=partial(split_decoder, layers=[1, 1, 1, 1]),
+        global_batch_size=4 * ROWS,
+    )
+    _, once, twice, _ = planned(made, 4).positions
+    assert twice.exact == once.exact and twice.flops > 1.3 * once.flops
 
 
 @pytest.mark.parametrize("micro_batches", [4, 8])
