@@ -47,10 +47,17 @@ def _problems(graph: Graph, root: str, nproc: int) -> list[Problem]:
     ranks = replicate * shard
     total = _number(graph, f"{root}.global_batch_size", 0)
     rows = _number(graph, f"{root}.dataloader.micro_batch_size", 0)
-    if total < 1 or rows < 1 or total % rows or not total % (rows * ranks):
-        return []  # the trainer itself reports what is wrong on one rank
-    message = (
-        f"global_batch_size={total} is not a multiple of {ranks} ranks x {rows} rows "
-        "(data.loader.micro_batch_size) a micro-batch"
-    )
-    return [Problem("launcher.nproc", message, graph.where("launcher.nproc"))]
+    streams = _number(graph, f"{root}.dataloader.dataset.streams", 0)
+    found = []
+    if streams >= 1 and streams % ranks:
+        found.append(
+            f"streams={streams} of the data is not a multiple of the {ranks} data-parallel ranks"
+        )
+    # The trainer itself reports rows that are wrong on one rank.
+    if total >= 1 and rows >= 1 and not total % rows and total % (rows * ranks):
+        found.append(
+            f"global_batch_size={total} is not a multiple of {ranks} ranks x {rows} rows "
+            "(data.loader.micro_batch_size) a micro-batch"
+        )
+    where = graph.where("launcher.nproc")
+    return [Problem("launcher.nproc", message, where) for message in found]

@@ -41,8 +41,8 @@ class Mixture:
         global_batch_size: Rows of an optimizer step, which a curriculum needs.
 
     Raises:
-        ValueError: Unknown sources, a source whose ratio is never above 0, or ratios that repeat
-            only after a million rows.
+        ValueError: Unknown sources, one that is read in sequence, one whose ratio is never above 0,
+            or ratios that repeat only after a million rows.
     """
 
     def __init__(
@@ -53,6 +53,9 @@ class Mixture:
         global_batch_size: int | None = None,
     ) -> None:
         self.sources = {name: source for name, source in sources.items() if source is not None}
+        streamed = [name for name, source in self.sources.items() if hasattr(source, "streams")]
+        text = f"sources {streamed} are read in sequence: take StreamMixture and StreamLoader"
+        options.require(not streamed, text)
         #: Number of rows of each source.
         self.rows = {name: len(source) for name, source in self.sources.items()}
         empty = [name for name, rows in self.rows.items() if not rows]

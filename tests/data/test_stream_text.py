@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditty_di.data import (
+    Mixture,
     Shards,
     ShardsCollate,
     Streamed,
@@ -25,6 +26,7 @@ from ditty_di.data import (
 )
 from ditty_di.data.remote import upload
 from ditty_di.data.shards import IndexWriter, Manifest
+from tests import warm
 from tests.warm import ditty_di
 
 EOS = 0
@@ -193,6 +195,20 @@ def test_bad_text_and_splits_without_any_are_refused(source, tokenizer):
         first_rows(nothing, 1)
     with pytest.raises(ValueError, match="none of its examples has text of the split 'validation'"):
         nothing.open(0, 0)
+
+
+def test_a_mixture_by_row_numbers_names_the_one_for_streams(source, tokenizer):
+    with pytest.raises(ValueError, match=r"sources \['text'\] are read in sequence: take"):
+        Mixture({"text": StreamedText(source, tokenizer, 8)})
+
+
+def test_check_finds_streams_that_do_not_divide_among_the_ranks(folder, tmp_path):
+    arguments = ["-m", "ditty_di", "task=check", "+experiment=pretrain", "data=stream"]
+    arguments += [f"data.path={folder}/*.jsonl", "global_batch_size=null"]
+    for ranks, code in ((2, 0), (3, 2)):
+        done = warm.run([*arguments, "data.streams=4", f"launcher.nproc={ranks}"], cwd=tmp_path)
+        assert done.returncode == code, done.stdout + done.stderr
+    assert "streams=4 of the data is not a multiple of the 3 data-parallel ranks" in done.stderr
 
 
 @pytest.mark.slow
