@@ -38,6 +38,10 @@ def _hinted(text: str, command: Command) -> str:
     missing = r"Could not override '([^']+)'|Could not delete from config. '([^']+)' does not exist"
     if key := re.search(missing, text):
         return _unknown_key(text, key[1] or key[2], command)
+    if doubled := re.search(r"An item is already at '([^']+)'", text):
+        config = composing.composed(command.config_name, without(command.overrides, doubled[1]))
+        real, reference = _by_reference(config, doubled[1])
+        return f"{text.splitlines()[0]}\n{reference}: write {real}=..." if reference else text
     if merged := re.fullmatch(r"Error merging override (\S.*)", text):
         there, typed = key_of(merged[1]), merged[1].lstrip("+")
         instead = shlex.join([f"~{there}", f"+{typed}"])
@@ -62,16 +66,32 @@ def _unknown_key(text: str, key: str, command: Command) -> str:
             f"{key}=NAME, or add a node of your own with +{key}={{...}}"
         )
     config: Any = composing.composed(command.config_name, without(command.overrides, key))
-    above, _, name = key.rpartition(".")
+    real, reference = _by_reference(config, key)
+    missing: Any = object()
+    if reference and OmegaConf.select(config, real, default=missing) is not missing:
+        return f"{text.splitlines()[0]}\n{reference}: write {real}=..."
+    above, _, name = real.rpartition(".")
     try:
         target = OmegaConf.select(config, f"{above}._target_")
         takes_it = name in inspect.signature(locate(str(target))).parameters
     except Exception:  # no node, or something else is wrong too, and reported by itself
         takes_it = False
     if takes_it:
-        typed = next((o for o in command.overrides if key_of(o) == key), key)
+        typed = next((o for o in command.overrides if key_of(o) == key), key).replace(key, real, 1)
         return f"{text.splitlines()[0]}\nnothing sets it here; add it: {shlex.quote('+' + typed)}"
     keys = [k for leaf in flatten(config) for k in prefixes(leaf)]
-    hint = suggest(key, [*groups, *dict.fromkeys(keys)], groups).replace("; ", "\n", 1)
+    hint = suggest(real, [*groups, *dict.fromkeys(keys)], groups).replace("; ", "\n", 1)
     # without a hint, what Hydra says about adding a key with + stays
     return text.partition("\nTo append")[0] + hint if hint else text
+
+
+def _by_reference(config: Any, key: str) -> tuple[str, str]:
+    """Return the key that a key is by the references above it, and the last of them, in words."""
+    value = {} if config is None else OmegaConf.to_container(config)
+    parts = key.split(".")
+    for n, part in enumerate(parts[:-1], 1):
+        value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, str) and (referred := re.fullmatch(r"\$\{([\w.]+)\}", value)):
+            there, further = _by_reference(config, ".".join([referred[1], *parts[n:]]))
+            return there, further or f"{'.'.join(parts[:n])} is {value}"
+    return key, ""

@@ -61,7 +61,7 @@ def problems(graph: Graph, config: DictConfig, command: Command) -> list[Problem
             top = next((above for above in prefixes(key) if above not in known), key)
             found.setdefault(top, _problem(graph, top, setting, read))
         elif top not in reached:
-            message = "nothing reads this choice: the other choices do not refer to it"
+            message = "nothing reads this choice: " + _why_unread(graph, top, command)
             found.setdefault(top, Problem(top, message, setting.where))
     return list(found.values())
 
@@ -87,6 +87,15 @@ def _users_setting(graph: Graph, command: Command, key: str) -> Setting | None:
     if choice.startswith(_TYPED) and users(choice) and f"{key}.".startswith(f"{group}."):
         return Setting(choice, value, choice)
     return None
+
+
+def _why_unread(graph: Graph, top: str, command: Command) -> str:
+    for override in command.typed:
+        for above in prefixes(key_of(override)):
+            if any(setting.value == f"${{{top}}}" for setting in graph.history(above)):
+                instead = top + key_of(override).removeprefix(above)
+                return f"{override!r} replaced {above}=${{{top}}}; write +{instead}=..."
+    return "the other choices do not refer to it"
 
 
 def _problem(graph: Graph, top: str, setting: Setting, read: set[str]) -> Problem:

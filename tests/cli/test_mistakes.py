@@ -110,6 +110,14 @@ MISTAKES = [
         "callbacks.stopfile",
         "'callbacks.stop_file.path'",
     ),
+    ("trainer.optimizer.lr=1", "optimizer is ${optimizer}", "write optimizer.lr=..."),
+    ("+trainer.optimizer.lr=1", "optimizer is ${optimizer}", "write optimizer.lr=..."),
+    ("trainer.dataloader.micro_batch_size=1", "trainer.dataloader is", "data.loader.micro_batch"),
+    (
+        "callbacks=ema +trainer.callbacks.x={_target_:ditty_di.callbacks.EarlyStopping}",
+        "'callbacks=ema': callbacks: nothing reads this choice",
+        "write +callbacks.x=...",
+    ),
     ("~loss", "config.yaml", "'~loss' deleted it, so delete 'trainer.loss_fn' too"),
     ("export=none +export.x=3", "'+export.x=3': export", "a callable is wanted"),
     # values
