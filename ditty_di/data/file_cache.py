@@ -176,7 +176,9 @@ class FileCache:
             else:
                 raise ValueError(f"{file}: {problem}: write the file to the store again")
             fsync(aside)
-            os.replace(aside, target)
+            with self._locked(_ROOM):  # who counts would find neither the copy nor its reservation
+                os.replace(aside, target)
+                reserved.unlink(missing_ok=True)
         except OSError as error:
             if error.errno is None:  # of the store
                 raise

@@ -150,7 +150,6 @@ def two_ranks(folder):
     import torch.distributed.checkpoint as dcp
 
     from ditty_di.checkpoint.model_state import ModelState
-    from ditty_di.losses import CrossEntropyLoss
     from ditty_di.parallelize.activation_checkpointing import full
     from ditty_di.parallelize.data_parallel import shard
     from ditty_di.runtime import Runtime
@@ -159,7 +158,6 @@ def two_ranks(folder):
     runtime = Runtime()
     layout = {
         "runtime": runtime,
-        "loss_fn": CrossEntropyLoss(output="logits"),
         "weights": Pretrained(folder),
         "pipeline_fn": None,
     }
