@@ -35,7 +35,7 @@ def with_blocks(module: nn.Module, blocks: Iterable[int]) -> nn.Module:
     placeholder = nn.Identity()
     memo: dict[int, Any] = {id(c): placeholder for i, c in enumerate(children) if i not in kept}
     made = on_meta(module, memo)
-    cut = memo[id(container)]
+    cut = memo.get(id(container), container)  # a model without blocks has no container
     for name in [n for n, child in cut._modules.items() if child is placeholder][::-1]:
         del cut[int(name) if isinstance(cut, nn.ModuleList) else name]
     _cut_lists(made, len(children), sorted(kept))
