@@ -41,7 +41,12 @@ def suggest(
         if elsewhere:
             return f"; did you mean {min(elsewhere, key=lambda k: k.count('.'))!r}?"
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == above}
-    if near := closest(last, siblings):
+    near = closest(last, [*siblings, *SYNONYMS])
+    if near not in siblings:
+        if meant := next((k for k in _synonyms(near or "") if k in known or "=" in k), None):
+            return f"; did you mean {meant!r}?"
+        near = closest(last, siblings)
+    if near:
         corrected = siblings[near] + key[len(missing) :]
         return f"; did you mean {corrected if corrected in known else siblings[near]!r}?"
     return did_you_mean(key, [k for k in known if not k.endswith("_")], cutoff=0.7)

@@ -14,6 +14,7 @@ from ditty_di.__main__ import main
 
 FILES = {
     "steps": "max_stpes: 3",
+    "stpes": "stpes: 3",
     "optimiser": "optimiser: {lr: 1.0}",
     "rate": "lr: 1.0e-3",
     "callbacks": "callback: {ema: {_target_: ditty_di.callbacks.EMA}}",
@@ -45,6 +46,9 @@ UNPACKAGED = {
 MISTAKES = [
     # keys
     ("+experiment=steps", "conf/experiment/steps.yaml:2: max_stpes", "did you mean 'max_steps'?"),
+    ("+experiment=stpes", "conf/experiment/stpes.yaml:2: stpes", "did you mean 'max_steps'?"),
+    ("trainer.grad_clp=1", "'trainer.grad_clp'", "did you mean 'trainer.max_grad_norm'?"),
+    ("optimizer.learnig_rate=1", "learnig_rate'", "did you mean 'optimizer.lr'?"),
     ("+experiment=optimiser", "conf/experiment/optimiser.yaml:2", "did you mean 'optimizer'?"),
     ("+experiment=rate", "conf/experiment/rate.yaml:2: lr", "did you mean 'optimizer.lr'?"),
     ("+experiment=callbacks", "callbacks.yaml:2: callback", "did you mean 'callbacks'?"),
