@@ -181,7 +181,11 @@ class Meter(WithoutValues):
         It reads and writes its arguments once and needs no other memory, as inductor's kernels for
         element-wise code do, such as the update of torchao's optimizers.
         """
-        with replaced(vars(torch), "compile", lambda function, **options: self._kernel(function)):
+
+        def compile(function: Any = None, **options: Any) -> Any:
+            return self._kernel if function is None else self._kernel(function)
+
+        with replaced(vars(torch), "compile", compile):
             yield
 
     def _kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
