@@ -262,7 +262,7 @@ def _compile_flex_attention_when_built() -> None:
 
 
 def _checkpointed_functions_are_recomputed() -> None:
-    """Obsolete from torch 2.13 (2.12 was not tried), which has no `tag_nodes`.
+    """Obsolete from torch 2.12, which has no `tag_nodes`.
 
     Before it, compiled code saves what an `autograd.Function` computes in a checkpointed block, for
     it marks only the nodes of the outer graph for recomputation: 23 GiB for Llama 3.1 8B with
