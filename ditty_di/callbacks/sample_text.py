@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ditty_di.callbacks.base import Callback
+from ditty_di.data.options import at_least
 from ditty_di.generation.decoding import end_ids, is_seq2seq, positions
 from ditty_di.generation.sampling import continuations, logits_of, prompt_ids
 from ditty_di.models.evaluation import evaluating
@@ -47,6 +48,18 @@ class SampleText(Callback):
 
     needs_forward = True
 
+    @staticmethod
+    def validate(
+        *,
+        max_new_tokens: int = 1,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        max_chars: int = 1,
+    ) -> None:
+        """Raise ValueError for arguments out of range."""
+        at_least(1, max_new_tokens=max_new_tokens, top_k=top_k, max_chars=max_chars)
+        at_least(0, temperature=temperature)
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -60,6 +73,12 @@ class SampleText(Callback):
         max_chars: int = 400,
         logits_of: Callable[[Any], Tensor] = logits_of,
     ) -> None:
+        self.validate(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            max_chars=max_chars,
+        )
         self.tokenizer, self.prompts = tokenizer, list(prompts)
         self.max_new_tokens, self.temperature, self.top_k = max_new_tokens, temperature, top_k
         self.seed, self.echo, self.logits_of = seed, echo, logits_of

@@ -66,6 +66,9 @@ def _unknown_key(text: str, key: str, command: Command) -> str:
             f"{key}=NAME, or add a node of your own with +{key}={{...}}"
         )
     config: Any = composing.composed(command.config_name, without(command.overrides, key))
+    if config is None:  # another key does not exist either
+        chosen = [o for o in command.overrides if key_of(o).partition("@")[0] in groups]
+        config = composing.composed(command.config_name, chosen)
     real, reference = _by_reference(config, key)
     missing: Any = object()
     if reference and OmegaConf.select(config, real, default=missing) is not missing:

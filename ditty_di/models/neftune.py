@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ditty_di.data import options
+from ditty_di.protocols import early_checks
 
+
+def _validate(*, alpha: float = 5.0) -> None:
+    options.require(alpha > 0, f"neftune: alpha={alpha} must be above 0; neftune=none has no noise")
+
+
+@early_checks(validate=_validate)
 def neftune(model: nn.Module, /, *, alpha: float = 5.0) -> nn.Module:
     """Add noise to the input embeddings in every training forward pass.
 
@@ -31,8 +39,7 @@ def neftune(model: nn.Module, /, *, alpha: float = 5.0) -> nn.Module:
     Raises:
         ValueError: `alpha` is not positive, or the model has no input embeddings.
     """
-    if not alpha > 0:
-        raise ValueError(f"model.neftune.alpha={alpha} must be above 0; leave neftune out for none")
+    _validate(alpha=alpha)
     noise = _Noise(alpha)
     model.register_forward_pre_hook(noise.before_model, with_kwargs=True)
     for embeddings in _input_embeddings(model):

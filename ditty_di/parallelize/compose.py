@@ -14,7 +14,7 @@ import ditty_di.compat  # noqa: F401
 from torchtitan.distributed import ParallelDims
 
 from ditty_di.parallelize.context import context_fits, context_parallel
-from ditty_di.parallelize.data_parallel import shard
+from ditty_di.parallelize.data_parallel import shard, validate
 from ditty_di.parallelize.experts import expert_parallel, experts_fit
 from ditty_di.parallelize.tensor import tensor_fits, tensor_parallel
 from ditty_di.protocols import early_checks
@@ -37,7 +37,7 @@ def _takes_options_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return decorate
 
 
-@early_checks(fits=[tensor_fits, context_fits, experts_fit])
+@early_checks(validate=validate, fits=[tensor_fits, context_fits, experts_fit])
 @_takes_options_of(shard)
 def parallelize(model: nn.Module, /, *, parallel_dims: ParallelDims, **options: Any) -> nn.Module:
     """Split layers, sequences and experts over ranks, then shard over the data-parallel ranks.

@@ -24,12 +24,33 @@ from ditty_di.compat import sum_gradients_on_gloo
 # isort: split
 from torchtitan.distributed import ParallelDims
 
+from ditty_di.data.options import at_least, require
 from ditty_di.models.skipped import Skipped
 from ditty_di.models.weights import transformers_model
 from ditty_di.parallelize.experts import shard_experts
 from ditty_di.precision.casting import compute_in
+from ditty_di.protocols import early_checks
 
 
+def validate(
+    *,
+    checkpoint_every_n_blocks: int = 1,
+    prefetch_blocks: int | None = None,
+    param_dtype: str | None = None,
+    reduce_dtype: str | None = None,
+) -> None:
+    """Raise ValueError for arguments of `shard` out of range."""
+    at_least(1, checkpoint_every_n_blocks=checkpoint_every_n_blocks)
+    at_least(0, prefetch_blocks=prefetch_blocks)
+    for name, dtype in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
+        found = getattr(torch, dtype or "float32", None)
+        require(
+            isinstance(found, torch.dtype) and found.is_floating_point,
+            f"{name}={dtype!r} must be a dtype of torch, such as bfloat16",
+        )
+
+
+@early_checks(validate=validate)
 def shard(
     model: nn.Module,
     /,
@@ -86,6 +107,12 @@ def shard(
             of several dtypes, whose gradients FSDP2 could not reduce together; or
             `separate_embeddings` for a model whose embeddings are tied or not known.
     """
+    validate(
+        checkpoint_every_n_blocks=checkpoint_every_n_blocks,
+        prefetch_blocks=prefetch_blocks,
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
+    )
     for name, wanted in (("dp_replicate", dp_replicate), ("dp_shard", dp_shard)):
         found = getattr(parallel_dims, name)
         if wanted not in (-1, found):

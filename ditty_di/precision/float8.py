@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ditty_di.precision.linears import replaceable
+from ditty_di.protocols import early_checks
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +18,14 @@ log = logging.getLogger(__name__)
 COMPUTE_CAPABILITY = (8, 9)
 
 
+def _validate(*, recipe: str = "tensorwise") -> None:
+    from torchao.float8.config import Float8LinearRecipeName
+
+    if recipe not in (names := [name.value for name in Float8LinearRecipeName]):
+        raise ValueError(f"precision: recipe={recipe!r} is none of torchao's {names}")
+
+
+@early_checks(validate=_validate)
 def torchao(
     model: nn.Module,
     /,
@@ -44,10 +53,8 @@ def torchao(
         ValueError: another recipe; no layer to convert.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    from torchao.float8.config import Float8LinearRecipeName
 
-    if recipe not in (names := [name.value for name in Float8LinearRecipeName]):
-        raise ValueError(f"precision: recipe={recipe!r} is none of torchao's {names}")
+    _validate(recipe=recipe)
     if emulate is None:
         emulate = not _has_float8()
         if emulate:

@@ -114,6 +114,11 @@ MISTAKES = [
         "callbacks.stopfile",
         "'callbacks.stop_file.path'",
     ),
+    (
+        "optimizer=adamw optimizer.betas=[1,2] optimizer.epz=1",
+        "'optimizer.betas'",
+        "+optimizer.betas",
+    ),
     ("trainer.optimizer.lr=1", "optimizer is ${optimizer}", "write optimizer.lr=..."),
     ("+trainer.optimizer.lr=1", "optimizer is ${optimizer}", "write optimizer.lr=..."),
     ("trainer.dataloader.micro_batch_size=1", "trainer.dataloader is", "data.loader.micro_batch"),
@@ -127,6 +132,11 @@ MISTAKES = [
     # values
     ("max_steps=-5", "'max_steps=-5': max_steps", "at least 1"),
     ("max_steps=1.5", "'max_steps=1.5': max_steps", "int is wanted"),
+    ("neftune=default neftune.alpha=-1", "'neftune.alpha=-1': neftune", "must be above 0"),
+    ("precision=fp8 precision.convert.recipe=x", "recipe=x': precision.convert", "'tensorwise'"),
+    ("parallelize.param_dtype=bfloat17", "bfloat17': parallelize.param_dtype", "such as bfloat16"),
+    ("+parallelize.prefetch_blocks=-1", "'+parallelize.prefetch_blocks=-1'", "not be negative"),
+    ("data.sample_text.max_new_tokens=0", "data.sample_text.max_new_tokens", "at least 1"),
     ("max_steps=True", "'max_steps=True': max_steps", "int is wanted"),
     ("max_steps=5,6", "max_steps='5,6'", "for a sweep over these values add --multirun"),
     ("max_steps=many", "'max_steps=many'", "int is wanted"),

@@ -159,7 +159,7 @@ def test_noise_goes_on_from_a_saved_random_state():
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan])
 def test_alpha_is_positive(alpha):
-    with pytest.raises(ValueError, match=r"model\.neftune\.alpha"):
+    with pytest.raises(ValueError, match="neftune: alpha="):
         neftune(build("llama"), alpha=alpha)
 
 
