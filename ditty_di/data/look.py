@@ -1,4 +1,4 @@
-"""What rows of token ids look like as text, and statistics of the documents in a dataset."""
+"""Rows of token ids as text, and statistics of the documents in a dataset."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def fraction(**options: float | None) -> None:
 
 
 def without_ratios(dataset: Any, what: str) -> None:
-    """Require a dataset that is no mixture with ratios, which an order of its own would ignore."""
+    """Refuse a mixture with ratios, which an order of its own would ignore."""
     require(
         not getattr(dataset, "stages", None),
         f"{what} take each row of a mixture once, whatever its ratios: leave the ratios out, or "

@@ -1,4 +1,4 @@
-"""Files in object stores and other remote places, through fsspec: `s3://bucket/key` and the like.
+"""Files in object stores and on other machines, through fsspec: `s3://bucket/key` and the like.
 
 Credentials and endpoints are those of the environment, as fsspec and the stores' own tools read
 them: `AWS_PROFILE`, `AWS_ENDPOINT_URL`, `FSSPEC_S3_ANON=true`, ...
@@ -25,7 +25,7 @@ _WILDCARD = re.compile(r"[*?\[]")
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 #: Bytes that are asked for at once where a file is read in place.
 _BLOCK = 4 << 20
-#: What stores say of a file that changes with its content, the surest first.
+#: Attributes by which stores identify the content of a file, the most reliable first.
 _VERSIONS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 

@@ -17,7 +17,7 @@ from ditty_di.data.keyed import KeyedPermutation
 log = logging.getLogger(__name__)
 
 _NO_STATE = """\
-dataset: a {kind} has no state_dict and load_state_dict, by which a resumed run finds its place; \
+dataset: a {kind} has no state_dict and load_state_dict, from which a resumed run goes on; \
 give a `datasets.IterableDataset`, or any iterable that has both"""
 _CHANGED = """\
 dataset: stream {stream} does not go on with the example that it was saved at: give it the data \
@@ -28,7 +28,7 @@ out (the buffer's examples are not in its state), and shuffle by shuffle_rows"""
 _NO_LENGTH = "a stream has no length and no rows by number: train for max_steps, not for epochs"
 #: Examples after which `Streamed.check` tries a state: those of `datasets` say less at first.
 _TRIED = 5
-#: What a row is read from again: the state of the dataset before its first example, and more.
+#: State from which a row is read again: that of the dataset before its first example, and more.
 Address = dict[str, Any]
 
 

@@ -250,7 +250,7 @@ def first_rows(dataset: Streamed, rows: int) -> list[Any]:
         rows: Number of rows; fewer if there are no more.
 
     Raises:
-        ValueError: There are none.
+        ValueError: The stream has no rows.
     """
     options.at_least(1, rows=rows)
     streams = [dataset.rows(stream, once=True) for stream in range(dataset.streams)]

@@ -169,7 +169,7 @@ def eos_id(tokenizer: PreTrainedTokenizerBase, what: str) -> int:
 
     Args:
         tokenizer: The tokenizer.
-        what: What is to end with EOS, for the message.
+        what: Kind of sequence that ends with EOS, for the message.
 
     Raises:
         ValueError: The tokenizer has no EOS.

@@ -66,7 +66,7 @@ class Isolation:
 
     @property
     def added(self) -> str | None:
-        """What batches get beside `position_ids`, one of `FORMS`; None if they need nothing."""
+        """Argument that batches get beside `position_ids`, one of `FORMS`, or None."""
         return None if self.form == _PLAIN else self.form
 
     def ensure(self, sample: Mapping[str, Any]) -> None:

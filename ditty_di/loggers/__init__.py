@@ -1,4 +1,4 @@
-"""What a run reports: speed and memory, and where to."""
+"""Metrics of a run (speed, memory) and the loggers that get them."""
 
 from ditty_di.loggers.loggers import JSONLines, ProgressBar, TensorBoard, WandB
 from ditty_di.loggers.processor import Logger, MetricsProcessor

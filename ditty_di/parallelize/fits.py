@@ -47,7 +47,7 @@ class Degrees:
 
 @dataclass(frozen=True)
 class Parts:
-    """What rules look at: the parts of a run, before any is parallelized.
+    """Parts of a run that the rules check, before any is parallelized.
 
     Attributes:
         model: the model, on meta or with values.

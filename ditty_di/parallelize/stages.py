@@ -292,7 +292,7 @@ _ENDS = "_ends"
 
 
 class _Ends:
-    """What goes into a stage and out of it, beside the model's own arguments and output."""
+    """Hidden states into and out of a stage, beside the model's own arguments and output."""
 
     def __init__(self) -> None:
         self.hidden: Any = None
@@ -373,7 +373,7 @@ def _run(
         ends.hidden = x
         output = run(inputs_embeds=x, **kwargs)
     if last:
-        # What schedules and FSDP's hooks need; the loss gets all of the output.
+        # Schedules and FSDP's hooks need this tensor; the loss gets all of the output.
         ends.output = output
         return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
     hidden = ends.take_output().contiguous()

@@ -1,4 +1,4 @@
-"""What a training costs on any layout, without its devices: memory, operations, traffic, time."""
+"""Plan memory, operations, traffic and time of a training on any layout, without its devices."""
 
 from ditty_di.planning.device import Device
 from ditty_di.planning.planner import Plan, plan

@@ -51,7 +51,7 @@ class Device:
         wrong = [f"{k}={v}: write a number above 0" for k, v in figures.items() if _not_above_0(v)]
         for name in grouped:
             if not isinstance(getattr(torch, name, None), torch.dtype):
-                wrong.append(f"grouped_attention: {name} is no dtype of torch")
+                wrong.append(f"grouped_attention: {name} is not a dtype of torch")
         for name, value in dict(tflops or {}).items():
             if not isinstance(getattr(torch, name, None), torch.dtype) or _not_above_0(value):
                 wrong.append(f"tflops.{name}={value}: write a dtype of torch and a number above 0")

@@ -15,7 +15,7 @@ from torch import nn
 from ditty_di.models.weights import on_meta
 from ditty_di.parallelize.data_parallel import repeated_blocks
 
-#: What was counted, by key: a `Counter`, some of whose values are seconds. Blocks in keys are their
+#: Counts by key: a `Counter`, some of whose values are seconds. Blocks in keys are their
 #: positions in the whole model.
 Counts = Any
 

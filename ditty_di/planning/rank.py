@@ -1,4 +1,4 @@
-"""What the stages of one rank take together."""
+"""Costs of one rank: those of its stages together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ditty_di.planning.stage import WHEN, Step
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """What a rank of one pipeline position needs; bytes, operations and seconds of a step.
+    """Costs of a rank of one pipeline position: bytes, operations and seconds of a step.
 
     Args:
         stages: numbers of its stages.

@@ -1,4 +1,4 @@
-"""What a plan is made of: the parts of a training, and the stages of its model."""
+"""Parts of a training that is planned, and the stages of its model."""
 
 from __future__ import annotations
 

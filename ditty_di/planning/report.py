@@ -10,7 +10,7 @@ from ditty_di.planning.device import GIB
 from ditty_di.planning.meter import KINDS
 from ditty_di.planning.planner import Plan
 
-#: What makes each kind of memory smaller.
+#: Settings that reduce each kind of memory.
 ADVICE = {
     "parameters": "more ranks with parallelize=fsdp, or runtime.tp or runtime.pp; a base that is "
     "frozen and packed (quantize=nf4 adapter=lora)",

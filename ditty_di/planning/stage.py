@@ -38,7 +38,7 @@ from ditty_di.training.step import TrainStep
 Shape = tuple[torch.Size, torch.dtype]
 #: Kinds of memory that a micro-batch keeps until its backward pass.
 OF_A_MICRO_BATCH = ("inputs", "activations", "head and loss")
-#: What of a step is run, and its name on the page: micro-batches before the last do all alike.
+#: Parts of a step that are run, and their names on the page; earlier micro-batches are alike.
 WHEN = {"first": "the first micro-batch", "last": "the last micro-batch", "update": "the update"}
 #: Mesh dimensions whose groups are named in a plan.
 MESHES = ("tp", "cp", "ep", "pp", *DATA_PARALLEL)
@@ -46,7 +46,7 @@ MESHES = ("tp", "cp", "ep", "pp", *DATA_PARALLEL)
 
 @dataclass(frozen=True)
 class Step:
-    """What a rank does in the micro-batches of a step.
+    """Counts of a stage over the micro-batches of a step.
 
     Args:
         exact: bytes of `parameters`, `buffers`, `gradients`, `optimizer`, and of what all ranks

@@ -1,4 +1,4 @@
-"""What a training will cost, before a device is rented."""
+"""Plan the cost of a training before a device is rented."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plan(
     seq_len: int | None = None,
     root: str = "trainer",
 ) -> dict[str, Any]:
-    """Print what a training holds, computes and sends, without its devices, data and weights.
+    """Print memory, operations and traffic of a training, without its devices, data and weights.
 
     Args:
         graph: the configuration's graph.

@@ -100,7 +100,7 @@ def tokenize(
         long_documents: A longer one is encoded in pieces (`split`) or refused (`error`).
         split_special_tokens: Take special tokens that are spelled out in a document as text; else
             they become special tokens, as in Hugging Face.
-        on_error: What a bad document does: `raise`, or `skip`, which counts it.
+        on_error: Action for a bad document: `raise`, or `skip`, which counts it.
         check: Hash all shards again at the end.
         report_mb: Text that the tokenizer's report is made from, in MiB; 0: no report.
         patience: Seconds that a rank which is done waits for others that show no progress.

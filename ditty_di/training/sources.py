@@ -26,7 +26,7 @@ of a batch changes ctx["source"] too"""
 
 NO_SOURCE = """\
 no micro-batch says its `source`: the collate function must keep this input of the rows, or there \
-are no losses of the sources %s"""
+losses of the sources %s are missing"""
 
 
 class LossBySource:
@@ -117,7 +117,7 @@ def _gives_elements(loss_fn: Any) -> bool:
 
 
 class SourceMetrics:
-    """What a training reports of its sources.
+    """Metrics of each source of the training data.
 
     `loss/NAME` is the mean over the valid labels of all ranks since the last report, for a source
     that had any; `tokens/NAME` is their number since the training began.

@@ -35,7 +35,7 @@ from typing import Any
 from _here import environment
 
 ROOT = Path(__file__).parents[2]
-#: Suffixes of documentation that is no text for people.
+#: Suffixes of documentation that is not prose.
 NO_TEXT = {".ps", ".tar", ".svg", ".html", ".js", ".css", ".eps", ".pdf", ".png", ".xml", ".json"}
 QUOTED = re.compile(r'"""(.{80,}?)"""', re.DOTALL)
 STEP_LIMIT = 7200  # seconds

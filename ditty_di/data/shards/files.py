@@ -149,7 +149,7 @@ class ShardFile:
     """A file that is opened when a row of it is read.
 
     Attributes:
-        path: What `open` takes, as a `Path`; thousands of these would take longer than all else.
+        path: Argument of `open`, as a `Path`; thousands of these would take longer than all else.
         open: Opens it: a class of `TokenFile`, or a partial of one.
         tokens: Number of tokens that are used.
         start: First of them.

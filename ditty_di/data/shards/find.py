@@ -108,7 +108,7 @@ def shard_file(
     """Return a file without a manifest, or a part of its documents.
 
     Args:
-        path: What the reader takes.
+        path: Argument of the reader.
         reader: Opens it.
         between: First and last document, as fractions of their number, rounded to whole ones.
     """

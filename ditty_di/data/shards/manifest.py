@@ -74,7 +74,7 @@ class Manifest:
         """Return the shards of a split.
 
         Raises:
-            ValueError: There are none.
+            ValueError: No manifest is given.
         """
         if found := [shard for shard in self.shards if shard.split == split]:
             return found

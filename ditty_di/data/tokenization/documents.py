@@ -46,7 +46,7 @@ class DocumentError(ValueError):
     Args:
         file: Its file.
         where: Its position, such as `byte 14` or `row 3`; empty: the file as a whole.
-        reason: What is wrong.
+        reason: Description of the fault.
         kind: The same in a few words, by which skipped documents are counted.
     """
 
@@ -66,8 +66,8 @@ class Reading:
 
     Attributes:
         text_key: Key or column with the document, of records.
-        documents: What a document of plain text is: `file`, `line` or `paragraph` (between blank
-            lines).
+        documents: Unit of plain text that is a document: `file`, `line` or `paragraph` (between
+            blank lines).
         max_document_mb: Size of a long document, in MiB of UTF-8. Encoding needs over a hundred
             times the memory of what is encoded at once.
         long_documents: `split`: a long document is yielded in pieces of at most that size, cut at

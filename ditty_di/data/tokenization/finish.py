@@ -15,7 +15,7 @@ from ditty_di.data.tokenization.part import RECEIPTS, Job, Receipt
 from ditty_di.data.tokenization.plan import Part, key_of
 from ditty_di.io import read_json, write_json
 
-#: What the folder was begun with.
+#: File with the options that the folder was begun with.
 SETTINGS = "settings.json"
 
 

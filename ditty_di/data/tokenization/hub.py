@@ -24,7 +24,7 @@ def download(
 ) -> tuple[Path, list[str]]:
     """Return a folder with the files of a dataset that match patterns, and their names.
 
-    What is in the cache is not downloaded again, and a broken file goes on where it broke off. The
+    Files in the cache are not downloaded again, and a broken file goes on where it broke off. The
     list of a finished download is kept, so that it is found without a network.
 
     Args:
@@ -143,7 +143,7 @@ def require_space(folder: Path, needed: int, what: str, variable: str = "DITTY_D
     Args:
         folder: The folder, which is made.
         needed: Number of bytes.
-        what: What is downloaded, for the message.
+        what: Name of the download, for the message.
         variable: The environment variable that names another folder.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ RECEIPTS = "receipts"
 
 @dataclass(frozen=True)
 class Job:
-    """What all parts have in common.
+    """Options that all parts share.
 
     Attributes:
         folder: Folder of the shards.
@@ -38,7 +38,7 @@ class Job:
         reading: How documents are found in files.
         validation_fraction: Fraction of the documents that is held out, by their hashes.
         split_special_tokens: Take special tokens that are spelled out in a document as text.
-        on_error: What a bad document does: `raise`, or `skip` (and count).
+        on_error: Action for a bad document: `raise`, or `skip` (and count).
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass
 class Receipt:
-    """What a part gave.
+    """Result of a part.
 
     Attributes:
         key: Digest of everything that determines the bytes.

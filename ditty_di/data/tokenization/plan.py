@@ -37,7 +37,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one process tokenizes at a time, into one shard a split.
+    """Bytes that one process tokenizes at a time, into one shard a split.
 
     Attributes:
         number: Its number; parts in this order are the input in its order.

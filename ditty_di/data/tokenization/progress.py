@@ -34,7 +34,7 @@ def progress(
     """Print within the context, now and then, how much text is done, how fast, and what is left.
 
     Args:
-        title: What is tokenized.
+        title: Name of the text.
         folder: Folder of the shards.
         parts: All parts.
         dtype: Type of the token ids.

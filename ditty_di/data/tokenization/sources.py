@@ -42,7 +42,7 @@ class Source(Protocol):
     text_key: str
     """Key or column of the document, in records."""
     documents: str
-    """What a document of plain text is: `file`, `line` or `paragraph`."""
+    """Unit of plain text that is a document: `file`, `line` or `paragraph`."""
 
     def files(self) -> list[File]:
         """Return the files, sorted by name; they can be read."""
@@ -70,7 +70,7 @@ class TextFiles:
         patterns: Files of a folder to read, such as `["**/*.py"]`; other files than those of
             records are read as plain text. Empty: .txt files and records.
         text_key: Key or column of the document, in records.
-        documents: What a document of plain text is: `file`, `line` or `paragraph`.
+        documents: Unit of plain text that is a document: `file`, `line` or `paragraph`.
         sample: Take only the first files, up to this size: a number of MiB, or `"2GB"`.
     """
 
@@ -94,7 +94,7 @@ class TextFiles:
         """Return the files, sorted by name.
 
         Raises:
-            FileNotFoundError: There are none.
+            FileNotFoundError: No file was found.
             ImportError, PermissionError, ConnectionError: Of a URL, see `remote.explained`.
         """
         return [File(file.name, self._copy(file.path) or file.path) for file in self._listed()]
@@ -184,7 +184,7 @@ class HubFiles:
         patterns: Its files, such as `["data/train-*.parquet"]`; `*` matches `/` too.
         revision: Branch, tag or commit; None: the main branch.
         text_key: Key or column of the document, in records.
-        documents: What a document of plain text is: `file`, `line` or `paragraph`.
+        documents: Unit of plain text that is a document: `file`, `line` or `paragraph`.
         sample: Take only the first files, up to this size: a number of MiB, or `"2GB"`.
     """
 
