@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from typing import Any
@@ -15,6 +14,7 @@ from ditty_di.data.corpus import text_of
 from ditty_di.data.splits import content_hash
 from ditty_di.data.stream import Address, StatefulIterable, Streamed, iterated_alone
 from ditty_di.data.tokenization.long_documents import pieces
+from ditty_di.data.tokenization.sample import Sample
 from ditty_di.data.tokenizer import eos_id, tokenizer_fingerprint
 from ditty_di.data.windows import WindowRows
 
@@ -192,7 +192,7 @@ def document(example: Any, text_key: str, split: str, validation_fraction: float
     return data if held_out == (split == "validation") else b""
 
 
-class StreamSample:
+class StreamSample(Sample):
     """Text from the beginning of a dataset to train a tokenizer on, read anew by each iteration.
 
     Held-out documents are left out.
@@ -203,12 +203,6 @@ class StreamSample:
         validation_fraction: See `StreamedText`.
         text_key: See `StreamedText`.
     """
-
-    @staticmethod
-    def validate(*, sample_mb: float = 1, validation_fraction: float = 0.0) -> None:
-        """Raise `ValueError` for an option out of range."""
-        options.require(sample_mb > 0, f"sample_mb={sample_mb} must be above 0")
-        options.fraction(validation_fraction=validation_fraction)
 
     def __init__(
         self,
@@ -231,15 +225,6 @@ class StreamSample:
             left -= len(data)
             if left <= 0:
                 return
-
-    def fingerprint(self) -> str:
-        """Return a digest of the sample's content."""
-        digest = hashlib.sha256()
-        for text in self:
-            data = text.encode()
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-        return digest.hexdigest()
 
 
 def first_rows(dataset: Streamed, rows: int) -> list[Any]:

@@ -1,8 +1,9 @@
-"""A sample of the text, to train a tokenizer on; and what a tokenizer makes of it."""
+"""Samples of text to train a tokenizer on, and a report on a tokenizer."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,29 @@ _PLACES = 128
 _UNUSED_SHOWN = 10
 
 
-class TextSample:
+class Sample(ABC):
+    """Text to train a tokenizer on, read anew by each iteration."""
+
+    @staticmethod
+    def validate(*, sample_mb: float = 1, validation_fraction: float = 0.0) -> None:
+        """Raise `ValueError` for an option out of range."""
+        options.require(sample_mb > 0, f"sample_mb={sample_mb} must be above 0")
+        options.fraction(validation_fraction=validation_fraction)
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[str]: ...
+
+    def fingerprint(self) -> str:
+        """Return a digest of the sample's content."""
+        digest = hashlib.sha256()
+        for text in self:
+            data = text.encode()
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+        return digest.hexdigest()
+
+
+class TextSample(Sample):
     """Documents from all over some text, read anew by each iteration, one at a time.
 
     Held-out documents are left out. Bad ones are too: the tokenization reports them.
@@ -30,12 +53,6 @@ class TextSample:
         sample_mb: Size of the sample, in MiB.
         validation_fraction: Fraction of the documents that is held out.
     """
-
-    @staticmethod
-    def validate(*, sample_mb: float = 1, validation_fraction: float = 0.0) -> None:
-        """Raise `ValueError` for an option out of range."""
-        options.require(sample_mb > 0, f"sample_mb={sample_mb} must be above 0")
-        options.fraction(validation_fraction=validation_fraction)
 
     def __init__(
         self,
@@ -71,15 +88,6 @@ class TextSample:
                 share -= len(piece.data)
                 left -= len(piece.data)
                 yield piece.text
-
-    def fingerprint(self) -> str:
-        """Return a digest of the sample's content."""
-        digest = hashlib.sha256()
-        for text in self:
-            data = text.encode()
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-        return digest.hexdigest()
 
     def _pieces(self, part: Part, reading: Reading) -> Iterator[Piece]:
         for segment in part.segments:
