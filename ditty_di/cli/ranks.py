@@ -31,16 +31,30 @@ def _number(graph: Graph, key: str, default: int) -> int:
     return value if type(value) is int else default
 
 
-def _problems(graph: Graph, root: str, nproc: int) -> list[Problem]:
-    if nproc < 1 or root not in graph:  # one a GPU, or wrong, which its own check reports
-        return []
+def known_degrees(graph: Graph, root: str = "trainer") -> dict[str, int]:
+    """Return the data-parallel degrees by key, where -1 follows from the launcher's ranks.
+
+    Raises:
+        ValueError: the degrees do not use all ranks.
+    """
+    nproc = _number(graph, "launcher.nproc", 0)
+    return _degrees(graph, root, nproc) if nproc >= 1 and root in graph else {}
+
+
+def _degrees(graph: Graph, root: str, nproc: int) -> dict[str, int]:
     from ditty_di.runtime import data_degrees  # with torch, which a trainer imports anyway
 
     cp, tp, pp = (_number(graph, f"{root}.runtime.{name}", 1) for name in ("cp", "tp", "pp"))
-    replicate = _number(graph, f"{root}.runtime.dp_replicate", 1)
-    shard = _number(graph, f"{root}.runtime.dp_shard", -1)
+    keys = [f"{root}.runtime.{name}" for name in ("dp_replicate", "dp_shard")]
+    given = [_number(graph, key, default) for key, default in zip(keys, (1, -1), strict=True)]
+    return dict(zip(keys, data_degrees(*given, cp * tp * pp, nproc), strict=True))
+
+
+def _problems(graph: Graph, root: str, nproc: int) -> list[Problem]:
+    if nproc < 1 or root not in graph:  # one a GPU, or wrong, which its own check reports
+        return []
     try:
-        replicate, shard = data_degrees(replicate, shard, cp * tp * pp, nproc)
+        replicate, shard = _degrees(graph, root, nproc).values()
     except ValueError as error:
         key = "runtime.dp_shard" if graph.history("runtime.dp_shard") else "launcher.nproc"
         return [Problem(key, str(error), graph.where(key))]

@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path as FilePath
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import Container, DictConfig, OmegaConf
@@ -180,10 +181,14 @@ class Graph(Configuration):
         """
         return self._checked(root, *others, imports=True)
 
-    def rehearse(self, root: str) -> list[str]:
+    def rehearse(self, root: str, known: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
         """Call the `rehearse(build)` of every node that `root` reaches.
 
         It builds what it needs of its own arguments.
+
+        Args:
+            root: key of the first node.
+            known: values by key that a run will have instead of those that are written.
 
         Returns:
             The warnings, each with the key of its node.
@@ -197,7 +202,7 @@ class Graph(Configuration):
             node = self.find(key)
             try:
                 if rehearsal := early.rehearsal(self.locate(described.target)):
-                    build = functools.partial(self._argument, node)
+                    build = functools.partial(self._known_argument, known, key, node)
                     warnings += [f"{key}: {line}" for line in rehearsal(build) or ()]
             except ConfigError as error:
                 problems += error.problems
@@ -297,6 +302,10 @@ class Graph(Configuration):
             if signature.name_of(argument) == name:
                 return self._build(written)
         return signature.default(name)
+
+    def _known_argument(self, known: Mapping[str, Any], key: str, node: Any, name: str) -> Any:
+        path = f"{key}.{name}"
+        return known[path] if path in known else self._argument(node, name)
 
     def _checked(self, *roots: str, imports: bool) -> Checked:
         checkers = [Checker(self, imports) for _ in roots]

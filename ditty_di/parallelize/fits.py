@@ -54,12 +54,14 @@ class Parts:
         loss_fn: the loss.
         parallelize_fn: of the trainer's slot.
         pipeline_fn: of the trainer's slot.
+        collate_fn: of the training loader.
     """
 
     model: nn.Module
     loss_fn: Any = None
     parallelize_fn: Any = None
     pipeline_fn: Any = None
+    collate_fn: Any = None
 
 
 def fits(parts: Parts, degrees: Degrees) -> list[str]:

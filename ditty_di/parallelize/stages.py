@@ -82,7 +82,7 @@ def stages_fit(parts: Parts, degrees: Degrees) -> list[str]:
             for problem in _unfit_tie(parts.model, decoder, schedule)
             + _untrained(parts.model, decoder, options, degrees.pp)
         ]
-    return found + unfit_degrees(schedule, parts.parallelize_fn, degrees)
+    return found + unfit_degrees(schedule, parts, degrees)
 
 
 def arguments(function: Any) -> dict[str, Any]:
@@ -153,12 +153,12 @@ def _untrained(model: nn.Module, decoder: Decoder, options: dict[str, Any], pp: 
     return []
 
 
-def unfit_degrees(schedule: str, parallelize_fn: Any, degrees: Degrees) -> list[str]:
+def unfit_degrees(schedule: str, parts: Parts, degrees: Degrees) -> list[str]:
     """Return what pipeline stages, or a schedule of them, cannot be combined with.
 
     Args:
         schedule: one of `SCHEDULES`.
-        parallelize_fn: parallelizes a stage.
+        parts: of the run.
         degrees: the layout.
     """
     found = [
@@ -167,10 +167,16 @@ def unfit_degrees(schedule: str, parallelize_fn: Any, degrees: Degrees) -> list[
         for name, what, n in (("cp", "sequence", degrees.cp), ("ep", "experts", degrees.ep))
         if n > 1
     ]
+    collate = parts.collate_fn
+    if getattr(collate, "packs_documents", False) and getattr(collate, "pads_rows", False):
+        found.append(
+            f"runtime.pp={degrees.pp}: stages pass on micro-batches of one shape, and rows without "
+            "padding are as long as their documents; write batching=packed, or runtime.pp=1"
+        )
     if schedule in ZERO_BUBBLE:
         found += [
             f"pipeline.schedule={schedule}: {problem}, or pipeline.schedule=Interleaved1F1B"
-            for problem in _unfit_zero_bubble(arguments(parallelize_fn), degrees)
+            for problem in _unfit_zero_bubble(arguments(parts.parallelize_fn), degrees)
         ]
     return found
 

@@ -67,7 +67,7 @@ def _stages_fit(parts: Parts, degrees: Degrees) -> list[str]:
             f"runtime.pp={degrees.pp}: {len(parts.model.config.layers)} layers do not fill "
             f"{degrees.pp * per_rank} stages; pp fits {fit}"
         )
-    return found + unfit_degrees(schedule, parts.parallelize_fn, degrees)
+    return found + unfit_degrees(schedule, parts, degrees)
 
 
 @early_checks(validate=validate, fits=[_stages_fit])

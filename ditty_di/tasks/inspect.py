@@ -58,7 +58,8 @@ def check(
         report = from_config.check(graph, root, strict=strict)
         print(f"the pipeline of {root}, with what each stage takes -> gives:")
         print(textwrap.indent(render(report), "  "))
-    for warning in (*ranks.warnings(graph, root), *(graph.rehearse(root) if rehearse else ())):
+    tried = graph.rehearse(root, ranks.known_degrees(graph, root)) if rehearse else ()
+    for warning in (*ranks.warnings(graph, root), *tried):
         print(f"warning: {warning}")
 
 

@@ -82,6 +82,7 @@ def rehearse(build: Callable[[str], Any]) -> list[str]:
     degrees = Degrees(**{name: n for name, n in given.items() if isinstance(n, int)})
     if degrees.split_the_model:
         slots = {name: build(name) for name in ("loss_fn", "parallelize_fn", "pipeline_fn")}
+        slots["collate_fn"] = build("dataloader.collate_fn")
         if problems := fits(Parts(build("model"), **slots), degrees):
             raise ValueError("\n".join(problems))
     return isolation.rehearse(build)

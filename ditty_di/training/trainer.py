@@ -167,8 +167,10 @@ class Trainer(TitanTrainer):
             around={"loader": dataloader, **around},
         )
         self.loss_fn = loss_fn = setup.setup_loss(loss_fn, runtime, parallelize_loss_fn)
-        require_fit(Parts(model, loss_fn, parallelize_fn, pipeline_fn), runtime.parallel_dims)
         self.dataloader = setup.setup_dataloader(dataloader, runtime)
+        collate_fn = getattr(self.dataloader, "collate_fn", None)
+        parts = Parts(model, loss_fn, parallelize_fn, pipeline_fn, collate_fn)
+        require_fit(parts, runtime.parallel_dims)
         by_source = LossBySource(loss_fn, getattr(self.dataloader, "source_names", ()))
         self.model_config = getattr(model, "config", None)
         weights = setup.weights_of(model, weights)

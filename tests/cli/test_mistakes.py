@@ -178,6 +178,16 @@ MISTAKES = [
         "'runtime.dp_shard=3'",
         "needs 3 ranks but there are 2",
     ),
+    (  # dp_shard=-1 is 2 with these ranks
+        "launcher.nproc=4 runtime.pp=2 pipeline.schedule=InterleavedZeroBubble",
+        ": runtime.dp_shard: ",
+        "it fits runtime.dp_shard=1, and not 2",
+    ),
+    (
+        "+experiment=full batching=padding_free launcher.nproc=2 runtime.pp=2",
+        "'runtime.pp=2': runtime.pp",
+        "write batching=packed, or runtime.pp=1",
+    ),
     ("+runtime.train_timeout=-1", "'+runtime.train_timeout=-1'", "above 0, in seconds"),
     ("+runtime.init_timeout=0", "'+runtime.init_timeout=0'", "above 0, in seconds"),
     ("launcher.grace_seconds=-3", "'launcher.grace_seconds=-3'", "must not be negative"),

@@ -44,6 +44,13 @@ def rows_of(dataset, numbers=None):
         yield [*inputs["input"].tolist(), *labels.tolist(), *inputs["position_ids"].tolist()]
 
 
+def wait_for_fetches():
+    """A thread that fetches ahead would add and remove files while they are counted."""
+    for thread in threading.enumerate():
+        if thread.name == "fetch ahead":
+            thread.join(30)
+
+
 def largest(local):
     return max(path.stat().st_size for path in local.glob("*.bin"))
 
@@ -69,6 +76,7 @@ def test_a_loader_takes_pools_whatever_the_cache_holds(local, remote, tmp_path, 
     on_disk = Shards(local, SEQ_LEN)
     order = sampler(len(dataset), 0, True).between(0, 2 * len(dataset))
     assert seen[: len(order)] == [on_disk[row][1].tolist() for row in order]
+    wait_for_fetches()
     assert sum(path.stat().st_size for path in tmp_path.glob("*.[bi]*")) <= limit
 
 
@@ -103,9 +111,7 @@ def test_the_shards_of_the_next_pool_are_fetched_ahead(local, remote, tmp_path):
     while len([*tmp_path.glob("*.bin")]) < SHARDS and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len([*tmp_path.glob("*.bin")]) == SHARDS
-    for thread in threading.enumerate():
-        if thread.name == "fetch ahead":
-            thread.join(30)
+    wait_for_fetches()
 
 
 def test_orders_and_caches_that_would_fetch_over_and_over_are_refused(local, remote, tmp_path):
