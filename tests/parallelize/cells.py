@@ -195,7 +195,7 @@ def resume(folder: Path, model: str, source: str, layout: str) -> dict[str, Any]
     tensors, others = load_file(exported / "model.safetensors"), load_file(of_one)
     return {
         "steps": len(rest.losses),
-        "loss": max(abs(a - b) for a, b in zip(whole[SAVED_AT:], rest.losses, strict=False)),
+        "loss": max(abs(a - b) / a for a, b in zip(whole[SAVED_AT:], rest.losses, strict=False)),
         "names": tensors.keys() == others.keys(),
         "weights": max(float((tensors[name] - t).abs().max()) for name, t in others.items()),
     }

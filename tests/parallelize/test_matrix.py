@@ -83,7 +83,7 @@ def test_a_layout_gives_the_gradients_and_losses_of_one_rank(found: Found, cell:
 def test_a_checkpoint_is_resumed_and_exported_on_any_layout(found: Found, model, source, layout):
     got = found["resume", (model, source, layout)]
     assert got["steps"] == STEPS - SAVED_AT
-    assert got["loss"] < 2e-6, got
+    assert got["loss"] < 1e-6, got
     assert got["names"] and got["weights"] < 1e-4, got
 
 

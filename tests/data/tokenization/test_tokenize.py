@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from ditty_di.data.shards import Manifest, MegatronIndex
 from ditty_di.data.splits import content_hash
 from ditty_di.data.tokenization import DocumentError, Pool, TextFiles
+from ditty_di.data.tokenization.documents import Reading
 from ditty_di.data.tokenization.finish import UnfinishedError
+from ditty_di.data.tokenization.part import Job, run_part, separator_of
+from ditty_di.data.tokenization.plan import plan
 from ditty_di.data.tokens import tokenizer_fingerprint
 from ditty_di.models.auto import tokenizer as auto_tokenizer
 from ditty_di.tasks.tokenize import tokenize
@@ -66,6 +72,64 @@ def documents(folder, split):
         ids = np.fromfile(folder / f"{shard.name}.bin", index.dtype)
         starts = [*index.document_starts(0, len(ids)), len(ids)]
         yield from (ids[a:b].tolist() for a, b in pairwise(starts))
+
+
+def variant(tokenizer, *, normalizer=None, pre_tokenizer=None, eos=None, also=()):
+    """A copy of a tokenizer with other parts, whose EOS is `<|endoftext|>`."""
+    made = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    made.normalizer = normalizer
+    made.pre_tokenizer = pre_tokenizer or made.pre_tokenizer
+    if eos:
+        state = json.loads(made.to_str())
+        state["added_tokens"][0] |= eos
+        made = Tokenizer.from_str(json.dumps(state))
+    made.add_special_tokens([AddedToken(token, **how) for token, how in also])
+    return made
+
+
+#: Whether documents are encoded as one text.
+VARIANTS = {
+    "plain": ({}, True),
+    "prefix space": ({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, True),
+    "first": ({"pre_tokenizer": pre_tokenizers.Metaspace("b", "first")}, False),
+    "prepend": ({"normalizer": normalizers.Prepend("b")}, True),
+    "stripped": ({"eos": {"rstrip": True}}, False),
+    "normalized": ({"eos": {"normalized": True}, "normalizer": normalizers.Lowercase()}, False),
+    "overlapping": ({"also": [("x<|", {})]}, False),
+    "longer": ({"also": [("<|endoftext|>x", {})]}, False),
+    "single word": ({"also": [("xx", {"single_word": True})]}, False),
+    "other": ({"also": [("<|start|>", {"lstrip": True, "rstrip": True})]}, True),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_documents_have_the_ids_that_each_has_alone(name, tokenizer, tmp_path):
+    changes, as_one = VARIANTS[name]
+    changed = variant(tokenizer, **changes)
+    changed.save(str(tmp_path / "tokenizer.json"))
+    eos = changed.token_to_id("<|endoftext|>")
+    job = Job(tmp_path, tmp_path / "tokenizer.json", "key", eos, 300, Reading())
+    parts = ["a", "dog ", " ", "\n", "x", "xx", "x<|", "<|start|>", "<|endof", "text|>", "é"]
+    drawn = random.Random(0)
+    texts = ["".join(drawn.choices(parts, k=drawn.randrange(9))) + "a" for _ in range(400)]
+    texts = [text for text in texts if "<|endoftext|>" not in text][:300] + ["a<|endoftext|>b"]
+    (tmp_path / "receipts").mkdir()
+    for numbers in (range(300), range(299, 301)):  # without EOS in a text, and with it
+        file = tmp_path / f"{numbers.start}.jsonl"
+        file.write_text("".join(json.dumps({"text": texts[n]}) + "\n" for n in numbers))
+        (part,) = plan(TextFiles(file).files(), job.reading, 1 << 30)
+        part = replace(part, number=numbers.start)
+        receipt = run_part(job, part)
+        wanted: dict[str, list[int]] = {"train": [], "validation": []}
+        for text in (texts[n] for n in numbers):
+            split = "validation" if content_hash(text) < int(0.01 * 2**64) else "train"
+            wanted[split] += [*changed.encode(text, add_special_tokens=False).ids, eos]
+        for split, ids in wanted.items():
+            found = tmp_path / f"{split}-{numbers.start:06d}.bin"
+            assert (np.fromfile(found, "<u2").tolist() if found.exists() else []) == ids, split
+        assert (receipt.documents, receipt.tokens) == (len(numbers), sum(map(len, wanted.values())))
+        assert receipt.bytes == sum(len(texts[n].encode()) for n in numbers)
+    assert bool(separator_of(changed, eos)) == as_one
 
 
 def test_the_shards_are_the_documents_with_eos_in_their_order(whole, texts, tokenizer):
