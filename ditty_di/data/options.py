@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Iterable
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, SupportsIndex, TypeVar
+
+_T = TypeVar("_T")
 
 
 def require(condition: bool, message: str) -> None:
     """Raise `ValueError` with `message` unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def check_arguments(validate: Callable[..., _T], arguments: Mapping[str, Any]) -> _T:
+    """Call the `validate` of a function with those of its arguments, its `locals()`, that it takes.
+
+    To be called before the function has other variables of these names.
+    """
+    return validate(**{name: arguments[name] for name in inspect.signature(validate).parameters})
 
 
 def at_least(minimum: float, **options: float | None) -> None:
