@@ -72,7 +72,7 @@ class Mixture:
         row = options.row_index(index, len(self))
         number = bisect_right(self._ends, row)
         found = self._datasets[number][row - (self._ends[number - 1] if number else 0)]
-        return _of_source(torch.tensor(number), found)
+        return with_source(torch.tensor(number), found)
 
     @property
     def source_names(self) -> list[str]:
@@ -121,10 +121,10 @@ class Mixture:
         return fingerprint(*self.rows, *map(str, digests))
 
 
-def _of_source(source: torch.Tensor, row: Any) -> Any:
+def with_source(source: torch.Tensor, row: Any) -> Any:
     """Return a row with its source, or a list of such rows."""
     if isinstance(row, list):
-        return [_of_source(source, one) for one in row]
+        return [with_source(source, one) for one in row]
     if isinstance(row, Mapping):
         return {**row, "source": source}
     inputs, labels = row
