@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ditty_di.data import given_tokens, options
-from ditty_di.data.audit import Note, refusal
+from ditty_di.data.audit import Encoded, Note, refusal
 from ditty_di.data.cache import fingerprint
 from ditty_di.data.conversations import ChatFormat, Conversation, holds, is_turns
 from ditty_di.data.templates import ASSISTANT_TURNS, ChatRenderer, PromptTemplate
@@ -25,25 +25,6 @@ _DEFAULT_FORMATS = ("__input__", "__output__")
 _PROMPT_COMPLETION = ("prompt", "completion")
 # Characters on each side that decide whether a token spans the border of input and output.
 _BORDER = 32
-
-
-class Encoded(NamedTuple):
-    """One example.
-
-    Attributes:
-        ids: Token ids `[tokens]`.
-        output: Which of them are output `[tokens]`: the loss mask `output_only`.
-        inputs: Number of the first ids that are the input; -1 for a conversation, which has
-            several inputs.
-        cut: Whether the example was truncated.
-        notes: Audit findings.
-    """
-
-    ids: list[int]
-    output: list[bool]
-    inputs: int
-    cut: bool
-    notes: frozenset[Note] = frozenset()
 
 
 class Renderer:
