@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import ditty_di.compat as compat
 from ditty_di.console import LAUNCHED
-from ditty_di.data.options import check_arguments
+from ditty_di.data.options import called_with
 from ditty_di.launch.signals import StopSignals, announce
 from ditty_di.seed import set_run_seed
 
@@ -111,7 +111,7 @@ class Runtime:
         train_timeout: float = 100.0,
         threads: int | None = None,
     ) -> None:
-        check_arguments(self.validate, locals())
+        called_with(locals(), self.validate)
         if threads is not None:
             torch.set_num_threads(threads)
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))

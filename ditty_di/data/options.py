@@ -16,12 +16,13 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_arguments(validate: Callable[..., _T], arguments: Mapping[str, Any]) -> _T:
-    """Call the `validate` of a function with those of its arguments, its `locals()`, that it takes.
+def called_with(arguments: Mapping[str, Any], function: Callable[..., _T]) -> _T:
+    """Call a function with those of the arguments that it takes, such as the caller's `locals()`.
 
-    To be called before the function has other variables of these names.
+    So a constructor gives `validate` its own arguments, as long as it has no other variables.
     """
-    return validate(**{name: arguments[name] for name in inspect.signature(validate).parameters})
+    taken = inspect.signature(function).parameters
+    return function(**{name: value for name, value in arguments.items() if name in taken})
 
 
 def at_least(minimum: float, **options: float | None) -> None:

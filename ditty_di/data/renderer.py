@@ -106,7 +106,7 @@ class Renderer:
         ignored_fields: Sequence[str] = (),
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "tokenizer")}
-        options.check_arguments(self.validate, given)
+        options.called_with(given, self.validate)
         self._options = json.dumps({**given, "format": _FORMAT}, sort_keys=True, default=dict)
         aliases = {"input": input_key, "output": output_key}
         self.tokenizer = tokenizer

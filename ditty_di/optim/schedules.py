@@ -89,7 +89,6 @@ def _peak(step: int) -> float:
 
 def _schedule(
     optimizer: Optimizer,
-    *,
     max_steps: int,
     warmup: int,
     decay: int = 0,
@@ -131,7 +130,7 @@ def constant(
         ValueError: a phase that is negative, not a whole number, or longer than the run.
     """
     (warmup,) = phases(max_steps, warmup=(warmup_steps, warmup_ratio))
-    return _schedule(optimizer, max_steps=max_steps, warmup=warmup)
+    return _schedule(optimizer, max_steps, warmup)
 
 
 @early_checks(validate=validate_phases)
@@ -172,14 +171,7 @@ def wsd(
         warmup=(warmup_steps, warmup_ratio),
         decay=(decay_steps, decay_ratio),
     )
-    return _schedule(
-        optimizer,
-        max_steps=max_steps,
-        warmup=warmup,
-        decay=decay,
-        min_lr_ratio=min_lr_ratio,
-        shape=shape,
-    )
+    return _schedule(optimizer, max_steps, warmup, decay, min_lr_ratio, shape)
 
 
 def _decay_after_warmup(shape: Shape, summary: str) -> Callable[..., Schedule]:
@@ -194,14 +186,7 @@ def _decay_after_warmup(shape: Shape, summary: str) -> Callable[..., Schedule]:
         min_lr_ratio: float = 0.0,
     ) -> Schedule:
         (warmup,) = phases(max_steps, min_lr_ratio, warmup=(warmup_steps, warmup_ratio))
-        return _schedule(
-            optimizer,
-            max_steps=max_steps,
-            warmup=warmup,
-            decay=max_steps - warmup,
-            min_lr_ratio=min_lr_ratio,
-            shape=shape,
-        )
+        return _schedule(optimizer, max_steps, warmup, max_steps - warmup, min_lr_ratio, shape)
 
     schedule.__name__ = schedule.__qualname__ = shape.__name__.removesuffix("_decay")
     schedule.__doc__ = f"{summary}\n\n{_AFTER_WARMUP}"
@@ -300,15 +285,7 @@ def power(
         tokens = (step + 1) * tokens_per_step
         return max(min_lr_ratio, min(1.0, scale * tokens**b))
 
-    return _schedule(
-        optimizer,
-        max_steps=max_steps,
-        warmup=warmup,
-        decay=decay,
-        min_lr_ratio=min_lr_ratio,
-        shape=shape,
-        stable=power_law,
-    )
+    return _schedule(optimizer, max_steps, warmup, decay, min_lr_ratio, shape, power_law)
 
 
 @early_checks(validate=validate_phases)
@@ -384,4 +361,4 @@ def infinite(
         progress = min(1.0, (step - anneal_start) / (max_steps - anneal_start))
         return float(constant_factor * (min_lr_ratio / constant_factor) ** progress)
 
-    return _schedule(optimizer, max_steps=max_steps, warmup=warmup, stable=level)
+    return _schedule(optimizer, max_steps, warmup, stable=level)

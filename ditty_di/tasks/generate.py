@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ditty_di.data.options import at_least, check_arguments
+from ditty_di.data.options import at_least, called_with
 from ditty_di.generation.decoding import (
     Decode,
     Options,
@@ -62,14 +62,7 @@ def _validate(
     if isinstance(prompts, str) and not Path(prompts).expanduser().is_file():
         raise ValueError(f"prompts={prompts}: no such file")
     at_least(1, batch_size=batch_size)
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        num_beams=num_beams,
-    )
+    options = called_with(locals(), Options)
     options.check()
     return options
 
@@ -146,7 +139,7 @@ def generate(
     if not is_first_rank():
         return {}
     options = replace(
-        check_arguments(_validate, locals()),
+        called_with(locals(), _validate),
         max_length=tokenizer.model_max_length,
         eos_token_id=end_ids(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
