@@ -73,7 +73,7 @@ def tensor_parallel(model: nn.Module, /, *, parallel_dims: ParallelDims) -> None
     for head in plan.heads.values():
         _wrap(head, functools.partial(_some_logits, mesh))
     for embedding in plan.embeddings.values():
-        _wrap(embedding, functools.partial(_some_rows, mesh, _rows(embedding)))
+        _wrap(embedding, functools.partial(_some_rows, mesh, slices(embedding.weight)[0]))
     if plan.blocks:
         _wrap(plan.blocks[0], _on_input(sequence.split, plan.blocks[0]))
         _wrap(plan.blocks[-1], functools.partial(_on_output, sequence.join))
@@ -278,11 +278,6 @@ def _some_logits(
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),
     )
-
-
-def _rows(table: Any) -> slice:
-    """Return which rows of an embedding this rank has."""
-    return slices(table.weight)[0]
 
 
 def _some_rows(
