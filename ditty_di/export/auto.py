@@ -19,17 +19,14 @@ class AutoExport(Export):
 
     A whole model with `save_pretrained` is written for transformers, any other as its tensors.
 
+    Arguments are those of `Export`, and:
+
     Args:
-        tokenizer: see `Export`; None for models that are not of transformers.
-        path: see `Export`.
+        tokenizer: as for `Export`; None for models that are not of transformers.
         dtype: dtype of the values of a whole model; None keeps each tensor's own.
         max_shard_size: largest size of one file, such as `5GB`.
         base: base that adapters belong to; None is where the base was read from.
         revision: branch, tag or commit of the base.
-        run: see `Export`.
-        push_to: see `Export`.
-        private: see `Export`.
-        license: see `Export`.
     """
 
     tokenizer: Any
