@@ -53,7 +53,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def early_checks(
     *,
-    validate: Callable[..., None] | None = None,
+    validate: Callable[..., object] | None = None,
     rehearse: Callable[[Callable[[str], Any]], list[str]] | None = None,
     fits: Sequence[Callable[..., list[str]]] | None = None,
 ) -> Callable[[_F], _F]:

@@ -73,7 +73,8 @@ def tensor_parallel(model: nn.Module, /, *, parallel_dims: ParallelDims) -> None
     for head in plan.heads.values():
         _wrap(head, functools.partial(_some_logits, mesh))
     for embedding in plan.embeddings.values():
-        _wrap(embedding, functools.partial(_some_rows, mesh, slices(embedding.weight)[0]))
+        table: Any = embedding.weight
+        _wrap(embedding, functools.partial(_some_rows, mesh, slices(table)[0]))
     if plan.blocks:
         _wrap(plan.blocks[0], _on_input(sequence.split, plan.blocks[0]))
         _wrap(plan.blocks[-1], functools.partial(_on_output, sequence.join))

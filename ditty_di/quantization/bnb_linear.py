@@ -23,6 +23,8 @@ class _Filled:
         **options: of the stock layer.
     """
 
+    dtype: torch.dtype
+
     def __init__(
         self,
         *sizes: int,
@@ -78,7 +80,7 @@ class Linear4bit(_Filled, bnb.nn.Linear4bit):
     """
 
     def __init__(self, *sizes: int, double_quant: bool = True, **layer: Any) -> None:
-        self._options = {"compress_statistics": double_quant, "quant_type": "nf4"}
+        self._options: dict[str, Any] = {"compress_statistics": double_quant, "quant_type": "nf4"}
         super().__init__(*sizes, **layer, **self._options)
         self.support_avx512bf16_for_cpu = False
 
