@@ -47,6 +47,19 @@ class ResumableLoader:
 
     dataset: Any
 
+    @staticmethod
+    def validate(
+        *,
+        micro_batch_size: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+        epochs: float | None = None,
+    ) -> None:
+        """Raise `ValueError` for an option out of range."""
+        options.at_least(1, micro_batch_size=micro_batch_size)
+        options.at_least(0, seed=seed, num_workers=num_workers)
+        options.require(epochs is None or epochs > 0, f"epochs={epochs} must be above 0")
+
     @property
     def source_names(self) -> list[str]:
         """The sources that micro-batches tell apart by their input `source`, by its number."""
@@ -113,19 +126,6 @@ class Loader(ResumableLoader):
             remote shards over and over.
         TypeError: Rows of another form, with the first micro-batch.
     """
-
-    @staticmethod
-    def validate(
-        *,
-        micro_batch_size: int = 1,
-        seed: int = 0,
-        num_workers: int = 0,
-        epochs: float | None = None,
-    ) -> None:
-        """Raise `ValueError` for an option out of range."""
-        options.at_least(1, micro_batch_size=micro_batch_size)
-        options.at_least(0, seed=seed, num_workers=num_workers)
-        options.require(epochs is None or epochs > 0, f"epochs={epochs} must be above 0")
 
     def __init__(
         self,

@@ -76,12 +76,6 @@ class StreamLoader(ResumableLoader):
         TypeError: Rows of another form, with the first micro-batch.
     """
 
-    @staticmethod
-    def validate(*, micro_batch_size: int = 1, seed: int = 0, num_workers: int = 0) -> None:
-        """Raise `ValueError` for an option out of range."""
-        options.at_least(1, micro_batch_size=micro_batch_size)
-        options.at_least(0, seed=seed, num_workers=num_workers)
-
     def __init__(
         self,
         dataset: StreamedDataset,

@@ -90,19 +90,15 @@ class TokenDataset:
 
     contract = JOINED_CONTRACT  # of a micro-batch
 
-    @staticmethod
-    def validate(*, seq_len: int = 1) -> None:
-        """Raise `ValueError` for an option out of range."""
-        options.at_least(1, seq_len=seq_len)
+    validate = staticmethod(WindowRows.validate)
 
     def __init__(
         self, tokens: np.ndarray, seq_len: int, pad_id: int = 0, ignore_index: int = -100
     ) -> None:
-        self.validate(seq_len=seq_len)
+        self._row = WindowRows(seq_len, "joined", pad_id, ignore_index)
         few = f"{len(tokens)} tokens make no row, which needs 2: the split has hardly any text"
         options.require(len(tokens) >= 2, few)
         self.tokens, self.seq_len = tokens, seq_len
-        self._row = WindowRows(seq_len, "joined", pad_id, ignore_index)
 
     def __len__(self) -> int:
         return math.ceil((len(self.tokens) - 1) / self.seq_len)
