@@ -84,12 +84,7 @@ def tensor_parallel(model: nn.Module, /, *, parallel_dims: ParallelDims) -> None
 
 
 def tensor_fits(parts: Parts, degrees: Degrees) -> list[str]:
-    """Return why the parts of a run do not fit the degree of tensor parallelism.
-
-    Args:
-        parts: model and loss.
-        degrees: the layout.
-    """
+    """Return why the parts do not fit the degree of tensor parallelism: a rule of `fits`."""
     if degrees.tp == 1:
         return []
     plan = read_plan(parts.model, expert_parallel=degrees.ep > 1)
