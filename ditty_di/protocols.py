@@ -359,10 +359,3 @@ class ProfilerFactory(Protocol):
 
     def __call__(self, *, global_step: int) -> Any:
         """Return the context manager."""
-
-
-class GraphTask(Protocol):
-    """A root node that is a partial: it works on the configuration, in the parent process."""
-
-    def __call__(self, graph: Any, /) -> None:
-        """Run the task."""
