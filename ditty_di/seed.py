@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,17 @@ def run_seed() -> int:
     The two differ on pipeline stages, where torch's generator is seeded for each stage.
     """
     return torch.initial_seed() if _run_seed is None else _run_seed
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """Return a seed that depends on a seed and a name only."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """Return a CPU generator that depends on a seed and a name only."""
+    return torch.Generator().manual_seed(derived_seed(seed, name))
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from ditty_di.adapters.targets import is_quantized
 from ditty_di.fqn import base_fqn, canonical_fqn
 from ditty_di.messages import first_of
 from ditty_di.models.weights import (
-    derived_seed,
     hugging_face,
     local,
     slices,
@@ -27,7 +26,7 @@ from ditty_di.models.weights import (
     torch_reset,
     transformers_model,
 )
-from ditty_di.seed import run_seed
+from ditty_di.seed import derived_seed, run_seed
 
 
 def initialize(

@@ -108,17 +108,10 @@ class Data:
             _require(read[0], dataset, "the collator")
             if self.remove_unused_columns:
                 dataset = dataset.select_columns([c for c in dataset.column_names if c in read])
+        same = ("seed", "shuffle", "num_workers", "pin_memory", "drop_last")
+        options: Any = {name: getattr(self, name) for name in same}
         return partial(
-            Loader,
-            dataset,
-            self.batch_size,
-            seed=self.seed,
-            collate_fn=self.collator,
-            sampler=order,
-            shuffle=self.shuffle,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            drop_last=self.drop_last,
+            Loader, dataset, self.batch_size, collate_fn=self.collator, sampler=order, **options
         )
 
 

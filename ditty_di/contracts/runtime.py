@@ -82,9 +82,9 @@ class BatchChecks:
         """Check what a stage has returned; called after its `takes`, which determines the letters.
 
         Args:
-            stage: of the pipeline.
-            flow: the batch, or the model's output.
-            ctx: the batch's `Context`.
+            stage: as in `takes`.
+            flow: as in `takes`.
+            ctx: as in `takes`.
 
         Raises:
             ContractError: as in `takes`.

@@ -1,4 +1,4 @@
-"""Audit findings: examples that are usable, but perhaps not as their author intended."""
+"""Encoded examples, and audit findings: usable, but perhaps not as their author intended."""
 
 from __future__ import annotations
 
@@ -12,6 +12,25 @@ class Note(NamedTuple):
 
     kind: str
     subject: str = ""
+
+
+class Encoded(NamedTuple):
+    """One example.
+
+    Attributes:
+        ids: Token ids `[tokens]`.
+        output: Which of them are output `[tokens]`: the loss mask `output_only`.
+        inputs: Number of the first ids that are the input; -1 for a conversation, which has
+            several inputs.
+        cut: Whether the example was truncated.
+        notes: Audit findings.
+    """
+
+    ids: list[int]
+    output: list[bool]
+    inputs: int
+    cut: bool
+    notes: frozenset[Note] = frozenset()
 
 
 class Kind(NamedTuple):

@@ -30,6 +30,11 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 def fingerprint(*parts: str | bytes) -> str:
     """Return the SHA-256 of a sequence of texts; ("ab", "c") and ("a", "bc") differ."""
+    return fingerprint_of(parts)
+
+
+def fingerprint_of(parts: Iterable[str | bytes]) -> str:
+    """Return the `fingerprint` of texts of which one is in memory at a time."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part

@@ -95,19 +95,15 @@ class FileCache:
         if self.has(file, key):
             return True
         try:
-            with self.held(file, key=key, sha256=sha256, wait=wait):
-                return True
+            with self._locked(_lock_of(self.path(file, key).name), wait):
+                self._fetch(file, key, sha256)
         except BlockingIOError:
             return False
+        return True
 
     @contextmanager
     def held(
-        self,
-        file: RemoteFile,
-        *,
-        key: str | None = None,
-        sha256: str | None = None,
-        wait: bool = True,
+        self, file: RemoteFile, *, key: str | None = None, sha256: str | None = None
     ) -> Iterator[Path]:
         """Yield the copy of a file, fetched first if there is none.
 
@@ -116,20 +112,17 @@ class FileCache:
         Args:
             file: The file.
             key: See `path`.
-            sha256: Digest of its content; None is not compared.
-            wait: Wait for another process that holds it.
+            sha256: See `fetch`.
 
         Raises:
             ValueError: The file is larger than the limit, or not what size and digest say.
-            BlockingIOError: Another process holds it, and `wait` is false.
             OSError: The folder cannot be written, or the disk is full.
             ImportError, FileNotFoundError, PermissionError, ConnectionError: See
                 `remote.explained`.
         """
         target = self.path(file, key)
-        with self._locked(_lock_of(target.name), wait):
-            if not self.has(file, key):
-                self._fetch(file, target, sha256)
+        with self._locked(_lock_of(target.name)):
+            self._fetch(file, key, sha256)
             yield target
 
     @contextmanager
@@ -159,8 +152,11 @@ class FileCache:
                     free = False
             yield free
 
-    def _fetch(self, file: RemoteFile, target: Path, sha256: str | None) -> None:
-        """Fetch a file whose lock is held."""
+    def _fetch(self, file: RemoteFile, key: str | None, sha256: str | None) -> None:
+        """Fetch a file whose lock is held, unless there is a copy."""
+        if self.has(file, key):
+            return
+        target = self.path(file, key)
         if file.size < 0:
             file = RemoteFile.find(file.url)
         aside = self.folder / f".{target.name}.{uuid.uuid4().hex}"

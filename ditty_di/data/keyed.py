@@ -80,6 +80,7 @@ class KeyedSampler(Sampler):
     def __init__(self, rows: int, seed: int, shuffle: bool, *, purpose: str = "") -> None:
         super().__init__(rows, seed, shuffle)
         self.purpose = purpose
+        self.period = rows  # positions after which the next epoch's order begins
         self._block = lru_cache(maxsize=4)(self._rows_of_block)
         self._permutation = lru_cache(maxsize=2)(self._permutation_of)
 
@@ -99,7 +100,7 @@ class KeyedSampler(Sampler):
         """Return the rows at positions `start` to `stop - 1`; empty when `stop <= start`."""
         found: list[int] = []
         while start < stop:
-            epoch, index = divmod(start, self.rows)
+            epoch, index = divmod(start, self.period)
             block, first = divmod(index, BLOCK)
             some = self._block(epoch, block)[first : first + stop - start]
             found += some
@@ -108,7 +109,7 @@ class KeyedSampler(Sampler):
 
     def _rows_of_block(self, epoch: int, block: int) -> list[int]:
         first = block * BLOCK
-        indices = np.arange(first, min(first + BLOCK, self.rows))
+        indices = np.arange(first, min(first + BLOCK, self.period))
         rows: list[int] = self.rows_at(epoch, indices).tolist()
         return rows
 

@@ -42,7 +42,42 @@ class SamplerFactory(Protocol):
         ...
 
 
-class Loader:
+class ResumableLoader:
+    """Base of the data loaders: what they say of their dataset and of their position."""
+
+    dataset: Any
+
+    @staticmethod
+    def validate(
+        *,
+        micro_batch_size: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+        epochs: float | None = None,
+    ) -> None:
+        """Raise `ValueError` for an option out of range."""
+        options.at_least(1, micro_batch_size=micro_batch_size)
+        options.at_least(0, seed=seed, num_workers=num_workers)
+        options.require(epochs is None or epochs > 0, f"epochs={epochs} must be above 0")
+
+    @property
+    def source_names(self) -> list[str]:
+        """The sources that micro-batches tell apart by their input `source`, by its number."""
+        return list(getattr(self.dataset, "source_names", ()))
+
+    @staticmethod
+    def _require_order(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless a position was saved in the order that this loader has."""
+        if saved != here:
+            was, now = (", ".join(f"{k}={v}" for k, v in of.items()) for of in (saved, here))
+            raise ValueError(
+                f"the data position was saved with {was}, but this loader has {now}: its rows come "
+                "in another order. Give it the same dataset and seed, or start the data anew "
+                "(load.data=false)."
+            )
+
+
+class Loader(ResumableLoader):
     """A data loader that yields this rank's micro-batches `(inputs, labels)`.
 
     The rows of all epochs form one stream, each epoch in the order of (seed, epoch) alone. A global
@@ -91,19 +126,6 @@ class Loader:
             remote shards over and over.
         TypeError: Rows of another form, with the first micro-batch.
     """
-
-    @staticmethod
-    def validate(
-        *,
-        micro_batch_size: int = 1,
-        seed: int = 0,
-        num_workers: int = 0,
-        epochs: float | None = None,
-    ) -> None:
-        """Raise `ValueError` for an option out of range."""
-        options.at_least(1, micro_batch_size=micro_batch_size)
-        options.at_least(0, seed=seed, num_workers=num_workers)
-        options.require(epochs is None or epochs > 0, f"epochs={epochs} must be above 0")
 
     def __init__(
         self,
@@ -162,11 +184,6 @@ class Loader:
         self._resuming = False
         return self._batches(self._start)
 
-    @property
-    def source_names(self) -> list[str]:
-        """The sources that micro-batches tell apart by their input `source`, by its number."""
-        return list(getattr(self.dataset, "source_names", ()))
-
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, and everything that determines its order."""
         return {"consumed": self._consumed, **self.sampler.identity()}
@@ -181,12 +198,7 @@ class Loader:
         text = f"the saved data position lacks {missing}: it has {[*state_dict]}"
         options.require(not missing, text)
         saved = {key: value for key, value in state_dict.items() if key != "consumed"}
-        if saved != (here := self.sampler.identity()):
-            raise ValueError(
-                f"the data position was saved with {_listed(saved)}, but this loader has "
-                f"{_listed(here)}: its rows come in another order. Give it the same dataset and "
-                "seed, or start the data anew (load.data=false)."
-            )
+        self._require_order(saved, self.sampler.identity())
         self._start = self._consumed = int(state_dict["consumed"])
         self._resuming = True
 
@@ -335,10 +347,6 @@ def _rows_in(epochs: float, rows: int) -> int:
     """Return the rows of some epochs, exactly: 0.1 epochs of 30 are 3, although 0.1 * 30 > 3."""
     _check_epochs(epochs)
     return math.ceil(Fraction(str(epochs)) * rows)
-
-
-def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
 def as_pair(batch: Any) -> LoadedBatch:

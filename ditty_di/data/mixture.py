@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from ditty_di.data import options
 from ditty_di.data.cache import fingerprint
 from ditty_di.data.content import own_digest
-from ditty_di.data.keyed import BLOCK, STORED_ROWS, KeyedSampler
+from ditty_di.data.keyed import STORED_ROWS, KeyedSampler
 from ditty_di.data.sampler import Sampler
 from ditty_di.data.schedule import Schedule, period_of
 
@@ -71,7 +72,7 @@ class Mixture:
         row = options.row_index(index, len(self))
         number = bisect_right(self._ends, row)
         found = self._datasets[number][row - (self._ends[number - 1] if number else 0)]
-        return _of_source(torch.tensor(number), found)
+        return with_source(torch.tensor(number), found)
 
     @property
     def source_names(self) -> list[str]:
@@ -120,10 +121,10 @@ class Mixture:
         return fingerprint(*self.rows, *map(str, digests))
 
 
-def _of_source(source: torch.Tensor, row: Any) -> Any:
+def with_source(source: torch.Tensor, row: Any) -> Any:
     """Return a row with its source, or a list of such rows."""
     if isinstance(row, list):
-        return [_of_source(source, one) for one in row]
+        return [with_source(source, one) for one in row]
     if isinstance(row, Mapping):
         return {**row, "source": source}
     inputs, labels = row
@@ -161,7 +162,7 @@ def _stages(
     return stages
 
 
-class MixtureSampler(Sampler):
+class MixtureSampler(KeyedSampler):
     """A sampler of a `Mixture`: at any prefix each source has its share, to less than one row.
 
     The stream's next row of a source is the next one of that source's own epochs, each in its own
@@ -185,7 +186,7 @@ class MixtureSampler(Sampler):
         ]
         ends = np.cumsum([*self.source_rows.values()])
         self._first = ends - [*self.source_rows.values()]
-        self._block = lru_cache(maxsize=4)(self._rows_of_block)
+        self.period = sys.maxsize  # each source has its own epochs
 
     def identity(self) -> dict[str, Any]:
         """Return everything that determines the order; it is saved with a position."""
@@ -200,16 +201,6 @@ class MixtureSampler(Sampler):
         """Return the rows of as many positions as there are rows, `[rows]`."""
         return np.array(self.between(number * self.rows, (number + 1) * self.rows))
 
-    def between(self, start: int, stop: int) -> list[int]:
-        """Return the rows at positions `start` to `stop - 1`; empty when `stop <= start`."""
-        found: list[int] = []
-        while start < stop:
-            block, first = divmod(start, BLOCK)
-            some = self._block(block)[first : first + stop - start]
-            found += some
-            start += len(some)
-        return found
-
     def rows_before(self, position: int, ends: Sequence[int]) -> np.ndarray:
         """Return how many rows of each source come before a position, int64 `[sources]`.
 
@@ -219,10 +210,10 @@ class MixtureSampler(Sampler):
         """
         return np.array([*self.schedule.rows_before(position).values()], np.int64)
 
-    def _rows_of_block(self, block: int) -> list[int]:
-        positions = np.arange(block * BLOCK, (block + 1) * BLOCK)
-        sources, taken = self.schedule.at(positions)
-        rows = np.empty(BLOCK, np.int64)
+    def rows_at(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """Return the rows at some positions of the stream, int64 `[positions]`."""
+        sources, taken = self.schedule.at(indices)
+        rows = np.empty(len(indices), np.int64)
         for number, sampler in enumerate(self._samplers):
             here = np.flatnonzero(sources == number)
             epochs, indices = np.divmod(taken[here], sampler.rows)
@@ -230,5 +221,4 @@ class MixtureSampler(Sampler):
                 of_epoch = epochs == epoch
                 rows[here[of_epoch]] = sampler.rows_at(epoch, indices[of_epoch])
             rows[here] += self._first[number]
-        listed: list[int] = rows.tolist()
-        return listed
+        return rows

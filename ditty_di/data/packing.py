@@ -68,7 +68,29 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int, seed: int = 0) -> li
     return rows
 
 
-class PackedDataset:
+class GroupedRows:
+    """Base of datasets of which each row is made of several rows of another one."""
+
+    examples: RaggedRows
+    _bounds: np.ndarray  # where the rows begin in `_members`, and its length
+    _members: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    @property
+    def source_names(self) -> list[str]:
+        """The sources that are told apart by `source`."""
+        return list(getattr(self.examples, "source_names", ()))
+
+    def members(self, index: int) -> list[int]:
+        """Return the other dataset's rows of a row, in their order within it."""
+        row = options.row_index(index, len(self))
+        found: list[int] = self._members[slice(*self._bounds[row : row + 2])].tolist()
+        return found
+
+
+class PackedDataset(GroupedRows):
     """A packed dataset: rows of `seq_len` tokens with several examples each.
 
     Row i is `({"input", "position_ids"}, labels)`, all int64 `[seq_len]`. `position_ids` restart at
@@ -135,9 +157,6 @@ class PackedDataset:
             *(len(chosen), len(packs), seq_len, 100 * self.efficiency),
         )
 
-    def __len__(self) -> int:
-        return len(self._bounds) - 1
-
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
         at = 0
         ids = torch.full((self.seq_len,), self.pad_id)
@@ -155,19 +174,8 @@ class PackedDataset:
         row = {"input": ids, "position_ids": positions}
         return ({**row, "source": sources} if self.source_names else row), labels
 
-    @property
-    def source_names(self) -> list[str]:
-        """The sources that tokens tell apart by `source`."""
-        return list(getattr(self.examples, "source_names", ()))
-
     def fingerprint(self) -> str | None:
         """Return a digest of the examples and the packing; None if the examples have none."""
         layout = (self._bounds, self._members)
         settings = f"{self.seq_len} {self.pad_id} {self.ignore_index}"
         return fingerprint_with(self.examples, settings, *(a.tobytes() for a in layout))
-
-    def members(self, index: int) -> list[int]:
-        """Return the examples of a row, in their order within it."""
-        row = options.row_index(index, len(self))
-        found: list[int] = self._members[slice(*self._bounds[row : row + 2])].tolist()
-        return found

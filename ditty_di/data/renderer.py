@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ditty_di.data import given_tokens, options
-from ditty_di.data.audit import Note, refusal
+from ditty_di.data.audit import Encoded, Note, refusal
 from ditty_di.data.cache import fingerprint
 from ditty_di.data.conversations import ChatFormat, Conversation, holds, is_turns
 from ditty_di.data.templates import ASSISTANT_TURNS, ChatRenderer, PromptTemplate
@@ -26,25 +25,6 @@ _DEFAULT_FORMATS = ("__input__", "__output__")
 _PROMPT_COMPLETION = ("prompt", "completion")
 # Characters on each side that decide whether a token spans the border of input and output.
 _BORDER = 32
-
-
-class Encoded(NamedTuple):
-    """One example.
-
-    Attributes:
-        ids: Token ids `[tokens]`.
-        output: Which of them are output `[tokens]`: the loss mask `output_only`.
-        inputs: Number of the first ids that are the input; -1 for a conversation, which has
-            several inputs.
-        cut: Whether the example was truncated.
-        notes: Audit findings.
-    """
-
-    ids: list[int]
-    output: list[bool]
-    inputs: int
-    cut: bool
-    notes: frozenset[Note] = frozenset()
 
 
 class Renderer:
@@ -126,8 +106,7 @@ class Renderer:
         ignored_fields: Sequence[str] = (),
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "tokenizer")}
-        checked = inspect.signature(self.validate).parameters
-        self.validate(**{name: given[name] for name in checked})
+        options.called_with(given, self.validate)
         self._options = json.dumps({**given, "format": _FORMAT}, sort_keys=True, default=dict)
         aliases = {"input": input_key, "output": output_key}
         self.tokenizer = tokenizer

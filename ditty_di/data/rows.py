@@ -81,10 +81,10 @@ def held_out_rows(
     """Return the rows to validate on: `validation`, or those that `training_rows` leaves out.
 
     Args:
-        rows: The dataset.
-        validation: Another dataset to validate on.
-        validation_fraction: Fraction of the rows, at least one, that is held out otherwise.
-        seed: Seed of the choice of the rows that are held out.
+        rows: See `training_rows`.
+        validation: See `training_rows`.
+        validation_fraction: See `training_rows`.
+        seed: See `training_rows`.
 
     Raises:
         ValueError: As `training_rows`, or no row is held out.

@@ -137,28 +137,13 @@ class Streamed:
     ) -> Iterator[tuple[Address, Any]]:
         """Yield the rows of a stream in the dataset's order, each with its address.
 
+        An address is the `state` before the example, its `number` in the pass, and a `digest` of
+        it, by which a resume finds that a dataset has changed, or that its state is not exact.
+
         Args:
             stream: Number of the stream.
             address: That of the first row; None: the beginning.
             once: End where the dataset ends; else begin again.
-        """
-        return self._examples(stream, address, once)
-
-    def _of_stream(self, stream: int) -> StatefulIterable:
-        """Return the dataset of a stream at its beginning, whose iteration is its own."""
-        number, index = (self.streams, stream) if self._by_files else (1, 0)
-        dataset = iterated_alone(self.dataset, number, index)
-        if not hasattr(dataset, "shard"):
-            dataset.load_state_dict(copy.deepcopy(self._start))
-        return dataset
-
-    def _examples(
-        self, stream: int, address: Address | None, once: bool
-    ) -> Iterator[tuple[Address, Any]]:
-        """Yield the examples of a stream, each with its address.
-
-        An address is the `state` before the example, its `number` in the pass, and a `digest` of
-        it, by which a resume finds that a dataset has changed, or that its state is not exact.
         """
         step = 1 if self._by_files else self.streams
         dataset = self._of_stream(stream)
@@ -182,6 +167,14 @@ class Streamed:
                 return
             state, number = start, 0
             dataset.load_state_dict(copy.deepcopy(start))
+
+    def _of_stream(self, stream: int) -> StatefulIterable:
+        """Return the dataset of a stream at its beginning, whose iteration is its own."""
+        number, index = (self.streams, stream) if self._by_files else (1, 0)
+        dataset = iterated_alone(self.dataset, number, index)
+        if not hasattr(dataset, "shard"):
+            dataset.load_state_dict(copy.deepcopy(self._start))
+        return dataset
 
 
 def iterated_alone(dataset: Any, num_shards: int = 1, index: int = 0) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from ditty_di.data import options
-from ditty_di.data.loader import as_pair
+from ditty_di.data.loader import ResumableLoader, as_pair
 from ditty_di.data.row_seeds import preserving
 from ditty_di.data.stream import RowStream
 from ditty_di.data.workers import start_worker, stop_signals_blocked
@@ -44,7 +44,7 @@ class StreamedDataset(Protocol):
         """Return everything that determines the order of rows but the seed."""
 
 
-class StreamLoader:
+class StreamLoader(ResumableLoader):
     """A data loader of datasets that are read in sequence; it never ends.
 
     Row g of all ranks is the next one of stream g modulo the number of streams. A global
@@ -75,12 +75,6 @@ class StreamLoader:
             of streams; when reading, a dataset whose state is not exact.
         TypeError: Rows of another form, with the first micro-batch.
     """
-
-    @staticmethod
-    def validate(*, micro_batch_size: int = 1, seed: int = 0, num_workers: int = 0) -> None:
-        """Raise `ValueError` for an option out of range."""
-        options.at_least(1, micro_batch_size=micro_batch_size)
-        options.at_least(0, seed=seed, num_workers=num_workers)
 
     def __init__(
         self,
@@ -115,11 +109,6 @@ class StreamLoader:
     #: It repeats its data without an end.
     endless = True
 
-    @property
-    def source_names(self) -> list[str]:
-        """The sources that micro-batches tell apart by their input `source`, by its number."""
-        return list(getattr(self.dataset, "source_names", ()))
-
     def __iter__(self) -> Iterator[LoadedBatch]:
         if not self._resuming:
             self._consumed, self._states = 0, {}
@@ -139,12 +128,8 @@ class StreamLoader:
         """
         here = self._identity()
         other = [name for name in here if state_dict.get(name) != here[name]]
-        options.require(
-            not other,
-            f"the data position was saved with {_listed(state_dict, other)}, but this loader has "
-            f"{_listed(here, other)}: its rows come in another order. Give it the same dataset and "
-            "seed, or start the data anew (load.data=false).",
-        )
+        saved = {name: state_dict.get(name) for name in other}
+        self._require_order(saved, {name: here[name] for name in other})
         self._consumed = int(state_dict["consumed"])
         begun = [stream for stream in self.own if stream < self._consumed]
         missing = [_STATE.format(stream) for stream in begun]
@@ -239,7 +224,3 @@ class _Reader(IterableDataset):
 
 def _as_it_is(row: Any) -> Any:
     return row
-
-
-def _listed(values: dict[str, Any], names: list[str]) -> str:
-    return ", ".join(f"{name}={values.get(name)}" for name in names)

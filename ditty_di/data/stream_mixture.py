@@ -10,6 +10,7 @@ import torch
 
 from ditty_di.data import options
 from ditty_di.data.keyed import KeyedSampler
+from ditty_di.data.mixture import with_source
 from ditty_di.data.schedule import Schedule, period_of
 from ditty_di.data.stream import RowStream
 
@@ -83,12 +84,7 @@ class StreamMixture:
         number, found = row
         if self.source_names[number] in self.streamed:
             found = self._datasets[number].finish(found)
-        source = torch.tensor(number)
-        if isinstance(found, Mapping):
-            return {**found, "source": source}
-        inputs, labels = found
-        inputs = inputs if isinstance(inputs, Mapping) else {"input": inputs}
-        return {**inputs, "source": source}, labels
+        return with_source(torch.tensor(number), found)
 
     def get_metrics(self, consumed: int) -> dict[str, float]:
         """Return how many of the first rows are of each source, and its epochs if it has a length.

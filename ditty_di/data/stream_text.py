@@ -143,7 +143,7 @@ class StreamedText(Streamed):
         self, stream: int, address: Address | None, once: bool
     ) -> Iterator[tuple[Address, np.ndarray]]:
         number, documents = -1, 1
-        for found, example in self._examples(stream, address, once):
+        for found, example in super().rows(stream, address, once=once):
             if found["number"] <= number:  # it has begun again
                 text = f"stream {stream}: none of its examples has text of the split {self.split!r}"
                 options.require(documents > 0, text)

@@ -10,13 +10,13 @@ import numpy as np
 
 from ditty_di.data import options
 from ditty_di.data.content import fingerprint_with
-from ditty_di.data.packing import RaggedRows
+from ditty_di.data.packing import GroupedRows, RaggedRows
 from ditty_di.data.sampler import permutation
 
 log = logging.getLogger(__name__)
 
 
-class TokenBudgetDataset:
+class TokenBudgetDataset(GroupedRows):
     """A dataset whose rows are micro-batches: lists of rows of similar lengths.
 
     Padded to its longest row, each has at most `max_tokens` tokens. The rows are sorted by length
@@ -66,8 +66,8 @@ class TokenBudgetDataset:
                 f"cut rows (data.seq_len)"
             )
         shuffled = permutation(seed, 0, len(tokens))
-        self._order = shuffled[np.argsort(-tokens[shuffled], kind="stable")]
-        ends = _cuts(padded[self._order].tolist(), max_tokens)
+        self._members = shuffled[np.argsort(-tokens[shuffled], kind="stable")]
+        ends = _cuts(padded[self._members].tolist(), max_tokens)
         self._bounds = np.fromiter(ends, np.int64)
         #: Length of the longest row, in tokens.
         self.longest = int(given.sum(1).max())
@@ -76,30 +76,16 @@ class TokenBudgetDataset:
             *(len(tokens), len(self), max_tokens, 100 * self._efficiency(given, padded)),
         )
 
-    def __len__(self) -> int:
-        return len(self._bounds) - 1
-
     def __getitem__(self, index: int) -> list[Any]:
         return [self.examples[member] for member in self.members(index)]
 
-    @property
-    def source_names(self) -> list[str]:
-        """The sources that rows tell apart by `source`."""
-        return list(getattr(self.examples, "source_names", ()))
-
     def fingerprint(self) -> str | None:
         """Return a digest of the rows and their micro-batches; None if the rows have none."""
-        return fingerprint_with(self.examples, self._bounds.tobytes(), self._order.tobytes())
-
-    def members(self, index: int) -> list[int]:
-        """Return the rows of a micro-batch."""
-        row = options.row_index(index, len(self))
-        found: list[int] = self._order[slice(*self._bounds[row : row + 2])].tolist()
-        return found
+        return fingerprint_with(self.examples, self._bounds.tobytes(), self._members.tobytes())
 
     def _efficiency(self, given: np.ndarray, padded: np.ndarray) -> float:
         """Return the fraction of the tokens that is not padding."""
-        longest = np.maximum.reduceat(padded[self._order], self._bounds[:-1])
+        longest = np.maximum.reduceat(padded[self._members], self._bounds[:-1])
         return float(given.sum() / (longest.sum(1) * np.diff(self._bounds)).sum())
 
 

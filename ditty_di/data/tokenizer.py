@@ -7,7 +7,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,24 +64,11 @@ def train_bpe(
         ValueError: No documents, or a `vocab_size` below 258 (all bytes, two special tokens) and
             the further special tokens.
     """
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[_EOS, _PAD, *special_tokens],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
     # v1: raise it when the same documents would give another tokenizer.
     name = f"bpe-{vocab_size}-v1"
-    return _trained(
-        documents,
-        Tokenizer(models.BPE()),
-        trainer,
-        name,
-        special_tokens,
-        model_max_length,
-        cache_dir,
-    )
+    trainer = partial(trainers.BpeTrainer, vocab_size=vocab_size, min_frequency=2)
+    backend = Tokenizer(models.BPE())
+    return _trained(documents, backend, trainer, name, special_tokens, model_max_length, cache_dir)
 
 
 def train_unigram(
@@ -97,22 +85,17 @@ def train_unigram(
     split some words otherwise. So it is built once, cached, and saved with what it tokenizes.
 
     Args:
-        documents: Texts to train on; a stream is never in memory as a whole.
+        documents: See `train_bpe`.
         vocab_size: Upper bound of the vocabulary, in tokens.
-        model_max_length: The tokenizer's limit, in tokens; None: no limit.
-        cache_dir: Cache folder; None: `$DITTY_DI_CACHE`, or `~/.cache/ditty_di`.
-        special_tokens: Further special tokens, within the vocabulary's size.
+        model_max_length: See `train_bpe`.
+        cache_dir: See `train_bpe`.
+        special_tokens: See `train_bpe`.
 
     Raises:
         ValueError: As `train_bpe`.
     """
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[_EOS, _PAD, *special_tokens],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
     name = f"unigram-{vocab_size}-v1"
+    trainer = partial(trainers.UnigramTrainer, vocab_size=vocab_size)
     backend = Tokenizer(models.Unigram())
     return _trained(documents, backend, trainer, name, special_tokens, model_max_length, cache_dir)
 
@@ -120,13 +103,18 @@ def train_unigram(
 def _trained(
     documents: Sequence[str] | TextStream,
     backend: Tokenizer,
-    trainer: Any,
+    make_trainer: Callable[..., Any],
     name: str,
     special_tokens: Sequence[str],
     model_max_length: int | None,
     cache_dir: str | os.PathLike[str] | None,
 ) -> PreTrainedTokenizerFast:
     """Return the cached tokenizer of documents, trained the first time."""
+    trainer = make_trainer(
+        special_tokens=[_EOS, _PAD, *special_tokens],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     size, smallest = trainer.vocab_size, _MIN_VOCAB_SIZE + len(special_tokens)
     require(
         not isinstance(documents, Sequence) or bool(documents),

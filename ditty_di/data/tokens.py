@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +17,7 @@ from ditty_di.data import options
 from ditty_di.data.cache import build_once, cache_folder, chunks, counted, fingerprint
 from ditty_di.data.content import array_digest
 from ditty_di.data.tokenizer import eos_id, id_dtype, tokenizer_fingerprint
+from ditty_di.data.windows import JOINED_CONTRACT, WindowRows
 
 _DOCUMENTS_AT_ONCE = 1000
 _TOKENS_AT_ONCE = 1 << 24
@@ -88,21 +88,17 @@ class TokenDataset:
         ValueError: Fewer than two tokens, or a `seq_len` below 1.
     """
 
-    contract = "-> input:2:i64 | ctx.target:2:i64"  # of a micro-batch
+    contract = JOINED_CONTRACT  # of a micro-batch
 
-    @staticmethod
-    def validate(*, seq_len: int = 1) -> None:
-        """Raise `ValueError` for an option out of range."""
-        options.at_least(1, seq_len=seq_len)
+    validate = staticmethod(WindowRows.validate)
 
     def __init__(
         self, tokens: np.ndarray, seq_len: int, pad_id: int = 0, ignore_index: int = -100
     ) -> None:
-        self.validate(seq_len=seq_len)
+        self._row = WindowRows(seq_len, "joined", pad_id, ignore_index)
         few = f"{len(tokens)} tokens make no row, which needs 2: the split has hardly any text"
         options.require(len(tokens) >= 2, few)
         self.tokens, self.seq_len = tokens, seq_len
-        self.pad_id, self.ignore_index = pad_id, ignore_index
 
     def __len__(self) -> int:
         return math.ceil((len(self.tokens) - 1) / self.seq_len)
@@ -113,12 +109,7 @@ class TokenDataset:
 
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
         start = options.row_index(index, len(self)) * self.seq_len
-        part = np.asarray(self.tokens[start : start + self.seq_len + 1], np.int64)
-        inputs = np.full(self.seq_len, self.pad_id, np.int64)
-        labels = np.full(self.seq_len, self.ignore_index, np.int64)
-        inputs[: len(part) - 1] = part[:-1]
-        labels[: len(part) - 1] = part[1:]
-        return {"input": torch.from_numpy(inputs)}, torch.from_numpy(labels)
+        return self._row(self.tokens[start : start + self.seq_len + 1])
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers that are not forked receive the dataset by pickle: they map the file again,

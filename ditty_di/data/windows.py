@@ -15,6 +15,7 @@ from ditty_di.data import options
 POSITIONS_CONTRACT = "-> input:2:i64, position_ids:2:i64 | ctx.target:2:i64"
 JOINED_CONTRACT = "-> input:2:i64 | ctx.target:2:i64"
 _DOCUMENTS = ("masked", "joined")
+_NONE = np.array([], np.int64)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class WindowRows:
         self.validate(seq_len=self.seq_len, documents=self.documents)
 
     def __call__(
-        self, tokens: np.ndarray, starts: np.ndarray, ignored: int = 0
+        self, tokens: np.ndarray, starts: np.ndarray = _NONE, ignored: int = 0
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the row of some tokens.
 

@@ -21,15 +21,11 @@ class AdapterExport(Export):
     Stock `peft.PeftModel.from_pretrained(base, path)` opens the folder, and `task=generate_folder`
     follows the `generation_config.json` beside them.
 
+    Arguments are those of `Export`, and:
+
     Args:
-        tokenizer: see `Export`.
-        path: see `Export`.
         base: what `adapter_config.json` names as the base; None is where the base was read from.
         revision: of the base on the Hub; None is the one that was read.
-        run: see `Export`.
-        push_to: see `Export`.
-        private: see `Export`.
-        license: see `Export`.
 
     Raises:
         ValueError: a model without adapters, or with pipeline stages.

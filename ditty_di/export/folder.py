@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide transformers' progress bars, which would draw over the training's."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with ExitStack() as after:
+        if logging.is_progress_bar_enabled():
+            after.callback(logging.enable_progress_bar)
+        logging.disable_progress_bar()
         yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

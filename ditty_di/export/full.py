@@ -32,15 +32,11 @@ class HuggingFaceExport(Export):
     Sharded parameters are gathered one by one, and rank 0 keeps copies on the CPU. What is written
     is the model's own class, without what training added (float8 layers, a deferred head, noise).
 
+    Arguments are those of `Export`, and:
+
     Args:
-        tokenizer: see `Export`.
-        path: see `Export`.
         dtype: name in torch, for the floating-point values; None keeps each tensor's own.
         max_shard_size: of one safetensors file, such as `5GB`.
-        run: see `Export`.
-        push_to: see `Export`.
-        private: see `Export`.
-        license: see `Export`.
 
     Raises:
         ValueError: a quantized base, adapters or pipeline stages: these have other exports.

@@ -45,9 +45,9 @@ class MergedExport(Export):
     `unmerged`, the adapters on the same base, and against `training`, the model as it was trained,
     whose base may have been quantized.
 
+    Arguments are those of `Export`, and:
+
     Args:
-        tokenizer: see `Export`.
-        path: see `Export`.
         base: what to merge into; None is where the base was read from.
         revision: of the base on the Hub.
         dtype: of what is written, a name in torch.
@@ -56,10 +56,6 @@ class MergedExport(Export):
         dataset: of `(inputs, labels)`; logits are compared on its first rows.
         rows: number of rows to compare.
         max_tokens: of each row.
-        run: see `Export`.
-        push_to: see `Export`.
-        private: see `Export`.
-        license: see `Export`.
 
     Raises:
         ValueError: a model without adapters, or with pipeline stages.

@@ -242,6 +242,13 @@ def _replaced(projection: nn.Module) -> Iterator[None]:
             projection.forward = before
 
 
+def _operator(name: str, func: Any, reflected: bool = False) -> Any:
+    def method(logits: _LazyLogits, *other: Any) -> _LazyLogits:
+        return logits._then(name, func, *((*other, logits) if reflected else (logits, *other)))
+
+    return method
+
+
 class _LazyLogits:
     """Record elementwise operations while a model's forward pass works on its logits."""
 
@@ -266,26 +273,13 @@ class _LazyLogits:
         keywords = {key: _for_any_token(value, name) for key, value in kwargs.items()}
         return _LazyLogits(self.hidden, (*self.steps, Step(name, func, arguments, keywords)))
 
-    def __add__(self, other: Any) -> _LazyLogits:
-        return self._then("add", operator.add, self, other)
-
-    def __radd__(self, other: Any) -> _LazyLogits:
-        return self._then("add", operator.add, other, self)
-
-    def __sub__(self, other: Any) -> _LazyLogits:
-        return self._then("sub", operator.sub, self, other)
-
-    def __mul__(self, other: Any) -> _LazyLogits:
-        return self._then("mul", operator.mul, self, other)
-
-    def __rmul__(self, other: Any) -> _LazyLogits:
-        return self._then("mul", operator.mul, other, self)
-
-    def __truediv__(self, other: Any) -> _LazyLogits:
-        return self._then("div", operator.truediv, self, other)
-
-    def __neg__(self) -> _LazyLogits:
-        return self._then("neg", operator.neg, self)
+    __add__ = _operator("add", operator.add)
+    __radd__ = _operator("add", operator.add, reflected=True)
+    __sub__ = _operator("sub", operator.sub)
+    __mul__ = _operator("mul", operator.mul)
+    __rmul__ = _operator("mul", operator.mul, reflected=True)
+    __truediv__ = _operator("div", operator.truediv)
+    __neg__ = _operator("neg", operator.neg)
 
     def __getitem__(self, index: Any) -> Any:
         raise _cannot("indexing")

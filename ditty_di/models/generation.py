@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +138,7 @@ def _consistent(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide transformers' own warnings about what is repaired here."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
+    with ExitStack() as after:
+        after.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+        transformers_logging.set_verbosity_error()
         yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)

@@ -24,7 +24,7 @@ from ditty_di.models import generation
 from ditty_di.models.conversion import fit_to_files, kept_in_float32
 from ditty_di.models.files import ModelFiles
 from ditty_di.models.pretrained import Pretrained
-from ditty_di.models.weights import hugging_face, initialize
+from ditty_di.models.weights import hugging_face, initialize, own_tensors
 from ditty_di.protocols import ModelTransform, early_checks
 
 SPECIAL_TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id")
@@ -370,15 +370,11 @@ def _match_from_pretrained(model: Any, dtype: torch.dtype) -> None:
     is_wide = kept_in_float32(model, dtype)
     new: dict[int, torch.Tensor] = {}
     for path, module in model.named_modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                to = torch.float32 if is_wide(f"{path}.{name}") else tensor.dtype
-                if tensor.is_meta and to == tensor.dtype:
-                    continue
-                made = torch.empty_like(tensor, dtype=to, device="meta")
-                if isinstance(tensor, nn.Parameter):
-                    made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-                table[name] = new.setdefault(id(tensor), made)
+        for table, name, tensor in own_tensors(module):
+            to = torch.float32 if is_wide(f"{path}.{name}") else tensor.dtype
+            if tensor.is_meta and to == tensor.dtype:
+                continue
+            made = torch.empty_like(tensor, dtype=to, device="meta")
+            if isinstance(tensor, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+            table[name] = new.setdefault(id(tensor), made)

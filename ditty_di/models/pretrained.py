@@ -16,8 +16,6 @@ from ditty_di.models.deferred import Deferred
 from ditty_di.models.files import ModelFiles
 from ditty_di.models.safetensors import Index, Safetensors
 from ditty_di.models.weights import (
-    derived_seed,
-    generator_for,
     initializer,
     local,
     slices,
@@ -26,7 +24,7 @@ from ditty_di.models.weights import (
     unsharded,
 )
 from ditty_di.protocols import MissingWeightsFn
-from ditty_di.seed import run_seed
+from ditty_di.seed import derived_seed, generator_for, run_seed
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ not in the loss. Bytes have no such value, but packed ones have their scales bes
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ditty_di.fqn import base_fqn, canonical_fqn
-from ditty_di.seed import run_seed
+from ditty_di.seed import derived_seed, run_seed
 
 #: Initializes one module.
 InitModule = Callable[[nn.Module], None]
@@ -78,8 +77,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     model.to_empty(device=device)
     for (first, first_name), *others in owners.values():
         for module, name in others:
-            if module._parameters[name] is not first._parameters[first_name]:
-                module._parameters[name] = first._parameters[first_name]
+            module._parameters[name] = first._parameters[first_name]
     with torch.no_grad():
         for _, tensor in _tensors(model):
             local(tensor).fill_(_uninitialized_value(tensor.dtype))
@@ -149,10 +147,8 @@ def hugging_face(model: nn.Module) -> InitModule:
             module.reset_parameters()  # type: ignore[operator]
             return
         initialize(module)
-        own = {**module._parameters, **module._buffers}
-        left = {
-            n: t for n, t in own.items() if t is not None and not t.is_meta and _is_uninitialized(t)
-        }
+        own = own_tensors(module)
+        left = {name: t for _, name, t in own if not t.is_meta and _is_uninitialized(t)}
         if not left or id(module) not in paths:
             return
         if not constructed:
@@ -299,6 +295,12 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
+def own_tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Return (table, name, tensor) of a module's parameters and buffers, without its children."""
+    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    return [(table, name, t) for table in tables for name, t in table.items() if t is not None]
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, to be written to."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.data
@@ -339,17 +341,6 @@ def _is_one_piece(tensor: DTensor) -> bool:
     return True
 
 
-def derived_seed(seed: int, name: str) -> int:
-    """Return a seed that depends on a seed and a name only."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
-
-
-def generator_for(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator that depends on a seed and a name only."""
-    return torch.Generator().manual_seed(derived_seed(seed, name))
-
-
 def _uninitialized_like(tensor: Tensor) -> Tensor:
     """Return an unsharded tensor of the same shape, marked as unset."""
     value, device = _uninitialized_value(tensor.dtype), local(tensor).device
@@ -373,13 +364,10 @@ def swapped(
     pairs: list[tuple[Tensor, Tensor]] = []
     try:
         for module in modules:
-            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for table in tables:
-                for name, tensor in table.items():
-                    new = None if tensor is None else replacement(tensor)
-                    if new is not None:
-                        entries.append((table, name, tensor))
-                        table[name] = nn.Parameter(new, requires_grad=False)
+            for table, name, tensor in own_tensors(module):
+                if (new := replacement(tensor)) is not None:
+                    entries.append((table, name, tensor))
+                    table[name] = nn.Parameter(new, requires_grad=False)
         yield pairs
         pairs += [(tensor, table[name]) for table, name, tensor in entries]
     finally:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
+from ditty_di.optim.groups import ClosureOptimizer
+
 BLOCK = 256  # elements with one scale
 
 
@@ -64,10 +66,10 @@ def lion(
     """Build Lion (arXiv 2302.06675) with an 8-bit moment: 1 byte a parameter.
 
     Args:
-        params: (name, parameter) pairs, or groups of them.
-        lr: learning rate.
+        params: see `adamw`.
+        lr: see `adamw`.
         betas: decay rates of the update and of the moment.
-        weight_decay: decoupled, relative to `lr`.
+        weight_decay: see `adamw`.
         paged: see `adamw`.
         min_8bit_size: see `adamw`.
     """
@@ -79,7 +81,7 @@ def lion(
     )
 
 
-class Local(Optimizer):
+class Local(ClosureOptimizer):
     """An optimizer of bitsandbytes on the local shards of its parameters.
 
     `param_groups` hold the parameters themselves, `state` a view of the inner optimizer's state:
@@ -120,20 +122,8 @@ class Local(Optimizer):
             group.update({k: v for k, v in inner.items() if k != "params"})
         self._views: dict[Tensor, dict[str, Tensor]] = {}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Step the inner optimizer, with the groups' current options.
-
-        Args:
-            closure: runs once before the step, with gradients enabled.
-
-        Returns:
-            What the closure returned, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
+        """Step the inner optimizer, with the groups' current options."""
         stepped = []
         pairs = zip(self.param_groups, self.inner.param_groups, strict=True)
         for i, (group, inner) in enumerate(pairs):
@@ -158,7 +148,6 @@ class Local(Optimizer):
                 state["step"] += 1
             self.state[parameter]["step"] = state["step"]
             own.grad = None
-        return loss
 
     def _make_state(self, parameter: Tensor, group: dict[str, Any], i: int, j: int) -> None:
         """Make the inner optimizer's state of one parameter, and views of it in `self.state`.

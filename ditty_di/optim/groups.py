@@ -168,7 +168,32 @@ def grouped(
     return built
 
 
-class Combined(Optimizer):
+class ClosureOptimizer(Optimizer):
+    """Base of optimizers that update by `update`, after the closure that `step` may be given."""
+
+    def update(self) -> None:
+        """Update the parameters from their gradients."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Run the closure, with gradients enabled, and update.
+
+        Args:
+            closure: evaluates the model again and sets the gradients; None leaves them.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update()
+        return loss
+
+
+class Combined(ClosureOptimizer):
     """Several optimizers, each for parameters of its own, as one `torch.optim.Optimizer`.
 
     `param_groups` are the optimizers' own group objects in a row and `state` is one mapping that
@@ -196,23 +221,10 @@ class Combined(Optimizer):
         for one in self.optimizers:
             one.state = self.state
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Step each optimizer.
-
-        Args:
-            closure: runs once before the steps, with gradients enabled.
-
-        Returns:
-            What the closure returned, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
+        """Step each optimizer."""
         for one in self.optimizers:
             one.step()
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let each optimizer load its own part, in its own way (some keep integers as they are).

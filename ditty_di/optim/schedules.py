@@ -8,24 +8,20 @@
 - A decay over `d` updates has progress `i / d` in its i-th update (from 0). It starts at the peak,
   and `step = max_steps` is exactly the minimum. No update of a run has a rate of 0.
 - A run that is extended past `max_steps` keeps the minimum.
-
-The length of a phase is given in updates (`warmup_steps`) or as a fraction of the run
-(`warmup_ratio`, rounded down). The number of updates wins where both are given.
+- The length of a phase is given as in `ditty_di.optim.phases`.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ditty_di.data.loader import training_steps
+from ditty_di.optim.phases import phases, validate_phases
 from ditty_di.protocols import early_checks
 
 #: Shape of a decay: maps progress in [0, 1] to 1 at progress 0, falling to 0 at progress 1.
@@ -87,90 +83,12 @@ class Schedule(LambdaLR):
                 group["lr"] = rate
 
 
-def _phases(
-    max_steps: int, min_lr_ratio: float = 0.0, **given: tuple[int | None, float]
-) -> list[int]:
-    """Return the number of updates of each phase.
-
-    Args:
-        max_steps: updates of the run.
-        min_lr_ratio: lowest rate, as a fraction of the peak.
-        **given: by name of the phase, its updates (None takes the ratio), and its fraction of the
-            run.
-
-    Raises:
-        ValueError: numbers out of range, or phases that are longer than the run.
-    """
-    if max_steps < 1 or max_steps != int(max_steps):
-        raise ValueError(
-            f"lr_scheduler: max_steps={max_steps}; write the run's number of updates, a whole "
-            f"number of at least 1 (in YAML: max_steps: ${{training_steps}})"
-        )
-    if not 0.0 <= min_lr_ratio <= 1.0:
-        raise ValueError(
-            f"lr_scheduler: min_lr_ratio={min_lr_ratio}; write the lowest rate as a fraction of "
-            f"the peak, between 0 and 1 (min_lr_ratio=0.1 decays to a tenth of each group's lr)"
-        )
-    phases: dict[str, int] = {}
-    for name, (steps, ratio) in given.items():
-        if not 0.0 <= ratio <= 1.0:
-            raise ValueError(
-                f"lr_scheduler: {name}_ratio={ratio}; write a fraction of the run between 0 and 1"
-            )
-        if steps is None:  # exact, where 0.29 * 100 would be below 29
-            steps = int(Fraction(str(ratio)) * max_steps)
-        if steps < 0 or steps != int(steps):
-            raise ValueError(
-                f"lr_scheduler: {name}_steps={steps}; write a whole number of updates, 0 or more "
-                f"(a tenth of this run is {name}_steps={max_steps // 10})"
-            )
-        phases[f"{name}_steps"] = steps
-    if sum(phases.values()) > max_steps:
-        written = " + ".join(f"{name}={steps}" for name, steps in phases.items() if steps)
-        raise ValueError(
-            f"lr_scheduler: {written} is longer than the run (max_steps={max_steps}); write "
-            f"phases of {max_steps} updates or less together, or train for longer"
-        )
-    return list(phases.values())
-
-
-def _validate(
-    *,
-    max_steps: Any = None,
-    min_lr_ratio: Any = 0.0,
-    warmup_steps: Any = None,
-    warmup_ratio: Any = 0.0,
-    decay_steps: Any = None,
-    decay_ratio: Any = 0.0,
-    cooldown_steps: Any = None,
-    cooldown_ratio: Any = 0.0,
-) -> None:
-    """Check the phases that are known before anything is built (`ditty_di.config.View`)."""
-    if getattr(max_steps, "target", None) is training_steps:
-        max_steps = max_steps.arguments.get("max_steps")
-    total: Any = max_steps if isinstance(max_steps, int | float) else sys.maxsize
-    if total < 1:  # reported where the number of steps is given
-        return
-    phases = {
-        "warmup": (warmup_steps, warmup_ratio),
-        "decay": (decay_steps, decay_ratio),
-        "cooldown": (cooldown_steps, cooldown_ratio),
-    }
-    known = {
-        name: given
-        for name, given in phases.items()
-        if all(value is None or isinstance(value, int | float) for value in given)
-    }
-    _phases(total, min_lr_ratio if isinstance(min_lr_ratio, int | float) else 0.0, **known)
-
-
 def _peak(step: int) -> float:
     return 1.0
 
 
 def _schedule(
     optimizer: Optimizer,
-    *,
     max_steps: int,
     warmup: int,
     decay: int = 0,
@@ -192,7 +110,7 @@ def _schedule(
     return Schedule(optimizer, factor)
 
 
-@early_checks(validate=_validate)
+@early_checks(validate=validate_phases)
 def constant(
     optimizer: Optimizer,
     *,
@@ -211,11 +129,11 @@ def constant(
     Raises:
         ValueError: a phase that is negative, not a whole number, or longer than the run.
     """
-    (warmup,) = _phases(max_steps, warmup=(warmup_steps, warmup_ratio))
-    return _schedule(optimizer, max_steps=max_steps, warmup=warmup)
+    (warmup,) = phases(max_steps, warmup=(warmup_steps, warmup_ratio))
+    return _schedule(optimizer, max_steps, warmup)
 
 
-@early_checks(validate=_validate)
+@early_checks(validate=validate_phases)
 def wsd(
     optimizer: Optimizer,
     *,
@@ -247,20 +165,13 @@ def wsd(
     Raises:
         ValueError: phases that do not fit into the run; a minimum outside [0, 1].
     """
-    warmup, decay = _phases(
+    warmup, decay = phases(
         max_steps,
         min_lr_ratio,
         warmup=(warmup_steps, warmup_ratio),
         decay=(decay_steps, decay_ratio),
     )
-    return _schedule(
-        optimizer,
-        max_steps=max_steps,
-        warmup=warmup,
-        decay=decay,
-        min_lr_ratio=min_lr_ratio,
-        shape=shape,
-    )
+    return _schedule(optimizer, max_steps, warmup, decay, min_lr_ratio, shape)
 
 
 def _decay_after_warmup(shape: Shape, summary: str) -> Callable[..., Schedule]:
@@ -274,19 +185,12 @@ def _decay_after_warmup(shape: Shape, summary: str) -> Callable[..., Schedule]:
         warmup_ratio: float = 0.0,
         min_lr_ratio: float = 0.0,
     ) -> Schedule:
-        (warmup,) = _phases(max_steps, min_lr_ratio, warmup=(warmup_steps, warmup_ratio))
-        return _schedule(
-            optimizer,
-            max_steps=max_steps,
-            warmup=warmup,
-            decay=max_steps - warmup,
-            min_lr_ratio=min_lr_ratio,
-            shape=shape,
-        )
+        (warmup,) = phases(max_steps, min_lr_ratio, warmup=(warmup_steps, warmup_ratio))
+        return _schedule(optimizer, max_steps, warmup, max_steps - warmup, min_lr_ratio, shape)
 
     schedule.__name__ = schedule.__qualname__ = shape.__name__.removesuffix("_decay")
     schedule.__doc__ = f"{summary}\n\n{_AFTER_WARMUP}"
-    return early_checks(validate=_validate)(schedule)
+    return early_checks(validate=validate_phases)(schedule)
 
 
 _AFTER_WARMUP = """\
@@ -313,7 +217,7 @@ exponential = _decay_after_warmup(
 )
 
 
-@early_checks(validate=_validate)
+@early_checks(validate=validate_phases)
 def power(
     optimizer: Optimizer,
     *,
@@ -359,7 +263,7 @@ def power(
         ValueError: phases that do not fit into the run; a minimum outside [0, 1]; a rate, size or
             `a` that is not positive; a positive `b`.
     """
-    warmup, decay = _phases(
+    warmup, decay = phases(
         max_steps,
         min_lr_ratio,
         warmup=(warmup_steps, warmup_ratio),
@@ -381,18 +285,10 @@ def power(
         tokens = (step + 1) * tokens_per_step
         return max(min_lr_ratio, min(1.0, scale * tokens**b))
 
-    return _schedule(
-        optimizer,
-        max_steps=max_steps,
-        warmup=warmup,
-        decay=decay,
-        min_lr_ratio=min_lr_ratio,
-        shape=shape,
-        stable=power_law,
-    )
+    return _schedule(optimizer, max_steps, warmup, decay, min_lr_ratio, shape, power_law)
 
 
-@early_checks(validate=_validate)
+@early_checks(validate=validate_phases)
 def infinite(
     optimizer: Optimizer,
     *,
@@ -429,7 +325,7 @@ def infinite(
         ValueError: phases that overlap or do not fit; factors that are not
             `0 < min_lr_ratio <= constant_factor <= 1`.
     """
-    warmup, cooldown = _phases(
+    warmup, cooldown = phases(
         max_steps,
         min_lr_ratio,
         warmup=(warmup_steps, warmup_ratio),
@@ -465,4 +361,4 @@ def infinite(
         progress = min(1.0, (step - anneal_start) / (max_steps - anneal_start))
         return float(constant_factor * (min_lr_ratio / constant_factor) ** progress)
 
-    return _schedule(optimizer, max_steps=max_steps, warmup=warmup, stable=level)
+    return _schedule(optimizer, max_steps, warmup, stable=level)

@@ -272,12 +272,7 @@ def _visible(
 
 
 def context_fits(parts: Parts, degrees: Degrees) -> list[str]:
-    """Return why the parts of a run do not fit context parallelism.
-
-    Args:
-        parts: model and loss.
-        degrees: the layout.
-    """
+    """Return why the parts do not fit context parallelism: a rule of `fits`."""
     if degrees.cp == 1:
         return []
     found = list(_misfits(parts.model))

@@ -73,7 +73,8 @@ def tensor_parallel(model: nn.Module, /, *, parallel_dims: ParallelDims) -> None
     for head in plan.heads.values():
         _wrap(head, functools.partial(_some_logits, mesh))
     for embedding in plan.embeddings.values():
-        _wrap(embedding, functools.partial(_some_rows, mesh, _rows(embedding)))
+        table: Any = embedding.weight
+        _wrap(embedding, functools.partial(_some_rows, mesh, slices(table)[0]))
     if plan.blocks:
         _wrap(plan.blocks[0], _on_input(sequence.split, plan.blocks[0]))
         _wrap(plan.blocks[-1], functools.partial(_on_output, sequence.join))
@@ -83,12 +84,7 @@ def tensor_parallel(model: nn.Module, /, *, parallel_dims: ParallelDims) -> None
 
 
 def tensor_fits(parts: Parts, degrees: Degrees) -> list[str]:
-    """Return why the parts of a run do not fit the degree of tensor parallelism.
-
-    Args:
-        parts: model and loss.
-        degrees: the layout.
-    """
+    """Return why the parts do not fit the degree of tensor parallelism: a rule of `fits`."""
     if degrees.tp == 1:
         return []
     plan = read_plan(parts.model, expert_parallel=degrees.ep > 1)
@@ -278,11 +274,6 @@ def _some_logits(
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),
     )
-
-
-def _rows(table: Any) -> slice:
-    """Return which rows of an embedding this rank has."""
-    return slices(table.weight)[0]
 
 
 def _some_rows(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from types import SimpleNamespace
@@ -93,25 +93,17 @@ def plan(recipe: Recipe, *, world_size: int, device: Device, rank: int = 0) -> P
     model = prepare_model(on_meta(recipe.model), recipe.convert, recipe.loss_fn)
     with preserved_rng(torch.device("cpu")):
         others: dict[int, list[Stage]] = {}
-        with fake_ranks(world_size, rank), _closing(recipe.runtime()) as runtime:
+        with fake_ranks(world_size, rank), closing(recipe.runtime()) as runtime:
             parts = Parts(model, as_loss(recipe.loss_fn), recipe.parallelize_fn, recipe.pipeline_fn)
             require_fit(parts, runtime.parallel_dims)
             if (pp := runtime.parallel_dims.pp) == 1:
                 return _planned(recipe, model, runtime, device, others)
         for position in range(1, pp):
             # How a model is split does not depend on the other degrees.
-            with fake_ranks(pp, position), _closing(Runtime(pp=pp)) as runtime:
+            with fake_ranks(pp, position), closing(Runtime(pp=pp)) as runtime:
                 others[position] = split(recipe, model, runtime)[1]
-        with fake_ranks(world_size, rank), _closing(recipe.runtime()) as runtime:
+        with fake_ranks(world_size, rank), closing(recipe.runtime()) as runtime:
             return _planned(recipe, model, runtime, device, others)
-
-
-@contextmanager
-def _closing(runtime: Runtime) -> Iterator[Runtime]:
-    try:
-        yield runtime
-    finally:
-        runtime.close()
 
 
 def _planned(

@@ -9,11 +9,36 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ditty_di.quantization.linear import Read, require_shape
+from ditty_di.quantization.linear import Read, frozen, require_shape
 
 
 class _Filled:
-    """Mixin of layers of bitsandbytes that make their weight from a pretrained one."""
+    """Mixin of layers of bitsandbytes that make their weight from a pretrained one.
+
+    Args:
+        *sizes: of the input and of the output.
+        bias: kept as it is, or None.
+        dtype: of `dequantize()`.
+        device: of the packed weight.
+        **options: of the stock layer.
+    """
+
+    dtype: torch.dtype
+
+    def __init__(
+        self,
+        *sizes: int,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> None:
+        make: Any = super().__init__
+        make(*sizes, bias=False, device="meta", **options)
+        layer: Any = self
+        layer.dtype = dtype
+        layer.register_parameter("bias", bias)
+        layer.weight = layer.unfilled(device)
 
     def fill_from(self, read: Read) -> None:
         """Read and quantize the pretrained `weight`."""
@@ -49,32 +74,21 @@ class Linear4bit(_Filled, bnb.nn.Linear4bit):
     evaluation and has no input gradient afterwards; this one does not.
 
     Args:
-        in_features: size of the input.
-        out_features: size of the output.
-        bias: kept as it is, or None.
-        dtype: of `dequantize()`.
-        device: of the packed weight.
+        *sizes: of the input and of the output.
         double_quant: bitsandbytes' `compress_statistics`.
+        **layer: further arguments of the mixin.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: nn.Parameter | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-        double_quant: bool = True,
-    ) -> None:
-        options: dict[str, Any] = {"compress_statistics": double_quant, "quant_type": "nf4"}
-        super().__init__(in_features, out_features, bias=False, device="meta", **options)
-        self.dtype, self._options = dtype, options
+    def __init__(self, *sizes: int, double_quant: bool = True, **layer: Any) -> None:
+        self._options: dict[str, Any] = {"compress_statistics": double_quant, "quant_type": "nf4"}
+        super().__init__(*sizes, **layer, **self._options)
         self.support_avx512bf16_for_cpu = False
-        self.register_parameter("bias", bias)
-        size = -(-in_features * out_features // 2)
+
+    def unfilled(self, device: torch.device | str | None) -> nn.Parameter:
+        """Return an uninitialized weight."""
+        size = -(-self.in_features * self.out_features // 2)
         packed = torch.empty(size, 1, dtype=torch.uint8, device=device)
-        self.weight = self._parameter(packed, bnb_quantized=True)
+        return self._parameter(packed, bnb_quantized=True)
 
     def quantized(self, weight: Tensor, device: torch.device) -> nn.Parameter:
         """Return a weight as a parameter on a device; it quantizes itself on the way."""
@@ -94,30 +108,17 @@ class Linear8bit(_Filled, bnb.nn.Linear8bitLt):
     """`bitsandbytes.nn.Linear8bitLt` that makes its weight from a pretrained one.
 
     Args:
-        in_features: size of the input.
-        out_features: size of the output.
-        bias: kept as it is, or None.
-        dtype: of `dequantize()`.
-        device: of the packed weight.
+        *sizes: of the input and of the output.
         threshold: inputs beyond it are multiplied in 16 bits.
+        **layer: further arguments of the mixin.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: nn.Parameter | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-        threshold: float = 6.0,
-    ) -> None:
-        options: dict[str, Any] = {"has_fp16_weights": False, "threshold": threshold}
-        super().__init__(in_features, out_features, bias=False, device="meta", **options)
-        self.dtype = dtype
-        self.register_parameter("bias", bias)
-        packed = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+    def __init__(self, *sizes: int, threshold: float = 6.0, **layer: Any) -> None:
+        super().__init__(*sizes, **layer, has_fp16_weights=False, threshold=threshold)
+
+    def unfilled(self, device: torch.device | str | None) -> nn.Parameter:
+        """Return an uninitialized weight."""
+        return frozen(self.out_features, self.in_features, torch.int8, device)
 
     def quantized(self, weight: Tensor, device: torch.device) -> nn.Parameter:
         """Return a weight as a parameter on a device; it is quantized on its way from the CPU."""

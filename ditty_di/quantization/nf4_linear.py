@@ -122,15 +122,9 @@ def decode(
     return weight[:, :in_features]
 
 
-def decode_with_bitsandbytes(
-    dtype: torch.dtype,
-    in_features: int,
-    qweight: Tensor,
-    scale: Tensor,
-    row_scale: Tensor | None,
-    pairs: Tensor,
-) -> Tensor:
+def decode_with_bitsandbytes(dtype: torch.dtype, in_features: int, *packed: Any) -> Tensor:
     """Return what `decode` returns, by bitsandbytes' kernel; the arguments are the same."""
+    qweight, scale, row_scale, _ = packed
     rows, blocks = scale.shape
     columns = 2 * qweight.shape[1]
     absmax = _scales(scale, row_scale).view(-1)

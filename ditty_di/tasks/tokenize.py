@@ -18,7 +18,6 @@ from ditty_di.data.shards.megatron import token_dtype
 from ditty_di.data.tokenization.documents import Reading
 from ditty_di.data.tokenization.engines import Engine, Pool
 from ditty_di.data.tokenization.finish import (
-    Totals,
     UnfinishedError,
     begin,
     finish,
@@ -26,7 +25,7 @@ from ditty_di.data.tokenization.finish import (
     require_space,
 )
 from ditty_di.data.tokenization.hub import readable
-from ditty_di.data.tokenization.part import Job, Receipt, run_part
+from ditty_di.data.tokenization.part import Job, Receipt, Totals, run_part
 from ditty_di.data.tokenization.plan import Part, part_size, plan, settings_of
 from ditty_di.data.tokenization.progress import progress
 from ditty_di.data.tokenization.ranks import wait_for_others

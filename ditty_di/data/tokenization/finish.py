@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ditty_di.data.shards.manifest import Manifest, Shard
 from ditty_di.data.tokenization.hub import readable
-from ditty_di.data.tokenization.part import RECEIPTS, Job, Receipt
+from ditty_di.data.tokenization.part import RECEIPTS, Job, Receipt, Totals
 from ditty_di.data.tokenization.plan import Part, key_of
 from ditty_di.io import read_json, write_json
 
@@ -75,37 +74,6 @@ def require_space(folder: Path, parts: Sequence[Part], bytes_per_token: float, s
             f"{folder}: about {readable(needed)} to write for {readable(text)} of text, and "
             f"{readable(free)} of free space; give a folder on a larger disk, data.shards=FOLDER"
         )
-
-
-@dataclass
-class Totals:
-    """Sums over receipts.
-
-    Attributes:
-        documents: Number of documents.
-        characters: Characters of them.
-        bytes: Bytes of them, in UTF-8.
-        tokens: Tokens of them, with EOS.
-        skipped: Number of bad documents by kind of fault.
-        skipped_first: Messages of the first of them.
-    """
-
-    documents: int = 0
-    characters: int = 0
-    bytes: int = 0
-    tokens: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    skipped_first: list[str] = field(default_factory=list)
-
-    def add(self, receipt: Receipt) -> None:
-        """Add the numbers of a part."""
-        self.documents += receipt.documents
-        self.characters += receipt.characters
-        self.bytes += receipt.bytes
-        self.tokens += receipt.tokens
-        for kind, number in receipt.skipped.items():
-            self.skipped[kind] = self.skipped.get(kind, 0) + number
-        self.skipped_first = [*self.skipped_first, *receipt.skipped_first][:5]
 
 
 def finish(

@@ -57,31 +57,50 @@ class Job:
         return self.folder / RECEIPTS / f"{part.number:06d}.json"
 
 
-@dataclass
-class Receipt:
+@dataclass(kw_only=True)
+class Totals:
+    """Numbers of one or several parts.
+
+    Attributes:
+        documents: Number of documents.
+        characters: Characters of them.
+        bytes: Bytes of them, in UTF-8.
+        tokens: Tokens of them, with EOS.
+        skipped: Number of bad documents by kind of fault.
+        skipped_first: Messages of the first of them.
+    """
+
+    documents: int = 0
+    characters: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    skipped_first: list[str] = field(default_factory=list)
+
+    def add(self, other: Totals) -> None:
+        """Add the numbers of other parts."""
+        self.documents += other.documents
+        self.characters += other.characters
+        self.bytes += other.bytes
+        self.tokens += other.tokens
+        for kind, number in other.skipped.items():
+            self.skipped[kind] = self.skipped.get(kind, 0) + number
+        self.skipped_first = [*self.skipped_first, *other.skipped_first][:_NAMED]
+
+
+@dataclass(kw_only=True)
+class Receipt(Totals):
     """Result of a part.
 
     Attributes:
         key: Digest of everything that determines the bytes.
         part: Number of the part.
-        documents: Number of documents.
-        characters: Characters of them.
-        bytes: Bytes of them, in UTF-8.
-        tokens: Tokens of them, with EOS.
         shards: Entries of the manifest.
-        skipped: Number of bad documents by kind of fault.
-        skipped_first: Messages of the first of them.
     """
 
     key: str
     part: int
-    documents: int = 0
-    characters: int = 0
-    bytes: int = 0
-    tokens: int = 0
     shards: list[dict[str, Any]] = field(default_factory=list)
-    skipped: dict[str, int] = field(default_factory=dict)
-    skipped_first: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> Receipt | None:
@@ -101,7 +120,7 @@ def run_part(job: Job, part: Part) -> Receipt:
         return done
     for leftover in job.folder.glob(f".*-{part.number:06d}.*"):
         leftover.unlink(missing_ok=True)  # of a process that was killed
-    receipt = Receipt(job.key, part.number)
+    receipt = Receipt(key=job.key, part=part.number)
     with ExitStack() as stack:
         writing = _Writing(job, part, receipt, stack)
         for segment in part.segments:
@@ -154,9 +173,7 @@ class _Writing:
             raise error
         self.flush()
         self.pending.clear()  # the beginning of a document whose end cannot be read
-        self.receipt.skipped[error.kind] = self.receipt.skipped.get(error.kind, 0) + 1
-        if len(self.receipt.skipped_first) < _NAMED:
-            self.receipt.skipped_first.append(str(error))
+        self.receipt.add(Totals(skipped={error.kind: 1}, skipped_first=[str(error)]))
 
     def flush(self) -> None:
         """Encode the batch and append the documents that end in it to the shards."""

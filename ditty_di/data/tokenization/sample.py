@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ditty_di.data import options
+from ditty_di.data.cache import fingerprint_of
 from ditty_di.data.splits import content_hash
 from ditty_di.data.tokenization.documents import DocumentError, Piece, Reading
 from ditty_di.data.tokenization.plan import Part, plan
@@ -34,12 +34,7 @@ class Sample(ABC):
 
     def fingerprint(self) -> str:
         """Return a digest of the sample's content."""
-        digest = hashlib.sha256()
-        for text in self:
-            data = text.encode()
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-        return digest.hexdigest()
+        return fingerprint_of(self)
 
 
 class TextSample(Sample):

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,7 +60,29 @@ def _validate(*, documents: str = "file", sample: Any = None, patterns: Any = ()
     )
 
 
-class TextFiles:
+@dataclass(kw_only=True)
+class _Documents:
+    """Base of sources of files.
+
+    Attributes:
+        text_key: Key or column of the document, in records.
+        documents: Unit of plain text that is a document: `file`, `line` or `paragraph`.
+        sample: Take only the first files, up to this size: a number of MiB, or `"2GB"`.
+    """
+
+    text_key: str = "text"
+    documents: str = "file"
+    sample: float | str | None = None
+
+    validate = staticmethod(_validate)
+
+    def __post_init__(self) -> None:
+        given = vars(self)
+        self.validate(**{name: given[name] for name in ("documents", "sample", "patterns")})
+
+
+@dataclass
+class TextFiles(_Documents):
     """Text files, JSON lines, JSON, CSV or Parquet files, each also compressed.
 
     Args:
@@ -69,26 +91,18 @@ class TextFiles:
             what `download` has not brought here is read where it is.
         patterns: Files of a folder to read, such as `["**/*.py"]`; other files than those of
             records are read as plain text. Empty: .txt files and records.
-        text_key: Key or column of the document, in records.
-        documents: Unit of plain text that is a document: `file`, `line` or `paragraph`.
+        text_key: See `Source`.
+        documents: See `Source`.
         sample: Take only the first files, up to this size: a number of MiB, or `"2GB"`.
     """
 
-    validate = staticmethod(_validate)
+    path: str | os.PathLike[str] | Sequence[str]
+    patterns: Sequence[str] = field(default=(), kw_only=True)
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | Sequence[str],
-        *,
-        patterns: Sequence[str] = (),
-        text_key: str = "text",
-        documents: str = "file",
-        sample: float | str | None = None,
-    ) -> None:
-        self.validate(documents=documents, sample=sample, patterns=patterns)
-        self.paths = [path] if isinstance(path, str | os.PathLike) else list(path)
-        self.patterns, self.text_key, self.documents = list(patterns), text_key, documents
-        self.sample = sample
+    @property
+    def paths(self) -> list[str | os.PathLike[str]]:
+        """The path as a list."""
+        return [self.path] if isinstance(self.path, str | os.PathLike) else list(self.path)
 
     def files(self) -> list[File]:
         """Return the files, sorted by name.
@@ -176,33 +190,22 @@ def _downloads() -> FileCache:
     return FileCache(cache_folder() / "downloads" / "files", limit_gb=math.inf)
 
 
-class HubFiles:
+@dataclass
+class HubFiles(_Documents):
     """Files of a dataset on the Hugging Face Hub, which `task=download` brings here.
 
     Args:
         path: The dataset, `user/name`.
         patterns: Its files, such as `["data/train-*.parquet"]`; `*` matches `/` too.
         revision: Branch, tag or commit; None: the main branch.
-        text_key: Key or column of the document, in records.
-        documents: Unit of plain text that is a document: `file`, `line` or `paragraph`.
+        text_key: See `Source`.
+        documents: See `Source`.
         sample: Take only the first files, up to this size: a number of MiB, or `"2GB"`.
     """
 
-    validate = staticmethod(_validate)
-
-    def __init__(
-        self,
-        path: str,
-        patterns: Sequence[str],
-        *,
-        revision: str | None = None,
-        text_key: str = "text",
-        documents: str = "file",
-        sample: float | str | None = None,
-    ) -> None:
-        self.validate(documents=documents, sample=sample, patterns=patterns)
-        self.path, self.patterns, self.revision = path, list(patterns), revision
-        self.text_key, self.documents, self.sample = text_key, documents, sample
+    path: str
+    patterns: Sequence[str]
+    revision: str | None = field(default=None, kw_only=True)
 
     def files(self) -> list[File]:
         """Return the files, downloaded first where they are missing.
