@@ -15,9 +15,8 @@ lists and dicts with references resolved, plain defaults of the signature, and
 `ditty_di.config.View`s of nodes (`.target` the callable, `.arguments` its known arguments). It
 raises ValueError; a message that begins with `name=` or `name: ` is reported at the file and line
 that set that argument (`config.r=0` at a value in it), several such lines each at its own. The
-constructor calls the same function (`ditty_di.data.options.called_with` gives it the arguments), so
-that plain Python gets the same message. A class that has a method `validate` already names it
-`validate_arguments`.
+constructor calls the same function, so that plain Python gets the same message. A class that has a
+method `validate` already names it `validate_arguments`.
 
 `rehearse(build) -> list[str]`: called by `task=check` once all static checks have passed.
 `build("name")` returns the argument `name` of that node, built through the graph (shared objects
@@ -54,7 +53,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def early_checks(
     *,
-    validate: Callable[..., object] | None = None,
+    validate: Callable[..., None] | None = None,
     rehearse: Callable[[Callable[[str], Any]], list[str]] | None = None,
     fits: Sequence[Callable[..., list[str]]] | None = None,
 ) -> Callable[[_F], _F]:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 import ditty_di.compat as compat
 from ditty_di.console import LAUNCHED
-from ditty_di.data.options import called_with
 from ditty_di.launch.signals import StopSignals, announce
 from ditty_di.seed import set_run_seed
 
@@ -111,7 +110,19 @@ class Runtime:
         train_timeout: float = 100.0,
         threads: int | None = None,
     ) -> None:
-        called_with(locals(), self.validate)
+        self.validate(
+            seed=seed,
+            dp_replicate=dp_replicate,
+            dp_shard=dp_shard,
+            cp=cp,
+            tp=tp,
+            pp=pp,
+            ep=ep,
+            threads=threads,
+            spmd_backend=spmd_backend,
+            init_timeout=init_timeout,
+            train_timeout=train_timeout,
+        )
         if threads is not None:
             torch.set_num_threads(threads)
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -15,7 +15,6 @@ from ditty_di import adapters
 from ditty_di.api.configs import FSDPConfig
 from ditty_di.api.precision import Precision
 from ditty_di.checkpoint.read import load_model
-from ditty_di.data.options import called_with
 from ditty_di.models import causal_lm
 from ditty_di.models.pretrained import Pretrained
 from ditty_di.models.weights import materialize
@@ -100,7 +99,13 @@ class ModelFactory:
                 load_model(folder, model)
             return model, None
 
-        return called_with(locals(), cls)
+        return cls(
+            load,
+            transform=transform,
+            peft_config=peft_config,
+            compile=compile,
+            fsdp_config=fsdp_config,
+        )
 
     @classmethod
     def from_huggingface(
@@ -150,7 +155,13 @@ class ModelFactory:
             weights(built, device=torch.device("cpu"))
             return built, None
 
-        return called_with(locals(), cls)
+        return cls(
+            load,
+            transform=transform,
+            peft_config=peft_config,
+            compile=compile,
+            fsdp_config=fsdp_config,
+        )
 
     def build(
         self, *, tokenizer: Any = None, seed: int = 0, precision: Precision | None = None

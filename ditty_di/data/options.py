@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, SupportsIndex, TypeVar
-
-_T = TypeVar("_T")
+from collections.abc import Iterable
+from typing import Any, SupportsIndex
 
 
 def require(condition: bool, message: str) -> None:
     """Raise `ValueError` with `message` unless the condition holds."""
     if not condition:
         raise ValueError(message)
-
-
-def called_with(arguments: Mapping[str, Any], function: Callable[..., _T]) -> _T:
-    """Call a function with those of the arguments that it takes, such as the caller's `locals()`.
-
-    So a constructor gives `validate` its own arguments, as long as it has no other variables.
-    """
-    taken = inspect.signature(function).parameters
-    return function(**{name: value for name, value in arguments.items() if name in taken})
 
 
 def at_least(minimum: float, **options: float | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -106,7 +107,8 @@ class Renderer:
         ignored_fields: Sequence[str] = (),
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "tokenizer")}
-        options.called_with(given, self.validate)
+        checked = inspect.signature(self.validate).parameters
+        self.validate(**{name: given[name] for name in checked})
         self._options = json.dumps({**given, "format": _FORMAT}, sort_keys=True, default=dict)
         aliases = {"input": input_key, "output": output_key}
         self.tokenizer = tokenizer

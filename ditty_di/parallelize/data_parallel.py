@@ -24,7 +24,7 @@ from ditty_di.compat import sum_gradients_on_gloo
 # isort: split
 from torchtitan.distributed import ParallelDims
 
-from ditty_di.data.options import at_least, called_with, require
+from ditty_di.data.options import at_least, require
 from ditty_di.models.skipped import Skipped
 from ditty_di.models.weights import transformers_model
 from ditty_di.parallelize.experts import shard_experts
@@ -107,7 +107,12 @@ def shard(
             of several dtypes, whose gradients FSDP2 could not reduce together; or
             `separate_embeddings` for a model whose embeddings are tied or not known.
     """
-    called_with(locals(), validate)
+    validate(
+        checkpoint_every_n_blocks=checkpoint_every_n_blocks,
+        prefetch_blocks=prefetch_blocks,
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
+    )
     for name, wanted in (("dp_replicate", dp_replicate), ("dp_shard", dp_shard)):
         found = getattr(parallel_dims, name)
         if wanted not in (-1, found):

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ditty_di.data.options import at_least, called_with
+from ditty_di.data.options import at_least
 from ditty_di.generation.decoding import (
     Decode,
     Options,
@@ -55,16 +54,21 @@ def _validate(
     top_p: float | None = None,
     repetition_penalty: float | None = None,
     num_beams: int | None = None,
-) -> Options:
-    """Return the options; raise ValueError for arguments known to be wrong; `...` is not known."""
+) -> None:
+    """Raise ValueError for arguments that are known to be wrong; `...` is not known."""
     if ... not in (prompt, prompts) and (prompt is None) == (prompts is None):
         raise ValueError('prompt: give either prompt="..." or prompts=FILE.jsonl')
     if isinstance(prompts, str) and not Path(prompts).expanduser().is_file():
         raise ValueError(f"prompts={prompts}: no such file")
     at_least(1, batch_size=batch_size)
-    options = called_with(locals(), Options)
-    options.check()
-    return options
+    Options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
+    ).check()
 
 
 @early_checks(validate=_validate)
@@ -138,15 +142,21 @@ def generate(
     """
     if not is_first_rank():
         return {}
-    options = replace(
-        called_with(locals(), _validate),
+    _validate(prompt=prompt, prompts=prompts, batch_size=batch_size)
+    seq2seq = is_seq2seq(model)
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
         max_length=tokenizer.model_max_length,
         eos_token_id=end_ids(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         positions=positions(model),
     )
     options.check()
-    seq2seq = is_seq2seq(model)
     chosen = chat
     if chat is None and not seq2seq and input_format is None and tokenizer.chat_template:
         chosen = renderer is None or _used_conversations(about)
