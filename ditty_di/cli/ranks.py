@@ -46,8 +46,8 @@ def _degrees(graph: Graph, root: str, nproc: int) -> dict[str, int]:
 
     cp, tp, pp = (_number(graph, f"{root}.runtime.{name}", 1) for name in ("cp", "tp", "pp"))
     keys = [f"{root}.runtime.{name}" for name in ("dp_replicate", "dp_shard")]
-    given = [_number(graph, key, default) for key, default in zip(keys, (1, -1), strict=True)]
-    return dict(zip(keys, data_degrees(*given, cp * tp * pp, nproc), strict=True))
+    replicate, shard = (_number(graph, key, n) for key, n in zip(keys, (1, -1), strict=True))
+    return dict(zip(keys, data_degrees(replicate, shard, cp * tp * pp, nproc), strict=True))
 
 
 def _problems(graph: Graph, root: str, nproc: int) -> list[Problem]:

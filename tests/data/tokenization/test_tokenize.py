@@ -112,7 +112,8 @@ def test_documents_have_the_ids_that_each_has_alone(name, tokenizer, tmp_path):
     parts = ["a", "dog ", " ", "\n", "x", "xx", "x<|", "<|start|>", "<|endof", "text|>", "é"]
     drawn = random.Random(0)
     texts = ["".join(drawn.choices(parts, k=drawn.randrange(9))) + "a" for _ in range(400)]
-    texts = [text for text in texts if "<|endoftext|>" not in text][:300] + ["a<|endoftext|>b"]
+    texts = [text for text in texts if "<|endoftext|>" not in text][:300]
+    texts.append("a<|endoftext|>b")
     (tmp_path / "receipts").mkdir()
     for numbers in (range(300), range(299, 301)):  # without EOS in a text, and with it
         file = tmp_path / f"{numbers.start}.jsonl"
