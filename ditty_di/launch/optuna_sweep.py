@@ -82,6 +82,9 @@ class OptunaSweep(Sweeper):
         """
         self.optuna = optuna()
         self._read_space(arguments)
+        # A mistake is found before there is a study.
+        values = self._suggest(self.optuna.create_study().ask())
+        hydra_section(self.hydra_context.config_loader, self.config, 0, values)
         folder = Path(self.config.hydra.sweep.dir).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")

@@ -99,7 +99,7 @@ function specification(chart, log) {
   const few = bold.filter((point) => point.few); // a single point makes no line
   const layer = [...(raw.length ? [line(raw, single ? 0.28 : 0.14, 1)] : []), main, ...(few.length ? [dots(few, 22)] : []), hover];
   return {
-    width: "container", height: 190, autosize: { type: "fit-x", contains: "padding" }, padding: { left: 0, right: 4, top: 4, bottom: 0 },
+    description: chart.title, width: "container", height: 190, autosize: { type: "fit-x", contains: "padding" }, padding: { left: 0, right: 4, top: 4, bottom: 0 },
     encoding: { x, y }, layer: ys.length ? layer : [{ data: { values: [] }, mark: "text" }], config: theme(),
   };
 }
@@ -135,8 +135,7 @@ function addChart(chart) {
     });
   }
   const plot = element("div", { className: "plot" });
-  plot.setAttribute("role", "img");
-  plot.setAttribute("aria-label", chart.title);
+  plot.dataset.title = chart.title;
   plots.set(plot, chart);
   document.getElementById(chart.more ? "charts-more" : "charts").append(element("figure", {}, caption, plot));
   seen.observe(plot);
@@ -162,7 +161,7 @@ function parallel() {
   const hues = [...Array(count).keys()].map((n) => graded(n, count));
   const hue = { field: "n", type: "ordinal", legend: null, scale: { domain: [...Array(count).keys()], range: hues } };
   const spec = {
-    width: "container", height: 290, autosize: { type: "fit-x", contains: "padding" }, padding: { left: 0, right: 0, top: 4, bottom: 4 }, config: theme(),
+    description: "parallel coordinates of the runs", width: "container", height: 290, autosize: { type: "fit-x", contains: "padding" }, padding: { left: 0, right: 0, top: 4, bottom: 4 }, config: theme(),
     layer: [
       { data: { values: names.map((name, a) => ({ a, name })) }, mark: { type: "rule", color: line, strokeWidth: 1.5 }, encoding: { x } },
       {
