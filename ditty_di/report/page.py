@@ -75,13 +75,20 @@ def render(runs: Sequence[Run], title: str, *, points: int, ignore: Collection[s
         logged=max((len(steps) for run in runs for steps, _ in run.series.values()), default=0),
         drawn=points // len(runs),
         made=time.strftime("%Y-%m-%d %H:%M"),
-        version=metadata.version("ditty_di"),
+        version=_version(),
         style=(_HERE / "page.css").read_text(encoding="utf-8"),
         script=(_HERE / "page.js").read_text(encoding="utf-8"),
         library=library(),
         nonce=secrets.token_hex(16),
         data=json.dumps(data | {"sweep": sweep}, allow_nan=False).replace("<", "\\u003c"),
     )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("ditty_di")
+    except metadata.PackageNotFoundError:  # run from a folder of source
+        return ""
 
 
 def _rank(run: Run) -> tuple[bool, float]:

@@ -6,6 +6,7 @@ As the tasks of `inspect`, each is called with the graph in the parent process, 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -79,8 +80,9 @@ def best(graph: Graph, /, *, sweep: str) -> None:
     at = run.result.get("objective_step") or run.step
     print(f"# objective {number(run.objective)} at step {at}, the lowest of {len(done)} finished")
     print(f"# {run.directory}")
-    if allowed := [value for key, value in run.config.items() if key == "allow_targets" and value]:
-        names = ",".join(map(str, allowed[0]))
+    allowed = [v for key, v in run.config.items() if re.match(r"allow_targets\b", key) and v]
+    if allowed:
+        names = ",".join(map(str, allowed))
         print(f"# it ran with 'allow_targets=[{names}]'; type that too if you trust these targets")
     print(command(run))
 

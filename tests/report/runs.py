@@ -27,7 +27,8 @@ def write_run(
     draw = random.Random(seed)
     lines = []
     for step in range(1, steps + 1):
-        loss = 2 + seed / 10 + 5 * math.exp(-8 * step / steps) + draw.gauss(0, 0.05)
+        exact = 2 + seed / 10 + 5 * math.exp(-8 * step / steps)
+        loss = exact + draw.gauss(0, 0.05)
         lines.append(
             {
                 **{"step": step, "lr": 1e-3 * (1 - step / steps), "loss": loss},
@@ -37,7 +38,7 @@ def write_run(
             }
         )
         if step % (steps // 4) == 0:
-            lines.append({"step": step, "validation/loss": loss + 0.1})
+            lines.append({"step": step, "validation/loss": exact + 0.1})
             lines.append({"step": step, "name": "sample/0", "text": f"{text} {step}"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config: dict[str, Any] = {"name": "x", "max_steps": steps, "model": {"path": "me/base"}}
