@@ -75,7 +75,7 @@ class ASHA(_Pruning):
 
     At `first_rung`, `eta` times as many steps, `eta` squared times and so on, a run goes on only if
     its validation loss is among the best 1/`eta` of the runs that have come so far, and the first
-    ones always do: nobody waits (Li et al. 2020, arXiv:1810.05934, in its variant that stops
+    ones always do, so no run waits (Li et al. 2020, arXiv:1810.05934, in its variant that stops
     runs). The first validation at or after a rung counts for it.
 
     The losses are files in the folder of the sweep, `rungs/STEPS/JOB.json`, each written by one

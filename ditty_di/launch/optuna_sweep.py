@@ -66,7 +66,8 @@ class OptunaSweep(Sweeper):
             task_function: runs a job.
             config: the configuration of the sweep.
         """
-        self.config, self.hydra_context = config, hydra_context
+        self.settings: Any = config
+        self.loader = hydra_context.config_loader
         self.launcher: Any = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -84,10 +85,10 @@ class OptunaSweep(Sweeper):
         self._read_space(arguments)
         # A mistake is found before there is a study.
         values = self._suggest(self.optuna.create_study().ask())
-        hydra_section(self.hydra_context.config_loader, self.config, 0, values)
-        folder = Path(self.config.hydra.sweep.dir).absolute()
+        hydra_section(self.loader, self.settings, 0, values)
+        folder = Path(self.settings.hydra.sweep.dir).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        OmegaConf.save(self.settings, folder / "multirun.yaml")
         storage = self.storage or f"sqlite:///{folder}/study.db"
         study = {"storage": storage, "study_name": self.study_name or folder.name}
         write_json(folder / STUDY, study)
@@ -130,13 +131,13 @@ class OptunaSweep(Sweeper):
             try:
                 suggest(trial)
             except ValueError as error:  # of a study that was started with other values
-                folder = self.config.hydra.sweep.dir
+                folder = self.settings.hydra.sweep.dir
                 raise ConfigError(
                     f"hydra.sweep.dir={folder}: {error} Its study began with others: give the same "
                     "ones, or another folder"
                 ) from error
         if self.custom_search_space is not None:
-            get_method(self.custom_search_space)(self.config, trial)
+            get_method(self.custom_search_space)(self.settings, trial)
         return [*self._fixed, *(f"{key}={value}" for key, value in trial.params.items())]
 
     # -- trials ---------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ class OptunaSweep(Sweeper):
         """Yield number and overrides of each job: unfinished ones first, then new ones."""
         states = self.optuna.trial.TrialState
         before = self.study.get_trials(deepcopy=False)
-        here = str(Path(self.config.hydra.sweep.dir).absolute())
+        here = str(Path(self.settings.hydra.sweep.dir).absolute())
         unfinished = [
             trial
             for trial in before
@@ -163,8 +164,7 @@ class OptunaSweep(Sweeper):
     def _begin(self, trial: Any) -> tuple[int, list[str]]:
         try:
             overrides = self._suggest(trial)
-            loader = self.hydra_context.config_loader
-            folder = folder_of(hydra_section(loader, self.config, trial.number, overrides))
+            folder = folder_of(hydra_section(self.loader, self.settings, trial.number, overrides))
         except Exception:
             self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
             raise
@@ -178,7 +178,7 @@ class OptunaSweep(Sweeper):
         if isinstance(self.launcher, ParallelJobs):
             self.launcher.run(trials, lambda number, _: self._tell(number))
             return
-        size = self.n_jobs or getattr(self.launcher, "jobs", 1)
+        size: int = self.n_jobs if self.n_jobs else getattr(self.launcher, "jobs", 1)
         while batch := [trial for trial, _ in zip(trials, range(size), strict=False)]:
             numbers, overrides = zip(*batch, strict=True)
             try:

@@ -155,6 +155,7 @@ function parallel() {
     });
   });
   const ticks = axes.flatMap((axis, a) => axis.ticks.map(([at, text]) => ({ a, at, text })));
+  const limit = Math.max(100, document.getElementById("parallel").clientWidth / axes.length - 16);
   const [ink, soft, line, card] = ["--ink", "--soft", "--line", "--card"].map(variable);
   const x = { field: "a", type: "quantitative", axis: null, scale: { domain: [-0.12, axes.length - 0.55], nice: false } };
   const y = { field: "at", type: "quantitative", axis: null, scale: { domain: [-0.03, 1.03], nice: false } };
@@ -165,7 +166,7 @@ function parallel() {
     layer: [
       { data: { values: names.map((name, a) => ({ a, name })) }, mark: { type: "rule", color: line, strokeWidth: 1.5 }, encoding: { x } },
       {
-        data: { values: names.map((name, a) => ({ a, name })) }, mark: { type: "text", align: "left", dx: -2, baseline: "bottom", fontSize: 12, fontWeight: 600, color: ink, limit: 150 },
+        data: { values: names.map((name, a) => ({ a, name })) }, mark: { type: "text", align: "left", dx: -2, baseline: "bottom", fontSize: 12, fontWeight: 600, color: ink, limit },
         encoding: { x, y: { value: -6 }, text: { field: "name" } },
       },
       {

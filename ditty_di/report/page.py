@@ -41,8 +41,9 @@ def library() -> str:
             "task=report draws with Vega-Lite, which vl-convert-python brings: "
             "pip install 'ditty_di[report]'"
         ) from error
+    bundle: Any = vl_convert.javascript_bundle  # whose annotation demands an argument
     # A script ends at the first "</script", also inside of a string.
-    return vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    return bundle().replace("</script", "<\\/script")
 
 
 def render(runs: Sequence[Run], title: str, *, points: int, ignore: Collection[str] = ()) -> str:

@@ -107,20 +107,22 @@ def _by_optuna(
     """Return the importances by Optuna, None without it or where it cannot tell."""
     try:
         import optuna
-        from optuna.distributions import CategoricalDistribution, FloatDistribution
         from optuna.importance import FanovaImportanceEvaluator, get_param_importances
     except ImportError:
+        return None
+    kinds: Any = optuna.distributions
+    if not hasattr(kinds, "FloatDistribution"):  # Optuna 2
         return None
     spaces: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
     for key, values in keys.items():
         if all(isinstance(value, int | float) for value in values):
             low, high = min(values), max(values)
-            spaces[key] = FloatDistribution(low, high, log=low > 0 and high / low > 20)
+            spaces[key] = kinds.FloatDistribution(low, high, log=low > 0 and high / low > 20)
             columns[key] = [float(value) for value in values]
         else:
             columns[key] = [str(value) for value in values]
-            spaces[key] = CategoricalDistribution(sorted({*columns[key]}))
+            spaces[key] = kinds.CategoricalDistribution(sorted({*columns[key]}))
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
