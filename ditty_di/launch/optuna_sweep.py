@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ class OptunaSweep(Sweeper):
             self.launcher.run(trials, lambda number, _: self._tell(number))
             return
         size: int = self.n_jobs if self.n_jobs else getattr(self.launcher, "jobs", 1)
-        while batch := [trial for trial, _ in zip(trials, range(size), strict=False)]:
+        while batch := list(islice(trials, size)):
             numbers, overrides = zip(*batch, strict=True)
             try:
                 self.launcher.launch(overrides, initial_job_idx=numbers[0])

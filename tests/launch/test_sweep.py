@@ -172,7 +172,8 @@ def test_a_trial_that_was_stopped_goes_on_before_new_ones_begin(folder: Folder) 
     folder(*OPTUNA, task, "hydra.sweeper.n_trials=1")
     (before,) = rows(folder)
     assert before["status"] == "preempted"
-    folder(*OPTUNA, task, "hydra.sweeper.n_trials=2")
+    folder(*OPTUNA, task, "hydra.sweeper.n_trials=4")
+    assert sorted(row["job"] for row in rows(folder)) == ["0", "1", "2", "3"]
     first = next(row for row in rows(folder) if row["job"] == "0")
     assert (first["status"], first["overrides"]) == ("finished", before["overrides"])
 
