@@ -350,7 +350,7 @@ class Training(Protocol):
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         """Return the model's output for one micro-batch of inputs."""
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str, status: str = "finished") -> None:
         """End the training after this step, as if it had been the last; call on all ranks."""
 
 

@@ -719,6 +719,7 @@ def test_check_builds_nothing() -> None:
     [
         ("no_such_package.thing", "no module 'no_such_package'"),
         ("jsn.loads", "no module 'jsn'; did you mean 'json'"),
+        ("no_such_extra.thing", "'no_such_extra'; pip install 'ditty_di[fancy]'"),
         ("json.lods", "module 'json' has no attribute 'lods'; did you mean 'load"),
         ("json.decodr.JSONDecoder", "no attribute 'decodr'; did you mean 'decoder'"),
         (
@@ -740,6 +741,10 @@ def test_targets_that_cannot_be_imported(
 ) -> None:
     (tmp_path / "ditty_broken.py").write_text("import not_installed_here\n")
     (tmp_path / "ditty_raises.py").write_text("raise RuntimeError('no luck')\n")
+    (tmp_path / "ditty_di-9.dist-info").mkdir()
+    (tmp_path / "ditty_di-9.dist-info/METADATA").write_text(
+        "Name: ditty_di\nVersion: 9\nRequires-Dist: no_such_extra>=4; extra == 'fancy'\n"
+    )
     (tmp_path / "ditty_verb").mkdir()
     (tmp_path / "ditty_verb" / "run.py").write_text("def run(): ...\n")
     monkeypatch.syspath_prepend(tmp_path)

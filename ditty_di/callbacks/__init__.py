@@ -3,7 +3,17 @@
 from ditty_di.callbacks.base import Callback, Callbacks
 from ditty_di.callbacks.early_stopping import EarlyStopping
 from ditty_di.callbacks.ema import EMA
+from ditty_di.callbacks.pruning import ASHA, Pruning
 from ditty_di.callbacks.sample_text import SampleText
 from ditty_di.callbacks.stop_file import StopFile
 
-__all__ = ["EMA", "Callback", "Callbacks", "EarlyStopping", "SampleText", "StopFile"]
+__all__ = [
+    "ASHA",
+    "EMA",
+    "Callback",
+    "Callbacks",
+    "EarlyStopping",
+    "Pruning",
+    "SampleText",
+    "StopFile",
+]

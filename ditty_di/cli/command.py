@@ -100,6 +100,8 @@ def parse(arguments: Sequence[str]) -> Command:
         return searchpath.in_defaults(group, config_name, folders)
 
     overrides = normalize(parsed.overrides, sweep=sweep, groups=groups, in_defaults=in_defaults)
+    if _takes_runs(overrides, config_dirs):
+        overrides = [o.replace("run", "runs", 1) if key_of(o) == "run" else o for o in overrides]
     as_text = unreadable(overrides)
     readable = [as_text.get(override, override) for override in overrides]
     command = Command(
@@ -117,6 +119,17 @@ def parse(arguments: Sequence[str]) -> Command:
     if not command.earlier:
         _take_experiment(command, chosen_config)
     return command
+
+
+def _takes_runs(overrides: Sequence[str], config_dirs: Sequence[str]) -> bool:
+    """Return whether the task looks at any number of folders: its file sets the key `runs`.
+
+    `run=` is that key then, and such a folder may be damaged, or no run at all.
+    """
+    folders = searchpath.folders(config_dirs)
+    name = value_of(overrides, "task")
+    file = next((f for d in folders if (f := d / "task" / f"{name}.yaml").is_file()), None)
+    return file is not None and bool(re.search("^runs:", file.read_text(encoding="utf-8"), re.M))
 
 
 def _drop(options: list[str], flag: str) -> list[str]:

@@ -50,8 +50,7 @@ def _hinted(text: str, command: Command) -> str:
         return f"{spaced[1]!r} has no value: write KEY=VALUE, without blanks around the ="
     if choice := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         if choice[1].startswith("hydra/"):
-            remedy = "for Optuna: pip install 'ditty_di[optuna]'"
-            return f"{text}\nis that plugin of Hydra installed? {remedy}"
+            return f"{text}\nis that plugin of Hydra installed?"
         choices = re.findall(r"^\t(\S+)$", text, re.M)
         return text + did_you_mean(choice[2], choices).replace("; ", "\n")
     return text

@@ -10,10 +10,12 @@ import difflib
 import gc
 import importlib
 import pkgutil
+import re
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from typing import Any
 
 from ditty_di.config.policy import REASON, identities, is_hidden, is_refused, is_refused_callable
@@ -133,12 +135,23 @@ def _import(name: str, module: str, parent: types.ModuleType | None) -> types.Mo
     if parent is None:
         known = {m.name for m in pkgutil.iter_modules()} | set(sys.stdlib_module_names)
         near = did_you_mean(last, known - _WINDOWS_MODULES)
-        hint = near or "; is it installed in this environment?"
+        hint = _extra_with(last) or near or "; is it installed in this environment?"
         raise TargetError(f"cannot import {name!r}: no module {module!r}{hint}")
     below = {m.name for m in pkgutil.iter_modules(getattr(parent, "__path__", ()))}
     hint = did_you_mean(last, below | set(dir(parent)))
     message = f"module {parent.__name__!r} has no attribute {last!r}"
     raise TargetError(f"cannot find {name!r}: {message}{hint}")
+
+
+def _extra_with(module: str) -> str:
+    """Return how to install a module that an extra of ditty_di brings; "" for any other."""
+    wanted = re.compile(rf"{re.escape(module)}\b.*extra == ['\"](\w+)['\"]")
+    try:
+        found = map(wanted.match, metadata.requires("ditty_di") or ())
+    except metadata.PackageNotFoundError:  # run from a folder of source
+        return ""
+    extra = next((match[1] for match in found if match), None)
+    return f"; pip install 'ditty_di[{extra}]'" if extra else ""
 
 
 def _summary(error: BaseException) -> str:

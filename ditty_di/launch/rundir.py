@@ -19,7 +19,7 @@ import yaml
 from ditty_di.io import json_value, read_json, write_json, write_text
 
 #: Statuses of `result.json` that are no failure.
-GOOD_STATUSES = ("finished", "preempted")
+GOOD_STATUSES = ("finished", "pruned", "preempted")
 
 _TEMPORARY = re.compile(r"\..+\.\d+")  # left by `ditty_di.io.replacing` when the process is killed
 _ENDING_SECONDS = 10.0
@@ -84,6 +84,11 @@ class RunDirectory:
             left |= {self._lock_file.name, "sources.json", *(file.name for file in known)}
             left |= {name for name in names if _TEMPORARY.fullmatch(name)}
         return not names - left
+
+    def sweep(self) -> Path | None:
+        """Return the folder of the sweep whose job the run is, None of a run of its own."""
+        above = self.path.parents[:4]  # hydra.sweep.subdir may have a few levels
+        return next((p for p in above if (p / "multirun.yaml").is_file()), None)
 
     def newest_step(self) -> int | None:
         """Return the step of the newest checkpoint, None without one."""

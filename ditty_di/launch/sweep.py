@@ -11,20 +11,21 @@ import shlex
 import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig, open_dict
 
 from ditty_di.cli import composing
 from ditty_di.cli.command import Command
-from ditty_di.cli.overrides import quoted, value_of
+from ditty_di.cli.overrides import argument, quoted
 from ditty_di.config import ConfigError, Graph
 from ditty_di.launch.local import visible_gpus
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
@@ -41,7 +42,7 @@ class Results(Callback):
     folder: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note the sweep's folder and the targets to import, and let trials fail.
+        """Note the sweep's folder and the targets to import.
 
         Args:
             config: the composed configuration, with Hydra's section.
@@ -51,14 +52,6 @@ class Results(Callback):
         with contextlib.suppress(ConfigError):  # each job reports what is wrong with its own
             nodes = Graph(config).nodes("task").values()
             os.environ[TARGETS] = " ".join(sorted({node.target for node in nodes}))
-        # Optuna's sweeper gives up at the first failed trial, unless the user has set a rate.
-        key, sweeper = "max_failure_rate", config.hydra.sweeper
-        if (
-            key in sweeper
-            and value_of(config.hydra.overrides.hydra, f"hydra.sweeper.{key}") is None
-        ):
-            with read_write(config):
-                sweeper[key] = 1.0
 
 
 def run(command: Command) -> int:
@@ -89,21 +82,46 @@ def run(command: Command) -> int:
 def job(command: Command) -> float | None:
     """Run the job whose configuration Hydra has composed; return its objective, None on failure.
 
-    After None both Hydra's own sweeper (which ignores it) and Optuna's (which counts the trial as
-    failed, where NaN would end the study) go on.
-
     Args:
         command: the parsed command line of the sweep.
     """
     config = HydraConfig.get()
-    return _run([_SweepJob(config, Path(config.runtime.output_dir), command)], [{}])[0]
+    objectives: list[float | None] = []
+    _run([_SweepJob(config, command)], [{}], lambda number, objective: objectives.append(objective))
+    return objectives[0]
+
+
+def hydra_section(
+    loader: ConfigLoader, config: DictConfig, index: int, typed: Sequence[str]
+) -> Any:
+    """Return Hydra's section of a job's configuration, for a launcher or sweeper.
+
+    Args:
+        loader: composes the job.
+        config: the sweep's configuration.
+        index: number of the job.
+        typed: overrides of the job.
+    """
+    composed = loader.load_sweep_config(config, list(typed))
+    with open_dict(composed):
+        composed.hydra.job.id = composed.hydra.job.num = index
+    HydraConfig.instance().set_config(composed)  # for values that refer to ${hydra:job.num}
+    return composed.hydra
+
+
+def folder_of(config: Any) -> Path:
+    """Return the folder of a job, from Hydra's section of its configuration."""
+    return Path(config.sweep.dir) / config.sweep.subdir
 
 
 class _SweepJob:
     """A job of a sweep, from Hydra's own section of its configuration."""
 
-    def __init__(self, config: Any, folder: Path, command: Command) -> None:
-        self.run_directory, self.sweep_folder = RunDirectory(folder), Path(config.sweep.dir)
+    def __init__(self, config: Any, command: Command) -> None:
+        self.run_directory, self.sweep_folder = (
+            RunDirectory(folder_of(config)),
+            Path(config.sweep.dir),
+        )
         self.overrides = list(config.overrides.task)
         folders = [option for path in command.config_dirs for option in ("--config-dir", path)]
         search = [o for o in config.overrides.hydra if o.startswith("hydra.searchpath=")]
@@ -125,22 +143,32 @@ class _SweepJob:
         return result.get("objective") if result["status"] in GOOD_STATUSES else None
 
 
-def _run(jobs: Sequence[_SweepJob], slots: Sequence[dict[str, str]]) -> list[float | None]:
-    """Run jobs, as many at once as there are slots; return their objectives.
+def _run(
+    jobs: Iterable[_SweepJob],
+    slots: Sequence[dict[str, str]],
+    ended: Callable[[int, float | None], None],
+) -> None:
+    """Run jobs, as many at once as there are slots.
+
+    Args:
+        jobs: the next one is taken when a slot is free.
+        slots: environment variables of the jobs in each slot.
+        ended: called with the position of a job and its objective as it ends.
 
     Raises:
         KeyboardInterrupt: the sweep was asked to stop.
     """
-    objectives: list[float | None] = [None] * len(jobs)
+    started: list[_SweepJob] = []
 
-    def ended(number: int, code: int) -> None:
-        objectives[number] = jobs[number].record(code)
+    def commands() -> Iterable[list[str]]:
+        for job in jobs:
+            started.append(job)
+            yield job.arguments
 
     runner = WarmJobs(slots)
-    runner.run([job.arguments for job in jobs], ended)
+    runner.run(commands(), lambda number, code: ended(number, started[number].record(code)))
     if runner.signals.first is not None:
         raise KeyboardInterrupt
-    return objectives
 
 
 class ParallelJobs(Launcher):
@@ -190,20 +218,41 @@ class ParallelJobs(Launcher):
             job_overrides: the overrides of each job.
             initial_job_idx: number of the first one.
         """
-        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
-        jobs = []
-        for index, overrides in enumerate(job_overrides, initial_job_idx):
-            config = self.loader.load_sweep_config(self.config, list(overrides))
-            with open_dict(config):
-                config.hydra.job.id = config.hydra.job.num = index
-            HydraConfig.instance().set_config(config)  # for values that refer to ${hydra:job.num}
-            sweep = config.hydra.sweep
-            jobs.append(_SweepJob(config.hydra, Path(sweep.dir) / sweep.subdir, self.command))
-        objectives = _run(jobs, self.slots)
+        objectives: dict[int, float | None] = {}
+        self.run(enumerate(job_overrides, initial_job_idx), objectives.__setitem__)
         return [
-            JobReturn(overrides=list(overrides), _return_value=value, status=JobStatus.COMPLETED)
-            for overrides, value in zip(job_overrides, objectives, strict=True)
+            JobReturn(
+                overrides=list(overrides),
+                _return_value=objectives[index],
+                status=JobStatus.COMPLETED,
+            )
+            for index, overrides in enumerate(job_overrides, initial_job_idx)
         ]
+
+    def run(
+        self,
+        jobs: Iterable[tuple[int, Sequence[str]]],
+        ended: Callable[[int, float | None], None],
+    ) -> None:
+        """Run jobs, each as soon as there is room for it.
+
+        Args:
+            jobs: number and overrides; the next one is asked for when one has ended.
+            ended: called with the number of a job and its objective (None if it failed).
+
+        Raises:
+            KeyboardInterrupt: the sweep was asked to stop.
+        """
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        numbers: list[int] = []
+
+        def composed() -> Iterable[_SweepJob]:
+            for index, typed in jobs:
+                numbers.append(index)
+                section = hydra_section(self.loader, self.config, index, typed)
+                yield _SweepJob(section, self.command)
+
+        _run(composed(), self.slots, lambda n, objective: ended(numbers[n], objective))
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
@@ -243,6 +292,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
         writer.writeheader()
         writer.writerows(rows)
     print(f"\nbest first; the same table in {folder}/results.csv and results.json")
+    print(f"as a page: python -m ditty_di task=report {argument('run', str(folder))}")
     shown = [
         c for c in columns[:-1] if c not in _OPTIONAL or any(row[c] is not None for row in rows)
     ]

@@ -13,7 +13,7 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any
@@ -54,11 +54,12 @@ class WarmJobs:
         self._running: dict[int, tuple[int, BaseProcess]] = {}  # by slot: number of the job
         self._quit = False
 
-    def run(self, commands: Sequence[Sequence[str]], ended: Callable[[int, int], None]) -> None:
+    def run(self, commands: Iterable[Sequence[str]], ended: Callable[[int, int], None]) -> None:
         """Run the commands in their order.
 
         Args:
-            commands: arguments of `python -m ditty_di`, one sequence for each job.
+            commands: arguments of `python -m ditty_di`, one sequence for each job; the next one is
+                taken when a slot is free.
             ended: called with the job's index and exit code (minus the signal's number if one
                 killed it) as each job ends.
         """
@@ -68,13 +69,17 @@ class WarmJobs:
         if method == "forkserver":
             os.environ.setdefault(*ARROW_WITHOUT_THREAD)
             context.set_forkserver_preload(["ditty_di.launch.warm_imports"])
-        waiting = list(enumerate(commands))
+        waiting = enumerate(commands)
+        more = True
         with self.signals:
             try:
-                while (waiting and not self.signals.first) or self._running:
+                while (more and not self.signals.first) or self._running:
                     for slot, env in enumerate(self.slots):
-                        if waiting and slot not in self._running and not self.signals.first:
-                            number, command = waiting.pop(0)
+                        if more and slot not in self._running and not self.signals.first:
+                            number, command = next(waiting, (0, None))
+                            if command is None:
+                                more = False
+                                break
                             process = context.Process(target=_job, args=(list(command), dict(env)))
                             _start(process)
                             self._running[slot] = number, process

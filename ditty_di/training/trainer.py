@@ -155,6 +155,7 @@ class Trainer(TitanTrainer):
         #: The last step if its values are not read yet: number, values, valid elements and rows.
         self._pending: tuple[int, StepValues, Tensor, list[int] | None] | None = None
         self.stopped: str | None = None
+        self._stop_status = "finished"
         self.callbacks = Callbacks(callbacks or {})
 
         # -- model, loss and what runs between them
@@ -302,9 +303,10 @@ class Trainer(TitanTrainer):
             restored: called on every rank once the checkpoint is loaded, or there is none.
 
         Returns:
-            status (`finished` or `preempted`), step, objective (the last validation loss, else
-            the last training loss), objective_step, skipped_steps, stopped (why `stop` was called,
-            else None), rejected_batches with processors, and the metrics' summary.
+            status (`finished`, `preempted`, or what `stop` was given), step, objective (the last
+            validation loss, else the last training loss), objective_step, skipped_steps, stopped
+            (why `stop` was called, else None), rejected_batches with processors, and the metrics'
+            summary.
         """
         self.runtime.catch_signals()
         gc_was_enabled = gc.isenabled()
@@ -346,11 +348,13 @@ class Trainer(TitanTrainer):
                 gc.enable()
             self.runtime.release_signals()
         finished = exhausted or not self.should_continue_training()
+        # Whoever was stopped at the last step has finished.
+        status = self._stop_status if super().should_continue_training() else "finished"
         if not finished and self.step and not self.objective_step and self.last_loss is not None:
             # Stopped before it validated what it learned: report its training loss.
             self.objective, self.objective_step = self.last_loss, self.step
         return {
-            "status": "finished" if finished else "preempted",
+            "status": status if finished else "preempted",
             "step": self.step,
             "objective": self.objective,
             "objective_step": self.objective_step,
@@ -425,14 +429,15 @@ class Trainer(TitanTrainer):
                 model=self.model_parts[0],
             )
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str, status: str = "finished") -> None:
         """End the training after this step, as if it had been the last.
 
         Args:
             reason: logged, and returned by `train`. All ranks must call this at the same step
                 (`runtime.any` returns whether any rank wants to).
+            status: returned by `train`; with another one than "finished" nothing is exported.
         """
-        self.stopped = reason
+        self.stopped, self._stop_status = reason, status
 
     def should_continue_training(self) -> bool:
         """Return whether steps are left and `stop` was not called."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditty_di.callbacks import Callback, EarlyStopping
+from ditty_di.callbacks import ASHA, Callback, EarlyStopping
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.data.loader import Loader
 from ditty_di.loggers import MetricsProcessor
@@ -254,6 +254,15 @@ def processing(folder: Path) -> dict[str, Any]:
     gathered: list[Any] = [None] * runtime.world_size
     torch.distributed.all_gather_object(gathered, (calls, stopped["result"]))
     out["callbacks"] = gathered
+    sweep = folder / f"sweep-{runtime.world_size}"
+    if runtime.rank == 0:  # which alone sees how others were
+        (sweep / "rungs/00000004").mkdir(parents=True)
+        (sweep / "multirun.yaml").touch()
+        (sweep / "rungs/00000004/0.json").write_text('{"loss": 0.0}')
+    asha = {"asha": ASHA(str(sweep / "1"), eta=2)}
+    pruned = trained(runtime, micro=2, callbacks=asha, max_steps=6, validator=held_out())
+    out["pruned"] = [None] * runtime.world_size
+    torch.distributed.all_gather_object(out["pruned"], pruned["result"])
     return out
 
 

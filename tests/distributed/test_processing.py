@@ -116,6 +116,12 @@ def test_early_stopping_ends_all_ranks_after_its_patience(one, two):
         assert "a on_save 6" not in calls  # there is no checkpointer
 
 
+def test_a_run_is_pruned_on_all_ranks_though_one_compares(one, two):
+    for result in [*one["pruned"], *two["pruned"]]:
+        assert (result["status"], result["step"]) == ("pruned", 4)
+        assert "not among the best 1 of 2 runs after 4 steps" in result["stopped"]
+
+
 # -- pipelines ------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import importlib.util
 import json
 import os
 import signal
@@ -139,31 +138,51 @@ def test_a_sweep_shows_one_line_a_job(folder: Folder) -> None:
     assert "rank 0 says 3" in (folder.path / "swept/0/logs/rank-0.log").read_text()
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None,
-    reason="needs the extra [optuna]",
-)
-def test_optuna_searches_an_interval_and_survives_failed_trials(folder: Folder) -> None:
+OPTUNA = (*SWEEP, "hydra/sweeper=optuna", "value=interval(0.0,1.0)")
+
+
+def test_optuna_searches_an_interval_survives_failed_trials_and_goes_on(folder: Folder) -> None:
+    pytest.importorskip("optuna", minversion="4")
     (folder.path / "conf/task/finish.yaml").write_text(
         "_target_: tests.toy_tasks.fail_above\nvalue: ${value}\nlimit: 0.5\n"
     )
-    out, _ = folder(
-        *(
-            *SWEEP,
-            "hydra/sweeper=optuna",
-            "hydra.sweeper.n_trials=5",
-            "hydra.sweeper.sampler.seed=1",
-        ),
-        "value=interval(0.0,1.0)",
-        code=1,
-    )
+    search = (*OPTUNA, *PARALLEL, "hydra.sweeper.sampler.seed=1")
+    folder(*search, "hydra.sweeper.n_trials=5", code=1)
     found = rows(folder)
-    assert len(found) == 5
+    assert sorted(row["job"] for row in found) == [str(n) for n in range(5)]
     good = [row["objective"] for row in found if row["status"] == "finished"]
     assert good == sorted(good) and 0 < len(good) < 5
-    assert "Best value" in out
-    best = (folder.path / "swept/optimization_results.yaml").read_text()
-    assert f"best_value: {good[0]}" in best
+    best = folder.path / "swept/optimization_results.yaml"
+    assert f"best_value: {good[0]}" in best.read_text()
+
+    folder(*search, "hydra.sweeper.n_trials=7", code=1)  # two more
+    again = rows(folder)
+    assert {row["job"] for row in again} - {row["job"] for row in found} == {"5", "6"}
+    assert len({row["changed"] for row in again}) == 7, "a seed must not repeat values"
+    _, err = folder(*SWEEP, "hydra/sweeper=optuna", "value=1.0,2.0", code=1)
+    assert "Its study began with others" in err
+    other = ("--multirun", "hydra.sweep.dir=other", "hydra/sweeper=optuna")
+    _, err = folder(*other, "value=1.0", code=2)
+    assert "no key has values to search" in err
+
+
+def test_a_trial_that_was_stopped_goes_on_before_new_ones_begin(folder: Folder) -> None:
+    pytest.importorskip("optuna", minversion="4")
+    task = folder.task("stopped_once", marker="${run}/marker", value="${value}")
+    folder(*OPTUNA, task, "hydra.sweeper.n_trials=1")
+    (before,) = rows(folder)
+    assert before["status"] == "preempted"
+    folder(*OPTUNA, task, "hydra.sweeper.n_trials=4")
+    assert sorted(row["job"] for row in rows(folder)) == ["0", "1", "2", "3"]
+    first = next(row for row in rows(folder) if row["job"] == "0")
+    assert (first["status"], first["overrides"]) == ("finished", before["overrides"])
+
+
+def test_a_search_ends_early_when_too_many_trials_fail(folder: Folder) -> None:
+    pytest.importorskip("optuna", minversion="4")
+    task = folder.task("fail_above", value="${value}", limit=-1)
+    _, err = folder(*OPTUNA, task, "hydra.sweeper.max_failure_rate=0.5", code=1)
+    assert "1 of 1 trials failed" in err and len(rows(folder)) == 1
 
 
 def test_a_script_without_a_guard_can_run_a_sweep(folder: Folder) -> None:
