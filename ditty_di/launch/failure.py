@@ -69,7 +69,8 @@ class Restarts:
             line = f"restart {self.count} of {self.allowed}, from {origin}: {error}"
             print(line, file=sys.stderr, flush=True)
             return True
-        failure["error"] += f"; not restarted: {why}"
+        between = "\n" if "\n" in failure["error"] else "; "
+        failure["error"] += f"{between}not restarted: {why}"
         return False
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import platform
 import socket
@@ -86,7 +87,9 @@ class Rendezvous:
             try:
                 self._handler = self._handler or self._connect()
                 info = self._handler.next_rendezvous()
-                break
+                info.store.set(f"node/{info.rank}", json.dumps(mine))
+                all_known = [info.store.get(f"node/{node}") for node in range(info.world_size)]
+                return Round(info.store, info.rank, [json.loads(known) for known in all_known])
             except rendezvous.RendezvousClosedError:
                 raise ConfigError(f"the run {self.name!r} at {self} has ended") from None
             except rendezvous.RendezvousTimeoutError as error:
@@ -94,14 +97,13 @@ class Rendezvous:
                     f"fewer than {least} machines came to {self} within "
                     f"{self.conf['join_timeout']:g} s (launcher.rdzv_conf.join_timeout)"
                 ) from error
-            except rendezvous.RendezvousError as error:
+            except (
+                RuntimeError
+            ) as error:  # no connection, or it was lost; rendezvous' errors are such
                 self._handler = None
                 if time.monotonic() > deadline:
                     raise ConfigError(f"no rendezvous at {self}: {error}") from error
                 time.sleep(1.0)
-        info.store.set(f"node/{info.rank}", json.dumps(mine))
-        known = [json.loads(info.store.get(f"node/{node}")) for node in range(info.world_size)]
-        return Round(info.store, info.rank, known)
 
     def others_wait(self) -> bool:
         """Return whether machines wait for the next round."""
@@ -109,12 +111,20 @@ class Rendezvous:
 
     def close(self) -> None:
         """End the run for machines that wait to take part."""
-        with contextlib.suppress(Exception):  # its store may have ended
-            self._handler.set_closed()
+        # It warns where its store has ended with the machine that keeps it.
+        logging.getLogger("torch.distributed.elastic.rendezvous.dynamic_rendezvous").disabled = True
+        with contextlib.suppress(Exception):
+            self._handler.shutdown()
 
     def _connect(self) -> Any:
         from torch.distributed.elastic import rendezvous
+        from torch.distributed.elastic.rendezvous import dynamic_rendezvous
         from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+        # For events that nothing records, torch 2.13 reads the source of every frame of the stack
+        # at every operation: up to a second where much is imported, and then machines that write
+        # in turns never come to an end.
+        dynamic_rendezvous.get_method_name = lambda depth=2: "unknown"
 
         def connect(is_host: bool) -> Any:
             parameters = rendezvous.RendezvousParameters(
@@ -198,8 +208,11 @@ class Round:
 
     def started(self) -> dict[str, Any]:
         """Wait for machine 0, and return what it has started."""
-        self.store.wait(["start"], _START_TIMEOUT)
-        started = self.store.get("start").decode()
+        try:
+            self.store.wait(["start"], _START_TIMEOUT)
+            started = self.store.get("start").decode()
+        except RuntimeError:  # its store has ended, or nothing came in time
+            started = _ABANDONED
         if started == _ABANDONED:
             raise ConfigError("machine 0 could not start the run; see its message there")
         return json.loads(started)

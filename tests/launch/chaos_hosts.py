@@ -1,7 +1,7 @@
 """Chaos on two hosts with one rank each: hosts are killed or cut off, and come back.
 
-The world sizes go 2 -> 1 -> 2 with each loss, and the end is compared with an undisturbed run on two
-ranks. One rank adds gradients in another order than two, so it is equal within 1e-6, not to the bit.
+The world sizes go 2 -> 1 -> 2 with each loss, and the end is compared with an undisturbed run on
+two ranks. One rank adds gradients in another order, so it is equal within 1e-6, not to the bit.
 """
 
 from __future__ import annotations
