@@ -97,9 +97,7 @@ class Rendezvous:
                     f"fewer than {least} machines came to {self} within "
                     f"{self.conf['join_timeout']:g} s (launcher.rdzv_conf.join_timeout)"
                 ) from error
-            except (
-                RuntimeError
-            ) as error:  # no connection, or it was lost; rendezvous' errors are such
+            except (rendezvous.RendezvousError, RuntimeError, OSError) as error:  # not there (yet)
                 self._handler = None
                 if time.monotonic() > deadline:
                     raise ConfigError(f"no rendezvous at {self}: {error}") from error
@@ -143,6 +141,8 @@ class Rendezvous:
             # Unless another command on this machine keeps it already.
             with contextlib.suppress(rendezvous.RendezvousConnectionError):
                 return connect(True)
+        # Where it cannot be reached, torch would print the frames of its C++ code.
+        socket.create_connection((self.host, self.port), timeout=10).close()
         return connect(False)
 
     def is_here(self) -> bool:

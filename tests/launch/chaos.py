@@ -30,6 +30,7 @@ SURVIVAL_SECONDS = 5.0
 MODULE = """
 DROPOUT, NOISE = {dropout}, {noise}
 
+import os
 import random
 import time
 import numpy as np
@@ -53,6 +54,8 @@ class Rows:
 
     def __getitem__(self, index):
         time.sleep(self.seconds)
+        while os.path.exists("hold"):
+            time.sleep(0.05)
         x = torch.randn(8, generator=torch.Generator().manual_seed(index))
         noise = NOISE * torch.rand(8) * random.random() * np.random.random()  # augmentation
         return {"input": x + noise}, x[:4].sin()
@@ -108,7 +111,7 @@ class Chaos:
         workers: int,
         seed: int,
         *,
-        group: str = "local",
+        choice: str = "local",
         launcher: str = "{nproc: 2, max_restarts: 1000}",
         random_rows: bool = True,
     ) -> None:
@@ -128,7 +131,7 @@ class Chaos:
         (folder / "mylib.py").write_text(module)
         (folder / "conf/model/chaos.yaml").write_text("_target_: mylib.Model\n")
         (folder / "conf/data/chaos.yaml").write_text(DATA.format(workers=workers))
-        text = EXPERIMENT.format(steps=steps, group=group, launcher=launcher)
+        text = EXPERIMENT.format(steps=steps, group=choice, launcher=launcher)
         (folder / "conf/experiment/chaos.yaml").write_text(text.lstrip())
 
     def start(self, *arguments: str) -> Forked:

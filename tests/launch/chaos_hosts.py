@@ -40,7 +40,7 @@ class Wild:
 
     def start(self, n: int) -> None:
         # A cut connection is noticed when a collective times out.
-        first = ("+experiment=chaos", "runtime.train_timeout=10")
+        first = ("+experiment=chaos", "+runtime.train_timeout=10")
         self.commands[n] = self.hosts.start(n, *(() if self.known() else first), "run=wild")
 
     def known(self) -> bool:
@@ -56,9 +56,12 @@ class Wild:
         deadline = time.monotonic() + seconds
         while self.chaos.step() < target and time.monotonic() < deadline:
             self.chaos.look()
-            if all(command.poll() is not None for command in self.commands.values()):
+            if self.over():
                 break
             time.sleep(0.05)
+
+    def over(self) -> bool:
+        return all(command.poll() is not None for command in self.commands.values())
 
     def lose(self, how: str, n: int) -> None:
         """Let one host have an accident, and bring it back some steps later."""
@@ -76,13 +79,21 @@ class Wild:
         if n:
             self.wait(3)  # alone
         if how == "killed":
+            hold = self.chaos.folder / "hold"  # or the run would be over while the host imports
+            hold.touch()
+            said = self.hosts.log(n).count("waiting for")
             self.start(n)
+            while (
+                self.hosts.log(n).count("waiting for") == said and self.commands[n].poll() is None
+            ):
+                time.sleep(0.05)
+            hold.unlink()
         else:
             self.hosts.link(n, "up")
         count, deadline = len(self.starts()), time.monotonic() + 120
-        while time.monotonic() < deadline and not (
-            len(self.starts()) > count and self.starts()[-1] == 2
-        ):
+        while time.monotonic() < deadline and not self.over():
+            if len(self.starts()) > count and self.starts()[-1] == 2:
+                break
             time.sleep(0.05)
 
 
@@ -103,7 +114,7 @@ def run(folder: Path, *, kills: int, steps: int, seed: int = 0) -> list[str]:
     with Hosts(2, folder) as hosts:
         launcher = LAUNCHER.format(address=hosts.address(0))
         chaos = Chaos(
-            folder, steps, 0, seed, group="torchrun", launcher=launcher, random_rows=False
+            folder, steps, 0, seed, choice="torchrun", launcher=launcher, random_rows=False
         )
         if code := chaos.start("+experiment=chaos", "run=calm", *ALONE).wait():
             return [f"the undisturbed run ended with exit code {code}; see {folder}/output.log"]
