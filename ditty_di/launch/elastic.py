@@ -23,7 +23,7 @@ from ditty_di.launch.failure import report
 from ditty_di.launch.local import Group, Local, reserved_port
 from ditty_di.launch.processes import AFTER_ERROR_SECONDS, Children
 from ditty_di.launch.rendezvous import Rendezvous, Round, watching
-from ditty_di.launch.rundir import RunDirectory
+from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
 
 
 class Torchrun(Local):
@@ -179,10 +179,11 @@ class Torchrun(Local):
         except KeyboardInterrupt as error:  # while no rank ran
             return report(run, run.interrupted(str(error) or "Ctrl-C"))
         except ConfigError as error:  # the machines did not meet again
-            if run.read_result() is None:
+            result = run.read_result()
+            if result is None:
                 return report(run, {"status": "failed", "error": f"{error}{run.resume_point()}"})
             print(error, file=sys.stderr)
-            return 1
+            return int(result["status"] not in GOOD_STATUSES)
         finally:
             self.rendezvous.close()
 
@@ -192,9 +193,13 @@ class Torchrun(Local):
             "nproc": self.ranks_here(),
             "restarts": self.restarts.count,
         }
-        found = self.rendezvous.meet(mine)
+        found = self.rendezvous.meet(mine, self._finished)
         self.restarts.count = max(known["restarts"] for known in found.known)
         return found
+
+    def _finished(self) -> bool:
+        result = self._run.read_result() if self._run else None
+        return result is not None and result["status"] == "finished"
 
     @contextmanager
     def group(self, run: RunDirectory, children: Children) -> Iterator[Group]:

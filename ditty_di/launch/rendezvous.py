@@ -63,13 +63,14 @@ class Rendezvous:
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
 
-    def meet(self, mine: dict[str, Any]) -> Round:
+    def meet(self, mine: dict[str, Any], over: Callable[[], bool]) -> Round:
         """Wait for the other machines and exchange what each knows.
 
         Where the store cannot be reached it is tried again: its machine may come (back) soon.
 
         Args:
             mine: what this machine knows; see `Round`.
+            over: returns whether the run has ended, where the store cannot say so any more.
 
         Raises:
             ConfigError: too few machines came in time, or the run has ended.
@@ -99,6 +100,8 @@ class Rendezvous:
                 ) from error
             except (rendezvous.RendezvousError, RuntimeError, OSError) as error:  # not there (yet)
                 self._handler = None
+                if over():
+                    raise ConfigError(f"the run {self.name!r} at {self} has ended") from None
                 if time.monotonic() > deadline:
                     raise ConfigError(f"no rendezvous at {self}: {error}") from error
                 time.sleep(1.0)

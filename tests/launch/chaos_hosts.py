@@ -78,18 +78,16 @@ class Wild:
             self.hosts.link(n, "down")
         if n:
             self.wait(3)  # alone
+        hold = self.chaos.folder / "hold"  # or the run would be over while the host starts
+        hold.touch()
+        said = self.hosts.log(n).count("waiting for")
         if how == "killed":
-            hold = self.chaos.folder / "hold"  # or the run would be over while the host imports
-            hold.touch()
-            said = self.hosts.log(n).count("waiting for")
             self.start(n)
-            while (
-                self.hosts.log(n).count("waiting for") == said and self.commands[n].poll() is None
-            ):
-                time.sleep(0.05)
-            hold.unlink()
         else:
             self.hosts.link(n, "up")
+        while self.hosts.log(n).count("waiting for") == said and not self.commands[n].poll():
+            time.sleep(0.05)
+        hold.unlink()
         count, deadline = len(self.starts()), time.monotonic() + 120
         while time.monotonic() < deadline and not self.over():
             if len(self.starts()) > count and self.starts()[-1] == 2:
