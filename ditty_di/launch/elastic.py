@@ -123,7 +123,8 @@ class Torchrun(Local):
         self.dry_run = dry_run
         self._run: RunDirectory | None = None
         self._round: Round | None = None
-        self._regroup = False  # the ranks here were stopped because another machine waits
+        self._regroup = False  # the ranks here were stopped because another machine waits,
+        self._lost = False  # or because another one sends no heartbeat any more
 
     def follow(self) -> int | None:
         """Meet the other machines; take part if one of them has the run directory.
@@ -211,7 +212,7 @@ class Torchrun(Local):
         """
         ask, children.signals.ask = children.signals.ask, _interrupt
         here = self._round = self._round or self._meet()
-        self._regroup = False
+        self._regroup = self._lost = False
         with reserved_port() as port:
             if here.node == 0:
                 run.join(None, alone=True)
@@ -238,16 +239,20 @@ class Torchrun(Local):
                 )
 
     def _look(self, here: Round) -> str | None:
-        """Return what has happened on other machines: `failed`, `waiting`, or None."""
+        """Return what has happened on other machines: `failed`, `waiting`, `lost`, or None."""
         if here.failed():
             return "failed"
-        return "waiting" if self.rendezvous.others_wait() else None
+        if self.rendezvous.others_wait():
+            return "waiting"
+        lost = self.rendezvous.lost(len(here.known)) and not here.ending()
+        return "lost" if lost else None
 
     def _react(self, seen: list[str], children: Children) -> float | None:
         """Return in how many seconds the ranks of this machine have to end, or None."""
         if not seen:
             return None
-        if seen[0] == "failed":
+        self._lost = seen[0] == "lost"
+        if seen[0] in ("failed", "lost"):
             return AFTER_ERROR_SECONDS
         self._regroup = True
         children.terminate()
@@ -265,6 +270,8 @@ class Torchrun(Local):
         """
         here, self._round = self._round, None
         assert here is not None
+        if failure is not None and self._lost:
+            failure = {"status": "failed", "error": f"a machine was lost; see {run}/logs"}
         try:
             if failure is not None and not here.failed() and self._regroups():
                 return None, True

@@ -30,6 +30,7 @@ _PORT = 29400  # torchrun's
 _ABANDONED = "-"  # in `start`: machine 0 could not start the run
 _START_TIMEOUT = timedelta(hours=1)  # machine 0 may be importing everything from a slow disk
 _WATCH_SECONDS = 0.5
+_UNREACHABLE_SECONDS = 15.0  # after which the other machines take this one for lost
 _END_SECONDS = 300.0  # until the ranks of all machines have ended; as torch's agent
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
@@ -109,6 +110,14 @@ class Rendezvous:
     def others_wait(self) -> bool:
         """Return whether machines wait for the next round."""
         return self._handler.num_nodes_waiting() > 0
+
+    def lost(self, machines: int) -> bool:
+        """Return whether fewer machines than in the last meeting still send their heartbeat.
+
+        Args:
+            machines: number of machines in the last meeting.
+        """
+        return len(self._handler._state_holder.state.participants) < machines
 
     def close(self) -> None:
         """End the run for machines that wait to take part."""
@@ -229,6 +238,10 @@ class Round:
         """Return whether ranks have failed on any machine."""
         return self.store.check(["failed"])
 
+    def ending(self) -> bool:
+        """Return whether the ranks of some machine have ended; it may leave before the others."""
+        return any(self.store.check([f"ended/{node}"]) for node in range(len(self.known)))
+
     def settle(
         self, failure: dict[str, Any] | None, others_wait: Callable[[], bool]
     ) -> dict[str, Any] | None:
@@ -258,16 +271,20 @@ def watching(look: Callable[[], str | None]) -> Iterator[list[str]]:
     In a thread because a store that cannot be reached answers after its timeout only.
 
     Args:
-        look: returns what has happened, or None.
+        look: returns what has happened, or None. "lost" is added where it fails for long.
     """
     seen: list[str] = []
     over = threading.Event()
 
     def watch() -> None:
+        reached = time.monotonic()
         while not seen and not over.wait(_WATCH_SECONDS):
-            with contextlib.suppress(Exception):  # the ranks may go on without the store
-                if found := look():
-                    seen.append(found)
+            try:
+                found = look()
+                reached = time.monotonic()
+            except Exception:
+                found = "lost" if time.monotonic() - reached > _UNREACHABLE_SECONDS else None
+            seen.extend([found] if found else [])
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
