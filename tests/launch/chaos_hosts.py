@@ -66,6 +66,7 @@ class Wild:
     def lose(self, how: str, n: int) -> None:
         """Let one host have an accident, and bring it back some steps later."""
         self.chaos.down()
+        count = len(self.starts())
         if how == "rank killed":  # the command lives, and starts it again
             lines = (self.chaos.wild / ".lock").read_text()
             (pid,) = re.findall(rf'"rank \d", "pid": (\d+), "host": "host{n}"', lines)[-1:]
@@ -88,7 +89,7 @@ class Wild:
         while self.hosts.log(n).count("waiting for") == said and not self.commands[n].poll():
             time.sleep(0.05)
         hold.unlink()
-        count, deadline = len(self.starts()), time.monotonic() + 120
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not self.over():
             if len(self.starts()) > count and self.starts()[-1] == 2:
                 break
