@@ -145,4 +145,4 @@ def test_a_rank_that_hangs_on_another_host_is_named(folder: Folder) -> None:
 def test_training_goes_on_without_a_host_and_with_it_again(tmp_path: Path) -> None:
     from tests.launch import chaos_hosts
 
-    assert chaos_hosts.run(tmp_path, steps=40, kills=2) == []
+    assert chaos_hosts.run(tmp_path, steps=60, kills=2) == []
