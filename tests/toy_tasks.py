@@ -129,6 +129,37 @@ def hang(on_rank: int, seconds: float) -> dict[str, Any]:
     return {}
 
 
+def flaky(how: str, starts: str, times: int = 1, on_rank: int = 1) -> dict[str, Any]:
+    """Fails at its first starts on one rank, in some way."""
+    file = Path(f"{starts}-{rank()}")
+    with file.open("a") as appended:
+        appended.write(os.environ.get("WORLD_SIZE", "1"))
+    fails = len(file.read_text()) <= times
+    if fails and how == "hang":
+        hang(on_rank, seconds=3)
+    if fails and rank() == on_rank:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        error = OSError("shard 7 is unreadable")
+        error.training_step = 3
+        raise error
+    return {"step": 3}
+
+
+def grows(starts: str, to: int) -> dict[str, Any]:
+    """Ends when asked to, as a training loop does, and by itself once there are `to` ranks."""
+    with Path(f"{starts}-{rank()}").open("a") as file:
+        file.write(os.environ["WORLD_SIZE"])
+    if int(os.environ["WORLD_SIZE"]) == to:
+        return {"step": 3}
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    deadline = time.monotonic() + 60
+    while not asked and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return {"status": "preempted" if asked else "finished", "step": 1}
+
+
 def unreachable_disk() -> None:
     time.sleep(600)
 
@@ -144,6 +175,15 @@ class Shard:
         if self.step is not None:
             error.training_step = self.step
         raise error
+
+
+class Broken:
+    """A component that no start can build."""
+
+    def __init__(self, starts: str) -> None:
+        with Path(f"{starts}-{rank()}").open("a") as file:
+            file.write(os.environ.get("WORLD_SIZE", "1"))
+        raise ValueError("rows=0: give at least one")
 
 
 def read(shard: Shard) -> dict[str, Any]:

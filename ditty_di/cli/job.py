@@ -75,6 +75,11 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     graph.check("task", "launcher")
     if "trainer" in graph.nodes("task") and (problems := ranks.problems(graph)):
         raise ConfigError(problems)
+    meeting = launcher or graph.build("launcher")
+    if follow := getattr(meeting, "follow", None):  # several machines: one makes the directory
+        launcher = meeting
+        if (code := follow()) is not None:
+            return code
     run = _directory(config, command, resumes)
     of_its_own = resumes or not command.earlier
     leaves_none = config.run is False

@@ -8,7 +8,11 @@ from ditty_di.launch.local import gpu_count
 
 def problems(graph: Graph, root: str = "trainer") -> list[Problem]:
     """Return what does not divide among the ranks that the launcher is told to start."""
-    return _problems(graph, root, _number(graph, "launcher.nproc", 0))
+    nproc, most = _number(graph, "launcher.nproc", 0), _number(graph, "launcher.max_nodes", 1)
+    for nodes in range(_number(graph, "launcher.min_nodes", most), most + 1):
+        if found := _problems(graph, root, nproc * nodes):
+            return found
+    return []
 
 
 def warnings(graph: Graph, root: str = "trainer") -> list[str]:

@@ -22,7 +22,56 @@ _INSTALLED = tuple(
 )
 _FILE = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+)', re.M)
 _WORKER = re.compile(r"^Caught \w+ in DataLoader worker process \d+\.\n", re.M)
+#: Causes of a failure beside the names of exceptions; see `describe`.
+CONFIGURATION, COMMUNICATION = "configuration", "communication"
+# A constructor may raise these for what is over at the next try: a file system, a connection.
+_PASSING = (OSError, EOFError, RuntimeError)
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? (?P<pid>[\d, ]+)\)")
+
+
+class Restarts:
+    """Decide whether ranks that failed are started again, and say so in one line.
+
+    What fails at every start is not repeated: an error of the configuration, or an exception that
+    is raised again at the same step right after a restart.
+
+    Args:
+        allowed: number of restarts, 0 for none.
+
+    Attributes:
+        count: restarts so far.
+    """
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed, self.count = allowed, 0
+        self._last: tuple[str | None, int | None] | None = None
+
+    def again(self, run: RunDirectory, failure: dict[str, Any]) -> bool:
+        """Return whether to start again; otherwise the failure's message says why not.
+
+        Args:
+            run: the run, to say where it goes on from.
+            failure: what happened.
+        """
+        if not self.allowed or failure["status"] == "interrupted":
+            return False
+        cause, happened = failure.get("cause"), (failure.get("cause"), failure.get("step"))
+        if cause == CONFIGURATION:
+            why = "it would fail again"
+        elif cause not in (None, COMMUNICATION) and happened == self._last:
+            why = "the same happened before the last restart"
+        elif self.count >= self.allowed:
+            why = f"launcher.max_restarts={self.allowed} is used up"
+        else:
+            self.count, self._last = self.count + 1, happened
+            step, error = run.newest_step(), failure["error"].splitlines()[0]
+            origin = "the start" if step is None else f"step {step}"
+            line = f"restart {self.count} of {self.allowed}, from {origin}: {error}"
+            print(line, file=sys.stderr, flush=True)
+            return True
+        between = "\n" if "\n" in failure["error"] else "; "
+        failure["error"] += f"{between}not restarted: {why}"
+        return False
 
 
 def report(run: RunDirectory, failure: dict[str, Any]) -> int:
@@ -78,7 +127,9 @@ def how_killed(before: int | None) -> str:
 
 
 def describe(error: BaseException, graph: Graph | None, rank: int, kills: str) -> dict[str, Any]:
-    """Return `status`, `error` (one message), `traceback`, and if known `step` and `node`.
+    """Return `status`, `error` (one message), `traceback`, `cause`, and if known `step`, `node`.
+
+    The cause is "configuration" for what fails at every start, or the name of the exception.
 
     Args:
         error: what the task raised; errors of the graph name the node, and keep their cause.
@@ -110,7 +161,18 @@ def describe(error: BaseException, graph: Graph | None, rank: int, kills: str) -
         message = str(error)
     else:
         message = _message(error, kills)
+    failure["cause"] = _cause(error)
     return failure | {"error": ": ".join(filter(None, (", ".join(where), message)))}
+
+
+def _cause(error: BaseException) -> str:
+    raised = error.__cause__ if isinstance(error, BuildError) else None
+    if raised is None:
+        return CONFIGURATION if isinstance(error, ConfigError) else type(error).__name__
+    in_task = isinstance(error, BuildError) and error.problems[0].key == "task"
+    if isinstance(raised, ConfigError) or not (in_task or isinstance(raised, _PASSING)):
+        return CONFIGURATION
+    return type(raised).__name__
 
 
 def _message(error: BaseException, kills: str) -> str:

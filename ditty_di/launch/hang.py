@@ -1,7 +1,8 @@
 """Find the rank that did not reach a collective, and report where it was.
 
 Each rank registers a handler (`faulthandler`) that writes its Python stack to its log on SIGUSR1;
-it answers from native code too. A rank whose collective timed out asks the others of its machine.
+it answers from native code too. A rank whose collective timed out asks the others of its machine,
+and those of other machines by touching a file in the run directory that a thread of theirs watches.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import platform
 import re
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -29,6 +31,8 @@ _COLLECTIVES = os.path.join("torch", "distributed") + os.sep
 _WRAPPERS = ("wrapper", "wait", "synchronize", "__call__")
 _WAITING_FOR_A_CHILD = ("selectors.py", "connection.py", "queues.py", "queue.py")
 _ANSWER_SECONDS = 2.0
+_WATCH_SECONDS = 1.0
+_REMOTE_ANSWER_SECONDS = 5.0  # on a shared file system a change is seen late
 _REPORTING = ("ditty_di/launch/hang.py", "ditty_di/launch/failure.py")
 
 Stack = list[tuple[str, int, str]]  # file, line, function; the innermost first
@@ -53,6 +57,58 @@ def stacks_on_signal(log: TextIO) -> Iterator[None]:
             faulthandler.disable()
 
 
+@contextmanager
+def stacks_on_request(run: RunDirectory) -> Iterator[None]:
+    """Write this rank's stacks to its log when a rank on another machine asks for them.
+
+    Args:
+        run: the run, which all machines see.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        yield  # every rank is on this machine
+        return
+    request, over = _request(run), threading.Event()
+    seen = _changed_at(request)
+
+    def watch() -> None:
+        nonlocal seen
+        while not over.wait(_WATCH_SECONDS):
+            if (now := _changed_at(request)) != seen:
+                seen = now
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=watch, daemon=True, name="stacks on request")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()  # without a handler the signal would end the process
+
+
+def _request(run: RunDirectory) -> Path:
+    return run.logs / ".stacks-wanted"
+
+
+def _changed_at(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def is_communication(error: BaseException) -> bool:
+    """Return whether an error was raised in a collective, as it is when another rank has ended.
+
+    Args:
+        error: what a rank raised.
+    """
+    chain: BaseException | None = error
+    while chain is not None and not isinstance(chain, RuntimeError):
+        chain = chain.__cause__ or chain.__context__
+    return chain is not None and _collective(error) is not None
+
+
 def diagnose(error: BaseException, run: RunDirectory, rank: int) -> dict[str, Any]:
     """Return a description of the ranks that did not reach a collective, {} for another error.
 
@@ -74,21 +130,23 @@ def diagnose(error: BaseException, run: RunDirectory, rank: int) -> dict[str, An
     hanging: dict[int, str] = {}
     waiting: dict[int, str] = {}
     pids: list[int] = []
-    for holder in run.holders():
-        role, _, number = holder["role"].partition(" ")
-        if role != "rank" or int(number) in failed:
-            continue
-        if holder["host"] != platform.node():
-            hanging[int(number)] = f"is on {holder['host']}: see its log there"
-            continue
-        stack = _stack_of(holder["pid"], run.logs / f"rank-{number}.log")
+    asked = [
+        (int(holder["role"].removeprefix("rank ")), holder)
+        for holder in run.holders()
+        if holder["role"].startswith("rank ")
+    ]
+    asked = [(number, holder) for number, holder in asked if number not in failed]
+    remote = _ask_other_machines(run, [n for n, h in asked if h["host"] != platform.node()])
+    for number, holder in asked:
+        here, host = number not in remote, holder["host"]
+        stack = _stack_of(holder["pid"], _log(run, number)) if here else remote[number]
         if any(file.endswith(_REPORTING) for file, _, _ in stack):
             continue
         if stack and _COLLECTIVES in stack[0][0]:
-            waiting[int(number)] = f"was in {stack[0][2]}{_own_line(stack)}"
+            waiting[number] = f"was in {stack[0][2]}{_own_line(stack)}"
         else:
-            hanging[int(number)] = _position(stack)
-            pids.append(holder["pid"])
+            hanging[number] = f"{'' if here else f'on {host} '}{_position(stack)}"
+            pids += [holder["pid"]] if here else []
     others = hanging or waiting
     if not others:
         return {}
@@ -133,16 +191,38 @@ def _stack_of(pid: int, log: Path) -> Stack:
     return stack
 
 
+def _ask_other_machines(run: RunDirectory, ranks: list[int]) -> dict[int, Stack]:
+    """Return the stacks of ranks on other machines, [] for one that does not answer."""
+    if not ranks:
+        return {}
+    begin = {rank: _size(_log(run, rank)) for rank in ranks}
+    deadline = time.monotonic() + _REMOTE_ANSWER_SECONDS
+    _request(run).touch()
+    return {rank: _appended(_log(run, rank), begin[rank], deadline) for rank in ranks}
+
+
 def _ask(pid: int, log: Path) -> Stack:
     """Send SIGUSR1 and read the stack that the process appends to its log."""
     if not _handles_usr1(pid):
         return []
-    begin = log.stat().st_size if log.exists() else 0
+    begin = _size(log)
     try:
         os.kill(pid, signal.SIGUSR1)
     except OSError:
         return []
-    deadline = time.monotonic() + _ANSWER_SECONDS
+    return _appended(log, begin, time.monotonic() + _ANSWER_SECONDS)
+
+
+def _log(run: RunDirectory, rank: int) -> Path:
+    return run.logs / f"rank-{rank}.log"
+
+
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
+
+
+def _appended(log: Path, begin: int, deadline: float) -> Stack:
+    """Return the main thread's stack that is appended to a log, [] if none is in time."""
     text = ""
     while time.monotonic() < deadline:
         time.sleep(0.1)

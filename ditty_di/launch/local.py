@@ -1,5 +1,7 @@
 """Ranks on this machine: one in this process, or several as child processes of this one.
 
+After a failure they may be started again, from the last checkpoint.
+
 The ranks are started by `Children` and not by torch's `elastic_launch`, which was tried against
 the tests of this folder (torch 2.13). It imports torch in the parent, answers SIGTERM and Ctrl-C
 by ending the ranks within 30 s instead of letting them save, does not end ranks whose launcher was
@@ -14,17 +16,43 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ditty_di.console import LAUNCHED
 from ditty_di.launch import worker
-from ditty_di.launch.failure import how_killed, oom_kills, report
+from ditty_di.launch.failure import Restarts, how_killed, oom_kills, report
 from ditty_di.launch.processes import Children
 from ditty_di.launch.rundir import RunDirectory
 from ditty_di.launch.signals import SIGNALS, announce
+
+
+@dataclass
+class Group:
+    """The ranks that this machine starts, among those of all machines.
+
+    Args:
+        nproc: number of ranks on this machine.
+        world_size: number of all ranks.
+        address: name and port of the store of rank 0.
+        first: the first rank on this machine.
+        node: number of this machine, of `nodes`.
+        nodes: number of machines.
+        env: further environment variables of the ranks.
+        watch: called while they run; see `ditty_di.launch.processes.Children.run`.
+    """
+
+    nproc: int
+    world_size: int
+    address: tuple[str, int]
+    first: int = 0
+    node: int = 0
+    nodes: int = 1
+    env: dict[str, str] = field(default_factory=dict)
+    watch: Callable[[], float | None] | None = None
 
 
 class Local:
@@ -40,29 +68,39 @@ class Local:
     Args:
         nproc: number of ranks; None means one for each GPU, or one without a GPU.
         grace_seconds: time in seconds that ranks may take to save after a stop signal, before they
-            are killed. Only used with several ranks; a single one runs in this process.
+            are killed. Not used where a single one runs in this process.
+        max_restarts: how often all ranks are started again from the last checkpoint after one has
+            failed. Not after a stop signal, nor where the same would happen again.
 
     Raises:
-        ValueError: `nproc` is less than one, or `grace_seconds` negative.
+        ValueError: `nproc` is less than one, or another argument negative.
     """
 
     @staticmethod
-    def validate(*, nproc: int | None = None, grace_seconds: float = 300.0) -> None:
+    def validate(
+        *, nproc: int | None = None, grace_seconds: float = 300.0, max_restarts: int = 0
+    ) -> None:
         """Check the arguments without starting anything; see the class.
 
         Args:
             nproc: number of ranks.
             grace_seconds: in seconds.
+            max_restarts: number of restarts.
         """
         if nproc is not None and nproc < 1:
             raise ValueError(f"launcher.nproc={nproc}: give the number of ranks (null: one a GPU)")
         if not grace_seconds >= 0:
             raise ValueError(f"launcher.grace_seconds={grace_seconds} must not be negative")
+        if max_restarts < 0:
+            raise ValueError(f"launcher.max_restarts={max_restarts} must not be negative")
 
-    def __init__(self, nproc: int | None = None, grace_seconds: float = 300.0) -> None:
-        self.validate(nproc=nproc, grace_seconds=grace_seconds)
+    def __init__(
+        self, nproc: int | None = None, grace_seconds: float = 300.0, max_restarts: int = 0
+    ) -> None:
+        self.validate(nproc=nproc, grace_seconds=grace_seconds, max_restarts=max_restarts)
         self.nproc = nproc
         self.grace_seconds = grace_seconds
+        self.restarts = Restarts(max_restarts)
 
     def __call__(self, run_dir: str | Path) -> int:
         """Run the ranks and return the exit code of the run.
@@ -70,29 +108,86 @@ class Local:
         Args:
             run_dir: a prepared run directory.
         """
-        nproc = self.nproc or max(gpu_count(), 1)
-        return worker.main(run_dir) if nproc == 1 else self._run_ranks(RunDirectory(run_dir), nproc)
+        if self.ranks_here() == 1 and not self.restarts.allowed:
+            return worker.main(run_dir)
+        return self.supervise(RunDirectory(run_dir))
 
-    def _run_ranks(self, run: RunDirectory, nproc: int) -> int:
+    def ranks_here(self) -> int:
+        """Return the number of ranks on this machine."""
+        return self.nproc or max(gpu_count(), 1)
+
+    def supervise(self, run: RunDirectory) -> int:
+        """Run ranks as children of this process, again after failures; return the exit code.
+
+        Args:
+            run: a prepared run directory.
+        """
+
         def ask(number: signal.Signals) -> None:
             run.stop.touch()
             announce(number)
 
         started, kills = time.time(), oom_kills()
         children = Children(ask, self.grace_seconds)
-        with _reserved_port() as port, ExitStack() as logs:
-            codes = children.run([_command(run, rank, nproc, port, logs) for rank in range(nproc)])
-        if not any(codes):
-            return 0
-        failure = self._failure(run, children, codes, kills)
-        if failure is None:  # rank 0 has written a result, and no process failed
-            return 1
-        return report(run, {"seconds": time.time() - started} | failure)
+        with children.signals:
+            while True:
+                with self.group(run, children) as group, ExitStack() as logs:
+                    commands = [_command(run, group, n, logs) for n in range(group.nproc)]
+                    codes = children.run(commands, group.watch)
+                    failure = self._failure(run, children, group, codes, kills)
+                    failure, again = self.agree(run, group, failure)
+                if again:
+                    continue
+                if failure is None or children.signals.first is not None:
+                    break
+                if not self.restarts.again(run, failure):
+                    break
+                run.forget_end()
+        more = {"restarts": self.restarts.count} if self.restarts.allowed else {}
+        if failure is not None:
+            return report(run, {"seconds": time.time() - started} | failure | more)
+        if more and group.node == 0 and (result := run.read_result()):
+            run.write_result(result | more | {"seconds": time.time() - started})
+        return int(any(codes))  # 1 if rank 0 has written a result that is not good
+
+    def group(self, run: RunDirectory, children: Children) -> AbstractContextManager[Group]:
+        """Return a context in which the ranks run.
+
+        Args:
+            run: the run directory.
+            children: what runs the ranks.
+        """
+        return self._alone()
+
+    @contextmanager
+    def _alone(self) -> Iterator[Group]:
+        nproc = self.ranks_here()
+        with reserved_port() as port:
+            yield Group(nproc, nproc, ("localhost", port))
+
+    def agree(
+        self, run: RunDirectory, group: Group, failure: dict[str, Any] | None
+    ) -> tuple[dict[str, Any] | None, bool]:
+        """Return the failure of all machines, and whether to start again without one.
+
+        Args:
+            run: the run directory.
+            group: what this machine has started.
+            failure: the failure on this machine.
+        """
+        return failure, False
 
     def _failure(
-        self, run: RunDirectory, children: Children, codes: list[int], kills: int | None
+        self,
+        run: RunDirectory,
+        children: Children,
+        group: Group,
+        codes: list[int],
+        kills: int | None,
     ) -> dict[str, Any] | None:
         """Return the failure that caused the others; None when no rank failed as a process."""
+        if not any(codes):
+            return None
         if children.quit:
             return run.interrupted("quit without saving")
         if children.overdue:
@@ -106,9 +201,9 @@ class Local:
         for error in errors:
             if error.get("hanging"):
                 return error
-        failed = [rank for rank in children.ended if codes[rank]]
-        if failed and failed[0] not in {error["rank"] for error in errors}:
-            return _unreported(run, failed[0], codes[failed[0]], kills)
+        failed = [index for index in children.ended if codes[index]]
+        if failed and group.first + failed[0] not in {error["rank"] for error in errors}:
+            return _unreported(run, group.first + failed[0], codes[failed[0]], kills)
         if errors:
             return errors[0]
         if run.read_result() is not None:
@@ -116,20 +211,20 @@ class Local:
         return {"status": "failed", "error": f"the ranks ended with exit codes {codes}"}
 
 
-def _command(
-    run: RunDirectory, rank: int, nproc: int, port: int, logs: ExitStack
-) -> dict[str, Any]:
+def _command(run: RunDirectory, group: Group, index: int, logs: ExitStack) -> dict[str, Any]:
     """Return the `Popen` arguments of a rank: rank 0 has the console, others their log file."""
-    threads = str(max((os.cpu_count() or 1) // nproc, 1))
-    env = {"OMP_NUM_THREADS": threads} | dict(os.environ)
+    rank, (host, port) = group.first + index, group.address
+    threads = str(max((os.cpu_count() or 1) // group.nproc, 1))
+    env = {"OMP_NUM_THREADS": threads} | group.env | dict(os.environ)
     env |= {
         LAUNCHED: "1",
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(nproc),
-        "LOCAL_WORLD_SIZE": str(nproc),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "localhost",
+        "LOCAL_RANK": str(index),
+        "WORLD_SIZE": str(group.world_size),
+        "LOCAL_WORLD_SIZE": str(group.nproc),
+        "GROUP_RANK": str(group.node),
+        "GROUP_WORLD_SIZE": str(group.nodes),
+        "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
     }
     log = logs.enter_context((run.logs / f"rank-{rank}.log").open("ab")) if rank else None
@@ -158,7 +253,7 @@ def _unreported(run: RunDirectory, rank: int, code: int, kills: int | None) -> d
 
 
 @contextmanager
-def _reserved_port() -> Iterator[int]:
+def reserved_port() -> Iterator[int]:
     """Yield a free port for rank 0's store.
 
     On Linux it stays reserved inside the block: bound without listening, so that the system gives

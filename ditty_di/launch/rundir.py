@@ -120,7 +120,12 @@ class RunDirectory:
         self._own()
         if (self.next / "loaded").exists():
             self.adopt()
-        for stale in (self.stop, self.result, *self.logs.glob("error-rank-*.json")):
+        self.stop.unlink(missing_ok=True)
+        self.forget_end()
+
+    def forget_end(self) -> None:
+        """Remove what an earlier start of the ranks left about its end."""
+        for stale in (self.result, *self.logs.glob("error-rank-*.json")):
             stale.unlink(missing_ok=True)
 
     def _own(self) -> None:
@@ -139,18 +144,19 @@ class RunDirectory:
             time.sleep(0.1)
         self._sign("launcher", truncate=True)
 
-    def join(self, rank: int) -> None:
+    def join(self, rank: int | None, *, alone: bool = False) -> None:
         """Share the lock with the launcher and the other ranks.
 
         Args:
-            rank: this rank.
+            rank: this rank; None for the launcher of one of several hosts.
+            alone: remove all others from the list of holders, which have ended.
 
         Raises:
             BlockingIOError: this rank's launcher has ended and another command owns the directory.
         """
         if not self._flock(fcntl.LOCK_SH):
             raise BlockingIOError(self._refusal(self.holders()))
-        self._sign(f"rank {rank}")
+        self._sign("launcher" if rank is None else f"rank {rank}", truncate=alone)
 
     def _flock(self, kind: int) -> bool:
         """Lock without waiting; return whether it worked, also where nothing can be locked."""

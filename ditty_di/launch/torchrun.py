@@ -12,6 +12,7 @@ from ditty_di.launch import parent_death, worker
 from ditty_di.launch.rundir import RunDirectory
 
 _KEY = "ditty_di/job"
+_RUN = "ditty_di/run"  # of the first start, for those after it
 #: The answer for a task without a run directory: each rank starts the command.
 _EACH = "each"
 _TIMEOUT = timedelta(hours=1)  # rank 0 may be importing everything from a slow disk
@@ -33,7 +34,7 @@ def run(arguments: Sequence[str], start: Callable[..., int]) -> int:
         arguments: the command line.
         start: composes a command and runs it with a launcher (`ditty_di.__main__.start`).
     """
-    from torch.distributed import rendezvous
+    from torch.distributed import PrefixStore, rendezvous
 
     if "TORCHELASTIC_RUN_ID" in os.environ:  # its main thread starts the ranks
         parent_death.die_with_parent_thread()
@@ -45,7 +46,13 @@ def run(arguments: Sequence[str], start: Callable[..., int]) -> int:
             return start(arguments, worker.main)
         return int(answer) if answer.isdigit() else worker.main(answer)
 
+    # Unlike `store` it is the same after a restart by torchrun, which goes on in the same run.
+    lasting = store.underlying_store if isinstance(store, PrefixStore) else store
+    if lasting.check([_RUN]) and RunDirectory(path := lasting.get(_RUN).decode()).is_run():
+        arguments = [a for a in arguments if not a.startswith("run=")] + [f"run={path}"]
+
     def launch(run_dir: str) -> int:
+        lasting.set(_RUN, run_dir)
         # A temporary directory is on this machine alone.
         store.set(_KEY, _EACH if RunDirectory(run_dir).is_temporary() else run_dir)
         return worker.main(run_dir)

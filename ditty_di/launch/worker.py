@@ -19,7 +19,14 @@ from typing import Any
 from ditty_di.config import Graph
 from ditty_di.console import LAUNCHED, Console, quiet_imports
 from ditty_di.launch import hang, parent_death, signals
-from ditty_di.launch.failure import describe, exit_code, how_killed, oom_kills, report
+from ditty_di.launch.failure import (
+    COMMUNICATION,
+    describe,
+    exit_code,
+    how_killed,
+    oom_kills,
+    report,
+)
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
 
 _rank_ran = False
@@ -51,7 +58,11 @@ def main(run_dir: str | Path) -> int:
     if "WORLD_SIZE" not in os.environ:
         handlers.install()  # one of several ranks ends by the signal: it may wait in native code
     try:
-        with Console(log, show=rank == 0) as console, hang.stacks_on_signal(console.log):
+        with (
+            Console(log, show=rank == 0) as console,
+            hang.stacks_on_signal(console.log),
+            hang.stacks_on_request(run),
+        ):
             try:
                 run.join(rank)
                 graph = Graph.load(run.to_build)
@@ -67,10 +78,12 @@ def main(run_dir: str | Path) -> int:
                 console.log_only(failure["traceback"])
                 if failure["status"] == "interrupted":
                     failure["error"] += run.resume_point()
-                elif found := hang.diagnose(error, run, rank):
-                    if "step" in failure:
-                        found["error"] = f"step {failure['step']}: {found['error']}"
-                    failure |= found
+                elif hang.is_communication(error):
+                    failure["cause"] = COMMUNICATION
+                    if found := hang.diagnose(error, run, rank):
+                        if "step" in failure:
+                            found["error"] = f"step {failure['step']}: {found['error']}"
+                        failure |= found
             else:
                 if rank == 0:
                     run.write_result(result | {"seconds": time.time() - started})

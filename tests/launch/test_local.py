@@ -196,6 +196,85 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_is(folder: Folder) -
     assert result(folder.path / "mine")["hanging"] == [1]
 
 
+# -- restarts -------------------------------------------------------------------------------------
+
+
+def starts(run: Path) -> list[str]:
+    """For each rank the world sizes that it was started with, one digit each."""
+    return [file.read_text() for file in sorted(run.glob("starts-*"))]
+
+
+@pytest.mark.parametrize(("nproc", "allowed", "code"), [(2, 2, 0), (1, 2, 0), (2, 1, 1)])
+def test_after_a_rank_was_killed_all_start_again(
+    folder: Folder, nproc: int, allowed: int, code: int
+) -> None:
+    task = folder.task("flaky", how="kill", times=2, starts="${run}/starts", on_rank=nproc - 1)
+    options = (f"launcher.nproc={nproc}", f"launcher.max_restarts={allowed}", "run=mine")
+    _, err = folder(task, *options, code=code)
+    said = result(folder.path / "mine")
+    assert starts(folder.path / "mine") == [str(nproc) * (allowed + 1)] * nproc
+    lines = [line for line in err.splitlines() if line.startswith("restart ")]
+    killed = f"rank {nproc - 1} was killed (SIGKILL"
+    assert [line.split(": ")[0] for line in lines] == [
+        f"restart {n + 1} of {allowed}, from the start" for n in range(allowed)
+    ]
+    assert all(killed in line for line in lines) and said["restarts"] == allowed
+    if code:
+        assert (said["status"], said["rank"]) == ("failed", 1)
+        assert said["error"].endswith("; not restarted: launcher.max_restarts=1 is used up")
+    else:
+        assert said["status"] == "finished"
+
+
+def test_an_exception_at_the_same_step_again_is_not_repeated(folder: Folder) -> None:
+    task = folder.task("flaky", how="raise", times=9, starts="${run}/starts")
+    _, err = folder(task, TWO, "launcher.max_restarts=5", "run=mine", code=1)
+    assert "restart 1 of 5, from the start: rank 1, step 3: " in err
+    assert "shard 7 is unreadable (" in err and "the same happened before the last restart" in err
+    assert starts(folder.path / "mine")[1] == "22" and "restart 2" not in err
+    assert result(folder.path / "mine")["restarts"] == 1
+
+
+def test_what_cannot_be_built_is_not_started_again(folder: Folder) -> None:
+    folder.write(
+        "conf/task/broken.yaml",
+        """
+        _target_: tests.toy_tasks.read
+        shard: {_target_: tests.toy_tasks.Broken, starts: "${run}/starts"}
+        """,
+    )
+    _, err = folder("task=broken", TWO, "launcher.max_restarts=5", "run=mine", code=1)
+    assert "rows=0: give at least one\n" in err and "\nnot restarted: it would fail again" in err
+    assert set(starts(folder.path / "mine")) == {"2"} and "restart 1" not in err
+
+
+@pytest.mark.parametrize("everyone", [False, True])
+def test_what_was_asked_to_stop_is_not_started_again(folder: Folder, everyone: bool) -> None:
+    task = "never_stops" if everyone else "until_asked"
+    options = (folder.task(task, ready="${run}/ready"), TWO, "launcher.max_restarts=5", "run=mine")
+    process = folder.start(*options)
+    mine = folder.path / "mine"
+    wait_for(mine / "ready-0", mine / "ready-1", process=process)
+    time.sleep(0.2)
+    for pid in (process.pid, *pids(mine, 0, 1)):
+        os.kill(pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == (130 if everyone else 0), err
+    said = result(mine)
+    assert said["status"] == ("interrupted" if everyone else "preempted")
+    assert said["restarts"] == 0 and "restart 1" not in err
+
+
+def test_after_a_hung_collective_all_start_again(folder: Folder) -> None:
+    task = folder.task("flaky", how="hang", starts="${run}/starts")
+    _, err = folder(task, TWO, "launcher.max_restarts=1", "run=mine")
+    assert "restart 1 of 1, from the start: rank 1 did not reach the all_reduce that rank 0" in err
+    mine = folder.path / "mine"
+    assert starts(mine) == ["22", "22"] and result(mine)["restarts"] == 1
+    assert "unreachable_disk" in (mine / "logs/rank-1.log").read_text()
+    assert "all_reduce" in (mine / "logs/rank-0.log").read_text()
+
+
 def test_without_the_kernels_help_a_pipe_tells_that_the_parent_has_ended(tmp_path: Path) -> None:
     child = (
         "import time, pathlib, os; from ditty_di.launch import parent_death as p;"

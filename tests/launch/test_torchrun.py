@@ -54,3 +54,12 @@ def test_of_a_task_that_leaves_no_run_each_rank_starts_the_command(folder: Folde
     torchrun(folder, "task=sign")
     assert {p.name for p in folder.path.glob("signed-*")} == {"signed-by-0", "signed-by-1"}
     assert not (folder.path / "outputs").exists()
+
+
+def test_a_restart_by_torchrun_goes_on_in_the_same_run(folder: Folder) -> None:
+    task = folder.task("flaky", how="raise", starts="${run}/starts")
+    command = ("--max-restarts", "1", *TORCHRUN, task)
+    folder(*command, module="torch.distributed.run")
+    run = folder.run()  # one, although the second start would have made its own
+    assert [file.read_text() for file in sorted(run.glob("starts-*"))] == ["22", "22"]
+    assert result(run)["status"] == "finished"
