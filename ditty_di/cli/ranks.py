@@ -1,4 +1,4 @@
-"""Check that rows per step and the parallel layout divide among the ranks of this machine."""
+"""Check that rows per step and the parallel layout divide among the ranks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from ditty_di.launch.local import gpu_count
 
 def problems(graph: Graph, root: str = "trainer") -> list[Problem]:
     """Return what does not divide among the ranks that the launcher is told to start."""
-    nproc, most = _number(graph, "launcher.nproc", 0), _number(graph, "launcher.max_nodes", 1)
-    for nodes in range(_number(graph, "launcher.min_nodes", most), most + 1):
-        if found := _problems(graph, root, nproc * nodes):
-            return found
-    return []
+    each = (_problems(graph, root, ranks) for ranks in _world_sizes(graph))
+    return next(filter(None, each), [])
 
 
 def warnings(graph: Graph, root: str = "trainer") -> list[str]:
@@ -25,6 +22,14 @@ def warnings(graph: Graph, root: str = "trainer") -> list[str]:
     ranks = max(gpu_count(), 1)
     here = f"launcher.nproc=null is {ranks} rank{'s' * (ranks > 1)} on this machine: "
     return [f"{here}{problem.message}" for problem in _problems(graph, root, ranks)]
+
+
+def _world_sizes(graph: Graph) -> list[int]:
+    """Return the numbers of ranks that the launcher may start; empty if it does not say."""
+    nproc = _number(graph, "launcher.nproc", 0)
+    most = _number(graph, "launcher.max_nodes", _number(graph, "launcher.nodes", 1))
+    least = _number(graph, "launcher.min_nodes", most)
+    return [nproc * nodes for nodes in range(least, most + 1)] if nproc >= 1 else []
 
 
 def _number(graph: Graph, key: str, default: int) -> int:
@@ -41,8 +46,8 @@ def known_degrees(graph: Graph, root: str = "trainer") -> dict[str, int]:
     Raises:
         ValueError: the degrees do not use all ranks.
     """
-    nproc = _number(graph, "launcher.nproc", 0)
-    return _degrees(graph, root, nproc) if nproc >= 1 and root in graph else {}
+    sizes = _world_sizes(graph) if root in graph else []
+    return _degrees(graph, root, sizes[0]) if len(sizes) == 1 else {}
 
 
 def _degrees(graph: Graph, root: str, nproc: int) -> dict[str, int]:
