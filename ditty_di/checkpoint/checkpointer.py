@@ -339,7 +339,9 @@ class Checkpointer:
         folders.remove_leftovers(self.folder)
         if self._mirror is not None:
             here = folders.whole(self.folder, self._damaged)
-            self._mirror.fetch_newer(max(here, default=None), self._damaged_there)
+            newest = max(here, default=None)
+            if (fetched := self._mirror.fetch_newer(newest, self._damaged_there)) is not None:
+                self._damaged.pop(fetched, None)
         path = folders.latest(self.folder, self._damaged)
         return None if path is None else Checkpoint(path)
 

@@ -109,7 +109,8 @@ class Checkpoint:
             pass_over_damaged(newest, problem, damaged)
         problem = "holds no whole checkpoint" if path.is_dir() else "is not a folder"
         raise CheckpointError(
-            f"{path} {problem}; give a folder with step-00000100/ and so on in it, or one of those"
+            f"{path} {problem}; give a folder with step-00000100/ and so on in it, one of those, "
+            f"or the URL of either, as of checkpoint.mirror"
         )
 
     @property

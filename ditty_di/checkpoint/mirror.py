@@ -11,7 +11,7 @@ from threading import Condition, RLock, Thread
 from ditty_di.checkpoint import folder as folders
 from ditty_di.checkpoint.folder import Checkpoint
 from ditty_di.checkpoint.manifest import MANIFEST, CheckpointError
-from ditty_di.checkpoint.remote import RemoteCheckpoint, RemoteFolder, patiently
+from ditty_di.checkpoint.remote import UPLOADING, RemoteCheckpoint, RemoteFolder, patiently
 from ditty_di.checkpoint.retention import Retention
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Mirror:
         self.folder, self.remote, self.keep, self.damaged = folder, RemoteFolder(url), keep, damaged
         self.lock = RLock()
         self.sending: Path | None = None
+        self._written: Path | None = None
         self._changed = Condition()
         self._asked = self._done = self._failures = 0
         self._problem: str | None = None
@@ -55,9 +56,14 @@ class Mirror:
 
     # -- sending ------------------------------------------------------------------------------
 
-    def sync(self) -> None:
-        """Send, in the background, what the remote folder lacks."""
+    def sync(self, written: Path | None = None) -> None:
+        """Send, in the background, what the remote folder lacks.
+
+        Args:
+            written: the checkpoint that was just written, which counts as the newest.
+        """
         with self._changed:
+            self._written = written or self._written
             self._asked += 1
             self._closing = False
             self._changed.notify_all()
@@ -148,6 +154,9 @@ class Mirror:
                 whole = self.remote.whole()
         finally:
             self.sending = None
+        for found in whole.values():
+            if UPLOADING in found.files:  # of an upload that was killed at its end
+                self.remote.remove({UPLOADING: found.files[UPLOADING]})
         self._prune(whole)
 
     def _next(self, whole: dict[int, RemoteCheckpoint]) -> Checkpoint | None:
@@ -168,6 +177,10 @@ class Mirror:
             return
         objectives = {step: found.manifest.objective for step, found in whole.items()}
         with self.lock:
+            if self._written is not None:  # now that none is being sent
+                folders.prune(
+                    self.folder, keep=self.keep, relied_on=self._written, damaged=self.damaged
+                )
             here = folders.whole(self.folder, self.damaged).keys()
         kept = self.keep.kept(objectives) | here
         for step, files in self.remote.found().items():
@@ -180,13 +193,18 @@ class Mirror:
 
     # -- fetching -----------------------------------------------------------------------------
 
-    def fetch_newer(self, newest: int | None, damaged: dict[str, str]) -> None:
+    def fetch_newer(self, newest: int | None, damaged: dict[str, str]) -> Path | None:
         """Fetch the newest remote checkpoint into the folder, if it is newer than what is there.
+
+        It takes the place of a damaged one of its step.
 
         Args:
             newest: step of the newest whole checkpoint in the folder; None without any.
             damaged: remote checkpoints to pass over, and why; those that turn out to be damaged
                 are added.
+
+        Returns:
+            The path of what was fetched; None if nothing was.
 
         Raises:
             CheckpointError: there is nothing else to go on from, and the store cannot be read, or
@@ -198,12 +216,11 @@ class Mirror:
             whole = patiently(lambda: self.remote.whole(found, problems))
             for step, checkpoint in sorted(whole.items(), reverse=True):
                 if newest is not None and step <= newest:
-                    return
+                    return None
                 if checkpoint.url in damaged:
                     continue
                 try:
-                    self._fetch(step, checkpoint)
-                    return
+                    return self._fetch(step, checkpoint)
                 except CheckpointError as error:
                     log.warning("passing over a checkpoint that is damaged: %s", error)
                     damaged[checkpoint.url] = str(error)
@@ -222,7 +239,7 @@ class Mirror:
                 self.remote.url,
                 error,
             )
-            return
+            return None
         # One without a manifest is an upload that was cut short, and no reason to stop.
         lost = [*damaged.values(), *(p for step, p in problems.items() if MANIFEST in found[step])]
         if newest is None and lost:
@@ -230,9 +247,10 @@ class Mirror:
                 f"no checkpoint is whole: {lost[0]}; remove it to start anew, or give another "
                 f"checkpoint.mirror"
             )
+        return None
 
-    def _fetch(self, step: int, checkpoint: RemoteCheckpoint) -> None:
+    def _fetch(self, step: int, checkpoint: RemoteCheckpoint) -> Path:
         log.info("fetching %s, which is newer than what %s has", checkpoint.url, self.folder)
         temporary = folders.start_saving(self.folder, step)
         checkpoint.fetch(temporary)
-        folders.rename(temporary, self.folder, step)
+        return folders.rename(temporary, self.folder, step)

@@ -31,7 +31,14 @@ from ditty_di.checkpoint.manifest import (
 )
 from ditty_di.checkpoint.retention import BEST, best_step
 from ditty_di.data.cache import build_once, cache_folder, fingerprint
-from ditty_di.data.remote import RemoteFile, explained, filesystem, is_url, listed
+from ditty_di.data.remote import (
+    RemoteFile,
+    explained,
+    filesystem,
+    has_wildcard,
+    is_url,
+    listed,
+)
 from ditty_di.io import fsync_tree
 
 log = logging.getLogger(__name__)
@@ -250,7 +257,7 @@ def _read_manifest(file: RemoteFile) -> Manifest:
     return _parsed(file) if file.version else Manifest.parse(file.read_bytes())
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=1024)
 def _parsed(file: RemoteFile) -> Manifest:
     return Manifest.parse(file.read_bytes())
 
@@ -353,7 +360,7 @@ def require_url(key: str, url: str) -> str | None:
         key: its key in the configuration, for the message.
         url: the URL.
     """
-    if not is_url(url):
+    if not is_url(url) or has_wildcard(url):
         return f"{key}={url}: write the URL of a folder, such as s3://bucket/runs/mine"
     try:
         with explained(url):

@@ -138,4 +138,4 @@ class Writer:
                     in_use=mirror.sending if mirror else None,
                 )
         if mirror:
-            mirror.sync()
+            mirror.sync(checkpoint)

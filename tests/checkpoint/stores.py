@@ -73,6 +73,7 @@ class Proxy(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: Proxy
+    protocol_version = "HTTP/1.1"  # clients expect "100 Continue" before they send a file
 
     def _pass_on(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

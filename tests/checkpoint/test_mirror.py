@@ -106,8 +106,10 @@ def test_a_bucket_is_not_made(s3, tmp_path, monkeypatch, caplog):
     box, checkpoints = saver(tmp_path / "a", url)
     save(box, checkpoints, 1)
     checkpoints.close()
-    assert "mistyped-bucket/runs/step-00000001/uploading.json: there is no such file" in caplog.text
-    assert "lacks the newest checkpoints" in caplog.text
+    assert f"{url}: there is no such file or folder; training goes on" in caplog.text
+    assert f"{url} lacks the newest checkpoints" in caplog.text
+    with pytest.raises(CheckpointError, match=r"checkpoint.mirror: .*mistyped-bucket/runs: there"):
+        saver(tmp_path / "b", url)[1].load()
     assert not fsspec.filesystem("s3").exists("mistyped-bucket")
 
 
@@ -233,7 +235,7 @@ def proxied(s3, s3_server, monkeypatch):
     import s3fs
 
     proxy = Proxy(*s3_server.get_host_and_port())
-    config = {"read_timeout": 0.3, "connect_timeout": 0.3, "retries": {"max_attempts": 0}}
+    config = {"read_timeout": 1, "connect_timeout": 5, "retries": {"max_attempts": 0}}
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": config})
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -338,6 +340,7 @@ def test_what_is_being_sent_is_not_removed_and_a_slow_store_gets_the_newest(faul
     assert sorted(os.listdir(tmp_path / "a")) == ["step-00000001", "step-00000004"]
     goes_on.set()
     checkpoints.close()
+    assert os.listdir(tmp_path / "a") == ["step-00000004"]
     assert objects(URL) == content(tmp_path / "a")
 
 
@@ -424,7 +427,7 @@ def test_damaged_ones_alone_are_an_error_and_an_upload_that_was_cut_short_is_non
         checkpoints.load()
     fs, root = fsspec.core.url_to_fs(URL)
     fs.rm_file(f"{root}/step-00000001/{MANIFEST}")
-    assert checkpoints.load() is None
+    assert saver(tmp_path / "b")[1].load() is None
 
 
 def test_a_manifest_that_names_files_elsewhere_is_refused(faulty, tmp_path, cache):

@@ -13,6 +13,7 @@ from ditty_di.checkpoint import Checkpointer, CheckpointError, best
 from ditty_di.checkpoint.folder import MANIFEST, Checkpoint
 from ditty_di.checkpoint.retention import Retention
 from ditty_di.data import Loader
+from ditty_di.parallelize.data_parallel import shard
 from ditty_di.training import saving
 from tests.checkpoint import ranks
 from tests.checkpoint.cases import Box, checkpointer
@@ -104,6 +105,7 @@ def train(folder, validator=None, max_steps=6, **options):
         optimizer=partial(torch.optim.SGD, lr=0.01),
         dataloader=partial(Loader, [(p, p.sum().reshape(1)) for p in points], micro_batch_size=2),
         validator=validator,
+        parallelize_fn=shard,
         checkpointer=partial(
             Checkpointer, folder, **{"save_interval": None, "keep_latest_k": None} | options
         ),
