@@ -37,7 +37,7 @@ class Retention:
         if self.latest is None:
             return set(objectives)
         newest = sorted(step for step in objectives if step != relied_on)
-        if relied_on in objectives:
+        if relied_on is not None and relied_on in objectives:
             newest.append(relied_on)
         kept = set(newest[-self.latest :]) | set(self._best(objectives))
         return kept | {step for step in objectives if self.every and step % self.every == 0}

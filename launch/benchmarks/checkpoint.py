@@ -69,7 +69,7 @@ class Contenders:
 
     def __init__(self, training: Training, folder: Path) -> None:
         self.training, self.folder, self.number = training, folder, 0
-        states = {
+        states: dict[str, Any] = {
             "model": ModelState([training.model]),
             "optimizer": OptimizerState(training.optimizer),
         }

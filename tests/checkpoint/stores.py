@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         mode = self.server.mode
         if mode == "hang":
-            time.sleep(2)
+            time.sleep(1)
         if mode != "ok":
             self.send_response(500)
             self.send_header("Connection", "close")
