@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 #: Seconds before another attempt after the first failure; doubled with each, up to the second.
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0
 #: At the end of the run: seconds without a byte sent, and failures, after which it is given up.
-_PATIENCE, _LAST_ATTEMPTS = 60.0, 5
+#: A store's client may report a byte only when it has sent some hundred megabytes.
+_PATIENCE, _LAST_ATTEMPTS = 300.0, 5
 
 
 class Mirror:
