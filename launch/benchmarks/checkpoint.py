@@ -13,6 +13,7 @@ is flushed to disk, and has the SHA-256 of all.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    gc.disable()  # as the trainer does
     result = measure(options)
     print(f"{result['bytes'] / 1e9:.2f} GB, a step of {1e3 * result['step_s']:.0f} ms")
     for name, figures in result["medians"].items():
