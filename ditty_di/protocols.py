@@ -271,8 +271,11 @@ class Checkpointer(Protocol):
     def load(self) -> int | None:
         """Restore the newest whole checkpoint; return its step, or None when there is none."""
 
-    def save(self, step: int, *, force: bool = False) -> bool:
-        """Save when `step` is due, or `force`; return True when a checkpoint was started."""
+    def save(self, step: int, *, force: bool = False, objective: float | None = None) -> bool:
+        """Save when `step` is due, or `force`; return True when a checkpoint was started.
+
+        `objective` is the loss of a validation at this very step, None without one.
+        """
 
     def maybe_wait_for_staging(self) -> None:
         """Return once parameters may change under a save; called before every update."""

@@ -49,7 +49,7 @@ class Interrupted(Callback):
     def on_step_end(self, trainer):
         if trainer.step == 5:
             if dist.get_rank() == 0:
-                own = trainer.checkpointer._group
+                own = trainer.checkpointer._ranks.group
                 self.left = dist.all_reduce(torch.ones(1), group=own, async_op=True)
             raise OSError("a loader worker was killed")
 

@@ -80,8 +80,9 @@ class ModelFactory:
         raises CheckpointError or RuntimeError if the checkpoint does not fit the model.
 
         Args:
-            path: a folder of checkpoints (the newest), one of them, a safetensors file, or a folder
-                with a `model.safetensors` in it, such as a pipeline's `export`.
+            path: a folder of checkpoints (the newest), one of them, the URL of either, a
+                safetensors file, or a folder with a `model.safetensors` in it, such as a pipeline's
+                `export`.
             model_class: makes the model.
             transform: as for the class.
             peft_config: as for the class.
@@ -96,7 +97,7 @@ class ModelFactory:
             if file.is_file():
                 load_safetensors(model, file)
             else:
-                load_model(folder, model)
+                load_model(path, model)
             return model, None
 
         return cls(

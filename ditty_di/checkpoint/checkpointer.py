@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import MappingProxyType
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from ditty_di.checkpoint import folder as folders
 from ditty_di.checkpoint import space
-from ditty_di.checkpoint.folder import Checkpoint, CheckpointError, Manifest
+from ditty_di.checkpoint.folder import Checkpoint
 from ditty_di.checkpoint.load import LoadPlan
-from ditty_di.checkpoint.restricted import Reader
-from ditty_di.checkpoint.serialization import Entries, leaves, pack, shown, to_host, to_save
+from ditty_di.checkpoint.manifest import CheckpointError
+from ditty_di.checkpoint.mirror import Mirror
+from ditty_di.checkpoint.remote import require_url
+from ditty_di.checkpoint.retention import Retention
+from ditty_di.checkpoint.serialization import Entries, leaves, pack, shown, to_save
+from ditty_di.checkpoint.staging import Staging
+from ditty_di.checkpoint.together import Together, without_stacks
+from ditty_di.checkpoint.writing import Writer
+from ditty_di.data.remote import is_url
 from ditty_di.protocols import Stateful
 
 log = logging.getLogger(__name__)
@@ -44,27 +45,66 @@ class Checkpointer:
             other gets back what it saved.
         rank_states: by name; each rank's own, restored only when as many ranks load as saved.
         save_interval: steps between checkpoints; None saves only when forced.
-        keep_latest_k: number of whole checkpoints that remain; None keeps all.
+        save_every_minutes: minutes between the starts of two checkpoints, by rank 0's clock; the
+            trainer, whose ranks agree on the step, forces a save when they have passed.
+        keep_latest_k: number of the newest whole checkpoints that remain; None keeps all.
+        keep_every: steps that are multiples of it are saved, and remain for ever.
+        keep_best: number of checkpoints with the lowest objective that remain; a validated step
+            that is one of them is saved.
+        mirror: URL of a folder, of this run alone, that rank 0 copies the checkpoints to in the
+            background, and that a checkpoint is fetched from if it is newer than all in `folder`.
         async_save: write in the background, from a copy in host memory.
         load: state names that are not to be restored, as `{"optimizer": False}`.
 
     Raises:
-        ValueError: `save_interval` or `keep_latest_k` below 1, or state names that collide.
+        ValueError: a number that is too low, a `mirror` that is not a URL or a `folder` that is
+            one, or state names that collide.
+        ImportError: the package for the protocol of `mirror` is not installed.
     """
 
     @staticmethod
-    def validate(*, save_interval: int | None = None, keep_latest_k: int | None = None) -> None:
+    def validate(
+        *,
+        folder: str | Path = "",
+        save_interval: int | None = None,
+        save_every_minutes: float | None = None,
+        keep_latest_k: int | None = None,
+        keep_every: int | None = None,
+        keep_best: int | None = None,
+        mirror: str | None = None,
+    ) -> None:
         """Check the arguments without touching anything; see the class.
 
         Args:
+            folder: the folder of checkpoints.
             save_interval: steps between checkpoints.
-            keep_latest_k: number of whole checkpoints that remain.
+            save_every_minutes: minutes between checkpoints.
+            keep_latest_k: number of the newest whole checkpoints that remain.
+            keep_every: steps that remain for ever.
+            keep_best: number of the best that remain.
+            mirror: URL of the copies.
         """
         wrong = [
             f"checkpoint.{name}={value}: use 1 or more, or null for no limit"
             for name, value in (("save_interval", save_interval), ("keep_latest_k", keep_latest_k))
             if value is not None and value < 1
         ]
+        wrong += [
+            f"checkpoint.{name}={value}: use 1 or more, or null for none"
+            for name, value in (("keep_every", keep_every), ("keep_best", keep_best))
+            if value is not None and value < 1
+        ]
+        if save_every_minutes is not None and not save_every_minutes > 0:
+            wrong.append(
+                f"checkpoint.save_every_minutes={save_every_minutes}: use more than 0, or null"
+            )
+        if is_url(folder):
+            wrong.append(
+                f"checkpoint.folder={folder}: checkpoints are written to this machine, and copied "
+                f"in the background: leave checkpoint.folder, and write checkpoint.mirror={folder}"
+            )
+        if mirror is not None and (problem := require_url("checkpoint.mirror", mirror)):
+            wrong.append(problem)
         if wrong:
             raise ValueError("\n".join(wrong))
 
@@ -75,35 +115,78 @@ class Checkpointer:
         states: Mapping[str, Stateful],
         rank_states: Mapping[str, Stateful],
         save_interval: int | None = 500,
+        save_every_minutes: float | None = None,
         keep_latest_k: int | None = 2,
+        keep_every: int | None = None,
+        keep_best: int | None = None,
+        mirror: str | None = None,
         async_save: bool = False,
         load: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
-        self.validate(save_interval=save_interval, keep_latest_k=keep_latest_k)
+        self.validate(
+            folder=folder,
+            save_interval=save_interval,
+            save_every_minutes=save_every_minutes,
+            keep_latest_k=keep_latest_k,
+            keep_every=keep_every,
+            keep_best=keep_best,
+            mirror=mirror,
+        )
         names = [*states, *rank_states]
         if odd := [name for name in names if "." in name or names.count(name) > 1]:
             raise ValueError(f"checkpointer: state names must be unique and without dots: {odd}")
         self.folder = Path(folder).expanduser().absolute()
         self.states, self.rank_states = dict(states), dict(rank_states)
-        self.save_interval, self.keep_latest_k, self.async_save = (
-            save_interval,
-            keep_latest_k,
-            async_save,
-        )
+        self.save_interval, self.save_every_minutes = save_interval, save_every_minutes
+        self.keep = Retention(keep_latest_k, every=keep_every, best=keep_best)
+        self.async_save = async_save
         self._load = dict(load)
-        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        # Its own group: a background save must not meet the training's collectives. A large
-        # checkpoint on a slow disk may take longer than a training step ever should.
-        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-        self._own_group = self._group
-        self._rank_key = f"rank-{self._rank}"
-        self._writer: Thread | None = None
+        self._ranks = Together()
+        self._rank_key = f"rank-{self._ranks.rank}"
+        self._staging = Staging()
+        self._started: dict[int, float | None] = {}  # the newest save, with its objective
+        self._thread: Thread | None = None
         self._failure: BaseException | None = None
         self._damaged: dict[Path, str] = {}  # passed over by `load`, on rank 0
+        self._damaged_there: dict[str, str] = {}
+        self._mirror: Mirror | None = None
+        if mirror is not None and self._ranks.rank == 0:
+            self._mirror = Mirror(self.folder, mirror, keep=self.keep, damaged=self._damaged)
+        # Copying ahead from the device is for tensors on it; in the background it would also open
+        # a context on the first device.
+        self._writer = Writer(
+            self.folder,
+            self._ranks,
+            keep=self.keep,
+            damaged=self._damaged,
+            mirror=self._mirror,
+            copy_ahead=0 if async_save else 10_000_000,
+        )
 
     # -- saving -------------------------------------------------------------------------------
 
-    def save(self, step: int, *, force: bool = False) -> bool:
+    def is_due(self, step: int, objective: float | None = None) -> bool:
+        """Return whether a step has to be saved: by `save_interval`, `keep_every` or `keep_best`.
+
+        Args:
+            step: optimizer steps done.
+            objective: the loss of a validation at this very step; None, on all ranks, without one.
+        """
+        if self.save_interval is not None and not step % self.save_interval:
+            return True
+        if self.keep.best is None or objective is None or not math.isfinite(objective):
+            return self.keep.is_due(step, None, {})
+
+        def decide() -> bool:
+            found = folders.whole(self.folder, self._damaged).items()
+            saved = {s: checkpoint.manifest.objective for s, checkpoint in found}
+            return self.keep.is_due(step, objective, {**self._started, **saved})
+
+        # In the training's group: the own one may be in use by a save in the background.
+        doing = f"comparing step {step} with what is saved"
+        return bool(self._ranks.on_rank_0(doing, decide, dist.group.WORLD))
+
+    def save(self, step: int, *, force: bool = False, objective: float | None = None) -> bool:
         """Save a step that is due; return whether a checkpoint was started.
 
         With `async_save` it returns once everything is copied; errors in the background are raised
@@ -112,24 +195,27 @@ class Checkpointer:
         Args:
             step: optimizer steps done; one that is saved already is not saved again.
             force: save even if the step is not due.
+            objective: the loss of a validation at this very step, by which checkpoints are
+                compared; None without one.
 
         Raises:
             CheckpointError: nothing was saved; earlier checkpoints are as they were.
         """
-        if not force and (self.save_interval is None or step % self.save_interval):
+        if not force and not self.is_due(step, objective):
             return False
         self._wait()
         doing = f"saving step {step}"
-        if self._on_rank_0(doing, lambda: folders.is_whole(self.folder, step, self._damaged)):
+        if self._ranks.on_rank_0(doing, lambda: folders.is_whole(self.folder, step, self._damaged)):
             return False
         entries: dict[str, Entries] = {}
-        self._together(doing, lambda: entries.update(self._entries()))
+        self._ranks.do(doing, lambda: entries.update(self._entries()))
+        self._started = {step: objective if math.isfinite(objective or 0.0) else None}
         if self.async_save:
             # A daemon: a process that fails must not wait at exit for ranks that are gone.
-            self._writer = Thread(target=self._write_behind, args=(step, entries), daemon=True)
-            self._writer.start()
+            self._thread = Thread(target=self._write_behind, args=(step, entries), daemon=True)
+            self._thread.start()
         else:
-            self._write(step, entries)
+            self._writer.write(step, entries, self._started[step])
         return True
 
     def require_space(self, also: int = 0) -> None:
@@ -150,107 +236,42 @@ class Checkpointer:
                 yield from (value for _, value in leaves(state.state_dict()))
 
         # In the training's group: a rank that hangs as its states read rows is missed soon.
-        sizes = self._together(doing, lambda: self._size_of(values()), group=dist.group.WORLD)
+        sizes = self._ranks.do(
+            doing, lambda: self._writer.size_of(values()), group=dist.group.WORLD
+        )
         needed = sum(sizes) + also
-        self._on_rank_0(doing, lambda: space.require(self.folder, needed))
+        self._ranks.on_rank_0(doing, lambda: space.require(self.folder, needed))
 
     def maybe_wait_for_staging(self) -> None:
         """Return at once: `save` itself copies what training is about to change."""
 
     def close(self) -> None:
-        """Wait for a save in the background; raise its error."""
+        """Wait for a save and copies in the background; raise the error of the save."""
         try:
             self._wait()
         finally:
-            if self._own_group is not None and dist.is_initialized():
-                dist.destroy_process_group(self._own_group)  # local: waits for no other rank
-            self._group = self._own_group = None
+            if self._mirror is not None:
+                self._mirror.close()
+            self._ranks.close()
 
     def _entries(self) -> dict[str, Entries]:
         entries = {name: to_save(state.state_dict()) for name, state in self.states.items()}
         if self.async_save:
-            entries = {
-                name: {k: to_host(v) if isinstance(v, Tensor) else v for k, v in values.items()}
-                for name, values in entries.items()
-            }
+            entries = self._staging.copies(entries)
         for name, state in self.rank_states.items():
             entries[name] = {self._rank_key: pack((), state.state_dict())}
         return entries
 
-    def _size_of(self, values: Iterable[Any]) -> int:
-        return sum(space.size_of(value, first=self._rank == 0) for value in values)
-
-    def _write(self, step: int, entries: dict[str, Entries]) -> None:
-        doing, start = f"saving step {step}", time.monotonic()
-        try:
-            self._write_checkpoint(step, doing, entries)
-        except CheckpointError as error:
-            values = [value for state in entries.values() for value in state.values()]
-            needed = sum(self._together(doing, lambda: self._size_of(values)))
-            why = str(error)
-
-            def explain() -> str | None:
-                explanation = space.explained(why, self.folder, needed)
-                folders.remove_leftovers(self.folder)
-                return explanation
-
-            explanation = self._on_rank_0(doing, explain)
-            if explanation is None:
-                raise
-            raise CheckpointError(f"{doing} into {self.folder}: {explanation}") from error
-        if self._rank == 0:
-            log.info("saved step %d in %.1f s", step, time.monotonic() - start)
-
-    def _write_checkpoint(self, step: int, doing: str, entries: dict[str, Entries]) -> None:
-        temporary = self._on_rank_0(doing, lambda: folders.start_saving(self.folder, step))
-        # Copying ahead from the device is for tensors on it; in the background it would also open
-        # a context on the first device.
-        ahead = 0 if self.async_save else 10_000_000  # bytes
-        writer = FileSystemWriter(temporary, sync_files=True, per_thread_copy_ahead=ahead)
-        with _without_stacks(doing):
-            save(entries, storage_writer=writer, process_group=self._group)
-        # Each rank reads what it wrote itself: that is still in this machine's memory.
-        own = f"__{self._rank}_*"
-        of_ranks = self._together(
-            doing, lambda: {file.name: folders.digest_of(file) for file in temporary.glob(own)}
-        )
-        digests = {name: digest for one in of_ranks for name, digest in one.items()}
-        self._on_rank_0(doing, lambda: self._commit(step, temporary, digests))
-
-    def _commit(self, step: int, temporary: Path, digests: dict[str, str]) -> None:
-        metadata = Reader(temporary).read_metadata()
-        files = {path.name: path.stat().st_size for path in temporary.iterdir()}
-        written = {info.relative_path for info in metadata.storage_data.values()}
-        if unseen := sorted(written - files.keys()):
-            raise CheckpointError(
-                f"rank 0 does not see {unseen[0]}, which another rank wrote; put {self.folder} on "
-                f"a file system that all ranks share"
-            )
-        manifest = Manifest(
-            step=step,
-            world_size=self._world_size,
-            torch=torch.__version__,
-            files=files,
-            keys=sorted(metadata.state_dict_metadata),
-            digests=digests,
-        )
-        checkpoint = folders.commit(temporary, self.folder, manifest)
-        self._damaged.pop(checkpoint, None)
-        if self.keep_latest_k is not None:
-            folders.prune(
-                self.folder, keep=self.keep_latest_k, relied_on=checkpoint, damaged=self._damaged
-            )
-
     def _write_behind(self, step: int, entries: dict[str, Entries]) -> None:
         try:
-            self._write(step, entries)
+            self._writer.write(step, entries, self._started[step])
         except BaseException as error:
             self._failure = error
 
     def _wait(self) -> None:
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         if (failure := self._failure) is not None:
             self._failure = None
             raise CheckpointError(f"in the background: {failure}") from failure
@@ -265,7 +286,7 @@ class Checkpointer:
         Args:
             group: of all ranks, on the CPU.
         """
-        self._group = group
+        self._ranks.group = group
 
     def load(self) -> int | None:
         """Restore the newest whole checkpoint that rank 0 finds, and return its step.
@@ -284,15 +305,17 @@ class Checkpointer:
         doing = f"loading {checkpoint.path}"
         plan = LoadPlan(checkpoint, rank_key=self._rank_key)
         own = self._rank_states_to_load(checkpoint.manifest.world_size)
-        self._together(doing, lambda: plan.prepare(self._wanted(self.states), own))
-        if unclaimed := plan.unclaimed(self._group):
+        self._ranks.do(doing, lambda: plan.prepare(self._wanted(self.states), own))
+        if unclaimed := plan.unclaimed(self._ranks.group):
             problem = f"the checkpoint has what this run does not: {shown(unclaimed)}"
             raise CheckpointError(f"{doing}: {problem}")
-        with _without_stacks(doing, "; move it away to go on from the one before"):
-            checkpoint.read(plan.targets, group=self._group)
-        self._together(doing, plan.restore)
-        if self._rank == 0:
+        with without_stacks(doing, "; move it away to go on from the one before"):
+            checkpoint.read(plan.targets, group=self._ranks.group)
+        self._ranks.do(doing, plan.restore)
+        if self._ranks.rank == 0:
             log.info("loaded %s in %.1f s", checkpoint.path, time.monotonic() - start)
+        if self._mirror is not None:
+            self._mirror.sync()  # the rest of uploads that were cut short
         return checkpoint.step
 
     def _newest_undamaged(self) -> Checkpoint | None:
@@ -301,19 +324,24 @@ class Checkpointer:
         The ranks share the files among them, so that each is read once for its digest.
         """
         doing = f"looking for checkpoints in {self.folder}"
-        while (found := self._on_rank_0(doing, self._newest)) is not None:
+        while (found := self._ranks.on_rank_0(doing, self._newest)) is not None:
             checkpoint: Checkpoint = found
-            mine = sorted(checkpoint.manifest.digests)[self._rank :: self._world_size]
-            problems = self._together(doing, partial(checkpoint.damage, mine))
+            mine = sorted(checkpoint.manifest.digests)[self._ranks.rank :: self._ranks.world_size]
+            problems = self._ranks.do(doing, partial(checkpoint.damage, mine))
             problem = next(filter(None, problems), None)
             if problem is None:
                 return checkpoint
-            if self._rank == 0:
+            if self._ranks.rank == 0:
                 folders.pass_over_damaged(checkpoint.path, problem, self._damaged)
         return None
 
     def _newest(self) -> Checkpoint | None:
         folders.remove_leftovers(self.folder)
+        if self._mirror is not None:
+            here = folders.whole(self.folder, self._damaged)
+            newest = max(here, default=None)
+            if (fetched := self._mirror.fetch_newer(newest, self._damaged_there)) is not None:
+                self._damaged.pop(fetched, None)
         path = folders.latest(self.folder, self._damaged)
         return None if path is None else Checkpoint(path)
 
@@ -322,71 +350,13 @@ class Checkpointer:
 
     def _rank_states_to_load(self, world_size: int) -> dict[str, Stateful]:
         wanted = self._wanted(self.rank_states)
-        if world_size == self._world_size:
+        if world_size == self._ranks.world_size:
             return wanted
-        if wanted and self._rank == 0:
+        if wanted and self._ranks.rank == 0:
             log.warning(
                 "%s: saved by %d ranks and loaded by %d, so each rank keeps its own as it is",
                 ", ".join(wanted),
                 world_size,
-                self._world_size,
+                self._ranks.world_size,
             )
         return {}
-
-    # -- ranks together -----------------------------------------------------------------------
-
-    def _on_rank_0(self, doing: str, do: Callable[[], Any]) -> Any:
-        """Call `do` on rank 0 and return its result on every rank."""
-        return self._together(doing, do if self._rank == 0 else lambda: None)[0]
-
-    def _together(self, doing: str, do: Callable[[], Any], group: Any = None) -> list[Any]:
-        """Call `do` on every rank and return the results of all.
-
-        Args:
-            doing: for messages.
-            do: called on this rank.
-            group: process group; None is the checkpointer's own.
-
-        Raises:
-            CheckpointError: on every rank, when it failed on any.
-        """
-        result, problem, cause = None, None, None
-        try:
-            result = do()
-        except Exception as error:
-            cause, problem = error, _described(error)
-        outcomes: list[Any] = [None] * self._world_size
-        dist.all_gather_object(outcomes, (result, problem), group=group or self._group)
-        problems = {rank: p for rank, (_, p) in enumerate(outcomes) if p is not None}
-        if problems:
-            raise CheckpointError(f"{doing}: {_by_rank(problems)}") from cause
-        return [result for result, _ in outcomes]
-
-
-@contextmanager
-def _without_stacks(doing: str, hint: str = "") -> Iterator[None]:
-    """Shorten torch's error, which has the stacks of every rank that failed, to their messages."""
-    try:
-        yield
-    except CheckpointException as error:
-        problems = {rank: _described(e) for rank, (e, _) in error.failures.items()}
-        raise CheckpointError(f"{doing}: {_by_rank(problems)}{hint}") from error
-
-
-def _described(error: BaseException) -> str:
-    if isinstance(error, CheckpointError | ValueError):
-        return str(error)
-    first_line = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first_line[:200]}"
-
-
-def _by_rank(problems: Mapping[int, str]) -> str:
-    """Return the problems, each once, with the ranks that have it."""
-    ranks: dict[str, list[int]] = {}
-    for rank, problem in problems.items():
-        ranks.setdefault(problem, []).append(rank)
-    parts = []
-    for problem, (first, *others) in ranks.items():
-        more = f" and {len(others)} more" if others else ""
-        parts.append(f"rank {first}{more}: {problem}")
-    return "; ".join(parts)

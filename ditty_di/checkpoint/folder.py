@@ -12,17 +12,14 @@ leaves whole checkpoints and leftovers with a leading dot.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import warnings
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,46 +29,24 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from ditty_di.checkpoint import remote
+from ditty_di.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    digest_of,
+    folder_name,
+    step_of,
+)
 from ditty_di.checkpoint.restricted import Planner, Reader
+from ditty_di.checkpoint.retention import BEST, Retention, best_step
+from ditty_di.data.remote import is_url
 from ditty_di.io import fsync
 
 log = logging.getLogger(__name__)
 
-MANIFEST, METADATA = "manifest.json", ".metadata"
-_NAME = re.compile(r"step-(\d{8,})")
+METADATA = ".metadata"
 _SAVING, _DELETING = ".saving-", ".deleting-"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, found or read; every rank raises it."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Description of a whole checkpoint.
-
-    Args:
-        step: optimizer steps done.
-        world_size: number of ranks that saved it.
-        torch: version of torch that wrote it.
-        files: name and size in bytes of every other file.
-        keys: entries, `<state>.<key>`.
-        digests: SHA-256 of every other file, by name; empty in checkpoints of earlier versions.
-        digest: SHA-256 of the manifest itself without this field; empty if `digests` is.
-    """
-
-    step: int
-    world_size: int
-    torch: str
-    files: dict[str, int]
-    keys: list[str]
-    digests: dict[str, str] = field(default_factory=dict)
-    digest: str = ""
-
-    def own_digest(self) -> str:
-        """Return the SHA-256 of the manifest without its field `digest`."""
-        content = json.dumps(asdict(replace(self, digest="")), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
 
 
 class Checkpoint:
@@ -88,18 +63,15 @@ class Checkpoint:
         self.path = Path(path)
         file = self.path / MANIFEST
         try:
-            content: Any = json.loads(file.read_bytes())
+            self.manifest = Manifest.parse(file.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             problem = f"has no {MANIFEST}" if self.path.is_dir() else "is not a folder"
             raise CheckpointError(f"{self.path} {problem}") from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
-        try:
-            self.manifest = Manifest(**content)
-            sizes, _ = self.manifest.files.items(), self.manifest.digests.items()
         except (TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} is not a manifest: {error}") from error
-        for name, size in sizes:
+        for name, size in self.manifest.files.items():
             try:
                 found = (self.path / name).stat().st_size
             except OSError as error:
@@ -112,12 +84,18 @@ class Checkpoint:
         """Open a checkpoint, or the newest undamaged one in a folder of checkpoints.
 
         Args:
-            path: a checkpoint's folder (`.../step-00000100`), or a folder of them.
+            path: a checkpoint's folder (`.../step-00000100`), or a folder of them; `FOLDER/best` is
+                the one with the lowest objective. The same as a URL (`s3://bucket/checkpoints`):
+                it is fetched into the cache of this machine.
 
         Raises:
             CheckpointError: there is no whole checkpoint, or the one given is damaged.
         """
+        if is_url(path):
+            return cls(remote.cached(str(path)))
         path = Path(path).expanduser()
+        if path.name == BEST and not path.exists():
+            path = best(path.parent)
         if (path / MANIFEST).exists():
             checkpoint = cls(path)
             if problem := checkpoint.damage():
@@ -131,7 +109,8 @@ class Checkpoint:
             pass_over_damaged(newest, problem, damaged)
         problem = "holds no whole checkpoint" if path.is_dir() else "is not a folder"
         raise CheckpointError(
-            f"{path} {problem}; give a folder with step-00000100/ and so on in it, or one of those"
+            f"{path} {problem}; give a folder with step-00000100/ and so on in it, one of those, "
+            f"or the URL of either, as of checkpoint.mirror"
         )
 
     @property
@@ -196,22 +175,6 @@ class Checkpoint:
             )
 
 
-def digest_of(file: Path) -> str:
-    """Return the SHA-256 of a file; a file that did not change is read once per process.
-
-    Args:
-        file: its path.
-    """
-    status = file.stat()
-    return _digest_of(file, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _digest_of(file: Path, size: int, modified: int) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def pass_over_damaged(checkpoint: Path, problem: str, damaged: dict[Path, str]) -> None:
     """Log and note that a checkpoint is damaged.
 
@@ -234,7 +197,13 @@ def latest(folder: str | Path, damaged: Mapping[Path, str] = MappingProxyType({}
     Raises:
         CheckpointError: there are checkpoints but none is whole. A crashed save does not leave
             that, and starting anew would throw the training away.
+        ValueError: the folder is a URL.
     """
+    if is_url(folder):
+        raise ValueError(
+            f"latest({folder}) looks at folders of this machine; Checkpoint.find({str(folder)!r}) "
+            f"fetches the newest checkpoint there and has its step and path"
+        )
     first_problem: str | None = None
     for path in reversed(_named(Path(folder))):
         problem = damaged.get(path)
@@ -249,6 +218,21 @@ def latest(folder: str | Path, damaged: Mapping[Path, str] = MappingProxyType({}
     return None
 
 
+def best(folder: str | Path) -> Path:
+    """Return the whole checkpoint with the lowest objective; of equal ones the earliest.
+
+    Args:
+        folder: the folder of checkpoints.
+
+    Raises:
+        CheckpointError: no checkpoint was saved at a step that was validated.
+    """
+    objectives = {
+        step: checkpoint.manifest.objective for step, checkpoint in whole(Path(folder)).items()
+    }
+    return step_folder(Path(folder), best_step(objectives, folder))
+
+
 def step_folder(folder: Path, step: int) -> Path:
     """Return the path of a step's checkpoint.
 
@@ -256,7 +240,7 @@ def step_folder(folder: Path, step: int) -> Path:
         folder: the folder of checkpoints.
         step: optimizer steps done.
     """
-    return folder / f"step-{step:08d}"
+    return folder / folder_name(step)
 
 
 def is_whole(folder: Path, step: int, damaged: Container[Path] = ()) -> bool:
@@ -269,6 +253,21 @@ def is_whole(folder: Path, step: int, damaged: Container[Path] = ()) -> bool:
     """
     path = step_folder(folder, step)
     return path not in damaged and _incomplete(path) is None
+
+
+def whole(folder: Path, damaged: Container[Path] = ()) -> dict[int, Checkpoint]:
+    """Return the checkpoints that are complete and not damaged, by step.
+
+    Args:
+        folder: the folder of checkpoints.
+        damaged: checkpoints known to be damaged.
+    """
+    steps = [_step(path) for path in _named(folder)]
+    return {
+        step: Checkpoint(step_folder(folder, step))
+        for step in steps
+        if is_whole(folder, step, damaged)
+    }
 
 
 def start_saving(folder: Path, step: int) -> Path:
@@ -303,34 +302,66 @@ def commit(temporary: Path, folder: Path, manifest: Manifest) -> Path:
     manifest = replace(manifest, digests=digests)
     manifest = replace(manifest, digest=manifest.own_digest())
     with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file)
+        file.write(manifest.dump())
         file.flush()
         os.fsync(file.fileno())
     fsync(temporary)
-    checkpoint = step_folder(folder, manifest.step)
+    return rename(temporary, folder, manifest.step)
+
+
+def rename(temporary: Path, folder: Path, step: int) -> Path:
+    """Give a complete checkpoint, which is on disk, its name, and return its path.
+
+    Args:
+        temporary: its folder.
+        folder: the folder of checkpoints.
+        step: optimizer steps done.
+    """
+    checkpoint = step_folder(folder, step)
     if checkpoint.exists():  # incomplete or damaged, or this step would not be saved again
-        _remove(checkpoint)
+        remove(checkpoint)
     temporary.rename(checkpoint)
     fsync(folder)
     fsync(folder.parent)
     return checkpoint
 
 
-def prune(folder: Path, *, keep: int, relied_on: Path, damaged: Container[Path] = ()) -> None:
-    """Leave `keep` whole checkpoints; log what cannot be removed.
+def prune(
+    folder: Path,
+    *,
+    keep: Retention,
+    relied_on: Path,
+    damaged: Container[Path] = (),
+    in_use: Path | None = None,
+) -> None:
+    """Remove the whole checkpoints that no rule keeps; log what cannot be removed.
 
     Args:
         folder: the folder of checkpoints.
-        keep: how many remain: `relied_on` and the newest others.
-        relied_on: a checkpoint that remains whatever its step.
+        keep: which remain.
+        relied_on: a checkpoint that counts as the newest, whatever its step is.
         damaged: checkpoints that are neither counted nor removed.
+        in_use: one that is not removed now.
     """
-    others = [c for c in _named(folder) if c != relied_on and is_whole(folder, _step(c), damaged)]
-    for checkpoint in others[: max(0, len(others) - (keep - 1))]:
+    objectives = {s: found.manifest.objective for s, found in whole(folder, damaged).items()}
+    for step in sorted(objectives.keys() - keep.kept(objectives, _step(relied_on))):
+        old = step_folder(folder, step)
         try:
-            _remove(checkpoint)
+            if old != in_use:
+                remove(old)
         except OSError as error:
-            log.warning("cannot remove the old checkpoint %s: %s", checkpoint, error)
+            log.warning("cannot remove the old checkpoint %s: %s", old, error)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; its name first, as half of it must not look whole.
+
+    Args:
+        checkpoint: its folder.
+    """
+    doomed = checkpoint.with_name(f"{_DELETING}{checkpoint.name}-{secrets.token_hex(4)}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -348,7 +379,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def _named(folder: Path) -> list[Path]:
     """Return the paths with the name of a checkpoint, by step."""
-    return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), key=_step)
+    named = (path for path in folder.glob("step-*") if step_of(path.name) is not None)
+    return sorted(named, key=_step)
 
 
 def _step(checkpoint: Path) -> int:
@@ -363,10 +395,3 @@ def _incomplete(checkpoint: Path) -> str | None:
         return str(error)
     fits = step == _step(checkpoint)
     return None if fits else f"{checkpoint} holds step {step}; rename it to fit"
-
-
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; its name first, as half of it must not look whole."""
-    doomed = checkpoint.with_name(f"{_DELETING}{checkpoint.name}-{secrets.token_hex(4)}")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ditty_di.checkpoint.folder import Checkpoint, CheckpointError
+from ditty_di.checkpoint.folder import Checkpoint
+from ditty_di.checkpoint.manifest import CheckpointError
 from ditty_di.checkpoint.model_state import ModelState, base_shown, require_base
 from ditty_di.checkpoint.restricted import loads
 from ditty_di.checkpoint.serialization import shown

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ditty_di.checkpoint.restricted import loads
@@ -110,21 +109,6 @@ def insert(state_dict: dict[Any, Any], path: KeyPath, value: Any) -> None:
     for key in outer:
         state_dict = state_dict.setdefault(key, {})
     state_dict[last] = value
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """Return a copy in host memory, of a kind that can be saved as the original can.
-
-    Args:
-        tensor: a tensor made of tensors (DTensor, torchao's low-bit optimizer states) is copied
-            part by part: not every such class can be copied as a whole.
-    """
-    if not is_traceable_wrapper_subclass(tensor):
-        return tensor.detach().to("cpu", copy=True)
-    names, context = tensor.__tensor_flatten__()
-    parts = {name: getattr(tensor, name) for name in names}
-    copies = {n: to_host(part) if isinstance(part, Tensor) else part for n, part in parts.items()}
-    return type(tensor).__tensor_unflatten__(copies, context, tensor.size(), tensor.stride())
 
 
 def require_same(

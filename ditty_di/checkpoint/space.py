@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ditty_di.checkpoint.folder import CheckpointError
+from ditty_di.checkpoint.manifest import CheckpointError
 
 # ENOSPC and EDQUOT, as Python and C++ spell them, and EFBIG. torch's writer does not pass on the
 # system's message: it only reports a file that is shorter than it should be.

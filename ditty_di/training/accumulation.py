@@ -20,9 +20,9 @@ class GradientAccumulation:
 
     One all-reduce per optimizer step, on the CPU and before any backward pass, returns the global
     number of valid elements, whether every rank has all its micro-batches, whether any rank was
-    asked to stop, and whether any rank has failed: all ranks raise then, so that none waits for one
-    that is gone. With preprocessors, which may reject a micro-batch, there are two: the ranks first
-    agree on the micro-batches that are left.
+    asked to stop or wants a checkpoint, and whether any rank has failed: all ranks raise then, so
+    that none waits for one that is gone. With preprocessors, which may reject a micro-batch, there
+    are two: the ranks first agree on the micro-batches that are left.
 
     Args:
         size: micro-batches per rank and optimizer step.
@@ -30,12 +30,14 @@ class GradientAccumulation:
         runtime: sums over the ranks.
         prepare: runs the preprocessors; returns None for a rejected batch. None without any.
         count_sources: counts the valid elements of each source in micro-batches, `[sources]`.
+        wants_save: returns whether this rank wants a checkpoint after the step that begins.
 
     Attributes:
         num_valid_of_sources: what it counted in the newest optimizer step, over all ranks.
         taken: micro-batches that the newest optimizer step was taken from.
         rejected: micro-batches of this rank that preprocessors have rejected so far.
         stopping: whether a rank was asked to stop; the same on all ranks.
+        saving: whether a rank wants a checkpoint after this step; the same on all ranks.
     """
 
     def __init__(
@@ -46,11 +48,12 @@ class GradientAccumulation:
         runtime: Runtime,
         prepare: Callable[[Batch], Batch | None] | None = None,
         count_sources: Callable[[Sequence[Batch]], Tensor] = lambda batches: torch.zeros(0),
+        wants_save: Callable[[], bool] = lambda: False,
     ) -> None:
         self.size, self.loss_fn, self.runtime, self.prepare = size, loss_fn, runtime, prepare
-        self.count_sources = count_sources
+        self.count_sources, self.wants_save = count_sources, wants_save
         self.num_valid_of_sources: list[float] = []
-        self.stopping = False
+        self.stopping = self.saving = False
         self.taken = self.rejected = 0
         self._failure: Exception | None = None
         # A rank without a single batch takes part in the first reduction too.
@@ -74,6 +77,7 @@ class GradientAccumulation:
             RankFailedError: another rank has failed; that rank raises its own error.
         """
         taken: list[Batch | None] = []
+        self.saving = False
         try:
             while self._failure is None and len(taken) < self.size:
                 batch = next(data)
@@ -137,11 +141,12 @@ class GradientAccumulation:
 
     def _agree(self, *values: float) -> list[float]:
         """Return values summed over the ranks; raise on all of them if one has failed."""
-        stop = self.runtime.stop_requested()
-        failed, stopping, *summed = self.runtime.sum([self._failure is not None, stop, *values])
+        flags = [self._failure is not None, self.runtime.stop_requested(), self.wants_save()]
+        failed, stopping, saving, *summed = self.runtime.sum([*flags, *values])
         if failed:
             raise self._failure or RankFailedError("another rank failed")
         self.stopping = self.stopping or stopping > 0
+        self.saving = self.saving or saving > 0
         return summed
 
     def _count(self, micro_batches: list[Batch]) -> list[float]:

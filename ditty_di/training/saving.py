@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -13,9 +14,12 @@ from ditty_di.training.rescue import Rescue, StepBoundary
 
 
 class Position(Protocol):
-    """The trainer's current optimizer step."""
+    """The trainer's current optimizer step, and the step and loss of its last validation."""
 
     step: int
+    objective: float | None
+    objective_step: int | None
+    validator: Any
 
 
 class Saving:
@@ -43,6 +47,7 @@ class Saving:
     ) -> None:
         self.checkpointer, self.boundary, self.runtime = checkpointer, boundary, runtime
         self.saved_step = 0
+        self._saved_at = time.monotonic()
         self._position, self._trained = position, trained
         self._rescue = Rescue(
             boundary,
@@ -62,7 +67,15 @@ class Saving:
         if self.checkpointer is None or self.checkpointer.load() is None:
             return False
         self.saved_step = self.step
+        self._saved_at = time.monotonic()
         return True
+
+    def is_overdue(self) -> bool:
+        """Return whether `save_every_minutes` have passed since the last save, on rank 0 alone."""
+        minutes = getattr(self.checkpointer, "save_every_minutes", None)
+        if minutes is None or self.runtime.rank != 0:
+            return False
+        return time.monotonic() - self._saved_at >= 60 * minutes
 
     def save(self, *, force: bool = False) -> bool:
         """Save the current step if it is due; return whether it was saved.
@@ -75,13 +88,25 @@ class Saving:
         """
         if self.checkpointer is None:
             return False
-        due = force or not self.step % (getattr(self.checkpointer, "save_interval", None) or 1)
-        if due and self.step > self.saved_step:
+        objective = self._validated
+        if not force and (is_due := getattr(self.checkpointer, "is_due", None)) is not None:
+            if not is_due(self.step, objective):
+                return False
+            force = True
+        if self.step > self.saved_step:
             require_finite_parameters(self.step, self._trained, self.runtime)
-        if not self.checkpointer.save(self.step, force=force):
+        started = time.monotonic()
+        if not self.checkpointer.save(self.step, force=force, objective=objective):
             return False
-        self.saved_step = self.step
+        self.saved_step, self._saved_at = self.step, started
         return True
+
+    @property
+    def _validated(self) -> float | None:
+        """The loss of a validation after this very step; None without one."""
+        position = self._position
+        validated = position.validator is not None and position.objective_step == position.step
+        return position.objective if validated else None
 
     def mark(self) -> None:
         """Record the state before a step, to which `after` can go back."""
@@ -114,6 +139,6 @@ class Saving:
         checkpointer: Any = self.checkpointer
         if group is not None and hasattr(checkpointer, "use_group"):
             checkpointer.use_group(group)
-        if checkpointer.save(self.step, force=True):
+        if checkpointer.save(self.step, force=True, objective=self._validated):
             self.saved_step = self.step
         checkpointer.close()

@@ -214,6 +214,7 @@ class Trainer(TitanTrainer):
             runtime=runtime,
             prepare=self.prepare if self.processors else None,
             count_sources=by_source.count,
+            wants_save=lambda: self.saving.is_overdue(),
         )
         self.optimizer_step = TrainStep(
             parts=self.parts,
@@ -486,7 +487,7 @@ class Trainer(TitanTrainer):
                 return True
             self._call("on_step_end")
             self._validate(last=not self.should_continue_training())
-            self._save()
+            self._save(force=self.accumulation.saving)
             if profiler:
                 profiler.step()
             if self.step == first:

@@ -9,6 +9,7 @@ import pytest
 from ditty_di.checkpoint import CheckpointError, latest
 from ditty_di.checkpoint import folder as folders
 from ditty_di.checkpoint.folder import MANIFEST, Checkpoint, Manifest
+from ditty_di.checkpoint.retention import Retention
 
 
 def make(folder, step):
@@ -79,14 +80,14 @@ def test_a_link_takes_the_place_of_no_checkpoint(tmp_path):
     """`best -> step-00000001` and the like are the user's."""
     make(tmp_path, 1)
     (tmp_path / "best").symlink_to(tmp_path / "step-00000001")
-    folders.prune(tmp_path, keep=1, relied_on=make(tmp_path, 2))
+    folders.prune(tmp_path, keep=Retention(1), relied_on=make(tmp_path, 2))
     assert names(tmp_path) == ["best", "step-00000002"]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 9])
 def test_exactly_so_many_remain(tmp_path, keep):
     for step in range(1, 7):
-        folders.prune(tmp_path, keep=keep, relied_on=make(tmp_path, step))
+        folders.prune(tmp_path, keep=Retention(keep), relied_on=make(tmp_path, step))
         assert names(tmp_path) == [f"step-{s:08d}" for s in range(1, step + 1)][-keep:]
 
 
@@ -94,7 +95,7 @@ def test_only_whole_ones_count(tmp_path):
     for step in (1, 2, 3):
         make(tmp_path, step)
     (tmp_path / "step-00000003" / MANIFEST).unlink()
-    folders.prune(tmp_path, keep=2, relied_on=make(tmp_path, 4))
+    folders.prune(tmp_path, keep=Retention(2), relied_on=make(tmp_path, 4))
     assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
 
 
@@ -102,7 +103,7 @@ def test_what_was_just_written_remains_though_others_are_newer(tmp_path):
     for step in (8, 9):
         make(tmp_path, step)
     written = make(tmp_path, 5)
-    folders.prune(tmp_path, keep=1, relied_on=written)
+    folders.prune(tmp_path, keep=Retention(1), relied_on=written)
     assert names(tmp_path) == ["step-00000005"]
 
 
