@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 Span = tuple[float, float]
 
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-_ON_HOST = ("cpu_op", "user_annotation")
 #: Kernels of NCCL and RCCL; operators of torch.distributed, and what gloo's threads record.
 _COMMUNICATION = re.compile(r"nccl|rccl|gloo:|c10d|record_param_comms", re.IGNORECASE)
 
@@ -36,6 +35,7 @@ class Summary:
         communication: time in which at least one collective ran.
         exposed: of it, time in which nothing computed.
         kernels: time by name; empty for a trace without a device.
+        collectives: time by name, of kernels on a device, else of what the host recorded.
         operators: time by name of what ran on the host, without that of operators inside.
         calls: number of events by name.
     """
@@ -46,6 +46,7 @@ class Summary:
     communication: float = 0.0
     exposed: float = 0.0
     kernels: Counter[str] = field(default_factory=Counter)
+    collectives: Counter[str] = field(default_factory=Counter)
     operators: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
 
@@ -60,11 +61,14 @@ class Summary:
             f"communication           {self._line(self.communication)}",
             f"  of it exposed         {self._line(self.exposed)}",
         ]
-        tables = {"kernels": self.kernels, "operators on the host, own time": self.operators}
-        for title, times in tables.items():
+        for title, times, most in (
+            ("kernels", self.kernels, 15),
+            ("collectives", self.collectives, 8),
+            ("operators on the host, own time", self.operators, 15),
+        ):
             if times:
                 lines += ["", f"{'ms':>10}  {'share':>6}  {'calls':>6}  {title}"]
-            for name, time in times.most_common(15):
+            for name, time in times.most_common(most):
                 share, calls = time / window, self.calls[name]
                 lines.append(f"{time / 1000:10.3f}  {share:6.1%}  {calls:6}  {name[:100]}")
         return "\n".join(lines) + "\n"
@@ -84,10 +88,11 @@ def summarize(events: Iterable[dict[str, Any]]) -> Summary:
     """
     spans = [e for e in events if e.get("ph") == "X" and float(e.get("dur", 0)) > 0]
     on_device = [e for e in spans if e.get("cat") in _ON_DEVICE]
-    on_host = [e for e in spans if e.get("cat") in _ON_HOST]
-    steps = [_span(e) for e in on_host if e["name"].startswith("ProfilerStep")]
-    on_host = [e for e in on_host if not e["name"].startswith("ProfilerStep")]
-    own = _own_spans(on_host)
+    operators = [e for e in spans if e.get("cat") == "cpu_op"]
+    noted = [e for e in spans if e.get("cat") == "user_annotation"]  # gloo's collectives too
+    steps = [_span(e) for e in noted if e["name"].startswith("ProfilerStep")]
+    collectives = [e for e in on_device or [*operators, *noted] if _communicates(e)]
+    own = _own_spans(operators)
     computing = [(e, [_span(e)]) for e in on_device] or own
     everything = steps or [_span(e) for e in spans]
     if not everything:
@@ -99,7 +104,7 @@ def summarize(events: Iterable[dict[str, Any]]) -> Summary:
         return _merged((max(s, begin), min(e, end)) for s, e in found)
 
     works = within(s for e, found in computing if not _communicates(e) for s in found)
-    speaks = within(_span(e) for e in (on_device or on_host) if _communicates(e))
+    speaks = within(_span(e) for e in collectives)
     edges = [begin, *(x for span in works for x in span), end]
     gaps = [after - before for before, after in zip(edges[::2], edges[1::2], strict=True)]
     summary = Summary(
@@ -109,11 +114,12 @@ def summarize(events: Iterable[dict[str, Any]]) -> Summary:
         communication=_length(speaks),
         exposed=_length(_merged([*works, *speaks])) - _length(works),
     )
-    for event in on_device:
-        summary.kernels[event["name"]] += event["dur"]
+    for times, events_of in ((summary.kernels, on_device), (summary.collectives, collectives)):
+        for event in events_of:
+            times[event["name"]] += event["dur"]
     for event, found in own:
         summary.operators[event["name"]] += _length(found)  # type: ignore[assignment]
-    summary.calls.update(event["name"] for event in (*on_device, *on_host))
+    summary.calls.update(event["name"] for event in (*on_device, *operators, *noted))
     return summary
 
 

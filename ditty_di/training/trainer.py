@@ -238,6 +238,7 @@ class Trainer(TitanTrainer):
 
         # -- checkpoints, and the last complete step when an exception ends the training
         states: dict[str, Any] = {"train_state": self, "rejected_batches": self.accumulation}
+        # Saved after `train_state`, which reads the values of the last step.
         spikes = {"spike_policy": spike_policy} if spike_policy else {}
         counters = SimpleNamespace(state_dict=self._counters, load_state_dict=self.__dict__.update)
         modules = (*self.model_parts, *around_model)

@@ -52,7 +52,7 @@ class Case:
 
     def __init__(self, folder: Path, name: str, arguments: list[str], *, steps: bool) -> None:
         self.folder, self.name, self.arguments, self.steps = folder, name, arguments, steps
-        self.modules = folder / f"{name.replace(' ', '_')}.modules"
+        self.modules = folder / f"{name}.modules"
         self.prepare: Callable[[], None] = lambda: None
         self.times: dict[str, list[dict[str, float]]] = {"command": [], "floor": []}
 
@@ -99,12 +99,12 @@ class Case:
 
 def cases(folder: Path) -> list[Case]:
     run, before = folder / "run", folder / "before"
-    more = ["max_steps=2", "resume.allow=[max_steps,training_steps,lr_scheduler]"]
+    more = ["max_steps=2"]
     made = [
-        Case(folder, "--help", ["--help"], steps=False),
-        Case(folder, "--cfg job", ["--cfg", "job"], steps=False),
-        Case(folder, "task=check", ["task=check"], steps=False),
-        Case(folder, "first step", [*SMALL, "max_steps=1", f"run={run}"], steps=True),
+        Case(folder, "help", ["--help"], steps=False),
+        Case(folder, "cfg_job", ["--cfg", "job"], steps=False),
+        Case(folder, "check", ["task=check"], steps=False),
+        Case(folder, "first_step", [*SMALL, "max_steps=1", f"run={run}"], steps=True),
         Case(folder, "resume", [*more, f"run={run}"], steps=True),
     ]
 
@@ -124,6 +124,7 @@ def cases(folder: Path) -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", help="names of cases; resume needs first_step")
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
     here = environment()
@@ -133,7 +134,9 @@ def main() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
         )
-        measured = cases(folder)
+        made = cases(folder)
+        names = options.only or [case.name for case in made]
+        measured = [case for case in made if case.name in names]
         for case in measured:
             case.record()
         for _ in range(options.rounds):

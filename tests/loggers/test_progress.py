@@ -61,7 +61,8 @@ class Terminal:
     def __init__(self, columns, rows=24):
         self.ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        self.file, self.size, self.shown = open(theirs, "w", encoding="utf-8"), (columns, rows), b""
+        self.file = os.fdopen(theirs, "w", encoding="utf-8")
+        self.size, self.shown = (columns, rows), b""
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 

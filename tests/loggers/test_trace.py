@@ -46,13 +46,15 @@ def test_without_a_device_operators_compute_in_the_time_that_is_their_own():
             event("aten::t", 0, 5, "cpu_op", tid=1),
             event("aten::addmm", 10, 40, "cpu_op", tid=1),
             event("c10d::allreduce_", 50, 80, "cpu_op", tid=1),  # waits, and computes nothing
-            event("gloo:all_reduce", 45, 78, "cpu_op", tid=2),
+            event("gloo:all_reduce", 45, 78, "user_annotation", tid=2),
+            event("FSDP::post_backward", 60, 90, "user_annotation", tid=1),
         ]
     )
     assert summary.operators["aten::linear"] == 15
     assert summary.operators["aten::addmm"] == 30 and summary.operators["aten::t"] == 5
     assert summary.busy == 50 and summary.communication == 35 and summary.exposed == 30
     assert not summary.kernels and summary.gap == 50
+    assert summary.collectives == {"c10d::allreduce_": 30, "gloo:all_reduce": 33}
 
 
 def test_a_trace_without_events_and_a_broken_one_end_no_training(tmp_path, caplog):

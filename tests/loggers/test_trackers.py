@@ -9,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
@@ -43,8 +42,7 @@ logger.close()
 
 def run(folder, *arguments, kill=False):
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), folder, *map(str, arguments)]
-        + ["kill" if kill else "end"],
+        [sys.executable, "-c", PROGRAM, folder, *map(str, arguments), "kill" if kill else "end"],
         cwd=folder,
         env={
             **os.environ,
