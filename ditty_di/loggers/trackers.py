@@ -17,7 +17,8 @@ class Tracker:
 
     Trackers cannot take an entry back. So a file in the run's folder (`<name>.json`) has the
     tracker's run, and for each metric the last step that the tracker was given. What a resumed
-    training computes again up to there is left out: it is the same to the bit, but for times.
+    training computes again up to there is left out: it is the same to the bit, but for times. W&B
+    and trackio write from a process or thread of their own, so a kill may lose the last second.
 
     Args:
         folder: of the run; it must be the same when the run is resumed.
@@ -134,8 +135,13 @@ class WandB(Tracker):
     def _open(self, known: str | None) -> tuple[Any, str, int | None]:
         import wandb
 
-        resumed = {"id": known, "resume": "allow"} if known else {}
-        run = wandb.init(**{"dir": str(self.folder), **resumed, **self.options})
+        options: dict[str, Any] = {"dir": str(self.folder)}
+        if known:
+            options |= {"id": known, "resume": "allow"}
+        # The file of an offline run gets new entries every 15 s, which is what a kill would lose.
+        if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:
+            options["settings"] = wandb.Settings(x_transaction_log_flush_interval=1.0)
+        run = wandb.init(**{**options, **self.options})
         # W&B's own step does not take a validation after the training of a step.
         run.define_metric("*", step_metric="step")
         return run, run.id, None

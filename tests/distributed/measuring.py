@@ -72,12 +72,13 @@ class Records(logging.Handler):
         self.said.append(record.getMessage())
 
 
-def straggling(**slots: Any) -> dict[str, Any]:
+def straggling(batches: Any, **slots: Any) -> dict[str, Any]:
     """What the metrics and the log say about a slow rank."""
     recorder, records = Recorder(), Records()
     logger = logging.getLogger("ditty_di.callbacks.stragglers")
     logger.addHandler(records)
     trainer(
+        batches,
         logger=MetricsProcessor([recorder], log_interval=2),
         callbacks={"stragglers": Stragglers()},
         **slots,
@@ -99,8 +100,8 @@ def statistics(**options: Any) -> list[dict[str, float]]:
 def measured(folder: Path) -> dict[str, Any]:
     runtime = Runtime(seed=0)
     out: dict[str, Any] = {
-        "data": by_rank(runtime, straggling(dataloader=partial(SlowBatches, 9))),
-        "forward": by_rank(runtime, straggling(model=Blocks(), dataloader=partial(Batches, 9))),
+        "data": by_rank(runtime, straggling(partial(SlowBatches, 9))),
+        "forward": by_rank(runtime, straggling(partial(Batches, 9), model=Blocks())),
     }
 
     out["spikes"] = []
@@ -108,7 +109,7 @@ def measured(folder: Path) -> dict[str, Any]:
         policy = MedianMultiple(loss=None, grad_norm=20.0, window=4, min_steps=2)
         made = trainer(
             partial(Huge, 9),
-            optimizer=partial(torch.optim.SGD, lr=1e-3, fused=fused),
+            optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=fused),
             spike_policy=policy,
             max_skipped_steps=1,
         )

@@ -18,7 +18,7 @@ from tests.toy import REPOSITORY
 _BLOCK = 1 << 15
 #: Logs steps; is killed, or ends, behind the last one.
 PROGRAM = """
-import os, signal, sys
+import os, signal, sys, time
 from ditty_di.loggers import MLflow, Trackio, WandB
 
 folder, name, first, last, kill = sys.argv[1:]
@@ -35,6 +35,7 @@ for step in range(int(first), int(last) + 1):
         logger.write(step, {"validation/loss": 10.0 * step})
         logger.text(step, "sample", f"<b> of {step}")
 if kill == "kill":
+    time.sleep(3)  # they write from threads and processes of their own
     os.kill(os.getpid(), signal.SIGKILL)
 logger.close()
 """
@@ -127,6 +128,7 @@ def of_wandb(folder):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "found"), [("mlflow", of_mlflow), ("trackio", of_trackio), ("wandb", of_wandb)]
 )
