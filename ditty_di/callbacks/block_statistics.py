@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -193,7 +193,7 @@ def _block_of(parameter: str, blocks: dict[str, nn.Module]) -> str:
     return next(found, parameter.rpartition(".")[0] or "model")
 
 
-def _squares(tensors: list[tuple[Tensor, Tensor]], ranks: int) -> Tensor:
+def _squares(tensors: Sequence[tuple[Tensor, Tensor]], ranks: int) -> Tensor:
     """Return this rank's part of a sum of squares, such that those of all ranks add up to it.
 
     What several ranks hold alike is divided by their number.

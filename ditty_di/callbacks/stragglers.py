@@ -37,7 +37,8 @@ class Stragglers(Callback):
     and `stragglers/waiting_seconds` (how long the others wait for it).
 
     Args:
-        factor: from which a line names the rank and the part; again once either changes.
+        factor: from which a line names the rank and the part, if two reports in a row agree on
+            them; again once either changes.
 
     Raises:
         ValueError: `factor` is not above 1.
@@ -56,7 +57,8 @@ class Stragglers(Callback):
         self._hooks: list[Any] = []
         self._spans: dict[str, list[tuple[Any, Any]]] = {}
         self._began = self._data = 0.0
-        self._warned: tuple[int, str] | None = None
+        self._found: tuple[int, str] | None = None
+        self._named: tuple[int, str] | None = None
 
     def on_train_start(self, trainer: Training) -> None:
         """Keep the trainer.
@@ -117,14 +119,17 @@ class Stragglers(Callback):
         factor = took / max(took - late, 1e-9)
         part = max(excess, key=lambda name: excess[name])
         found = (slow, part) if factor >= self.factor else None
-        if says and found and found != self._warned:
+        again, self._found = found == self._found, found
+        if found is None:
+            self._named = None
+        elif says and again and found != self._named:
+            self._named = found
             seconds = ", ".join(f"{name} {by:+.3f}" for name, by in excess.items())
             log.warning(
                 "step %d: rank %d is slow in %s: the step takes %.2f times as long as with the "
                 "others' median (seconds against it: %s)",
                 *(step, slow, part, factor, seconds),
             )
-        self._warned = found
         waiting = max(float(table[others, -1].median() - table[slow, -1]), 0.0)
         by_part = {f"stragglers/{name}_seconds": by for name, by in excess.items()}
         return {

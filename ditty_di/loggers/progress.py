@@ -67,16 +67,15 @@ class ProgressBar:
             values: by name.
         """
         fields, training = _fields(values), "eta_seconds" in values
+        emit = self._print
         if self._display is not None and training:
             self._display.update(step, fields | self._next(step))
-            print_line = self._log
-        else:
-            print_line = self._print
+            emit = self._log
         shown = [f"{label} {value}" for label, value in fields.items()]
         if len(shown) > _MOST:  # of blocks, sources or ranks
             shown = [*shown[:4], f"and {len(shown) - 4} more"]
         line = "  ".join(shown)
-        print_line(f"step {step}/{self._max_steps}  {line}")
+        emit(f"step {step}/{self._max_steps}  {line}")
 
     def text(self, step: int, name: str, text: str) -> None:
         """Print a text above the bar.

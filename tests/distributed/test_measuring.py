@@ -34,7 +34,7 @@ def test_the_slow_rank_and_the_slow_part_of_its_step_are_named(seen, part, rank)
         assert all(abs(row[f"stragglers/{name}_seconds"]) < SLOW / 2 for name in others)
         assert row["stragglers/factor"] > 1.5
     (said,) = first["said"]
-    assert said.startswith(f"step 2: rank {rank} is slow in {part}: the step takes ")
+    assert said.startswith(f"step 4: rank {rank} is slow in {part}: the step takes ")
 
 
 def test_a_spike_on_one_rank_skips_the_step_of_both_whoever_decides(seen):
@@ -67,10 +67,7 @@ def test_a_trace_of_two_ranks_has_a_page_with_their_communication(seen, folder):
     traces = folder / "profiling" / "traces" / "iteration_5"
     for rank in (0, 1):
         page = (traces / f"rank{rank}_trace.txt").read_text()
-        ms = {
-            line[:24].strip(): float(line[24:].split()[0])
-            for line in page.splitlines()[2:7]
-        }
+        ms = {line[:24].strip(): float(line[24:].split()[0]) for line in page.splitlines()[2:7]}
         assert 0 < ms["of it exposed"] <= ms["communication"] < ms["window"]
         assert 0 < ms["computing"] < ms["window"]
         assert ms["computing"] + ms["idle"] == pytest.approx(ms["window"], abs=0.01)
