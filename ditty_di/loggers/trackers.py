@@ -23,19 +23,10 @@ class Tracker:
     Args:
         folder: of the run; it must be the same when the run is resumed.
         **options: passed to the tracker.
-
-    Raises:
-        ValueError: the package is not installed.
     """
 
-    #: Its package.
+    #: Its package; each class has a `validate` that looks for it.
     package = ""
-
-    @classmethod
-    def validate(cls, **options: Any) -> None:
-        """Raise ValueError if the package is not installed."""
-        if find_spec(cls.package) is None:
-            raise ValueError(missing(cls.__name__, cls.package))
 
     def __init__(self, folder: str, **options: Any) -> None:
         self.folder = Path(folder)
@@ -132,6 +123,11 @@ class WandB(Tracker):
 
     package = "wandb"
 
+    @staticmethod
+    def validate() -> None:
+        """Raise ValueError if wandb is not installed."""
+        _require(WandB)
+
     def _open(self, known: str | None) -> tuple[Any, str, int | None]:
         import wandb
 
@@ -173,6 +169,11 @@ class MLflow(Tracker):
     """
 
     package = "mlflow"
+
+    @staticmethod
+    def validate() -> None:
+        """Raise ValueError if mlflow is not installed."""
+        _require(MLflow)
 
     def __init__(
         self,
@@ -224,6 +225,11 @@ class Trackio(Tracker):
 
     package = "trackio"
 
+    @staticmethod
+    def validate() -> None:
+        """Raise ValueError if trackio is not installed."""
+        _require(Trackio)
+
     def __init__(self, folder: str, *, name: str = "run", **options: Any) -> None:
         super().__init__(folder, **options)
         self.name = name
@@ -248,3 +254,8 @@ class Trackio(Tracker):
 
     def _finish(self) -> None:
         self._run.finish()
+
+
+def _require(tracker: type[Tracker]) -> None:
+    if find_spec(tracker.package) is None:
+        raise ValueError(missing(tracker.__name__, tracker.package))
