@@ -39,8 +39,10 @@ class MemoryPoints(Callback):
         """
         self._device, self._points = trainer.device, {}
         self._note("model")()
-        self._hooks = [
-            trainer.model_parts[-1].register_forward_hook(self._note("forward")),
+        model = trainer.model_parts[-1]
+        if getattr(model, "_compiled_call_impl", None) is None:  # it would be compiled again
+            self._hooks = [model.register_forward_hook(self._note("forward"))]
+        self._hooks += [
             trainer.optimizer.register_step_pre_hook(self._note("backward")),
             trainer.optimizer.register_step_post_hook(self._note("update")),
         ]

@@ -186,10 +186,14 @@ class Stragglers(Callback):
 
 
 def _local_modules(module: nn.Module) -> list[nn.Module]:
-    """Return the outermost modules in which FSDP gathers nothing; the module itself if compiled."""
-    inside = [m for m in module.modules() if m is not module]
-    if any(getattr(m, "_compiled_call_impl", None) for m in inside):
-        return [module]
+    """Return the outermost modules in which FSDP gathers nothing.
+
+    A hook would compile a module again: of compiled blocks the whole module is returned, and
+    nothing of one that is compiled as a whole.
+    """
+    compiled = [m for m in module.modules() if getattr(m, "_compiled_call_impl", None)]
+    if compiled:
+        return [] if module in compiled else [module]
     return list(_without_fsdp_inside(module))
 
 

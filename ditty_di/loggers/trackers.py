@@ -202,7 +202,8 @@ class MLflow(Tracker):
 
         now = round(time.time() * 1000)
         metrics = [Metric(name, value, now, step) for name, value in values.items()]
-        self._run.log_batch(self._name, metrics=metrics)
+        for i in range(0, len(metrics), 1000):  # as many as it takes at a time
+            self._run.log_batch(self._name, metrics=metrics[i : i + 1000])
 
     def _log_text(self, step: int, name: str, text: str) -> None:
         self._run.log_text(self._name, text, f"{name}/step-{step:08d}.txt")

@@ -108,16 +108,16 @@ def cases(folder: Path) -> list[Case]:
         Case(folder, "resume", [*more, f"run={run}"], steps=True),
     ]
 
-    def fresh() -> None:
+    def clear() -> None:
         if run.exists() and not before.exists():
             shutil.move(run, before)  # that of the first case is what is resumed
         shutil.rmtree(run, ignore_errors=True)
 
     def resumable() -> None:
-        shutil.rmtree(run, ignore_errors=True)
+        clear()
         shutil.copytree(before, run)
 
-    made[3].prepare, made[4].prepare = fresh, resumable
+    made[3].prepare, made[4].prepare = clear, resumable
     return made
 
 
