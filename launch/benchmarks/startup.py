@@ -1,10 +1,12 @@
-"""Seconds until a command answers, or has done its first step, each beside its floor: imports.
+"""Seconds until a command answers, or has done its first step, each beside its imports alone.
 
 Cases: `--help`, `--cfg job`, `task=check`, the first optimizer step of the default experiment, and
-the first step of a resumed run. The floor of a case is a process that imports the same modules of
-other packages, in the same order, and nothing else. Command and floor alternate. Measured are wall
-and CPU seconds of the process; for the steps, wall seconds until the step is in `metrics.jsonl`.
-Texts and bytecode are cached by a first round that does not count.
+the first step of a resumed run. Beside each stands a process that imports the same modules of other
+packages, in the same order, and does nothing else. It imports them whole, where a training leaves
+out what torchtitan imports and does not call (`ditty_di.postponed`): a command may take less.
+Command and imports alternate. Measured are wall and CPU seconds of the process; for the steps, wall
+seconds until the step is in `metrics.jsonl`. Texts and bytecode are cached by a first round that
+does not count.
 
     launch/bench startup --json startup.json
 """
@@ -54,7 +56,7 @@ class Case:
         self.folder, self.name, self.arguments, self.steps = folder, name, arguments, steps
         self.modules = folder / f"{name}.modules"
         self.prepare: Callable[[], None] = lambda: None
-        self.times: dict[str, list[dict[str, float]]] = {"command": [], "floor": []}
+        self.times: dict[str, list[dict[str, float]]] = {"command": [], "imports": []}
 
     def run(self, *command: str) -> dict[str, float]:
         """Run Python with these arguments; return what it took."""
@@ -83,13 +85,14 @@ class Case:
         self.modules.write_text("\n".join(others))
 
     def measure(self) -> None:
-        """Measure command and floor once."""
+        """Measure the command and its imports once."""
         self.times["command"].append(self.run("-m", "ditty_di", *self.arguments))
-        self.times["floor"].append(self.run("-c", IMPORT, str(self.modules)))
+        self.times["imports"].append(self.run("-c", IMPORT, str(self.modules)))
 
     def result(self) -> dict[str, Any]:
         """Return the medians."""
-        found: dict[str, Any] = {"arguments": self.arguments}
+        told = [argument.replace(f"{self.folder}/", "") for argument in self.arguments]
+        found: dict[str, Any] = {"arguments": told}
         for kind, times in self.times.items():
             names = times[0].keys()
             found[kind] = {n: statistics.median(one[n] for one in times) for n in names}
@@ -143,9 +146,9 @@ def main() -> None:
             for case in measured:
                 case.measure()
     results = {case.name: case.result() for case in measured}
-    print(f"{'':14}{'wall s':>10}{'floor':>10}{'CPU s':>10}{'floor':>10}")
+    print(f"{'':14}{'wall s':>10}{'imports':>10}{'CPU s':>10}{'imports':>10}")
     for name, found in results.items():
-        row = [found[k][s] for s in ("wall_seconds", "cpu_seconds") for k in ("command", "floor")]
+        row = [found[k][s] for s in ("wall_seconds", "cpu_seconds") for k in ("command", "imports")]
         print(f"{name:14}" + "".join(f"{value:10.2f}" for value in row))
     if options.json:
         here["load_average_after"] = os.getloadavg()[0]
