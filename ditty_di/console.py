@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, ClassVar, TextIO, cast
 
 #: Set for ranks whose failures are reported, and whose signals are answered, by a launcher.
 LAUNCHED = "DITTY_DI_LAUNCHED"
@@ -87,18 +88,43 @@ class Tee:
         file: the log file, or None.
     """
 
+    #: Prints a line above what is redrawn at the bottom of the terminal (a progress bar), while
+    #: there is such a thing: text in between would be overwritten.
+    print_above: ClassVar[Callable[[str], None] | None] = None
+
     def __init__(self, console: TextIO | None, file: TextIO | None) -> None:
         self._console = console
         self._file = file
         self._line = ""
+        self._unfinished = ""
 
     def write(self, text: str) -> int:
         """Write text to both; return its length."""
         if self._console is not None:
             try:
-                self._console.write(text)
+                self._show(text)
             except OSError:
                 self._console = None
+        return self.log(text)
+
+    @property
+    def console(self) -> TextIO | None:
+        """The stream that text is shown on."""
+        return self._console
+
+    def _show(self, text: str) -> None:
+        assert self._console is not None
+        above = Tee.print_above
+        if above is None or not self._console.isatty():
+            self._console.write(self._unfinished + text)
+            self._unfinished = ""
+            return
+        *done, self._unfinished = (self._unfinished + text).split("\n")
+        for line in done:
+            above(_last_drawn(line))
+
+    def log(self, text: str) -> int:
+        """Write text to the file and not to the console; return its length."""
         if self._file is not None:
             *done, line = (self._line + text).split("\n")
             # A bar that is redrawn for hours never ends its line: only its last state matters.

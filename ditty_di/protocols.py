@@ -28,7 +28,7 @@ warnings. It must not build what touches an accelerator or the process group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -347,6 +347,7 @@ class Training(Protocol):
     device: torch.device
     runtime: Runtime
     model_parts: list[nn.Module]
+    optimizer: torch.optim.Optimizer
     validator: Validator | None
     metrics_processor: MetricsProcessor
 
@@ -355,6 +356,40 @@ class Training(Protocol):
 
     def stop(self, reason: str, status: str = "finished") -> None:
         """End the training after this step, as if it had been the last; call on all ranks."""
+
+
+class Position(Protocol):
+    """A trainer's current optimizer step, and the step and loss of its last validation."""
+
+    step: int
+    objective: float | None
+    objective_step: int | None
+    validator: Any
+
+
+class SpikePolicy(Stateful, Protocol):
+    """Limits loss and gradient norm of a step by those of the steps before it.
+
+    All ranks call it with the same values. A step beyond a limit does not update.
+    """
+
+    skipped: int
+    """Steps skipped so far."""
+
+    def limits(self) -> tuple[float, float]:
+        """Return the largest loss and gradient norm of the next step; infinity is no limit."""
+
+    def may_skip(self) -> bool:
+        """Return whether the next spike would be skipped; otherwise `skip` would raise."""
+
+    def skip(self, step: int, values: Mapping[str, float], had: str) -> None:
+        """Count a step beyond a limit, which was not updated, or raise FloatingPointError.
+
+        `values` are its `loss` and `grad_norm`, `had` says which rows it was of.
+        """
+
+    def observe(self, values: Mapping[str, float]) -> None:
+        """Note `loss` and `grad_norm` of a step that was updated."""
 
 
 class ProfilerFactory(Protocol):

@@ -1,4 +1,4 @@
-"""The benchmarks of GPUs and of layouts, tried at toy size."""
+"""Benchmarks tried at toy size: of GPUs, of layouts, of starts."""
 
 import json
 import os
@@ -65,3 +65,23 @@ def test_the_benchmark_of_layouts_trains_all_of_them_alike(tmp_path):
     for model in ("Llama", "Qwen3-MoE", "titan Llama"):
         assert losses[model] == pytest.approx([losses[model][0]] * len(losses[model]), abs=1e-5)
     assert found["ratios"]["2"].keys() == {"titan Llama, fsdp 2", "titan Llama, tp 2"}
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_starts_measures_commands_beside_their_imports(tmp_path):
+    report = tmp_path / "startup.json"
+    done = subprocess.run(
+        [sys.executable, "launch/benchmarks/startup.py", "--rounds", "1", "--json", str(report)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())["cases"]
+    assert [*found] == ["help", "cfg_job", "check", "first_step", "resume"]
+    for case in found.values():
+        assert min(case[kind]["cpu_seconds"] for kind in ("command", "imports")) > 0
+    assert found["help"]["command"]["cpu_seconds"] > found["help"]["imports"]["cpu_seconds"]

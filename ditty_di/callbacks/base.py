@@ -58,6 +58,13 @@ class Callback:
             trainer: the trainer.
         """
 
+    def get_metrics(self) -> dict[str, float]:
+        """Return metrics to log with those of a step that is reported.
+
+        It is called on all ranks, before `on_step_end`.
+        """
+        return {}
+
     def report(self) -> str:
         """Return text to print when training has ended; may be empty."""
         return ""
@@ -117,6 +124,13 @@ class Callbacks:
                 failure = failure or error
         if failure is not None:
             raise failure
+
+    def get_metrics(self) -> dict[str, float]:
+        """Return the metrics of all callbacks."""
+        found: dict[str, float] = {}
+        for callback in self.named.values():
+            found |= getattr(callback, "get_metrics", dict)()
+        return found
 
     def reports(self) -> list[str]:
         """Return the reports that are not empty, in order."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import yaml
 from torch import nn
+
+from ditty_di.cli.searchpath import conf_dir
 
 
 def per_token(model_parts: list[nn.Module]) -> float:
@@ -44,3 +47,18 @@ def attention_per_token(*, num_layers: int, hidden_size: int, seq_len: int) -> f
         seq_len: T, in tokens.
     """
     return 12.0 * num_layers * hidden_size * seq_len
+
+
+def peak(device_name: str) -> float | None:
+    """Return the peak of a device in FLOP/s, dense matrix products in bfloat16; None if unknown.
+
+    The figures are those of `task=plan`, in conf/device.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name()` returns it.
+    """
+    for file in sorted((conf_dir() / "device").glob("*.yaml")):
+        device = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if device_name in device.get("torch_names", ()):
+            return float(device["tflops"]["bfloat16"]) * 1e12
+    return None

@@ -53,8 +53,8 @@ class MetricsProcessor:
             reported.
         flops_per_token: FLOPs of a training step per token; None is `flops.per_token` of the model.
         attention_flops_per_token: added to them (`flops.attention_per_token`).
-        peak_flops: of one device, in FLOP/s; None looks the GPU up. Without it, as on a CPU, there
-            is no `mfu`.
+        peak_flops: of one device, in FLOP/s; None looks the GPU up (`flops.peak`). Without it, as
+            on a CPU, there is no `mfu`.
 
     Added to each report of a training step: `tokens_per_second` (all ranks, padding included),
     `seconds_per_step`, `data_loading_share` (of this rank's time, 0 to 1), `eta_seconds`,
@@ -119,11 +119,11 @@ class MetricsProcessor:
         if self.flops_per_token is None:
             self.flops_per_token = flops.per_token(model_parts)
         if runtime.device.type == "cuda":
-            from torchtitan.tools.utils import get_peak_flops
-
             torch.cuda.reset_peak_memory_stats(runtime.device)
-            if self.peak_flops is None:
-                self.peak_flops = get_peak_flops(torch.cuda.get_device_name(runtime.device))
+            name = torch.cuda.get_device_name(runtime.device)
+            self.peak_flops = self.peak_flops or flops.peak(name)
+            if self.peak_flops is None and runtime.rank == 0:
+                log.info("no MFU: logger.peak_flops=FLOP/s gives the peak of %s", name)
         if runtime.rank == 0:
             self._active = list(self.loggers)
             self._write(lambda logger: logger.start(step=step, max_steps=max_steps))
@@ -143,6 +143,11 @@ class MetricsProcessor:
             seconds = time.perf_counter() - started
             self._paused += seconds
             self._paused_in_interval += seconds
+
+    @property
+    def paused_seconds(self) -> float:
+        """Time within `pause` so far."""
+        return self._paused
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write metrics, with speed and memory if the step trained on tokens and is reported.

@@ -23,6 +23,8 @@ class Device:
         per_node: devices of one machine.
         node_gbps: bandwidth between two devices of a machine in one direction, in GB/s.
         network_gbps: bandwidth of a device to other machines in one direction, in GB/s.
+        torch_names: names of such a device in torch (`torch.cuda.get_device_name()`), by which a
+            training finds its peak (`ditty_di.loggers.flops.peak`).
         grouped_attention: dtypes in which the device has a fused attention kernel for key and value
             heads that several query heads share (grouped-query attention).
         efficiency: share of all these peaks that programs are assumed to reach.
@@ -40,6 +42,7 @@ class Device:
     per_node: int
     node_gbps: float
     network_gbps: float
+    torch_names: Sequence[str] = ()
     grouped_attention: Sequence[str] = ("bfloat16", "float16")
     efficiency: float = 0.7
     headroom: float = 0.08
@@ -48,6 +51,7 @@ class Device:
     def validate(*, tflops: Any = None, **figures: Any) -> None:
         """Raise ValueError for figures out of range."""
         grouped = figures.pop("grouped_attention", ())
+        figures.pop("torch_names", None)
         wrong = [f"{k}={v}: write a number above 0" for k, v in figures.items() if _not_above_0(v)]
         for name in grouped:
             if not isinstance(getattr(torch, name, None), torch.dtype):

@@ -5,21 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-from ditty_di.protocols import Checkpointer
+from ditty_di.protocols import Checkpointer, Position
 from ditty_di.runtime import Runtime
 from ditty_di.training.non_finite import non_finite_parameters, require_finite_parameters
 from ditty_di.training.rescue import Rescue, StepBoundary
-
-
-class Position(Protocol):
-    """The trainer's current optimizer step, and the step and loss of its last validation."""
-
-    step: int
-    objective: float | None
-    objective_step: int | None
-    validator: Any
 
 
 class Saving:

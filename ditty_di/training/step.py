@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import spmd_types as spmd
 import torch
@@ -24,7 +24,7 @@ from ditty_di.training.gradients import (
 from ditty_di.training.non_finite import StepValues
 
 
-def _raise_non_finite(values: Mapping[str, float], num_valid_global: Tensor) -> None:
+def _raise_non_finite(values: StepValues, num_valid_global: Tensor) -> None:
     raise FloatingPointError(
         f"not finite: {dict(values)}, {num_valid_global.tolist()} valid elements"
     )
@@ -45,11 +45,13 @@ class TrainStep(ForwardPass):
         prepare_inputs: turns a micro-batch on the device into the model's arguments and the labels.
         pp_size: micro-batches of the pipeline schedule.
         before_update: called before parameters change.
-        on_non_finite: called instead of an update, with loss and gradient norm and the global
-            count; None raises FloatingPointError.
+        on_skip: called instead of an update, with loss and gradient norm and the global count;
+            by default it raises FloatingPointError.
         defer_read: called after the backward pass; returns whether loss and gradient norm may be
             read after the step. Then the device decides about the update, if the optimizer can
-            (`ditty_di.optim.fused`), and `on_non_finite` is not called.
+            (`ditty_di.optim.fused`), and `on_skip` is not called.
+        limits: called after `defer_read`; returns the largest loss and gradient norm with which to
+            update. None compares neither.
 
     Attributes:
         metrics: the metrics of the loss, added up over the step.
@@ -69,8 +71,9 @@ class TrainStep(ForwardPass):
         prepare_inputs: Callable[[Batch], Batch] = lambda batch: batch,
         pp_size: int = 1,
         before_update: Callable[[], None] = lambda: None,
-        on_non_finite: Callable[[Mapping[str, float], Tensor], None] = _raise_non_finite,
+        on_skip: Callable[[StepValues, Tensor], None] = _raise_non_finite,
         defer_read: Callable[[], bool] = lambda: False,
+        limits: Callable[[], tuple[float, float]] | None = None,
     ) -> None:
         super().__init__(
             parts=parts, loss_fn=loss_fn, runtime=runtime, processors=processors, pp_size=pp_size
@@ -81,12 +84,12 @@ class TrainStep(ForwardPass):
         self.loss_parameters = loss_parameters or LossParameters(loss_fn, parts.modules, runtime)
         self.parameters = parts.parameters()
         self.prepare_inputs = prepare_inputs
-        self.before_update, self.on_non_finite = before_update, on_non_finite
-        self.defer_read = defer_read
+        self.before_update, self.on_skip = before_update, on_skip
+        self.defer_read, self.limits = defer_read, limits
         self.metrics = MetricAccumulator(runtime)
 
     def __call__(self, micro_batches: list[Batch], num_valid_global: Tensor) -> StepValues:
-        """Do forward and backward passes, and update the parameters if all values are finite.
+        """Do forward and backward passes, and update if loss and gradient norm are accepted.
 
         Args:
             micro_batches: this rank's micro-batches; all ranks have the same number.
@@ -98,17 +101,21 @@ class TrainStep(ForwardPass):
         self.optimizer.zero_grad()
         loss = self.forward_backward(micro_batches, num_valid_global.to(self.runtime.device))
         grad_norm = self.clip_gradients()
-        values, valid = StepValues(self.metrics.sum(loss), grad_norm), bool(num_valid_global.any())
+        same = self.limits is not None
+        values = StepValues(self.metrics.sum(loss), grad_norm, same_on_ranks=same)
+        valid = bool(num_valid_global.any())
         deferred = self.defer_read() and valid and not self.scaler.is_enabled()
+        if self.limits is not None:
+            values.limits = self.limits()
         if deferred and can_skip_on_device(self.optimizer):
             self.before_update()
-            step_unless(self.optimizer, values.non_finite_on_device())
-        elif valid and values.finite():  # the only wait for the device in a step
+            step_unless(self.optimizer, values.rejected_on_device())
+        elif valid and values.accepted():  # the only wait for the device in a step
             self.before_update()
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            self.on_non_finite(values, num_valid_global)
+            self.on_skip(values, num_valid_global)
         return values
 
     def clip_gradients(self) -> Tensor:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ditty_di.compat  # noqa: F401
 
@@ -86,6 +86,8 @@ class Trainer(TitanTrainer):
         max_grad_norm: largest global L2 norm of the gradients; `inf` only computes it.
         max_skipped_steps: optimizer steps that may be skipped, on all ranks, for non-finite loss or
             gradients or for lack of a valid label, before training fails.
+        spike_policy: skips steps whose loss or gradient norm is far above those before it
+            (`ditty_di.training.spikes`).
         gc_interval: optimizer steps between collections of Python's garbage, the same on all ranks.
 
     Raises:
@@ -125,6 +127,7 @@ class Trainer(TitanTrainer):
         global_batch_size: int | None = None,
         max_grad_norm: float = 1.0,
         max_skipped_steps: int = 0,
+        spike_policy: protocols.SpikePolicy | None = None,
         gc_interval: int = 1000,
     ) -> None:
         if max_steps is None:
@@ -151,9 +154,6 @@ class Trainer(TitanTrainer):
         self.step = self.ntokens_seen = 0
         self.objective: float | None = None
         self.objective_step: int | None = None
-        self._last_loss: float | None = None
-        #: The last step if its values are not read yet: number, values, valid elements and rows.
-        self._pending: tuple[int, StepValues, Tensor, list[int] | None] | None = None
         self.stopped: str | None = None
         self._stop_status = "finished"
         self.callbacks = Callbacks(callbacks or {})
@@ -197,12 +197,6 @@ class Trainer(TitanTrainer):
         self.grad_scaler = grad_scaler or torch.amp.GradScaler(self.device.type, enabled=False)
 
         # -- steps
-        self.guard = NonFiniteGuard(
-            max_skipped_steps,
-            scaler=self.grad_scaler,
-            rank=runtime.rank,
-            dataloader=self.dataloader,
-        )
         self.gradient_accumulation_steps = setup.accumulation_steps(
             global_batch_size, dataloader=self.dataloader, runtime=runtime
         )
@@ -216,6 +210,16 @@ class Trainer(TitanTrainer):
             count_sources=by_source.count,
             wants_save=lambda: self.saving.is_overdue(),
         )
+        self.guard = NonFiniteGuard(
+            max_skipped_steps,
+            position=self,
+            accumulation=self.accumulation,
+            scaler=self.grad_scaler,
+            rank=runtime.rank,
+            dataloader=self.dataloader,
+            spikes=spike_policy,
+            on_read=self._note,
+        )
         self.optimizer_step = TrainStep(
             parts=self.parts,
             loss_fn=by_source,
@@ -228,8 +232,9 @@ class Trainer(TitanTrainer):
             prepare_inputs=self._prepare_inputs,
             pp_size=self.gradient_accumulation_steps,
             before_update=self._before_update,
-            on_non_finite=self._skip_step,
-            defer_read=self._defer_read,
+            on_skip=self.guard.skip,
+            defer_read=self.guard.defer_read,
+            limits=self.guard.limits if spike_policy else None,
         )
         self.sources = SourceMetrics(by_source, self.optimizer_step.metrics)
         self.synced_pp_rng = SyncedPPRNG(runtime)
@@ -237,6 +242,8 @@ class Trainer(TitanTrainer):
 
         # -- checkpoints, and the last complete step when an exception ends the training
         states: dict[str, Any] = {"train_state": self, "rejected_batches": self.accumulation}
+        # Saved after `train_state`, which reads the values of the last step.
+        spikes = {"spike_policy": spike_policy} if spike_policy else {}
         counters = SimpleNamespace(state_dict=self._counters, load_state_dict=self.__dict__.update)
         modules = (*self.model_parts, *around_model)
         self.boundary = StepBoundary(
@@ -257,7 +264,7 @@ class Trainer(TitanTrainer):
                 lr_scheduler=self.lr_schedulers.scheduler,
                 dataloader=self.boundary.position,
                 grad_scaler=self.grad_scaler,
-                others={**states, **self.callbacks.states(), **self.processors.states()},
+                others={**states, **spikes, **self.callbacks.states(), **self.processors.states()},
             )
         self.saving = Saving(
             self.checkpointer,
@@ -360,6 +367,7 @@ class Trainer(TitanTrainer):
             "objective": self.objective,
             "objective_step": self.objective_step,
             "skipped_steps": self.guard.skipped,
+            **({"skipped_spikes": spikes.skipped} if (spikes := self.guard.spikes) else {}),
             "stopped": self.stopped,
             **self.accumulation.get_metrics(),
             **self.metrics_processor.summary(),
@@ -378,23 +386,19 @@ class Trainer(TitanTrainer):
         values: StepValues | None = None
         if micro_batches:  # preprocessors may have rejected all of them
             values = self.optimizer_step(micro_batches, num_valid_global)
-            if values.pending:
-                rows = self.guard.rows(self.accumulation.taken)
-                self._pending = self.step, values, num_valid_global, rows
-            else:
-                self._note(self.step, values)
+            self.guard.done(values, num_valid_global)
         else:
-            self._read_pending()
+            self.guard.read()
         self.boundary.updating("the learning rate")
         self.lr_schedulers.step()
         self.boundary.complete()
         self.sources.add(loss_metrics.take(BY_SOURCE), self.accumulation.num_valid_of_sources)
         if self.metrics_processor.should_log(self.step):
-            self._read_pending()
+            self.guard.read()
             # Where a loss's own metric has the name of one of these, these win.
             data: dict[str, float] = getattr(self.dataloader, "get_metrics", dict)()
             own = loss_metrics.metrics() | self.accumulation.get_metrics() | data
-            own |= self.sources.report()
+            own |= self.sources.report() | self.guard.get_metrics() | self.callbacks.get_metrics()
             (tokens,) = self.runtime.sum([self.ntokens_seen])
             logged = own | learning_rates | dict(values or {}) | {"tokens_seen": tokens}
             self.metrics_processor.log(self.step, logged)
@@ -402,8 +406,8 @@ class Trainer(TitanTrainer):
     @property
     def last_loss(self) -> float | None:
         """The loss of the last step; None before the first."""
-        self._read_pending()
-        return self._last_loss
+        self.guard.read()
+        return self.guard.last_loss
 
     def forward(self, inputs: dict[str, Any]) -> Any:
         """Return the model's output for one micro-batch of inputs.
@@ -453,12 +457,12 @@ class Trainer(TitanTrainer):
         """Run the steps; save the last complete one after an exception."""
         try:
             exhausted = self._run_steps(profiler)
-            self._read_pending()
+            self.guard.read()
             self.accumulation.raise_failure()
         except CheckpointError:
             raise  # saving is what failed
         except Exception as error:
-            self._read_pending()
+            self.guard.read()
             if (cause := self.saving.after(error)) is error:
                 raise
             raise cause from None
@@ -498,36 +502,13 @@ class Trainer(TitanTrainer):
                     self.saving.require_space()  # the optimizer has its state now
         return False
 
-    def _defer_read(self) -> bool:
-        """Read the values of the last step; return whether those of this one may be read later.
-
-        Not if skipping this step would end the training: it is undone then, before the next begins.
-        """
-        self._read_pending()
-        return self.guard.skipped < self.guard.allowed
-
-    def _read_pending(self) -> None:
-        """Read the values of the last step if they are pending; count it if it was skipped."""
-        if self._pending is not None:
-            (step, values, num_valid_global, rows), self._pending = self._pending, None
-            if not values.finite():
-                self.guard.skip(step, values, num_valid_global, rows)
-            self._note(step, values)
-
     def _before_update(self) -> None:
         self.saving.wait_for_staging()
         self.boundary.updating("the parameters")
 
-    def _skip_step(self, values: Mapping[str, float], num_valid_global: Tensor) -> None:
-        rows = self.guard.rows(self.accumulation.taken)
-        self.guard.skip(self.step, values, num_valid_global, rows)
-
-    def _note(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep a step's loss, and watch its gradient norm."""
-        self._last_loss = values["loss"]
+    def _note(self, step: int, loss: float) -> None:
         if self.validator is None and self.objective_step == step:
-            self.objective = self._last_loss  # it was not known at the end of the step
-        self.guard.watch(step, values["grad_norm"])
+            self.objective = loss  # it was not known at the end of the step
 
     def _call(self, moment: str) -> None:
         """Call the callbacks.
@@ -546,9 +527,9 @@ class Trainer(TitanTrainer):
     def _validate(self, *, last: bool) -> None:
         """Validate when it is due; a stop request during validation ends the training too."""
         if self.validator is None:
-            self.objective, self.objective_step = self._last_loss, self.step
+            self.objective, self.objective_step = self.guard.last_loss, self.step
         elif not self.accumulation.stopping and (last or self.validator.should_validate(self.step)):
-            self._read_pending()
+            self.guard.read()
             with self.metrics_processor.pause(), evaluating(self._around_model):
                 values = self.validator.validate(self.step)
             if not values:
@@ -563,7 +544,7 @@ class Trainer(TitanTrainer):
     # ---------------------------------------------------------------------------- checkpoints
     def state_dict(self) -> dict[str, Any]:
         """Return the counters that a checkpoint saves."""
-        self._read_pending()
+        self.guard.read()
         return {
             "step": self.step,
             "tokens_seen": self.ntokens_seen * self.runtime.dp_world_size,

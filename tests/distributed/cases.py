@@ -202,12 +202,13 @@ def resumed_runs(folder: Path, source: str, layout: str) -> dict[str, list[float
 
 def cases() -> dict[str, Callable[..., Any]]:
     from tests.distributed.agreement import agreement
+    from tests.distributed.measuring import measured
     from tests.distributed.pipelined import pipelined
     from tests.distributed.processing import piped, processing, rejecting
     from tests.planning.cases import peaks, planned
 
     found = (whole_runs, resumed_runs, agreement, pipelined, processing, rejecting, piped)
-    found += (planned, peaks)
+    found += (planned, peaks, measured)
     return {case.__name__: case for case in found}
 
 

@@ -193,3 +193,9 @@ def test_a_logger_that_fails_is_left_out_and_the_others_go_on(caplog):
     assert (
         "metrics are incomplete: without Down since step 1 (OSError: the dashboard" in caplog.text
     )
+
+
+def test_peaks_are_those_of_the_devices_of_task_plan():
+    assert flops.peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert flops.peak("NVIDIA A100-SXM4-40GB") == flops.peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert flops.peak("NVIDIA H100 PCIe") is None, "another peak: it is not guessed"

@@ -168,7 +168,7 @@ def test_the_values_of_a_step_are_pending_until_the_passes_of_the_next_one(runti
     pending, defer_read = [], made.optimizer_step.defer_read
 
     def watch():
-        pending.append(made._pending is not None)
+        pending.append(made.guard.pending)
         return defer_read()
 
     made.optimizer_step.defer_read = watch
