@@ -1,4 +1,4 @@
-"""Check that rows per step and the parallel layout divide among the ranks of this machine."""
+"""Check that rows per step and the parallel layout divide among the ranks of the launcher."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from ditty_di.launch.local import gpu_count
 
 def problems(graph: Graph, root: str = "trainer") -> list[Problem]:
     """Return what does not divide among the ranks that the launcher is told to start."""
-    return _problems(graph, root, _number(graph, "launcher.nproc", 0))
+    nproc, nodes = _number(graph, "launcher.nproc", 0), _number(graph, "launcher.nodes", 1)
+    return _problems(graph, root, nproc * nodes)
 
 
 def warnings(graph: Graph, root: str = "trainer") -> list[str]:
