@@ -156,15 +156,24 @@ class Job(abc.ABC):
         Args:
             job: its identifier.
         """
-        if not (command := self.state_command(job)):
-            return None
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode:  # the scheduler has forgotten it, or cannot be reached
-            return "" if _UNKNOWN_JOB.search(done.stderr) else None
-        return " ".join(done.stdout.split())
+        return state(self.state_command(job))
+
+
+def state(command: Sequence[str]) -> str | None:
+    """Return what a scheduler's program says about a job, "" once it has ended, None if not known.
+
+    Args:
+        command: prints something while the job waits or runs; empty where there is no such program.
+    """
+    if not command:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode:  # the scheduler has forgotten the job, or cannot be reached
+        return "" if _UNKNOWN_JOB.search(done.stderr) else None
+    return " ".join(done.stdout.split())
 
 
 def pending(run: RunDirectory) -> str | None:
@@ -180,10 +189,10 @@ def pending(run: RunDirectory) -> str | None:
     except Exception:  # it was submitted elsewhere, or its configuration is broken
         return None
     job = str(read_json(run.job)["id"])
-    if not isinstance(launcher, Job) or not (state := launcher.state(job)):
+    if not isinstance(launcher, Job) or not (now := launcher.state(job)):
         return None
     return (
-        f'{launcher.scheduler} job {job} ({state}) has the run "{run}"; wait for it, or end it '
+        f'{launcher.scheduler} job {job} ({now}) has the run "{run}"; wait for it, or end it '
         f"with: {launcher.hints(run, job)['cancel']}"
     )
 
@@ -248,7 +257,7 @@ def ranks_script(
         f"-m ditty_di.launch {shlex.quote(run_dir)}",
     ]
     lines = [
-        "set -eu",
+        "set -e",
         *setup,
         f"if [ {node} = 0 ]; then {begin}; fi",
         "exec " + " \\\n    ".join(ranks),

@@ -156,7 +156,6 @@ class Slurm(jobs.Job):
     def content(self, run: RunDirectory, config_dir: Path) -> str:
         """Return the batch script; see `Job.content`."""
         log = str(run.logs / "slurm-%j.log").replace("%", "%%").replace("%%j", "%j")
-        lines = [f"#SBATCH {each}" for each in map(_sbatch, jobs.options(self.sbatch))]
         mounts = [str(Path.cwd()), str(run.path), *self.mounts]
         step = {
             "cpus-per-task": self.cpus_per_task,
@@ -165,13 +164,13 @@ class Slurm(jobs.Job):
             "container-mounts": self.container and ",".join(mounts),
         }
         return _SCRIPT.format(
-            header="\n".join([*lines, f"#SBATCH {_sbatch(f'--output={log}')}"]),
+            header=header({**self.sbatch, "output": log}),
             run=shlex.quote(str(run.path)),
             setup="\n".join(self.setup) or ": # launcher.setup",
             step=" ".join(map(shlex.quote, jobs.options(step))),
             python=shlex.join(self.python),
             attempts=self.max_restarts + 1,
-            requeue=_REQUEUE if self.requeue else "",
+            requeue=REQUEUE if self.requeue else "",
         )
 
     def command(self, file: Path) -> list[str]:
@@ -212,16 +211,21 @@ class Slurm(jobs.Job):
         return 0 if result["status"] in GOOD_STATUSES else exit_code(result)
 
 
-def _sbatch(option: str) -> str:
-    """Return an option as a line of `#SBATCH` takes it: in double quotes where it needs any."""
-    return option if re.fullmatch(r"[\w@%+=:,./-]+", option) else f'"{option}"'
+def header(options: Mapping[str, Any]) -> str:
+    """Return options of `sbatch` as lines of a script, in double quotes where they need any.
+
+    Args:
+        options: name, without dashes -> value.
+    """
+    plain = re.compile(r"[\w@%+=:,./-]+")
+    shown = (o if plain.fullmatch(o) else f'"{o}"' for o in jobs.options(options))
+    return "\n".join(f"#SBATCH {option}" for option in shown)
 
 
 #: `{step}` are options of each `srun`, `{python}` is the interpreter, with a container before it.
 _SCRIPT = r"""#!/bin/bash
 # Written by ditty_di. To submit it again: sbatch THIS_FILE
 {header}
-set -u
 run={run}
 step=({step})
 python=({python})
@@ -259,7 +263,8 @@ if [ ! -e "$run/result.json" ]; then
 fi
 {requeue}exit $code
 """
-_REQUEUE = r"""saved() { grep -q '"status": "preempted"' "$run/result.json"; }
+#: Behind the ranks: what a preempted or expired job does.
+REQUEUE = r"""saved() { grep -q '"status": "preempted"' "$run/result.json"; }
 preempted() { scontrol show job "$SLURM_JOB_ID" | grep -Eq 'PreemptTime=[0-9]'; }
 if saved && { [ "$asked" = limit ] || preempted; }; then
     echo "saved; the job is requeued and goes on from there"

@@ -96,10 +96,10 @@ def job(command: Command) -> float | None:
         command: the parsed command line of the sweep.
     """
     config = HydraConfig.get()
-    return _run([_SweepJob(config, Path(config.runtime.output_dir), command)], [{}])[0]
+    return _run([SweepJob(config, Path(config.runtime.output_dir), command)], [{}])[0]
 
 
-class _SweepJob:
+class SweepJob:
     """A job of a sweep, from Hydra's own section of its configuration."""
 
     def __init__(self, config: Any, folder: Path, command: Command) -> None:
@@ -125,7 +125,7 @@ class _SweepJob:
         return result.get("objective") if result["status"] in GOOD_STATUSES else None
 
 
-def _run(jobs: Sequence[_SweepJob], slots: Sequence[dict[str, str]]) -> list[float | None]:
+def _run(jobs: Sequence[SweepJob], slots: Sequence[dict[str, str]]) -> list[float | None]:
     """Run jobs, as many at once as there are slots; return their objectives.
 
     Raises:
@@ -198,12 +198,20 @@ class ParallelJobs(Launcher):
                 config.hydra.job.id = config.hydra.job.num = index
             HydraConfig.instance().set_config(config)  # for values that refer to ${hydra:job.num}
             sweep = config.hydra.sweep
-            jobs.append(_SweepJob(config.hydra, Path(sweep.dir) / sweep.subdir, self.command))
-        objectives = _run(jobs, self.slots)
+            jobs.append(SweepJob(config.hydra, Path(sweep.dir) / sweep.subdir, self.command))
+        objectives = self.run_jobs(jobs)
         return [
             JobReturn(overrides=list(overrides), _return_value=value, status=JobStatus.COMPLETED)
             for overrides, value in zip(job_overrides, objectives, strict=True)
         ]
+
+    def run_jobs(self, jobs: Sequence[SweepJob]) -> list[float | None]:
+        """Run jobs to their end; return their objectives.
+
+        Args:
+            jobs: of this sweep.
+        """
+        return _run(jobs, self.slots)
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
