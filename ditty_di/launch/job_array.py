@@ -169,5 +169,5 @@ srun "$@" &
 while kill -0 $! 2>/dev/null; do wait $!; done # a signal interrupts `wait`
 wait $!
 code=$?
-{requeue}exit $code
+{requeue}exit "$code"
 """

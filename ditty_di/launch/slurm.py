@@ -254,14 +254,14 @@ for ((attempt = 1; attempt <= {attempts}; attempt++)); do
     while kill -0 $! 2>/dev/null; do wait $!; done # a signal interrupts `wait`
     wait $!
     code=$?
-    if [ $code = 0 ] || [ -n "$asked" ]; then break; fi
+    if [ "$code" = 0 ] || [ -n "$asked" ]; then break; fi
     echo "srun ended with exit code $code, start $attempt of {attempts} in this job"
 done
 if [ ! -e "$run/result.json" ]; then
     error="the ranks of Slurm job $SLURM_JOB_ID ended with exit code $code"
     printf '{{"status": "failed", "error": "%s"}}\n' "$error" >"$run/result.json"
 fi
-{requeue}exit $code
+{requeue}exit "$code"
 """
 #: Behind the ranks: what a preempted or expired job does.
 REQUEUE = r"""saved() { grep -q '"status": "preempted"' "$run/result.json"; }
