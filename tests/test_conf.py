@@ -15,7 +15,7 @@ from ditty_di.cli.command import Command, parse
 from ditty_di.cli.searchpath import conf_dir
 from ditty_di.config import ConfigError, Graph
 
-#: Values that only a user knows (`???` in the file), and what needs no program; never another choice.
+#: Values that only a user knows (`???` in the file), and what needs no program; no other choice.
 VALUES = {
     "data=files": ["data.path=launch/constraints.txt"],
     "data=mixed": ["data.path=folder"],

@@ -66,7 +66,7 @@ class JobArray(ParallelJobs):
         setup: Sequence[str] = (),
         signal_seconds: int = 120,
     ) -> None:
-        _refuse(jobs=jobs, gpus=gpus, cpus=cpus)
+        launch_jobs.refuse(program="sbatch", dry_run=False, jobs=jobs, gpus=gpus, cpus=cpus)
         super().__init__()
         self.at_once, self.setup_lines = jobs, setup
         self.sbatch = {
@@ -150,10 +150,6 @@ class JobArray(ParallelJobs):
             error = f"Slurm job {name} ended without a result; see {folder}/slurm-{name}.log"
             job.run_directory.write_result({"status": "failed", "error": error})
         return job.record(0)
-
-
-def _refuse(**counts: int | None) -> None:
-    launch_jobs.refuse(program="sbatch", dry_run=False, **counts)
 
 
 _SCRIPT = r"""#!/bin/bash
