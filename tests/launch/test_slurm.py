@@ -67,10 +67,18 @@ def ended(*jobs: str) -> None:
     until(lambda: not slurm("squeue", "--noheader", f"--jobs={','.join(jobs)}"), "did not end")
 
 
-def requeued(job: str) -> None:
-    """Wait for it, and for nothing of the two minutes that Slurm waits."""
-    until(lambda: slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T") == "PENDING", job)
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+def started_again(job: str) -> None:
+    """Wait for the second start of a job, but not the two minutes that Slurm waits with it."""
+
+    def started() -> bool:
+        described = slurm("scontrol", "--oneliner", "show", "job", job)
+        if "Restarts=1" not in described:
+            return False
+        if "JobState=PENDING" in described:  # refused while the first start is being cleared
+            subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"])
+        return "JobState=RUNNING" in described or "JobState=COMPLETED" in described
+
+    until(started, f"job {job} did not start again")
 
 
 def job_of(run: Path) -> str:
@@ -115,7 +123,7 @@ def test_a_preempted_run_is_requeued_and_resumes_exactly(trained: Path, tmp_path
     assert refused.returncode == 2 and f"Slurm job {job} (RUNNING) has the run" in refused.stderr
     other = slurm("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive",
                   f"--output={tmp_path}/other", "--wrap=true")  # fmt: skip
-    requeued(job)
+    started_again(job)
     ended(other, job)
     log = log_of(run)
     assert "the job is requeued" in log and "srun: error" not in log
@@ -166,7 +174,7 @@ def test_before_its_time_limit_a_job_is_requeued_and_when_asked_it_ends(folder: 
     slurm("scancel", "--batch", "--signal=USR1", job_of(run))  # what Slurm sends before the limit
     until(lambda: "the job is requeued" in log_of(run), "was not requeued")
     (run / "ready-1").unlink()
-    requeued(job_of(run))
+    started_again(job_of(run))
     until((run / "ready-1").exists, "did not start again")
     (run / "stop").touch()
     ended(job_of(run))
