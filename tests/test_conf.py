@@ -15,7 +15,7 @@ from ditty_di.cli.command import Command, parse
 from ditty_di.cli.searchpath import conf_dir
 from ditty_di.config import ConfigError, Graph
 
-#: Values that only a user knows (`???` in the file); never another choice.
+#: Values that only a user knows (`???` in the file), and what needs no program; no other choice.
 VALUES = {
     "data=files": ["data.path=launch/constraints.txt"],
     "data=mixed": ["data.path=folder"],
@@ -27,6 +27,12 @@ VALUES = {
         "model._target_=torch.nn.Identity",
         "data.train._target_=builtins.list",
     ],
+    "launcher=kubernetes": [
+        *("launcher.image=image", "launcher.volumes={/runs: claim}", "launcher.dry_run=true")
+    ],
+    "launcher=skypilot": ["launcher.dry_run=true"],
+    "launcher=slurm": ["launcher.dry_run=true"],
+    "launcher=ray": ["launcher.dry_run=true"],
     "loss=function": ["loss._target_=torch.nn.functional.mse_loss"],
     "model=hf_seq2seq": ["model.path=folder"],
     "model=module": ["model._target_=torch.nn.Identity"],

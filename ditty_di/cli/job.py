@@ -22,6 +22,7 @@ from ditty_di.cli.overrides import argument, value_of, without
 from ditty_di.config import ConfigError, Difference, Graph, Problem, difference, provenance
 from ditty_di.console import quiet, status
 from ditty_di.io import write_json, write_text
+from ditty_di.launch import jobs
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
 
 Launcher = Callable[[str], int]
@@ -75,21 +76,30 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     graph.check("task", "launcher")
     if "trainer" in graph.nodes("task") and (problems := ranks.problems(graph)):
         raise ConfigError(problems)
-    meeting = launcher or graph.build("launcher")
-    if follow := getattr(meeting, "follow", None):  # several machines: one makes the directory
-        launcher = meeting
-        if (code := follow()) is not None:
-            return code
-    run = _directory(config, command, resumes)
     of_its_own = resumes or not command.earlier
-    leaves_none = config.run is False
+    target = None if launcher else graph.locate(config.launcher._target_)
+    submits = jobs.is_job(target)
+    leaves_none = config.run is False and not submits
+    if hasattr(target, "follow"):  # several machines: one makes the directory
+        meeting = launcher = graph.build("launcher")
+        if (code := meeting.follow()) is not None:
+            return code
+    path = _path(config, command, resumes, temporary=leaves_none)
+    if hasattr(target, "preview") and config.launcher.get("dry_run"):
+        if of_its_own:
+            config.run = str(path.absolute())
+        return _preview(path, config, Graph(config, where, allow_targets=allowed), command)
+    run = _directory(path, command, resumes, temporary=leaves_none)
     try:
         if of_its_own:
             config.run = str(run.path)
         graph = Graph(config, where, allow_targets=allowed)
         staged = resumes and OmegaConf.select(config, "task.run") is not None
         _write(run.stage() if staged else run, config, graph, command)
-        code = (launcher or graph.build("launcher"))(str(run.path))
+        launcher = launcher or graph.build("launcher")
+        if submits:
+            run.release()  # the job takes the directory over
+        code = launcher(str(run.path))
         result = run.read_result()
         if result is None and code == 0:
             result = {"status": "finished"}  # it could not be written, and was printed instead
@@ -188,27 +198,49 @@ def _outside(graph: Graph, config: DictConfig, command: Command) -> list[Problem
     return [Problem(key, f"{config[key]} {message}; any folder is run=FOLDER", graph.where(key))]
 
 
-def _directory(config: DictConfig, command: Command, resumes: bool) -> RunDirectory:
+def _path(config: DictConfig, command: Command, resumes: bool, *, temporary: bool) -> Path:
+    """Return the directory of this job, which may exist. One that leaves no run has no name yet."""
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    name = str(config.task._target_).rpartition(".")[2]
+    if temporary:
+        return Path(tempfile.gettempdir())
+    if config.run is False:  # a scheduler's job needs one that all machines see
+        return Path("outputs", "jobs", f"{name}-{stamp}")
+    if command.earlier and not resumes:
+        return Path(config.run) / "tasks" / f"{name}-{stamp}"
+    return command.run.path if command.run is not None else Path(str(config.run))
+
+
+def _preview(path: Path, config: DictConfig, graph: Graph, command: Command) -> int:
+    """Print what the launcher would do in a run directory that is not made."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write(RunDirectory(folder), config, graph, command)
+        return graph.build("launcher").preview(RunDirectory(path), Path(folder))
+
+
+def _directory(path: Path, command: Command, resumes: bool, *, temporary: bool) -> RunDirectory:
     """Return the directory of this job, made, locked and empty of old results.
 
-    A task that leaves no run (`run: false`) has a temporary one.
+    Args:
+        path: where it is to be; a number is added to that of a new job if it exists.
+        command: the command line.
+        resumes: whether the job goes on with the command's run.
+        temporary: make it in `path` for a task that leaves no run (`run: false`).
 
     Raises:
-        ConfigError: nothing can be written there.
+        ConfigError: nothing can be written there, or a scheduler's job has it.
     """
-    path = command.run.path if command.run is not None else Path(str(config.run))
     try:
-        if config.run is False:
-            path = Path(tempfile.mkdtemp(prefix="ditty_di-"))
+        if temporary:
+            path = Path(tempfile.mkdtemp(prefix="ditty_di-", dir=path))
             RunDirectory(path).temporary.touch()
-        elif command.earlier and not resumes:
-            name = str(config.task._target_).rpartition(".")[2]
-            stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-            path = _unused(Path(config.run) / "tasks" / f"{name}-{stamp}")
-        elif command.run is None:
+        elif command.run is None or (command.earlier and not resumes):
             path = _unused(path)
         run = RunDirectory(path)
+        if (job := jobs.pending(run)) is not None:
+            raise ConfigError(job)
         run.prepare()
+        run.job.unlink(missing_ok=True)
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise

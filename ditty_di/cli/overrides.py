@@ -47,12 +47,16 @@ def merge(earlier: Iterable[str], later: Iterable[str]) -> list[str]:
     """Return both, where a later override of a key replaces the earlier ones.
 
     A key that only an earlier `+key=1` brought into the configuration can be given as `key=2`.
+    Another choice of a group (`launcher=local`) replaces the earlier choice with its values
+    (`launcher.nodes=2`): they are arguments of another constructor.
     """
     earlier, later = list(earlier), list(later)
     added = {key_of(o): sign_of(o) for o in earlier if o.startswith("+")}
     again = {key_of(o) for o in later}
+    chosen = {key: value_of(later, key) for key in again if "." not in key}
+    other = {key for key, value in chosen.items() if value != value_of(earlier, key)}
     return [
-        *(o for o in earlier if key_of(o) not in again),
+        *(o for o in earlier if key_of(o) not in again and key_of(o).split(".")[0] not in other),
         *(o if o[0] in "+~" else added.get(key_of(o), "") + o for o in later),
     ]
 

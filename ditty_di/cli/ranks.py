@@ -1,4 +1,4 @@
-"""Check that rows per step and the parallel layout divide among the ranks."""
+"""Check that rows per step and the parallel layout divide among the ranks of the launcher."""
 
 from __future__ import annotations
 

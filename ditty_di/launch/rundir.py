@@ -19,7 +19,7 @@ import yaml
 from ditty_di.io import json_value, read_json, write_json, write_text
 
 #: Statuses of `result.json` that are no failure.
-GOOD_STATUSES = ("finished", "pruned", "preempted")
+GOOD_STATUSES = ("finished", "pruned", "preempted", "submitted")
 
 _TEMPORARY = re.compile(r"\..+\.\d+")  # left by `ditty_di.io.replacing` when the process is killed
 _ENDING_SECONDS = 10.0
@@ -33,7 +33,8 @@ class RunDirectory:
     sources.json      which file and line, or override, set each of its keys
     overrides.yaml    the command line, to compose it again
     environment.json  versions, hardware, git commit
-    result.json       how the run ended; absent while it runs
+    result.json       how the run ended, or that a scheduler has it; absent while it runs
+    job.json          the scheduler's job that has the run, or had it
     logs/             rank-N.log, error-rank-N.json of ranks that failed
     .next/            configuration of a start that has not loaded its checkpoint yet
     .temporary        exists in the directory of a task that leaves no run
@@ -51,6 +52,7 @@ class RunDirectory:
         self.overrides = self.path / "overrides.yaml"
         self.environment = self.path / "environment.json"
         self.result = self.path / "result.json"
+        self.job = self.path / "job.json"
         self.logs = self.path / "logs"
         self.stop = self.path / "stop"
         self.temporary = self.path / ".temporary"

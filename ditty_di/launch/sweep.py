@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def run(command: Command) -> int:
         command: the parsed command line.
     """
     Results.folder = None
-    ParallelJobs.command = command
+    JobsLauncher.command = command
     sys.path.append(str(Path(__file__).with_name("plugins")))  # where Hydra finds its subclass
     failure: Exception | None = None
     try:
@@ -87,7 +88,7 @@ def job(command: Command) -> float | None:
     """
     config = HydraConfig.get()
     objectives: list[float | None] = []
-    _run([_SweepJob(config, command)], [{}], lambda number, objective: objectives.append(objective))
+    _run([SweepJob(config, command)], [{}], lambda number, objective: objectives.append(objective))
     return objectives[0]
 
 
@@ -114,7 +115,7 @@ def folder_of(config: Any) -> Path:
     return Path(config.sweep.dir) / config.sweep.subdir
 
 
-class _SweepJob:
+class SweepJob:
     """A job of a sweep, from Hydra's own section of its configuration."""
 
     def __init__(self, config: Any, command: Command) -> None:
@@ -144,7 +145,7 @@ class _SweepJob:
 
 
 def _run(
-    jobs: Iterable[_SweepJob],
+    jobs: Iterable[SweepJob],
     slots: Sequence[dict[str, str]],
     ended: Callable[[int, float | None], None],
 ) -> None:
@@ -158,7 +159,7 @@ def _run(
     Raises:
         KeyboardInterrupt: the sweep was asked to stop.
     """
-    started: list[_SweepJob] = []
+    started: list[SweepJob] = []
 
     def commands() -> Iterable[list[str]]:
         for job in jobs:
@@ -171,36 +172,19 @@ def _run(
         raise KeyboardInterrupt
 
 
-class ParallelJobs(Launcher):
-    """Hydra's launcher `parallel`: several jobs of a sweep at once on this machine.
+class JobsLauncher(Launcher):
+    """Base of Hydra's launchers whose jobs are processes that run commands.
 
-    Args:
-        jobs: number of jobs at a time.
-        gpus_per_job: number of visible GPUs reserved for each job; None lets each job use all.
-
-    Raises:
-        ValueError: `jobs` jobs of `gpus_per_job` GPUs need more than there are.
+    Attributes:
+        command: the parsed command line of the sweep; set before Hydra makes the object.
     """
 
-    command: Command  # set before Hydra makes the object
-
-    def __init__(self, jobs: int = 2, gpus_per_job: int | None = None) -> None:
-        if jobs < 1:
-            raise ValueError(f"hydra.launcher.jobs={jobs}: at least one job runs at a time")
-        gpus = visible_gpus() if gpus_per_job else []
-        size = gpus_per_job or 0
-        if size * jobs > len(gpus):
-            raise ValueError(
-                f"hydra.launcher.gpus_per_job={size}: {jobs} jobs at once need {size * jobs} GPUs "
-                f"and there are {len(gpus)}"
-            )
-        own = [",".join(gpus[n * size : (n + 1) * size]) for n in range(jobs)]
-        self.slots = [{"CUDA_VISIBLE_DEVICES": each} if each else {} for each in own]
+    command: Command
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Keep what `launch` needs; called by Hydra.
+        """Keep what composes the jobs; called by Hydra.
 
         Args:
             hydra_context: has the loader that composes each job.
@@ -229,28 +213,64 @@ class ParallelJobs(Launcher):
             for index, overrides in enumerate(job_overrides, initial_job_idx)
         ]
 
+    @abstractmethod
     def run(
         self,
         jobs: Iterable[tuple[int, Sequence[str]]],
         ended: Callable[[int, float | None], None],
     ) -> None:
-        """Run jobs, each as soon as there is room for it.
+        """Run jobs to their end.
 
         Args:
-            jobs: number and overrides; the next one is asked for when one has ended.
+            jobs: number and overrides.
             ended: called with the number of a job and its objective (None if it failed).
 
         Raises:
             KeyboardInterrupt: the sweep was asked to stop.
         """
+
+    def composed(self, number: int, overrides: Sequence[str]) -> SweepJob:
+        """Return a job of the sweep, whose folder exists then."""
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        return SweepJob(hydra_section(self.loader, self.config, number, overrides), self.command)
+
+
+class ParallelJobs(JobsLauncher):
+    """Hydra's launcher `parallel`: several jobs of a sweep at once on this machine.
+
+    Args:
+        jobs: number of jobs at a time.
+        gpus_per_job: number of visible GPUs reserved for each job; None lets each job use all.
+
+    Raises:
+        ValueError: `jobs` jobs of `gpus_per_job` GPUs need more than there are.
+    """
+
+    def __init__(self, jobs: int = 2, gpus_per_job: int | None = None) -> None:
+        if jobs < 1:
+            raise ValueError(f"hydra.launcher.jobs={jobs}: at least one job runs at a time")
+        gpus = visible_gpus() if gpus_per_job else []
+        size = gpus_per_job or 0
+        if size * jobs > len(gpus):
+            raise ValueError(
+                f"hydra.launcher.gpus_per_job={size}: {jobs} jobs at once need {size * jobs} GPUs "
+                f"and there are {len(gpus)}"
+            )
+        own = [",".join(gpus[n * size : (n + 1) * size]) for n in range(jobs)]
+        self.slots = [{"CUDA_VISIBLE_DEVICES": each} if each else {} for each in own]
+
+    def run(
+        self,
+        jobs: Iterable[tuple[int, Sequence[str]]],
+        ended: Callable[[int, float | None], None],
+    ) -> None:
+        """Run jobs, each asked for as soon as there is room for it; see `JobsLauncher.run`."""
         numbers: list[int] = []
 
-        def composed() -> Iterable[_SweepJob]:
-            for index, typed in jobs:
-                numbers.append(index)
-                section = hydra_section(self.loader, self.config, index, typed)
-                yield _SweepJob(section, self.command)
+        def composed() -> Iterable[SweepJob]:
+            for number, overrides in jobs:
+                numbers.append(number)
+                yield self.composed(number, overrides)
 
         _run(composed(), self.slots, lambda n, objective: ended(numbers[n], objective))
 

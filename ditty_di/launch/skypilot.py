@@ -1,0 +1,148 @@
+"""Launch a run on clouds with SkyPilot."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ditty_di.launch import jobs
+from ditty_di.launch.rundir import RunDirectory
+
+_CONFIG_DIR = "~/ditty_di_run"  # replaced by every launch
+
+
+class SkyPilot(jobs.Job):
+    """Write a SkyPilot task and call `sky launch`, or `sky jobs launch` for a managed job.
+
+    The composed configuration goes along as file mounts, and the run is made below `runs` on the
+    machines. Several machines need that folder to be shared (a volume or bucket in `file_mounts`),
+    and so does a managed job that recovers on another machine.
+
+    Args:
+        runs: folder of runs on the machines.
+        cluster: name of the cluster; None starts a managed job, which recovers from preemption.
+        nodes: number of machines.
+        nproc: ranks of each machine.
+        accelerators: of each machine, such as `H100:8`.
+        resources: further resources, such as `{infra: aws, use_spot: true, cpus: 8+}`.
+        workdir: folder that is copied to the machines, and in which the ranks run; None copies
+            none.
+        file_mounts: path there -> path here, a bucket's URL, or a mapping with `source` and `mode`.
+        env: environment variables.
+        setup: shell lines that prepare a new machine, such as `pip install ditty_di`.
+        name: of the task.
+        dry_run: print the task and the command, and launch nothing.
+
+    Raises:
+        ValueError: an argument is out of range, or `sky` is not on this machine.
+    """
+
+    file, program, scheduler = "sky.yaml", "sky", "SkyPilot"
+
+    @staticmethod
+    def validate(
+        *,
+        runs: str = "/runs",
+        nodes: int = 1,
+        nproc: int = 1,
+        resources: Mapping[str, Any] | None = None,
+        accelerators: str | None = None,
+        workdir: str | None = None,
+        dry_run: bool = False,
+    ) -> None:
+        """Raise ValueError for arguments out of range, and when `sky` is missing."""
+        wrong = []
+        if not PurePosixPath(runs).is_absolute():
+            wrong.append(f"runs={runs}: write an absolute path")
+        if accelerators is not None and "accelerators" in (resources or {}):
+            wrong.append(f"accelerators={accelerators} are in launcher.resources too")
+        if workdir is not None and not Path(workdir).is_dir():
+            wrong.append(f"workdir={workdir}: there is no such folder")
+        jobs.refuse(wrong, program="sky", dry_run=dry_run, nodes=nodes, nproc=nproc)
+
+    def __init__(
+        self,
+        runs: str = "/runs",
+        cluster: str | None = None,
+        nodes: int = 1,
+        nproc: int = 1,
+        accelerators: str | None = None,
+        resources: Mapping[str, Any] | None = None,
+        workdir: str | None = None,
+        file_mounts: Mapping[str, Any] | None = None,
+        env: Mapping[str, Any] | None = None,
+        setup: Sequence[str] = (),
+        name: str = "ditty_di",
+        dry_run: bool = False,
+    ) -> None:
+        self.validate(
+            runs=runs,
+            nodes=nodes,
+            nproc=nproc,
+            resources=resources,
+            accelerators=accelerators,
+            workdir=workdir,
+            dry_run=dry_run,
+        )
+        super().__init__(dry_run)
+        self.runs, self.cluster, self.nodes, self.nproc = runs, cluster, nodes, nproc
+        self.resources = ({"accelerators": accelerators} if accelerators else {}) | {
+            **(resources or {})
+        }
+        self.workdir, self.file_mounts = workdir, file_mounts or {}
+        self.env, self.setup, self.name = env or {}, setup, name
+
+    def content(self, run: RunDirectory, config_dir: Path) -> str:
+        """Return the task; see `Job.content`."""
+        # Of a start that is only shown, the files will be in the run directory.
+        at = config_dir if run.path in config_dir.parents else run.path
+        config = {
+            f"{_CONFIG_DIR}/{name}": str(at / name)
+            for name in jobs.CONFIG_FILES
+            if (config_dir / name).exists()
+        }
+        task = {
+            "name": self.name,
+            "num_nodes": self.nodes,
+            "resources": self.resources,
+            "workdir": self.workdir,
+            "envs": {name: str(value) for name, value in self.env.items()},
+            "file_mounts": {**self.file_mounts, **config},
+            "setup": "\n".join(self.setup),
+            "run": jobs.ranks_script(
+                str(self._path_there(run)),
+                setup=(),
+                config_dir=_CONFIG_DIR,
+                nodes=self.nodes,
+                nproc=self.nproc,
+                node='"$SKYPILOT_NODE_RANK"',
+                head='"$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"',
+            ),
+        }
+        kept = {key: value for key, value in task.items() if value not in (None, "", {})}
+        return jobs.manifest(kept)
+
+    def command(self, file: Path) -> list[str]:
+        """Return the command that launches a task; see `Job.command`."""
+        launch = ["launch", f"--cluster={self.cluster}"] if self.cluster else ["jobs", "launch"]
+        return ["sky", *launch, "--detach-run", "--yes", str(file)]
+
+    def job_id(self, run: RunDirectory, output: str) -> str:
+        """Return the name of the cluster, or of the managed job."""
+        return self.cluster or self.name
+
+    def hints(self, run: RunDirectory, job: str) -> dict[str, str]:
+        """Return what to type next; see `Job.hints`."""
+        word = shlex.quote(job)
+        logs = f"sky logs {word}" if self.cluster else f"sky jobs logs --name={word}"
+        cancel = f"sky cancel {word} --all" if self.cluster else f"sky jobs cancel --name={word}"
+        return {
+            "run on the machines": str(self._path_there(run)),
+            "output": logs,
+            "cancel": cancel,
+        }
+
+    def _path_there(self, run: RunDirectory) -> PurePosixPath:
+        return PurePosixPath(self.runs, run.path.parent.name, run.path.name)
