@@ -70,15 +70,13 @@ def ended(*jobs: str) -> None:
 def started_again(job: str) -> None:
     """Wait for the second start of a job, but not the two minutes that Slurm waits with it."""
 
-    def started() -> bool:
-        described = slurm("scontrol", "--oneliner", "show", "job", job)
-        if "Restarts=1" not in described:
-            return False
-        if "JobState=PENDING" in described:  # refused while the first start is being cleared
-            subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"])
-        return "JobState=RUNNING" in described or "JobState=COMPLETED" in described
+    def described() -> str:
+        return slurm("scontrol", "--oneliner", "show", "job", job)
 
-    until(started, f"job {job} did not start again")
+    until(lambda: "Restarts=1" in described() and "JobState=PENDING" in described(), job)
+    time.sleep(4)  # the nodes refuse what starts within a second of the first one's end
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+    until(lambda: "JobState=PENDING" not in described(), f"job {job} did not start again")
 
 
 def job_of(run: Path) -> str:
