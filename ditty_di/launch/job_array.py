@@ -1,8 +1,8 @@
 """Run the jobs of a sweep as a Slurm job array.
 
-`hydra-submitit-launcher` 1.2 was tried instead (submitit 1.5, Slurm 22.05): the state of its jobs
-comes from `sacct`, so that on a cluster without accounting a sweep waits forever for a job that
-Slurm has killed, and on others such a job ends the sweep before its table.
+`hydra-submitit-launcher` 1.2 was tried instead (submitit 1.5, Slurm 22.05). The state of its jobs
+comes from `sacct`: on a cluster without accounting a sweep did not notice within six minutes that
+Slurm had killed a job.
 """
 
 from __future__ import annotations
