@@ -79,7 +79,13 @@ def default(hydra) -> dict:
 
 @pytest.mark.parametrize("choice", [c for c in CHOICES if not c.startswith("task=")])
 def test_every_choice_is_sound_by_itself(choice):
-    assert composed(choice, *VALUES.get(choice, ())).check("task", "launcher").nodes
+    graph = composed(choice, *VALUES.get(choice, ()))
+    try:
+        assert graph.check("task", "launcher").nodes
+    except ConfigError as error:  # a tracker that is not installed
+        if not (missing := re.search(r"needs \w+: pip install", str(error))):
+            raise
+        pytest.skip(missing[0])
 
 
 @pytest.mark.parametrize("choice", [c for c in CHOICES if not c.startswith(GLOBAL)])

@@ -86,7 +86,11 @@ class Ray:
         path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
         threads = os.environ.get("OMP_NUM_THREADS", str(self.cpus_per_rank))
         env = {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, LAUNCHED: "1", **self.env}
-        init: dict[str, Any] = {"address": self.address, "runtime_env": {"env_vars": env}}
+        # Without an address Ray would look for one that runs, or has left a trace of itself.
+        init: dict[str, Any] = {
+            "address": self.address or "local",
+            "runtime_env": {"env_vars": env},
+        }
         if self.address is None:
             cpus = max(os.cpu_count() or 1, self.nproc * self.cpus_per_rank)
             init |= {"num_cpus": cpus, "include_dashboard": False}

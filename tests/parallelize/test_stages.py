@@ -166,5 +166,6 @@ def test_micro_batches_that_do_not_divide_and_rows_that_cannot_be_padded():
     refused = run(staged.unfit_batches, 2)[0]
     assert "has 5 micro-batches, which do not divide into rounds of 2 ranks" in refused["rounds"]
     assert "1, 2, 3, 4, 6, 8, ... do" in refused["rounds"]
-    assert "the input 'cu_seq_lens_q' cannot be padded" in refused["padding"]
-    assert "batching=packed" in refused["padding"]
+    assert "rows without padding are as long as their documents" in refused["padding"]
+    assert "the input 'cu_seq_lens_q' cannot be padded" in refused["step"]
+    assert "batching=packed" in refused["step"]

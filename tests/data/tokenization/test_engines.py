@@ -56,7 +56,7 @@ def test_datatrove_runs_the_parts(corpus, tokenizer, tmp_path):
 @pytest.mark.slow
 def test_ray_runs_the_parts(corpus, tokenizer, tmp_path):
     pytest.importorskip("ray")
-    ray = Ray(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray = Ray(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     for name, engine in (("one", Pool(1, rank=0, world=1)), ("two", ray)):
         tokenize(tokenizer, str(tmp_path / name), TextFiles(corpus), engine=engine, **SMALL)
     assert content(tmp_path / "one") == content(tmp_path / "two")
