@@ -1,10 +1,10 @@
 """Text to shards on one core, against a bare loop of `encode_batch` and other libraries.
 
 All contenders read or have the same documents (the running Python's documentation and sources) and
-the same byte-level BPE, and use one thread. They take turns; a turn is compared with the bare loop
-of its own round, because the machine's speed drifts. `ditty_di` is the whole of `task=tokenize`:
-reading .jsonl, tokens, shards with checksums and fsync, receipts, manifest. Contenders that are not
-installed are left out (datatrove with orjson; mosaicml-streaming; litdata).
+the same byte-level BPE, and use one thread. They take turns in random order; a turn is compared
+with the bare loop of its own round, because the machine's speed drifts. `ditty_di` is the whole of
+`task=tokenize`: reading .jsonl, tokens, shards with checksums and fsync, receipts, manifest.
+Contenders that are not installed are left out (datatrove with orjson; mosaicml-streaming; litdata).
 
     launch/bench tokenize --json tokenize.json
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
 import shutil
 import statistics
@@ -166,8 +167,10 @@ def measure(contenders: Contenders, rounds: int) -> dict[str, Any]:
             left_out[name] = str(error).partition("\n")[0]
             del ways[name]
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, way in ways.items():
+        # In another order each time: what ran before changes the speed by some percent.
+        for name, way in order.sample([*ways.items()], len(ways)):
             start = time.perf_counter(), time.process_time()
             way()
             end = time.perf_counter(), time.process_time()
