@@ -545,6 +545,35 @@ def test_parameters_that_are_not_finite_are_not_saved(runtime, tmp_path):
     assert latest(tmp_path) is None
 
 
+def test_parameters_are_looked_at_when_a_checkpointer_of_ones_own_is_due(runtime):
+    class Own:
+        save_interval, steps = 3, ()
+
+        def load(self):
+            return None
+
+        def save(self, step, *, force=False, objective=None):
+            self.steps += (step,)
+            return False
+
+        def maybe_wait_for_staging(self):
+            pass
+
+        def close(self):
+            pass
+
+    class Net(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 4)
+            self.unused = nn.Parameter(torch.tensor([torch.inf]))
+
+    own = Own()
+    trainer = small(runtime, model=Net(), checkpointer=lambda **states: own, max_steps=5)
+    with pytest.raises(FloatingPointError, match=r"step 3: 1 parameters are not finite \(unused"):
+        trainer.train()
+    assert own.steps == (1, 2), "it is asked at every step, and looked at in its own"
+
+
 def test_gradients_of_exactly_zero_for_ten_steps_are_warned_about_once(runtime, caplog):
     model = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 4))
     with torch.no_grad():

@@ -83,7 +83,7 @@ class ASHA(_Pruning):
 
     Args:
         run: folder of the run.
-        eta: of how many runs one goes on.
+        eta: one of so many runs goes on.
         first_rung: number of optimizer steps before the first comparison; None is the step of the
             first validation.
 
@@ -152,7 +152,7 @@ class ASHA(_Pruning):
 class Pruning(_Pruning):
     """Report each validation loss to the Optuna study, and stop when its pruner gives the trial up.
 
-    A run that is no unfinished trial of a study (`hydra/sweeper=optuna`) is left alone.
+    A run that is not an unfinished trial of a study (`hydra/sweeper=optuna`) is left alone.
 
     Args:
         run: folder of the run.
@@ -172,7 +172,7 @@ class Pruning(_Pruning):
         """
         if trainer.runtime.rank == 0:
             self._trial = this_trial(self.directory, self.pruner)
-        without = "the run is no unfinished trial of hydra/sweeper=optuna"
+        without = "the run is not an unfinished trial of hydra/sweeper=optuna"
         self._start(trainer, applies=self._trial is not None, without=without)
 
     def _reason(self, step: int, loss: float) -> str | None:

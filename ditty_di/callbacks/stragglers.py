@@ -18,7 +18,7 @@ from ditty_di.protocols import Training
 
 log = logging.getLogger(__name__)
 
-#: What a rank does on its own in a step. The rest is the backward pass, communication and waiting.
+#: Parts of a step that a rank does on its own; the rest is backward, communication and waiting.
 PARTS = ("data", "forward", "optimizer")
 
 

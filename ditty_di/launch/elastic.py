@@ -200,7 +200,7 @@ class Torchrun(Local):
 
     def _finished(self) -> bool:
         result = self._run.read_result() if self._run else None
-        return result is not None and result["status"] == "finished"
+        return result is not None and result["status"] in ("finished", "pruned")
 
     @contextmanager
     def group(self, run: RunDirectory, children: Children) -> Iterator[Group]:

@@ -35,7 +35,7 @@ def optuna() -> Any:
 
 
 def this_trial(run: RunDirectory, pruner: Any) -> Any:
-    """Return the unfinished trial of a study that a run is, None if it is none.
+    """Return the unfinished trial of a study that a run belongs to, None without one.
 
     Args:
         run: directory of the run.

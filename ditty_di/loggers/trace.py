@@ -26,7 +26,7 @@ _COMMUNICATION = re.compile(r"nccl|rccl|gloo:|c10d|record_param_comms", re.IGNOR
 
 @dataclass
 class Summary:
-    """What a trace tells; times in microseconds.
+    """Summary of a trace; times in microseconds.
 
     Attributes:
         window: length of the traced steps, until the last kernel of theirs has ended.

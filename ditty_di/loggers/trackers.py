@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import time
+from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ditty_di.io import read_json, write_json
 from ditty_di.loggers.loggers import missing
 
 
-class Tracker:
+class Tracker(ABC):
     """A run of an experiment tracker that a resumed training goes on with.
 
     Trackers cannot take an entry back. So a file in the run's folder (`<name>.json`) has the
@@ -96,18 +97,18 @@ class Tracker:
     def _save(self) -> None:
         write_json(self._file, {"run": self._name, "steps": self._steps})
 
+    @abstractmethod
     def _open(self, known: str | None) -> tuple[Any, str, int | None]:
         """Return the run, by what it is found again, and the last step in it (None: unknown)."""
-        raise NotImplementedError
 
-    def _log(self, step: int, values: dict[str, float]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _log(self, step: int, values: dict[str, float]) -> None: ...
 
-    def _log_text(self, step: int, name: str, text: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _log_text(self, step: int, name: str, text: str) -> None: ...
 
-    def _finish(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _finish(self) -> None: ...
 
 
 class WandB(Tracker):
@@ -194,8 +195,8 @@ class MLflow(Tracker):
             client.update_run(known, status="RUNNING")
             return client, known, None
         found = client.get_experiment_by_name(self.experiment)
-        place = client.create_experiment(self.experiment) if found is None else found.experiment_id
-        return client, client.create_run(place, run_name=self.name).info.run_id, None
+        number = client.create_experiment(self.experiment) if found is None else found.experiment_id
+        return client, client.create_run(number, run_name=self.name).info.run_id, None
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         from mlflow.entities import Metric

@@ -50,10 +50,10 @@ def axis(values: Sequence[Any]) -> dict[str, Any]:
     known = [value for value in values if value is not None]
     if not all(isinstance(value, int | float) for value in known):
         names = sorted({str(value) for value in known})
-        place = {name: (n + 0.5) / len(names) for n, name in enumerate(names)}
+        positions = {name: (n + 0.5) / len(names) for n, name in enumerate(names)}
         return {
-            "positions": [None if value is None else place[str(value)] for value in values],
-            "ticks": [[at, name] for name, at in place.items()],
+            "positions": [None if value is None else positions[str(value)] for value in values],
+            "ticks": [[at, name] for name, at in positions.items()],
         }
     low, high = min(known), max(known)
     log = low > 0 and high / low > 20

@@ -49,13 +49,13 @@ def report(
     found = reading.name_all(reading.require(folders, "run"), folders)
     alone = Path(folders[0]).expanduser() if len(folders) == 1 else Path.cwd()
     file = Path(output).expanduser() if output is not None else alone / "report.html"
-    number = f"{len(found)} run{'s' * (len(found) > 1)}"
-    title = "/".join(alone.absolute().parts[-2:]) if len(folders) == 1 else number
+    counted = f"{len(found)} run{'s' * (len(found) > 1)}"
+    title = "/".join(alone.absolute().parts[-2:]) if len(folders) == 1 else counted
     text = page.render(found, title, points=points, ignore=ignore)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, text)
     seconds = time.perf_counter() - started
-    print(f"{file} ({number}, {size(len(text.encode()))}, {seconds:.1f} s)")
+    print(f"{file} ({counted}, {size(len(text.encode()))}, {seconds:.1f} s)")
 
 
 def best(graph: Graph, /, *, sweep: str) -> None:

@@ -182,9 +182,11 @@ def table(
     for name, heading in columns:
         text = name in ("name", "status")
         made.add_column(
-            heading, justify="left" if text else "right", no_wrap=True, ratio=None,
+            heading,
+            justify="left" if text else "right",
+            no_wrap=True,
             overflow="ellipsis" if name == "name" else "fold",
-        )  # fmt: skip
+        )
     # The end of a name tells runs apart.
     space = max(width - (22 if width < 50 else 60 if width < 96 else 82), 12)
     for line in lines[:room]:

@@ -84,7 +84,9 @@ class Saving:
             if not is_due(self.step, objective):
                 return False
             force = True
-        if self.step > self.saved_step:
+        # Another one decides by itself, as a rule by its `save_interval`.
+        due = force or not self.step % (getattr(self.checkpointer, "save_interval", None) or 1)
+        if due and self.step > self.saved_step:
             require_finite_parameters(self.step, self._trained, self.runtime)
         started = time.monotonic()
         if not self.checkpointer.save(self.step, force=force, objective=objective):

@@ -1,11 +1,12 @@
 """Skip optimizer steps whose loss or gradient norm is far above those of the steps before."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: constructors of dataclasses keep real annotations.
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any
 
@@ -14,7 +15,8 @@ log = logging.getLogger(__name__)
 _WATCHED = ("loss", "grad_norm")
 
 
-class RunningLimit:
+@dataclass(kw_only=True, eq=False)
+class RunningLimit(ABC):
     """Limit loss and gradient norm by those of the last steps that updated.
 
     A step beyond a limit is skipped on all ranks, as one with a non-finite loss is, and does not
@@ -33,6 +35,12 @@ class RunningLimit:
     Raises:
         ValueError: arguments out of range.
     """
+
+    loss: float | None
+    grad_norm: float | None
+    window: int = 128
+    min_steps: int | None = None
+    max_skipped: int = 10
 
     @staticmethod
     def validate(
@@ -58,27 +66,12 @@ class RunningLimit:
         if wrong:
             raise ValueError("\n".join(wrong))
 
-    def __init__(
-        self,
-        *,
-        loss: float | None,
-        grad_norm: float | None,
-        window: int = 128,
-        min_steps: int | None = None,
-        max_skipped: int = 10,
-    ) -> None:
-        self.validate(
-            loss=loss,
-            grad_norm=grad_norm,
-            window=window,
-            min_steps=min_steps,
-            max_skipped=max_skipped,
-        )
-        self.factors = {"loss": loss, "grad_norm": grad_norm}
-        self.min_steps = window // 2 if min_steps is None else min_steps
-        self.max_skipped, self.skipped = max_skipped, 0
-        self._history = {name: deque[float](maxlen=window) for name in _WATCHED}
+    def __post_init__(self) -> None:
+        self.validate(**{field.name: getattr(self, field.name) for field in fields(self)})
+        self.skipped = 0
+        self._history = {name: deque[float](maxlen=self.window) for name in _WATCHED}
 
+    @abstractmethod
     def limit(self, values: Sequence[float], factor: float) -> float:
         """Return the largest value that is no spike after these.
 
@@ -86,7 +79,6 @@ class RunningLimit:
             values: of the last steps.
             factor: how far it may be above.
         """
-        raise NotImplementedError
 
     def limits(self) -> tuple[float, float]:
         """Return the largest loss and gradient norm of the next step; infinity is no limit."""
@@ -148,12 +140,14 @@ class RunningLimit:
             history.extend(state_dict[name])
 
     def _limit(self, name: str) -> float:
-        factor, history = self.factors[name], self._history[name]
-        if factor is None or len(history) < self.min_steps:
+        factor, history = getattr(self, name), self._history[name]
+        least = self.window // 2 if self.min_steps is None else self.min_steps
+        if factor is None or len(history) < least:
             return math.inf
         return self.limit(history, factor)
 
 
+@dataclass(kw_only=True, eq=False)
 class MedianMultiple(RunningLimit):
     """Limit loss and gradient norm to a multiple of their running median: factor x median.
 
@@ -161,22 +155,8 @@ class MedianMultiple(RunningLimit):
     `grad_norm` are the factors.
     """
 
-    def __init__(
-        self,
-        *,
-        loss: float | None = 3.0,
-        grad_norm: float | None = 10.0,
-        window: int = 128,
-        min_steps: int | None = None,
-        max_skipped: int = 10,
-    ) -> None:
-        super().__init__(
-            loss=loss,
-            grad_norm=grad_norm,
-            window=window,
-            min_steps=min_steps,
-            max_skipped=max_skipped,
-        )
+    loss: float | None = 3.0
+    grad_norm: float | None = 10.0
 
     def limit(self, values: Sequence[float], factor: float) -> float:
         """Return factor x median.
@@ -188,6 +168,7 @@ class MedianMultiple(RunningLimit):
         return factor * median(values)
 
 
+@dataclass(kw_only=True, eq=False)
 class RobustZScore(RunningLimit):
     """Limit loss and gradient norm to z robust standard deviations above their running median.
 
@@ -197,22 +178,8 @@ class RobustZScore(RunningLimit):
     those of `RunningLimit`; `loss` and `grad_norm` are z.
     """
 
-    def __init__(
-        self,
-        *,
-        loss: float | None = 6.0,
-        grad_norm: float | None = 6.0,
-        window: int = 128,
-        min_steps: int | None = None,
-        max_skipped: int = 10,
-    ) -> None:
-        super().__init__(
-            loss=loss,
-            grad_norm=grad_norm,
-            window=window,
-            min_steps=min_steps,
-            max_skipped=max_skipped,
-        )
+    loss: float | None = 6.0
+    grad_norm: float | None = 6.0
 
     def limit(self, values: Sequence[float], factor: float) -> float:
         """Return median + factor x 1.4826 x median distance from the median.
