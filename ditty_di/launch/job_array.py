@@ -119,11 +119,9 @@ class JobArray(JobsLauncher):
                 if job.run_directory.path.is_dir():
                     job.run_directory.stop.touch()
 
-        pause = 1.0
+        pause, waits = 1.0, ["squeue", "--noheader", "--format=%T", f"--jobs={array}"]
         with StopSignals(ask) as signals:
-            while (
-                launch_jobs.state(["squeue", "--noheader", "--format=%T", f"--jobs={array}"]) != ""
-            ):
+            while launch_jobs.state(waits) != "":
                 time.sleep(pause)
                 pause = min(pause * 1.2, _POLL_SECONDS)
         objectives = [self._ended(job, f"{array}_{n}", folder) for n, job in enumerate(jobs)]
