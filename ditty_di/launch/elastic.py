@@ -115,12 +115,11 @@ class Torchrun(Local):
             max_restarts=max_restarts,
             grace_seconds=grace_seconds,
         )
-        super().__init__(nproc, grace_seconds, max_restarts)
+        super().__init__(nproc, grace_seconds, max_restarts, dry_run)
         self.nodes = (max_nodes if min_nodes is None else min_nodes, max_nodes)
         self.rendezvous = Rendezvous(
             rdzv_endpoint, rdzv_id, self.nodes, local_addr, dict(rdzv_conf or {})
         )
-        self.dry_run = dry_run
         self._run: RunDirectory | None = None
         self._round: Round | None = None
         self._regroup = False  # the ranks here were stopped because another machine waits,
@@ -289,14 +288,13 @@ class Torchrun(Local):
 
     def _plan(self) -> str:
         least, most = self.nodes
-        ranks, there = self.ranks_here(), self.rendezvous
+        there = self.rendezvous
         lines = [
             f"on each of {least if least == most else f'{least} to {most}'} machines, "
             f"restarting at most {self.restarts.allowed} times:",
             f"  meet at {there} as {there.name!r}; this one is {there.local_addr}"
             f"{' and keeps it' if there.is_here() else ''}",
-            f"  start {ranks} rank{'s' * (ranks > 1)}: {sys.executable} -m ditty_di.launch RUN, "
-            "with RANK, WORLD_SIZE, MASTER_ADDR, ...",
+            f"  {self._plan_of_ranks()}",
         ]
         names = there.environment() if most > 1 else {}
         return "\n".join(lines + [f"  {name}={value}" for name, value in names.items()])

@@ -71,6 +71,7 @@ class Local:
             are killed. Not used where a single one runs in this process.
         max_restarts: how often all ranks are started again from the last checkpoint after one has
             failed. Not after a stop signal, nor where the same would happen again.
+        dry_run: print what would be started, and start nothing.
 
     Raises:
         ValueError: `nproc` is less than one, or another argument negative.
@@ -95,12 +96,37 @@ class Local:
             raise ValueError(f"launcher.max_restarts={max_restarts} must not be negative")
 
     def __init__(
-        self, nproc: int | None = None, grace_seconds: float = 300.0, max_restarts: int = 0
+        self,
+        nproc: int | None = None,
+        grace_seconds: float = 300.0,
+        max_restarts: int = 0,
+        dry_run: bool = False,
     ) -> None:
         self.validate(nproc=nproc, grace_seconds=grace_seconds, max_restarts=max_restarts)
         self.nproc = nproc
         self.grace_seconds = grace_seconds
         self.restarts = Restarts(max_restarts)
+        self.dry_run = dry_run
+
+    def preview(self, run: RunDirectory, config_dir: Path) -> int:
+        """Print what would be started; return the exit code 0.
+
+        Args:
+            run: the run directory that a start would make.
+            config_dir: folder with the configuration that the ranks would build.
+        """
+        print(
+            f"on this machine, in {run}, restarting at most {self.restarts.allowed} times:\n"
+            f"  {self._plan_of_ranks()}"
+        )
+        return 0
+
+    def _plan_of_ranks(self) -> str:
+        ranks = self.ranks_here()
+        return (
+            f"start {ranks} rank{'s' * (ranks > 1)}: {sys.executable} -m ditty_di.launch RUN, "
+            "with RANK, WORLD_SIZE, MASTER_ADDR, ..."
+        )
 
     def __call__(self, run_dir: str | Path) -> int:
         """Run the ranks and return the exit code of the run.

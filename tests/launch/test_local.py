@@ -37,6 +37,12 @@ def test_two_ranks_share_a_directory_and_rank_0_has_the_console(folder: Folder) 
     assert result(folder.path / "mine")["status"] == "finished"
 
 
+def test_a_dry_run_prints_the_plan_and_makes_nothing(folder: Folder) -> None:
+    out, _ = folder(TWO, "task=finish", "run=mine", "launcher.dry_run=true")
+    assert "start 2 ranks" in out and "in mine" in out and "rank 0 says" not in out
+    assert not (folder.path / "mine").exists()
+
+
 def test_a_rank_that_raises_ends_the_others_in_their_collective(folder: Folder) -> None:
     began = time.monotonic()
     _, err = folder(folder.task("collective", fails_on=1), TWO, "run=mine", code=1)
