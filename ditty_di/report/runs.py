@@ -245,8 +245,10 @@ class Run:
     @property
     def max_steps(self) -> int | None:
         """The last step that there will be; estimated from the remaining time if need be."""
-        known = self.config.get("max_steps")
-        return known if isinstance(known, int) else estimated_steps(self.step, self.last)
+        for known in map(self.config.get, ("trainer.max_steps", "max_steps")):
+            if isinstance(known, int):
+                return known
+        return estimated_steps(self.step, self.last)
 
     @property
     def objective(self) -> float | None:

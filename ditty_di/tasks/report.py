@@ -75,7 +75,7 @@ def best(graph: Graph, /, *, sweep: str) -> None:
     done = [run for run in found if run.status == "finished" and run.objective is not None]
     done = [run for run in done if run.command]
     if not done:
-        how = ", ".join(f"{run.name} {run.status}" for run in found[:5])
+        how = ", ".join(f"{run.name}: {run.status}" for run in found[:5])
         raise SystemExit(f"sweep={sweep}: none of {len(found)} runs has finished ({how})")
     run = min(done, key=lambda run: (run.objective, run.name))
     at = run.result.get("objective_step") or run.step

@@ -98,11 +98,12 @@ def _modified(file: Any) -> tuple[int, int] | None:
 
 
 def _max_steps(run: RunDirectory) -> int | None:
-    """Return `max_steps` of a configuration without parsing all of it."""
+    """Return the trainer's `max_steps` without parsing all of a configuration."""
     with suppress(OSError):
         text = run.config.read_text(encoding="utf-8", errors="replace")
-        if found := re.search(r"^max_steps: (\d+)", text, re.MULTILINE):
-            return int(found[1])
+        for pattern in (r"^trainer:\n(?:  .*\n)*?  max_steps: (\d+)$", r"^max_steps: (\d+)$"):
+            if found := re.search(pattern, text, re.MULTILINE):
+                return int(found[1])
     return None
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from ditty_di.config import ConfigError
+from ditty_di.launch.rundir import RunDirectory
+from ditty_di.report.runs import Run
 from ditty_di.tasks.report import best
 from ditty_di.tasks.watch import Watcher, table, watch
 from tests.report.runs import write_run, write_sweep
@@ -58,7 +60,7 @@ def test_only_finished_runs_can_be_the_best(tmp_path, capsys, monkeypatch):
 def test_without_a_finished_run_there_is_one_sentence(folder: Folder) -> None:
     write_run(folder.path / "runs/0", status="failed")
     _, err = folder("task=best", "sweep=runs", code=1)
-    assert err.strip() == "sweep=runs: none of 1 runs has finished (0 failed)"
+    assert err.strip() == "sweep=runs: none of 1 runs has finished (0: failed)"
     _, err = folder("task=best", "sweep=conf", code=2)
     assert "no run in this folder" in err
 
@@ -100,6 +102,12 @@ def test_all_runs_are_a_table_sorted_with_those_that_run_first(tmp_path, capsys,
     with pytest.raises(ConfigError, match=r"task\.sort=x"):
         watch(None, runs="a", sort="x")
     assert shown(tmp_path / "nix", capsys) == [f"no run below {tmp_path}/nix"]
+
+
+def test_the_last_step_is_the_trainers(tmp_path):
+    write_run(tmp_path / "x", 100, status=None, typed={"trainer.max_steps": 400})
+    (line,) = Watcher([str(tmp_path)]).look()
+    assert line.max_steps == Run(RunDirectory(tmp_path / "x"), "x").max_steps == 400
 
 
 def test_a_look_reads_again_only_what_has_changed(tmp_path):
