@@ -132,6 +132,17 @@ def test_exactly_the_asked_number_of_steps(runtime):
     assert (result["status"], result["step"]) == ("finished", 7)
 
 
+def test_parameters_that_no_gradient_reaches_are_named_once(runtime, caplog):
+    class Unused(nn.Sequential):
+        def forward(self, x):
+            return self[0](x)
+
+    small(runtime, model=Unused(nn.Linear(2, 4), nn.Linear(3, 3))).train()
+    told = [r.getMessage() for r in caplog.records if "no gradient" in r.getMessage()]
+    assert len(told) == 1 and "reached 2 trainable parameters" in told[0]
+    assert "1.weight, 1.bias" in told[0]
+
+
 def test_accumulation_counts_windows_not_micro_batches(runtime):
     trainer = small(runtime, max_steps=3, global_batch_size=16)
     assert trainer.gradient_accumulation_steps == 2

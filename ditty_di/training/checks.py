@@ -5,16 +5,21 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, ParamSpec
 
+from torch import nn
+
 from ditty_di import isolation
+from ditty_di.messages import first_of
 from ditty_di.models.evaluation import evaluating
 from ditty_di.optim import trial
 from ditty_di.parallelize.fits import Degrees, Parts, fits
 
 P = ParamSpec("P")
+log = logging.getLogger(__name__)
 
 #: Values of the trainer's argument `contracts`.
 CONTRACTS = ("static", "runtime", "every_batch")
@@ -105,6 +110,22 @@ def try_first_validation(validator: Any, modules: Iterable[Any]) -> None:
     if try_batch := getattr(validator, "try_first_batch", None):
         with evaluating(modules):
             try_batch()
+
+
+def warn_without_gradient(modules: Iterable[nn.Module]) -> None:
+    """Log the trainable parameters that no gradient has reached, such as adapters never called.
+
+    Args:
+        modules: the model's parts, after a backward pass.
+    """
+    named = (named for module in modules for named in module.named_parameters())
+    untrained = [name for name, p in named if p.requires_grad and p.grad is None]
+    if untrained:
+        log.warning(
+            "no gradient has reached %d trainable parameters in the first step: %s; freeze them, "
+            "or leave their layers out of the adapter",
+            *(len(untrained), first_of(untrained, 4)),
+        )
 
 
 def known_arguments(init: Callable[P, None]) -> Callable[P, None]:

@@ -220,6 +220,7 @@ class Trainer(TitanTrainer):
             spikes=spike_policy,
             on_read=self._note,
         )
+        self._updated = False  # in this process
         self.optimizer_step = TrainStep(
             parts=self.parts,
             loss_fn=by_source,
@@ -503,6 +504,9 @@ class Trainer(TitanTrainer):
         return False
 
     def _before_update(self) -> None:
+        if not self._updated:
+            self._updated = True
+            checks.warn_without_gradient(self.model_parts)
         self.saving.wait_for_staging()
         self.boundary.updating("the parameters")
 
