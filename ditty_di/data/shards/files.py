@@ -73,7 +73,7 @@ class MegatronFile(TokenFile):
 
     def document_starts(self, start: int, tokens: np.ndarray) -> np.ndarray:
         """Return where documents begin, from the index."""
-        return self.index.document_starts(start + 1, start + len(tokens)) - start
+        return self.index.document_starts(start + 1, start + len(tokens), start)
 
 
 class DatatroveFile(TokenFile):

@@ -42,6 +42,8 @@ TOKEN_TYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 _MAX_LENGTH = np.iinfo(np.int32).max
 #: Documents up to which a list is faster than four calls of NumPy.
 _FEW = 12
+#: Sequences among which the last one of a row is looked for first.
+_NEAR = 32
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -220,8 +222,14 @@ class MegatronIndex:
         if self.sequences:
             self.tokens = self.positions[-1] // self.dtype.itemsize + self.lengths[-1]
 
-    def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Return the tokens from `start` to `stop - 1` at which a document begins, ascending."""
+    def document_starts(self, start: int, stop: int, origin: int = 0) -> np.ndarray:
+        """Return the tokens from `start` to `stop - 1` at which a document begins, ascending.
+
+        Args:
+            start: the first token.
+            stop: the token behind the last one.
+            origin: what the results are relative to.
+        """
         size = self.dtype.itemsize
         first = bisect_left(self.positions, start * size)
         last = self._next(stop * size, first)
@@ -230,9 +238,10 @@ class MegatronIndex:
         high = self._document(last, low)
         if high - low <= _FEW:
             marks, positions = self.marks, self.positions
-            return np.array([positions[marks[n]] // size for n in range(low, high)], np.int64)
+            found = [positions[marks[n]] // size - origin for n in range(low, high)]
+            return np.array(found, np.int64)
         begins = np.frombuffer(self.positions[first:last], "<i8")
-        return begins[np.frombuffer(self.marks[low:high], "<i8") - first] // size
+        return begins[np.frombuffer(self.marks[low:high], "<i8") - first] // size - origin
 
     def _document(self, sequence: int, first: int = 0) -> int:
         """Return the first document that begins with a sequence or a later one."""
@@ -245,10 +254,9 @@ class MegatronIndex:
 
     def _next(self, position: int, first: int) -> int:
         """Return the first sequence from `first` on at a position or behind it, a near one."""
-        low, high, step = first, first, 4
-        while high < self.sequences and self.positions[high] < position:
-            low, high, step = high, high + step, 2 * step
-        return bisect_left(self.positions, position, low, min(high, self.sequences))
+        near = min(first + _NEAR, self.sequences)
+        found = bisect_left(self.positions, position, first, near)
+        return found if found < near else bisect_left(self.positions, position, near)
 
 
 def add_suffix(prefix: Path, suffix: str) -> Path:
