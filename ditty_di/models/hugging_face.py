@@ -259,7 +259,7 @@ def _read_config(files: ModelFiles, changes: Mapping[str, Any]) -> PretrainedCon
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `ModelFiles`.
-        ValueError: the weights are quantized already.
+        ValueError: the weights are quantized already, other than in MXFP4.
     """
     folder = files.config().parent
     config = AutoConfig.from_pretrained(folder, **changes)
@@ -267,11 +267,14 @@ def _read_config(files: ModelFiles, changes: Mapping[str, Any]) -> PretrainedCon
     config.name_or_path = files.path
     if files.folder is None:
         config._commit_hash = folder.name
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"model: the weights of {files.path} are quantized already; give the model that they "
-            f"were made from, and let `quantize` do it"
-        )
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        if quantized.get("quant_method") != "mxfp4":
+            raise ValueError(
+                f"model: the weights of {files.path} are quantized already; give the model that "
+                f"they were made from, and let `quantize` do it"
+            )
+        del config.quantization_config  # dequantized while they are read: `ditty_di.models.mxfp4`
     return config
 
 
