@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear, ParamWrapper
+from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
 from ditty_di.adapters.quantized import QuantizedLoraLinear, refuse_to_merge
@@ -60,8 +60,11 @@ class Adapted(Stacked):
         return torch.baddbmm(weight, left, right, alpha=self.scaling)
 
 
-class ExpertsLora(ParamWrapper):
-    """peft's LoRA on a fused weight of experts, with the same parameters and values."""
+class ParamWrapper(lora.ParamWrapper):
+    """peft's LoRA on a fused weight of experts, with the same parameters and values.
+
+    It has the name of peft's class: peft nests two of them by that name.
+    """
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
@@ -98,16 +101,16 @@ def register(config: Any, model: nn.Module) -> None:
     def of_experts(
         target: Any, name: str, *, parameter_name: str | None = None, **options: Any
     ) -> Any:
-        base = target.get_base_layer() if isinstance(target, ParamWrapper) else target
+        base = target.get_base_layer() if isinstance(target, lora.ParamWrapper) else target
         fused = parameter_name is not None and getattr(base, parameter_name).ndim == 3
-        return ExpertsLora(target, name, parameter_name, **options) if fused else None
+        return ParamWrapper(target, name, parameter_name, **options) if fused else None
 
     def of_linear(
         target: Any, name: str, *, parameter_name: str | None = None, **options: Any
     ) -> Any:
         if is_quantized(target):
             return QuantizedLoraLinear(target, name, **options)
-        return None if parameter_name is None else Linear(target, name, **options)
+        return None if parameter_name is None else lora.Linear(target, name, **options)
 
     kinds: dict[Any, Any] = {type(owner): of_experts for _, owner, _ in fused_weights(model)}
     layers = [m for m in model.modules() if is_quantized(m) or isinstance(m, nn.Linear)]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ditty_di.models.coverage import within_block
-from ditty_di.models.stacked import Stacked, fused_weights
+from ditty_di.models.stacked import Stacked, fused_weights, is_linear, routers
 
 #: The value of `target_modules` for every linear layer but the output head.
 ALL_LINEAR = "all-linear"
@@ -33,12 +33,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) or is_quantized(module)
+        if is_linear(module) or isinstance(module, Conv1D) or is_quantized(module)
     }
 
 
 def all_linear(model: nn.Module, *, except_for: Iterable[str] = ()) -> list[str]:
-    """Return names for every linear layer but the output head.
+    """Return names for every linear layer but the output head and the routers of experts.
 
     Without a known output head these are the linear layers of the repeated blocks.
 
@@ -55,7 +55,12 @@ def all_linear(model: nn.Module, *, except_for: Iterable[str] = ()) -> list[str]
         found = {path: module for path, module in found.items() if module is not head}
     elif inside := {path: m for path, m in found.items() if _in_block(model, path)}:
         found = inside
-    chosen = [path for path in found if not any(matches(name, path) for name in except_for)]
+    apart = {*routers(model)}
+    chosen = [
+        path
+        for path in found
+        if path not in apart and not any(matches(name, path) for name in except_for)
+    ]
     if not chosen:
         raise ValueError(
             f"adapter: {type(model).__name__} has no linear layer beside its output head; name the "

@@ -94,7 +94,7 @@ def _adapters(model: nn.Module) -> tuple[set[int], set[int]]:
             made = getattr(layer, name, None)
             if isinstance(made, nn.Module):
                 added |= {id(p) for p in made.parameters()}
-        if hasattr(layer, "modules_to_save"):
+        if isinstance(getattr(layer, "modules_to_save", None), nn.ModuleDict):
             added |= {id(p) for p in layer.modules_to_save.parameters()}
             adapted |= {id(p) for p in layer.original_module.parameters()}
         elif hasattr(layer, "adapter_layer_names") and hasattr(layer, "get_base_layer"):

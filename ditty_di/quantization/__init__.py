@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ditty_di.dtypes import dtype_name
 from ditty_di.models.coverage import left_out
-from ditty_di.models.stacked import fused_weights
+from ditty_di.models.stacked import fused_weights, is_linear
 from ditty_di.quantization.experts import Int8Experts, NF4Experts
 from ditty_di.quantization.int8_linear import Int8Linear
 from ditty_di.quantization.linear import require_bitsandbytes
@@ -142,7 +142,7 @@ def _replace(
     linear_layers = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and is_chosen(path)
+        if is_linear(module) and is_chosen(path)
     ]
     experts = [(p, *own) for p, *own in fused_weights(model) if make_experts and is_chosen(p)]
     if not linear_layers:
