@@ -258,12 +258,7 @@ def fit_to_files(files: ModelFiles, model: Any) -> None:
         names = convert_names(files.tensor_names(), model)
     except (FileNotFoundError, ConnectionError):  # raised again when the weights are read
         return
-    for name, group in names.groups.items():
-        if group.converter is not None:
-            try:
-                _require_experts(name, group, model)
-            except ValueError as error:
-                raise ValueError(f"model: {files.path}: {name}: {error}") from None
+    _require_all_experts(files, names, model)
     model._weight_conversions = names.conversions
     both = [pair for pair in model.all_tied_weights_keys.items() if set(pair) <= set(names.groups)]
     if not both:
@@ -280,6 +275,28 @@ def fit_to_files(files: ModelFiles, model: Any) -> None:
     if apart and not model.all_tied_weights_keys:
         # So that whatever reads an export does not tie them.
         model.config.tie_word_embeddings = False
+
+
+def require_experts(files: ModelFiles, model: Any) -> None:
+    """Raise ValueError where the files lack one of the experts, or have more than the model.
+
+    Args:
+        files: if there are no weights, nothing is done.
+        model: of transformers, on meta.
+    """
+    try:
+        _require_all_experts(files, convert_names(files.tensor_names(), model), model)
+    except (FileNotFoundError, ConnectionError):  # raised again when the weights are read
+        return
+
+
+def _require_all_experts(files: ModelFiles, names: Names, model: Any) -> None:
+    for name, group in names.groups.items():
+        if group.converter is not None:
+            try:
+                _require_experts(name, group, model)
+            except ValueError as error:
+                raise ValueError(f"model: {files.path}: {name}: {error}") from None
 
 
 def untie(model: Any, names: Iterable[str]) -> None:

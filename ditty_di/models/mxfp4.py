@@ -15,11 +15,18 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
 
 from ditty_di.models.deferred import Deferred, Index, deferred
 
 #: Values that share a scale.
 BLOCK = 32
+
+
+def is_mxfp4(config: Any) -> bool:
+    """Return whether a configuration of transformers says that its experts are in MXFP4."""
+    quantized = getattr(config, "quantization_config", None)
+    return isinstance(quantized, dict) and quantized.get("quant_method") == QuantizationMethod.MXFP4
 
 
 def converters(names: Iterable[str]) -> list[WeightConverter]:
