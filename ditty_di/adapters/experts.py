@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,8 +102,9 @@ def register(config: Any, model: nn.Module) -> None:
         target: Any, name: str, *, parameter_name: str | None = None, **options: Any
     ) -> Any:
         base = target.get_base_layer() if isinstance(target, lora.ParamWrapper) else target
-        fused = parameter_name is not None and getattr(base, parameter_name).ndim == 3
-        return ParamWrapper(target, name, parameter_name, **options) if fused else None
+        if parameter_name is None or getattr(base, parameter_name).ndim != 3:
+            return None
+        return ParamWrapper(target, name, parameter_name, **options)
 
     def of_linear(
         target: Any, name: str, *, parameter_name: str | None = None, **options: Any
@@ -133,11 +134,11 @@ def packed_as_parameters(config: Any, model: nn.Module) -> Iterator[None]:
     layers: list[Any] = [m for m in model.modules() if is_quantized(m) and hasattr(m, "qweight")]
     fused = [own for own in fused_weights(model) if own[2] in own[1]._modules]
 
-    def stand_in(shape: tuple[int, ...], like: Any) -> nn.Parameter:
+    def stand_in(shape: Sequence[int], like: Any) -> nn.Parameter:
         one = torch.empty((), dtype=like.dtype, device=like.qweight.device)
         return nn.Parameter(one.expand(shape), requires_grad=False)
 
-    packed = [(owner, name, owner._modules.pop(name)) for _, owner, name in fused]
+    packed: list[Any] = [(owner, name, owner._modules.pop(name)) for _, owner, name in fused]
     for owner, name, module in packed:
         owner._parameters[name] = stand_in(module.shape, module)
     for layer in layers:

@@ -11,12 +11,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    Mxfp4Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils.quantization_config import Mxfp4Config
 
 from ditty_di.dtypes import dtype_by_name
 from ditty_di.export.folder import quiet

@@ -42,7 +42,9 @@ def converters(names: Iterable[str]) -> list[WeightConverter]:
 class Dequantize(ConversionOps):
     """Make a weight `[experts, rows, columns]` of its blocks and scales, without reading them."""
 
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], *patterns: Any, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Any]:
         """Return the weight by its name.
 
         Raises:
@@ -53,7 +55,7 @@ class Dequantize(ConversionOps):
         scales = next((t for n, t in parts.items() if n.endswith("_scales")), None)
         if blocks is None or scales is None:
             raise ValueError(f"MXFP4 needs {'blocks' if blocks is None else 'scales'} too")
-        return {kwargs["full_layer_name"]: dequantized(deferred(blocks), deferred(scales))}
+        return {full_layer_name: dequantized(deferred(blocks), deferred(scales))}
 
 
 def dequantized(blocks: Deferred, scales: Deferred) -> Deferred:

@@ -144,7 +144,7 @@ def _replace(
         for path, module in model.named_modules()
         if is_linear(module) and is_chosen(path)
     ]
-    experts = [(p, *own) for p, *own in fused_weights(model) if make_experts and is_chosen(p)]
+    experts = [own for own in fused_weights(model) if make_experts and is_chosen(own[0])]
     if not linear_layers:
         raise ValueError(
             f"quantize: {type(model).__name__} has no torch.nn.Linear to quantize outside "
@@ -168,7 +168,7 @@ def _replace(
             device=linear.weight.device,
         )
         model.set_submodule(path, _filled(layer, linear.weight).train(linear.training))
-    for _, owner, name in experts:
+    for _, owner, name in experts if make_experts else ():
         weight = getattr(owner, name)
         packed = make_experts(*weight.shape, dtype=weight.dtype, device=weight.device)
         del owner._parameters[name]

@@ -68,10 +68,10 @@ class PackedExperts(Stacked, QuantizedLinear):
         """Return the product in the dtype of `x` or autocast; see `Stacked.multiply`."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        _, rows, columns = self.shape
-        one = expert is not None
-        packed = self.packed(slice(expert * rows, (expert + 1) * rows) if one else None)
-        shape = (rows, columns) if one else tuple(self.shape)
+        rows = self.shape[1]
+        taken = None if expert is None else slice(expert * rows, (expert + 1) * rows)
+        packed = self.packed(taken)
+        shape = tuple(self.shape) if expert is None else tuple(self.shape[1:])
         return _Product.apply(x, ends, transposed, self.decoder(x.device), shape, *packed)
 
     def whole(self) -> Tensor:

@@ -5,7 +5,7 @@ in int8 and in NF4, by one process and by two (FSDP2 over gloo). Each process re
 when it begins and ends loading; meanwhile this program reads how much anonymous memory it has
 (RssAnon: the mapped files' pages do not count, for the system can drop them). What a process has
 at its peak beyond what it had before, less what its tensors need in the end, must be at most two
-layers in 16 bits. A mixture of experts, in one file tensor an expert and matrix, is loaded likewise;
+layers in 16 bits. A mixture of experts is loaded likewise, from a tensor for each expert and matrix;
 its experts must need at most 0.54 bytes a parameter in NF4.
 
 Then each way of fine-tuning takes one real step, and its parameters, gradients and optimizer state
@@ -262,9 +262,8 @@ def make_base(
     }
     config: Any = LlamaConfig(intermediate_size=11 * width // 4, **sizes)
     if experts:
-        config = Qwen3MoeConfig(
-            num_experts=experts, moe_intermediate_size=width // 2, head_dim=64, **sizes
-        )
+        sizes |= {"num_experts": experts, "moe_intermediate_size": width // 2, "head_dim": 64}
+        config = Qwen3MoeConfig(**sizes)
     config.save_pretrained(folder)
     model: Any = from_config(config, dtype="bfloat16")
     generator = torch.Generator().manual_seed(0)
