@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 from ditty_di.adapters import targets, tied
 from ditty_di.adapters.state import NAME
 from ditty_di.dtypes import dtype_by_name, dtype_name
-from ditty_di.models.coverage import left_out
+from ditty_di.models.coverage import left_out, within_block
+from ditty_di.models.stacked import fused_weights
 from ditty_di.precision.casting import computing_dtype
 from ditty_di.protocols import early_checks
 
@@ -24,6 +26,9 @@ _COPIES = {"modules_to_save": "original_module", "ln_tuning_layers": "base_layer
 
 #: Initialisations that do not need the base's values.
 _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
+
+#: Options that `target_parameters` does not have.
+_LINEAR_ONLY = ("lora_dropout", "use_dora", "lora_bias")
 
 
 def _validate(*, config: Any = None) -> None:
@@ -46,9 +51,10 @@ def apply_adapter(model: nn.Module, /, *, config: Any, dtype: str | None = "floa
     Args:
         model: without adapters.
         config: any configuration of peft whose layers have parameters of their own. Its
-            `target_modules` are names, a regular expression, `all-linear` (quantized layers too,
-            without the output head), or None: what peft knows for this architecture, else the
-            linear layers of the repeated blocks. A `task_type` of None becomes the model's own.
+            `target_modules` are names, a regular expression, `all-linear` (quantized layers and
+            fused experts too, without the output head and routers), or None: what peft knows for
+            this architecture, else the linear layers of the repeated blocks. A `task_type` of None
+            becomes the model's own.
         dtype: of everything that is trained, a name in torch; float32 also on a base of 16 bits,
             whose own updates would be lost in rounding. None keeps what peft makes.
 
@@ -57,14 +63,16 @@ def apply_adapter(model: nn.Module, /, *, config: Any, dtype: str | None = "floa
     """
     from peft import get_peft_model
 
+    from ditty_di.adapters import experts
+
     config = copy.deepcopy(config)  # peft writes into it
     _require_supported(config, model)
     _set_targets(config, model)
     _set_task(config, model)
-    _register_quantized(config, model)
+    experts.register(config, model)
     base_dtypes = {id(p): p.dtype for p in model.parameters()}
     on_meta = any(p.is_meta for p in model.parameters())
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), experts.packed_as_parameters(config, model):
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # ours, registered
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings")  # export unties
         try:
@@ -114,33 +122,55 @@ def _require_supported(config: Any, model: nn.Module) -> None:
 
 
 def _set_targets(config: Any, model: nn.Module) -> None:
-    """Replace `all-linear` and None by names; raise ValueError for names without a module."""
+    """Replace `all-linear` and None by names; raise ValueError for names without a match."""
     whole = getattr(config, "modules_to_save", None) or []
     targets.require_matches(model, "modules_to_save", whole, among=targets.paths(model))
+    targets.require_parameters(model, getattr(config, "target_parameters", None) or [])
     if not hasattr(config, "target_modules"):
         return
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
-        config.target_modules = targets.all_linear(model, except_for=whole)
-        _warn_of_fused(config, model)
+        _set_all_linear(config, model, whole)
     elif wanted is not None:
         targets.require_matches(model, "target_modules", wanted)
     elif not getattr(config, "target_parameters", None) and not _known_to_peft(config, model):
         config.target_modules = targets.blocks_linear(model)
 
 
-def _warn_of_fused(config: Any, model: nn.Module) -> None:
-    """Warn of parameters with several matrices, such as fused experts: they are not layers."""
+def _set_all_linear(config: Any, model: nn.Module, whole: Sequence[str]) -> None:
+    """Name every linear layer but the head, and every fused weight of experts.
+
+    Weights are named in `target_parameters`, and so are layers with names that peft takes for
+    experts. Kinds other than LoRA, and options that such targets do not have, leave them out with
+    a warning.
+    """
+    from ditty_di.adapters.experts import renamed_by_peft
+
+    names = targets.all_linear(model, except_for=whole)
+    renamed = renamed_by_peft(config, model, names)
+    fused = [p for p, _, _ in fused_weights(model) if not any(n in p.split(".") for n in whole)]
+    unfit = [name for name in _LINEAR_ONLY if getattr(config, name, None)]
+    if getattr(config, "init_lora_weights", True) == "orthogonal":
+        unfit.append("init_lora_weights=orthogonal")
+    config.target_modules = [name for name in names if name not in renamed]
+    if not unfit and (fused or renamed) and hasattr(config, "target_parameters"):
+        weights = {within_block(path) for path in fused} | {f"{name}.weight" for name in renamed}
+        config.target_parameters = sorted({*(config.target_parameters or ()), *weights})
+        return
     chosen = targets.layers_of(model, config.target_modules)
     given = getattr(config, "target_parameters", None) or []
     taken = [p for layer in chosen for p in layer.parameters()]
-    taken += [p for n, p in model.named_parameters() if any(targets.matches(g, n) for g in given)]
-    rest, fused = left_out(model, taken)
-    if fused:
+    taken += [
+        p for name, p in targets.weights(model) if any(targets.matches(g, name) for g in given)
+    ]
+    rest, left = left_out(model, taken)
+    if left or renamed:
+        why = (
+            f"LoRA adapts them without {' and '.join(unfit)}" if unfit else "LoraConfig adapts them"
+        )
         log.warning(
-            "adapter: target_modules=all-linear adapts %d layers; left out: %s; LoraConfig adapts "
-            "fused parameters by adapter.config.target_parameters=[%s]",
-            *(len(chosen), rest, ",".join(fused)),
+            "adapter: target_modules=all-linear adapts %d layers; left out: %s; %s",
+            *(len(chosen), rest, why),
         )
 
 
@@ -174,15 +204,6 @@ def _set_task(config: Any, model: nn.Module) -> None:
         )
 
 
-def _register_quantized(config: Any, model: nn.Module) -> None:
-    """Register with peft how to wrap the quantized layers that the model has."""
-    kinds = {type(module) for module in model.modules() if targets.is_quantized(module)}
-    if kinds and hasattr(config, "_register_custom_module"):
-        from ditty_di.adapters.quantized import QuantizedLoraLinear
-
-        config._register_custom_module(dict.fromkeys(kinds, QuantizedLoraLinear))
-
-
 def _check_layers(adapted: Any, *, on_meta: bool) -> None:
     """Raise ValueError for layers of peft that cannot work here."""
     from peft.tuners.ia3 import IA3Layer
@@ -211,10 +232,13 @@ def _check_layers(adapted: Any, *, on_meta: bool) -> None:
                 f"the embedding); take it out of target_modules, or use_dora=false"
             )
         elif (
-            is_lora and config.init_lora_weights == "orthogonal" and NAME in layer.lora_embedding_A
+            is_lora
+            and config.init_lora_weights == "orthogonal"
+            and (NAME in layer.lora_embedding_A or hasattr(layer, "parameter_name"))
         ):
+            what = getattr(layer, "parameter_name", "an embedding")
             problem = (
-                f"init_lora_weights=orthogonal is for linear layers, and {path} is an embedding; "
+                f"init_lora_weights=orthogonal is for linear layers, and {path} is {what}; "
                 f"use init_lora_weights=true"
             )
         elif on_meta and constants and not isinstance(layer, TrainableTokensLayer):

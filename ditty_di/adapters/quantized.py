@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.lora import Linear
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+
+
+def refuse_to_merge() -> NoReturn:
+    """Raise ValueError: merging would quantize the sum a second time."""
+    raise ValueError(
+        "adapters cannot be merged into a quantized base without rounding it a second time; "
+        "export=merged merges them into the unquantized one"
+    )
 
 
 class QuantizedLoraLinear(Linear):
@@ -22,10 +30,7 @@ class QuantizedLoraLinear(Linear):
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Raise ValueError: merging would quantize the sum a second time."""
-        raise ValueError(
-            "adapters cannot be merged into a quantized base without rounding it a second time; "
-            "export=merged merges them into the unquantized one"
-        )
+        refuse_to_merge()
 
 
 class QuantizedDora(DoraLinearVariant):

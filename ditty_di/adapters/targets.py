@@ -10,18 +10,22 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ditty_di.models.coverage import within_block
+from ditty_di.models.stacked import Stacked, fused_weights, is_linear, routers
+
 #: The value of `target_modules` for every linear layer but the output head.
 ALL_LINEAR = "all-linear"
 
 
 def is_quantized(module: Any) -> bool:
     """Return whether it is a linear layer whose weight is packed (`ditty_di.quantization`)."""
-    return hasattr(module, "dequantize") and hasattr(module, "fill_from")
+    packed = hasattr(module, "dequantize") and hasattr(module, "fill_from")
+    return packed and not isinstance(module, Stacked)
 
 
 def paths(model: nn.Module) -> list[str]:
-    """Return the paths of all modules inside the model."""
-    return [path for path, _ in model.named_modules() if path]
+    """Return the paths of all modules inside the model, without packed parameters."""
+    return [path for path, m in model.named_modules() if path and not isinstance(m, Stacked)]
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -29,12 +33,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) or is_quantized(module)
+        if is_linear(module) or isinstance(module, Conv1D) or is_quantized(module)
     }
 
 
 def all_linear(model: nn.Module, *, except_for: Iterable[str] = ()) -> list[str]:
-    """Return names for every linear layer but the output head.
+    """Return names for every linear layer but the output head and the routers of experts.
 
     Without a known output head these are the linear layers of the repeated blocks.
 
@@ -51,7 +55,12 @@ def all_linear(model: nn.Module, *, except_for: Iterable[str] = ()) -> list[str]
         found = {path: module for path, module in found.items() if module is not head}
     elif inside := {path: m for path, m in found.items() if _in_block(model, path)}:
         found = inside
-    chosen = [path for path in found if not any(matches(name, path) for name in except_for)]
+    apart = {*routers(model)}
+    chosen = [
+        path
+        for path in found
+        if path not in apart and not any(matches(name, path) for name in except_for)
+    ]
     if not chosen:
         raise ValueError(
             f"adapter: {type(model).__name__} has no linear layer beside its output head; name the "
@@ -103,6 +112,34 @@ def require_matches(
             raise ValueError(
                 f"adapter: {field} has {name!r}, but no module of {type(model).__name__} is called "
                 f"so{hint}; it has {', '.join(listed)}"
+            )
+
+
+def weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return (name, parameter) as `target_parameters` names them, with those of packed weights."""
+    found = list(model.named_parameters())
+    for path, layer in model.named_modules():
+        if hasattr(layer, "qweight"):
+            name = path if isinstance(layer, Stacked) else f"{path}.weight"
+            found += [(name, parameter) for parameter in layer.parameters()]
+    return found
+
+
+def require_parameters(model: nn.Module, names: Iterable[str]) -> None:
+    """Check that every name in `target_parameters` is that of a parameter, or the end of one.
+
+    Raises:
+        ValueError: a name without a parameter.
+    """
+    known = [name for name, _ in weights(model)]
+    for name in names:
+        if not any(matches(name, path) for path in known):
+            fused = sorted({within_block(path) for path, _, _ in fused_weights(model)})
+            near = difflib.get_close_matches(name, fused, 1, 0.5)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(
+                f"adapter: target_parameters has {name!r}, but no parameter of "
+                f"{type(model).__name__} is called so{hint}"
             )
 
 

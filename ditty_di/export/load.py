@@ -16,11 +16,13 @@ from transformers import (
 )
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils.quantization_config import Mxfp4Config
 
 from ditty_di.dtypes import dtype_by_name
 from ditty_di.export.folder import quiet
 from ditty_di.models import generation
 from ditty_di.models.files import ModelFiles
+from ditty_di.models.mxfp4 import is_mxfp4
 
 
 def open_model(
@@ -143,11 +145,11 @@ def published(
     path, revision = _folder(path), revision or "main"
     config = AutoConfig.from_pretrained(path, revision=revision)
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    wanted = dtype_by_name(dtype) if dtype else "auto"
+    options: dict[str, Any] = {"dtype": dtype_by_name(dtype) if dtype else "auto"}
+    if is_mxfp4(config):  # with its kernels, transformers would leave it packed
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     with quiet():
-        return auto.from_pretrained(
-            path, revision=revision, dtype=wanted, generation_config=generates
-        )
+        return auto.from_pretrained(path, revision=revision, generation_config=generates, **options)
 
 
 def _folder(path: str | Path) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -29,6 +30,7 @@ from transformers.core_model_loading import (
 from ditty_di.messages import first_of
 from ditty_di.models.deferred import Deferred, deferred
 from ditty_di.models.files import ModelFiles
+from ditty_di.models.mxfp4 import converters as mxfp4_converters
 from ditty_di.models.safetensors import Index, Safetensors
 from ditty_di.models.weights import own_class
 
@@ -92,14 +94,16 @@ def convert_names(names: Iterable[str], model: Any) -> Names:
         names: of the tensors in the files.
         model: of transformers, on meta.
     """
+    names = sorted(names, key=dot_natural_key)
     known, prefix = model.state_dict(), model.base_model_prefix
-    transforms = get_model_conversion_mapping(model)
+    own = get_model_conversion_mapping(model)
+    transforms = [*own, *mxfp4_converters(names)]
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     groups: dict[str, Group] = {}
     unused = []
-    for name in sorted(names, key=dot_natural_key):
+    for name in names:
         new, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if new not in known and name in known:
             new, pattern = rename_source_key(name, [], [], prefix, known)
@@ -108,7 +112,7 @@ def convert_names(names: Iterable[str], model: Any) -> Names:
             group.sources[name if pattern is None else pattern].append(name)
         else:
             unused.append(name)
-    return Names(groups, _unexpected(unused, model), [t for t in transforms if t.was_used()])
+    return Names(groups, _unexpected(unused, model), [t for t in own if t.was_used()])
 
 
 def _unexpected(names: list[str], model: Any) -> list[str]:
@@ -170,6 +174,7 @@ class Converted:
         first, group = self._groups[name]
         if group.converter is None:
             return self._files.deferred(_stored_name(group))
+        _require_experts(first, group, self._model)
         return deferred(self._convert(first, group, self._files.deferred)[name])
 
     def read(self, name: str, index: Index = None) -> torch.Tensor:
@@ -203,6 +208,30 @@ class Converted:
         return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
 
 
+def _require_experts(name: str, group: Group, model: Any) -> None:
+    """Raise ValueError where the files lack an expert of a merged tensor, or have too many."""
+    if not any(isinstance(op, MergeModulelist) for op in group.converter.operations):
+        return
+    wanted = model.state_dict()[name].shape
+    if len(wanted) != 3:
+        return
+    lacking, most = [], 0
+    for pattern, names in group.sources.items():
+        one = re.compile(pattern.replace("*.", r"(\d+)\.", 1))
+        found = {int(match[1]): match for n in names if (match := one.search(n))}
+        if not found or pattern.count("*.") != 1:
+            return
+        most = max(most, *found)
+        match = next(iter(found.values()))
+        start, stop = match.span(1)
+        for expert in sorted({*range(wanted[0])} - {*found}):
+            lacking.append(f"{match.string[:start]}{expert}{match.string[stop:]}")
+    if most >= wanted[0]:
+        raise ValueError(f"the files have {most + 1} experts, the model {wanted[0]}")
+    if lacking:
+        raise ValueError(f"the files lack {first_of(lacking, 4)}")
+
+
 def _stored_name(group: Group) -> str:
     """Return the name in the files; transformers takes the first of several for one name."""
     return next(iter(group.sources.values()))[0]
@@ -221,11 +250,15 @@ def fit_to_files(files: ModelFiles, model: Any) -> None:
     Args:
         files: if there are no weights, nothing is done.
         model: of transformers, on meta.
+
+    Raises:
+        ValueError: the files lack one of the experts, or have more than the model.
     """
     try:
         names = convert_names(files.tensor_names(), model)
     except (FileNotFoundError, ConnectionError):  # raised again when the weights are read
         return
+    _require_all_experts(files, names, model)
     model._weight_conversions = names.conversions
     both = [pair for pair in model.all_tied_weights_keys.items() if set(pair) <= set(names.groups)]
     if not both:
@@ -242,6 +275,28 @@ def fit_to_files(files: ModelFiles, model: Any) -> None:
     if apart and not model.all_tied_weights_keys:
         # So that whatever reads an export does not tie them.
         model.config.tie_word_embeddings = False
+
+
+def require_experts(files: ModelFiles, model: Any) -> None:
+    """Raise ValueError where the files lack one of the experts, or have more than the model.
+
+    Args:
+        files: if there are no weights, nothing is done.
+        model: of transformers, on meta.
+    """
+    try:
+        _require_all_experts(files, convert_names(files.tensor_names(), model), model)
+    except (FileNotFoundError, ConnectionError):  # raised again when the weights are read
+        return
+
+
+def _require_all_experts(files: ModelFiles, names: Names, model: Any) -> None:
+    for name, group in names.groups.items():
+        if group.converter is not None:
+            try:
+                _require_experts(name, group, model)
+            except ValueError as error:
+                raise ValueError(f"model: {files.path}: {name}: {error}") from None
 
 
 def untie(model: Any, names: Iterable[str]) -> None:

@@ -21,8 +21,9 @@ from transformers.tokenization_utils_base import LARGE_INTEGER
 from ditty_di.adapters.values import initialize as initialize_adapters
 from ditty_di.dtypes import dtype_by_name
 from ditty_di.models import generation
-from ditty_di.models.conversion import fit_to_files, kept_in_float32
+from ditty_di.models.conversion import fit_to_files, kept_in_float32, require_experts
 from ditty_di.models.files import ModelFiles
+from ditty_di.models.mxfp4 import is_mxfp4
 from ditty_di.models.pretrained import Pretrained
 from ditty_di.models.weights import hugging_face, initialize, own_tensors
 from ditty_di.protocols import ModelTransform, early_checks
@@ -55,15 +56,21 @@ def builders(
     def rehearse_pretrained(build: Callable[[str], Any]) -> list[str]:
         path = build("path")
         try:
-            config = _read_config(ModelFiles(path, build("revision")), {})
+            files = ModelFiles(path, build("revision"))
+            config = _read_config(files, {})
         except OSError as error:
             raise ValueError(f"path={path}: {error}") from None
-        return rehearse_build(config, build)
+        # The headers of a folder's files are read, and nothing of the hub's.
+        return rehearse_build(config, build, files if files.folder is not None else None)
 
-    def rehearse_build(config: PretrainedConfig, build: Callable[[str], Any]) -> list[str]:
+    def rehearse_build(
+        config: PretrainedConfig, build: Callable[[str], Any], files: ModelFiles | None = None
+    ) -> list[str]:
         model: Any = _build_on_meta(
             auto_class, config, build("dtype"), build("attn_implementation")
         )
+        if files is not None:
+            require_experts(files, model)
         for name in ("quantize", "adapter"):  # they log what they leave out
             transform = build(name)
             model = model if transform is None else transform(model)
@@ -259,7 +266,7 @@ def _read_config(files: ModelFiles, changes: Mapping[str, Any]) -> PretrainedCon
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `ModelFiles`.
-        ValueError: the weights are quantized already.
+        ValueError: the weights are quantized already, other than in MXFP4.
     """
     folder = files.config().parent
     config = AutoConfig.from_pretrained(folder, **changes)
@@ -267,7 +274,9 @@ def _read_config(files: ModelFiles, changes: Mapping[str, Any]) -> PretrainedCon
     config.name_or_path = files.path
     if files.folder is None:
         config._commit_hash = folder.name
-    if getattr(config, "quantization_config", None) is not None:
+    if is_mxfp4(config):
+        del config.quantization_config  # dequantized while they are read
+    elif getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"model: the weights of {files.path} are quantized already; give the model that they "
             f"were made from, and let `quantize` do it"

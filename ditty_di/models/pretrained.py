@@ -148,12 +148,19 @@ class _Source:
     def tensor(self, key: str) -> Deferred:
         return self._of(key).tensor(key)
 
-    def read(self, prefix: str, name: str, index: Index = None) -> Tensor:
-        """Read a tensor for a module with `fill_from`: names are relative to the module."""
-        key = self.key(prefix + name)
+    def read(self, path: str, name: str, index: Index = None) -> Any:
+        """Read a tensor for a module with `fill_from`, or return it unread without an index.
+
+        Args:
+            path: of the module.
+            name: relative to the module; that of the module itself is empty.
+            index: slices of it.
+        """
+        whole = f"{path}.{name}".strip(".")
+        key = self.key(whole)
         if key is None:
-            raise KeyError(self.plain(prefix + name))
-        return self._of(key).read(key, index)
+            raise KeyError(self.plain(whole))
+        return self.tensor(key) if index is None else self._of(key).read(key, index)
 
     def is_made(self, name: str) -> bool:
         """Return whether the files need not have it, for `_init_weights` makes it."""
@@ -237,7 +244,7 @@ def _fill_modules(model: nn.Module, source: _Source) -> set[str]:
         if not hasattr(layer, "fill_from"):
             continue
         prefix = f"{path}." if path else ""
-        read = partial(source.read, prefix)
+        read = partial(source.read, path)
         try:
             layer.fill_from(read)
         except KeyError as error:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ditty_di.dtypes import dtype_name
 from ditty_di.models.coverage import left_out
+from ditty_di.models.stacked import fused_weights, is_linear
+from ditty_di.quantization.experts import Int8Experts, NF4Experts
 from ditty_di.quantization.int8_linear import Int8Linear
 from ditty_di.quantization.linear import require_bitsandbytes
 from ditty_di.quantization.nf4_linear import NF4Linear
@@ -35,11 +37,12 @@ def nf4(
     double_quant: bool = False,
     kernels: str = "auto",
 ) -> nn.Module:
-    """Replace linear layers by `NF4Linear`: NormalFloat4, 0.53 bytes a weight.
+    """Pack linear layers and fused experts as `NF4Linear` does: NormalFloat4, 0.53 bytes a weight.
 
     Args:
         model: changed in place.
-        skip: layers to leave, by a part of their path (`lm_head`) or its end (`mlp.gate`).
+        skip: layers and experts to leave, by a part of their path (`lm_head`, `experts`) or its end
+            (`mlp.gate`).
         block_size: weights that share a scale.
         double_quant: scales of 8 bits, 0.52 bytes a weight.
         kernels: "torch", "bitsandbytes", or "auto": bitsandbytes' where it is installed, on CUDA,
@@ -48,8 +51,13 @@ def nf4(
     Raises:
         ValueError: the model has no linear layer outside `skip`.
     """
-    make = partial(NF4Linear, block_size=block_size, double_quant=double_quant, kernels=kernels)
-    quantized = _replace(model, skip, make)
+    options: dict[str, Any] = {
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "kernels": kernels,
+    }
+    made = partial(NF4Linear, **options), partial(NF4Experts, **options)
+    quantized = _replace(model, skip, *made)
     dtype = next(m.dtype for m in quantized.modules() if isinstance(m, NF4Linear))
     if not double_quant and dtype != torch.bfloat16:
         log.info(
@@ -61,7 +69,7 @@ def nf4(
 
 
 def int8(model: nn.Module, /, *, skip: Sequence[str] = ("lm_head",)) -> nn.Module:
-    """Replace linear layers by `Int8Linear`: 8-bit integers with one scale a row.
+    """Pack linear layers and fused experts as `Int8Linear` does: 8-bit integers, one scale a row.
 
     Args:
         model: changed in place.
@@ -70,7 +78,7 @@ def int8(model: nn.Module, /, *, skip: Sequence[str] = ("lm_head",)) -> nn.Modul
     Raises:
         ValueError: the model has no linear layer outside `skip`.
     """
-    return _replace(model, skip, Int8Linear)
+    return _replace(model, skip, Int8Linear, Int8Experts)
 
 
 def bitsandbytes_nf4(
@@ -113,27 +121,45 @@ def bitsandbytes_int8(
     return _replace(model, skip, partial(Linear8bit, threshold=threshold))
 
 
-def _replace(model: nn.Module, skip: Sequence[str], make: Callable[..., Any]) -> nn.Module:
-    """Replace each linear layer by what `make` returns, quantized if the layer has values."""
-    found = [
+def _replace(
+    model: nn.Module,
+    skip: Sequence[str],
+    make: Callable[..., Any],
+    make_experts: Callable[..., Any] | None = None,
+) -> nn.Module:
+    """Replace each linear layer, and each fused weight of experts, quantized if it has values.
+
+    Args:
+        model: changed in place.
+        skip: what to leave.
+        make: returns the layer for one of `torch.nn.Linear`.
+        make_experts: returns the module for a fused weight; None leaves these.
+    """
+
+    def is_chosen(path: str) -> bool:
+        return not any(part in path.split(".") or f".{path}".endswith(f".{part}") for part in skip)
+
+    linear_layers = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        if not any(part in path.split(".") or f".{path}".endswith(f".{part}") for part in skip)
+        if is_linear(module) and is_chosen(path)
     ]
-    if not found:
+    experts = [own for own in fused_weights(model) if make_experts and is_chosen(own[0])]
+    if not linear_layers:
         raise ValueError(
             f"quantize: {type(model).__name__} has no torch.nn.Linear to quantize outside "
             f"skip={list(skip)}"
         )
-    rest, fused = left_out(model, [linear.weight for _, linear in found])
-    text = f"; left out: {rest}" if rest else ""
-    if fused:
-        text += f"; {' and '.join(fused)} hold several matrices in one parameter, which is not "
-        text += "quantized"
-    level = logging.WARNING if fused else logging.INFO
-    log.log(level, "quantized %d linear layers, skipped %s%s", len(found), list(skip), text)
-    for path, linear in found:
+    taken = [linear.weight for _, linear in linear_layers]
+    rest, fused = left_out(model, [*taken, *(getattr(owner, n) for _, owner, n in experts)])
+    text = f" and {len(experts)} weights of fused experts" if experts else ""
+    text += f", skipped {list(skip)}" + (f"; left out: {rest}" if rest else "")
+    if fused and not make_experts:
+        text += f"; {' and '.join(fused)} hold several matrices in one parameter, which "
+        text += "quantize=nf4 and quantize=int8 quantize"
+    level = logging.WARNING if fused and not make_experts else logging.INFO
+    log.log(level, "quantized %d linear layers%s", len(linear_layers), text)
+    for path, linear in linear_layers:
         layer = make(
             linear.in_features,
             linear.out_features,
@@ -141,11 +167,20 @@ def _replace(model: nn.Module, skip: Sequence[str], make: Callable[..., Any]) ->
             dtype=linear.weight.dtype,
             device=linear.weight.device,
         )
-        if not linear.weight.is_meta:
-            layer.fill_from(partial(_part, linear.weight.detach()))
-        layer.train(linear.training)
-        model.set_submodule(path, layer)
+        model.set_submodule(path, _filled(layer, linear.weight).train(linear.training))
+    for _, owner, name in experts if make_experts else ():
+        weight = getattr(owner, name)
+        packed = make_experts(*weight.shape, dtype=weight.dtype, device=weight.device)
+        del owner._parameters[name]
+        owner.add_module(name, _filled(packed, weight).train(owner.training))
     return model
+
+
+def _filled(layer: Any, weight: Tensor) -> Any:
+    """Return a layer, filled from a weight that has values."""
+    if not weight.is_meta:
+        layer.fill_from(partial(_part, weight.detach()))
+    return layer
 
 
 def _part(weight: Tensor, name: str, index: Any) -> Tensor:

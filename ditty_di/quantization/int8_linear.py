@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditty_di.quantization.linear import Decoder, QuantizedLinear, frozen
+from ditty_di.quantization.linear import Decoder, QuantizedLinear, frozen, taken
 
 
 def decode(dtype: torch.dtype, in_features: int, qweight: Tensor, scale: Tensor) -> Tensor:
@@ -32,9 +32,9 @@ class Int8Linear(QuantizedLinear):
         steps = weight / scale.float().clamp_min(1e-38)
         return {"qweight": steps.round().clamp(-127, 127).to(torch.int8), "scale": scale}
 
-    def packed(self) -> tuple[Tensor | None, ...]:
-        """Return the tensors that `decode` takes."""
-        return self.qweight, self.scale
+    def packed(self, rows: slice | None = None) -> tuple[Tensor | None, ...]:
+        """Return the tensors that `decode` takes, or those of some rows of the weight."""
+        return taken(rows, self.qweight, self.scale)
 
     def decoder(self, device: torch.device) -> Decoder:
         """Return `decode`."""

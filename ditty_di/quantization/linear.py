@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from ditty_di.models.weights import local, slices
 
 #: `read(name, index)`: the pretrained tensor of that name in this module, or the part of it given
-#: by the slices of `index`.
-Read = Callable[[str, Any], Tensor]
+#: by the slices of `index`. Without a name it is the one with the path of the module.
+Read = Callable[[str, Any], Any]
 
 #: `(dtype, in_features, *packed) -> [rows, in_features]`
 Decoder = Callable[..., Tensor]
@@ -73,8 +73,8 @@ class QuantizedLinear(nn.Module):
         """Return rows of the weight `[rows, in]` as the module's packed tensors, by name."""
         raise NotImplementedError
 
-    def packed(self) -> tuple[Tensor | None, ...]:
-        """Return the tensors that a decoder takes."""
+    def packed(self, rows: slice | None = None) -> tuple[Tensor | None, ...]:
+        """Return the tensors that a decoder takes, or those of some rows of the weight."""
         raise NotImplementedError
 
     def decoder(self, device: torch.device) -> Decoder:
@@ -111,12 +111,20 @@ class QuantizedLinear(nn.Module):
             ValueError: the pretrained weight has another shape.
         """
         require_shape(self, read("weight", None))
+        self.pack(lambda rows: read("weight", (rows, slice(None))))
+
+    def pack(self, read_rows: Callable[[slice], Tensor]) -> None:
+        """Quantize the rows that this rank holds a part of, piece by piece.
+
+        Args:
+            read_rows: returns rows `[rows, in]` of the weight.
+        """
         rows, device = slices(self.qweight)[0], local(self.qweight).device
         step = max(1, (_CPU_PIECE if device.type == "cpu" else _PIECE) // self.in_features)
         with torch.no_grad():
             for start in range(rows.start, rows.stop, step):
                 part = slice(start, min(start + step, rows.stop))
-                weight = read("weight", (part, slice(None))).to(device)
+                weight = read_rows(part).to(device)
                 here = slice(part.start - rows.start, part.stop - rows.start)
                 for name, value in self.encode(weight).items():
                     parameter = getattr(self, name)
@@ -127,13 +135,11 @@ class QuantizedLinear(nn.Module):
         bound = self.in_features**-0.5
         device = local(self.qweight).device
 
-        def read(name: str, index: Any) -> Tensor:
-            if index is None:
-                return torch.empty(self.out_features, self.in_features, device="meta")
-            rows = index[0].stop - index[0].start
-            return torch.empty(rows, self.in_features, device=device).uniform_(-bound, bound)
+        def draw(rows: slice) -> Tensor:
+            shape = (rows.stop - rows.start, self.in_features)
+            return torch.empty(shape, device=device).uniform_(-bound, bound)
 
-        self.fill_from(read)
+        self.pack(draw)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -196,6 +202,11 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias)
         return grad_x, grad_bias, None, *[None] * ctx.tensors
+
+
+def taken(rows: slice | None, *packed: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return some rows of packed tensors; None takes all."""
+    return packed if rows is None else tuple(None if t is None else t[rows] for t in packed)
 
 
 def require_shape(layer: Any, weight: Tensor) -> None:

@@ -22,6 +22,7 @@ from ditty_di.quantization.linear import (
     QuantizedLinear,
     frozen,
     require_bitsandbytes,
+    taken,
 )
 
 log = logging.getLogger(__name__)
@@ -270,9 +271,10 @@ class NF4Linear(QuantizedLinear):
             "row_scale": row_scale,
         }
 
-    def packed(self) -> tuple[Tensor | None, ...]:
-        """Return the tensors that `decode` takes."""
-        return self.qweight, self.scale, self.row_scale, self._pairs.to(self.qweight.device)
+    def packed(self, rows: slice | None = None) -> tuple[Tensor | None, ...]:
+        """Return the tensors that `decode` takes, or those of some rows of the weight."""
+        own = taken(rows, self.qweight, self.scale, self.row_scale)
+        return *own, self._pairs.to(self.qweight.device)
 
     def decoder(self, device: torch.device) -> Decoder:
         """Return the function that decodes on a device."""

@@ -18,6 +18,7 @@ from ditty_di.checkpoint.model_state import ModelState, model_states
 from ditty_di.compat import sum_gradients_on_gloo
 from ditty_di.data.content import DataContent
 from ditty_di.losses.plain import as_loss
+from ditty_di.models.coverage import summary
 from ditty_di.models.weights import is_meta, materialize, on_meta, uninitialized
 from ditty_di.parallelize.pipeline import ModelParts, PipelineLoss, TorchSchedule
 from ditty_di.processors.workflow import SPLIT_SEQUENCES, Processors
@@ -90,6 +91,7 @@ def setup_model(
     Raises:
         ValueError: a slot that this layout needs is missing, or a tensor has no value.
     """
+    log.info("model: %s", summary(model))
     if not is_meta(model):
         broadcast(model.to(runtime.device))
     elif weights is None:

@@ -5,7 +5,8 @@ in int8 and in NF4, by one process and by two (FSDP2 over gloo). Each process re
 when it begins and ends loading; meanwhile this program reads how much anonymous memory it has
 (RssAnon: the mapped files' pages do not count, for the system can drop them). What a process has
 at its peak beyond what it had before, less what its tensors need in the end, must be at most two
-layers in 16 bits.
+layers in 16 bits. A mixture of experts is loaded likewise, from a tensor for each expert and matrix;
+its experts must need at most 0.54 bytes a parameter in NF4.
 
 Then each way of fine-tuning takes one real step, and its parameters, gradients and optimizer state
 are counted, tensor by tensor. Full fine-tuning keeps float32 parameters; adapters are float32 on a
@@ -40,6 +41,8 @@ from torch import Tensor, nn
 
 MIB = 2**20
 LOADS = ("bf16", "int8", "nf4", "nf4 double")
+#: Of the mixture of experts; bytes a weight are those of its experts.
+EXPERTS_LOADS = ("nf4", "int8")
 METHODS = ("full AdamW", "full AdamW8bit", "LoRA", "int8 LoRA", "QLoRA")
 #: Anonymous memory is read this often while a process loads.
 SAMPLE_SECONDS = 0.001
@@ -51,14 +54,14 @@ PROCESSES.set_forkserver_preload(
     [
         "peft",
         "transformers.models.llama.modeling_llama",
+        "transformers.models.qwen3_moe.modeling_qwen3_moe",
         "ditty_di",
         "ditty_di.adapters",
         "ditty_di.training.setup",
         "ditty_di.losses",
         "ditty_di.models.pretrained",
         "ditty_di.parallelize.data_parallel",
-        "ditty_di.quantization.int8_linear",
-        "ditty_di.quantization.nf4_linear",
+        "ditty_di.quantization.experts",
         "ditty_di.runtime",
     ]
 )
@@ -124,6 +127,7 @@ def load(base: str, quantize: str) -> dict[str, Any]:
     ended = time.monotonic()
     packed = [m for m in model.modules() if isinstance(getattr(m, "in_features", None), int)]
     packed = [m for m in packed if m is not model.get_output_embeddings()]
+    packed = [m for m in packed if hasattr(m, "multiply")] or packed  # experts alone
     weights = sum(m.in_features * m.out_features for m in packed) / dist.get_world_size()
     needed = sum(size(p) for m in packed for p in m.parameters(recurse=False))
     return {
@@ -236,22 +240,30 @@ def anonymous(pid: int) -> int | None:
     return 1024 * int(found[0]) if found else None
 
 
-def make_base(folder: Path, *, width: int, layers: int, vocabulary: int) -> dict[str, int]:
-    """Random values in bfloat16, a file for each layer; parameters and bytes of a layer."""
+def make_base(
+    folder: Path, *, width: int, layers: int, vocabulary: int, experts: int = 0
+) -> dict[str, int]:
+    """Random values in bfloat16, a file for each layer; parameters and bytes of a layer.
+
+    With experts it is a Qwen3-MoE, with one tensor an expert and matrix, as published.
+    """
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, Qwen3MoeConfig
 
     from ditty_di.models.causal_lm import from_config
 
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=11 * width // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
-        tie_word_embeddings=False,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 128,
+        "tie_word_embeddings": False,
+    }
+    config: Any = LlamaConfig(intermediate_size=11 * width // 4, **sizes)
+    if experts:
+        sizes |= {"num_experts": experts, "moe_intermediate_size": width // 2, "head_dim": 64}
+        config = Qwen3MoeConfig(**sizes)
     config.save_pretrained(folder)
     model: Any = from_config(config, dtype="bfloat16")
     generator = torch.Generator().manual_seed(0)
@@ -261,7 +273,7 @@ def make_base(folder: Path, *, width: int, layers: int, vocabulary: int) -> dict
         value = torch.ones(parameter.shape, dtype=torch.bfloat16)
         if parameter.dim() > 1:
             value.normal_(std=0.02, generator=generator)
-        files.setdefault(f"model-{number}.safetensors", {})[name] = value
+        files.setdefault(f"model-{number}.safetensors", {}).update(published(name, value))
     for file, tensors in files.items():
         save_file(tensors, folder / file)
     index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
@@ -272,15 +284,28 @@ def make_base(folder: Path, *, width: int, layers: int, vocabulary: int) -> dict
     }
 
 
+def published(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A tensor under its names in published files: a fused one is many there."""
+    before, experts, last = name.partition(".experts.")
+    if not experts:
+        return {name: value}
+    names = ["gate_proj", "up_proj"] if last == "gate_up_proj" else [last]
+    return {
+        f"{before}.experts.{i}.{own}.weight": matrix.contiguous()
+        for i, both in enumerate(value)
+        for own, matrix in zip(names, both.chunk(len(names)), strict=True)
+    }
+
+
 # -- the report ------------------------------------------------------------------------------
 
 
-def report_loads(results: dict[str, Any], layer: int) -> None:
+def report_loads(results: dict[str, Any]) -> None:
     print("loading, MiB of the rank that needs most (peak: beyond what it had before)\n")
     heads = ("B/weight", "tensors", "peak", "peak-tensors", "two layers", "ok")
     print(f"{'':24}" + "".join(f"{head:>14}" for head in heads))
     for name, r in results.items():
-        cells = (r["tensor_bytes"], r["peak"], r["over"], 2 * layer)
+        cells = (r["tensor_bytes"], r["peak"], r["over"], r["limit"])
         line = f"{r['bytes_per_weight']:14.4f}" + "".join(f"{c / MIB:14.1f}" for c in cells)
         print(f"{name:24}{line}{'yes' if r['within'] else 'NO':>14}")
 
@@ -299,7 +324,8 @@ def worst_load(ranks: list[dict[str, Any]], layer: int) -> dict[str, Any]:
     for r in ranks:
         r["over"] = r["peak"] - r["tensor_bytes"]
     worst = max(ranks, key=lambda r: r["over"])
-    return {**worst, "within": worst["over"] <= 2 * layer, "ranks": ranks}
+    limit = 2 * layer
+    return {**worst, "limit": limit, "within": worst["over"] <= limit, "ranks": ranks}
 
 
 def main() -> None:
@@ -307,6 +333,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024, help="hidden size, in 128s")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--experts", type=int, default=16, help="of the mixture, 4 layers")
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
     if not os.path.exists("/proc/self/status"):
@@ -322,17 +349,26 @@ def main() -> None:
             for ranks in (1, 2):
                 found = measured(ranks, load, folder, name)
                 loads[f"{name}, {ranks} rank(s)"] = worst_load(found, base["layer_bytes"])
+        folder_of_experts = Path(folder) / "experts"
+        mixture = make_base(folder_of_experts, **{**settings, "layers": 4}, experts=options.experts)
+        make_base(folder_of_experts / "small", width=128, layers=1, vocabulary=256, experts=2)
+        for name in EXPERTS_LOADS:
+            for ranks in (1, 2):
+                found = measured(ranks, load, str(folder_of_experts), name)
+                key = f"experts {name}, {ranks} rank(s)"
+                loads[key] = worst_load(found, mixture["layer_bytes"])
         for name in METHODS:
             (found,) = measured(1, train, folder, name)
             found["sum"] = sum(found[k] for k in ("parameters", "gradients", "optimizer_state"))
             methods[name] = found
     print(f"\n{here['processor']}; {here['versions']}")
-    print(f"Llama of {base['parameters'] / 1e6:.0f} M parameters, {settings}\n")
-    report_loads(loads, base["layer_bytes"])
+    print(f"Llama of {base['parameters'] / 1e6:.0f} M parameters, {settings}")
+    print(f"mixture of {options.experts} experts, {mixture['parameters'] / 1e6:.0f} M parameters\n")
+    report_loads(loads)
     report_methods(methods)
     if options.json:
         with open(options.json, "w") as file:
-            results = {"base": base, "loads": loads, "methods": methods}
+            results = {"base": base, "mixture": mixture, "loads": loads, "methods": methods}
             json.dump({"environment": here, "settings": settings, **results}, file, indent=2)
             file.write("\n")
     heavy = [n for n, r in loads.items() if "nf4" in n]

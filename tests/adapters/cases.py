@@ -11,7 +11,7 @@ import torch
 import torch._dynamo  # imported by the first DTensor operation otherwise, in every rank
 from peft import LoraConfig
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from ditty_di import adapters, quantization
 from ditty_di.checkpoint import Checkpointer
@@ -45,6 +45,27 @@ def save_base(folder: Path, *, seed: int = 0, tie: bool = False, layers: int = 2
     return str(folder)
 
 
+def save_experts(folder: Path) -> str:
+    """A tiny Qwen2-MoE, which has a shared expert."""
+    config = Qwen2MoeConfig(
+        vocab_size=distributed.VOCAB,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    Qwen2MoeForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
 def lora(**options: Any) -> Any:
     """The adapter slot, as conf/adapter/lora.yaml fills it."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options})
@@ -75,15 +96,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8-dora": {"adapter": lora(use_dora=True), "quantize": quantization.int8},
     "qlora-bf16": {"adapter": lora(), "quantize": quantization.nf4, "dtype": "bfloat16"},
     "tied-head": {"adapter": lora(target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)},
+    "experts": {"adapter": lora(), "quantize": quantization.nf4},
 }
-#: Those on a base whose head is its embedding.
-TIED = ("tied-head",)
+#: Bases other than the plain Llama: one whose head is its embedding, and a mixture of experts.
+BASES = {"tied-head": "-tied", "experts": "-experts"}
 #: Those whose checkpoints are gone on from.
-RESUMED = ("lora", "qlora", "int8-dora", "tied-head")
+RESUMED = ("lora", "qlora", "int8-dora", "tied-head", "experts")
 
 
 def slots(base: str, variant: str, **more: Any) -> dict[str, Any]:
-    base += "-tied" if variant in TIED else ""
+    base += BASES.get(variant, "")
     return {
         "model": from_pretrained(base, **VARIANTS[variant]),
         "weights": pretrained(base),

@@ -172,31 +172,3 @@ def test_trained_biases_of_a_base_in_16_bits(base):
     biased = from_pretrained(base, dtype="bfloat16", attention_bias=True)
     with pytest.raises(ValueError, match=r"q_proj\.base_layer\.bias of the base.*model\.dtype=f"):
         lora(bias="all")(biased)
-
-
-def test_fused_experts_that_all_linear_leaves_out_are_said(caplog):
-    from transformers import Qwen3MoeConfig
-
-    from ditty_di.models.causal_lm import from_config
-
-    config = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-    )
-    model = from_config(config, adapter=lora())
-    assert not any("experts" in name for name in trained(model))
-    assert "mlp.experts.gate_up_proj (55 %)" in caplog.text
-    remedy = "target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"
-    assert remedy in caplog.text
-    caplog.clear()
-    both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    model = from_config(config, adapter=lora(target_parameters=both))
-    assert sum("experts" in name for name in trained(model)) == 8
-    assert "left out" not in caplog.text

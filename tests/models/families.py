@@ -302,3 +302,10 @@ def config(model_type: str, changes: dict[str, Any]) -> PretrainedConfig:
     sizes = {k: v for k, v in SIZES.items() if k in known and names.get(k) not in SIZES}
     chosen = {k: v for k, v in {**sizes, **changes}.items() if v is not None}
     return AutoConfig.for_model(model_type, **chosen)
+
+
+#: Mixtures of experts that people fine-tune.
+EXPERTS = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "olmoe", "deepseek_v3", "gpt_oss"),
+    "qwen3_next",
+)

@@ -1,0 +1,77 @@
+"""Experts in MXFP4, as gpt-oss is published: dequantized while they are read, by slices.
+
+`gate_up_proj_blocks` has two 4-bit floats a byte in blocks of 32, `gate_up_proj_scales` the power
+of two of each block (OCP Microscaling Formats 1.0, section 5.3). The values are those of
+`transformers.integrations.mxfp4.convert_moe_packed_tensors`, exact in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
+
+from ditty_di.models.deferred import Deferred, Index, deferred
+
+#: Values that share a scale.
+BLOCK = 32
+
+
+def is_mxfp4(config: Any) -> bool:
+    """Return whether a configuration of transformers says that its experts are in MXFP4."""
+    quantized = getattr(config, "quantization_config", None)
+    return isinstance(quantized, dict) and quantized.get("quant_method") == QuantizationMethod.MXFP4
+
+
+def converters(names: Iterable[str]) -> list[WeightConverter]:
+    """Return transformers' converters for the packed tensors among `names`, which dequantize."""
+    ends = {name.rpartition(".")[2] for name in names}
+    return [
+        WeightConverter(list(stored), name, [Dequantize()])
+        for name, stored in Mxfp4HfQuantizer.serialized_names.items()
+        if ends & {*stored}
+    ]
+
+
+class Dequantize(ConversionOps):
+    """Make a weight `[experts, rows, columns]` of its blocks and scales, without reading them."""
+
+    def convert(
+        self, input_dict: dict[str, Any], *patterns: Any, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the weight by its name.
+
+        Raises:
+            ValueError: the files have blocks without scales, or the reverse.
+        """
+        parts = {n: t[0] if isinstance(t, list) else t for n, t in input_dict.items()}
+        blocks = next((t for n, t in parts.items() if n.endswith("_blocks")), None)
+        scales = next((t for n, t in parts.items() if n.endswith("_scales")), None)
+        if blocks is None or scales is None:
+            raise ValueError(f"MXFP4 needs {'blocks' if blocks is None else 'scales'} too")
+        return {full_layer_name: dequantized(deferred(blocks), deferred(scales))}
+
+
+def dequantized(blocks: Deferred, scales: Deferred) -> Deferred:
+    """Return a weight that is dequantized where it is read.
+
+    Args:
+        blocks: `[experts, columns, rows / 32, 16]` bytes.
+        scales: `[experts, columns, rows / 32]`.
+    """
+    experts, columns, groups, _ = blocks.shape
+
+    def into(out: Tensor, index: Index) -> None:
+        which, rows, own = index
+        first = rows.start // BLOCK
+        part = (which, own, slice(first, -(-rows.stop // BLOCK)))
+        values = convert_moe_packed_tensors(blocks.read(part), scales.read(part))
+        out.copy_(values[:, rows.start - first * BLOCK : rows.stop - first * BLOCK])
+
+    return Deferred((experts, groups * BLOCK, columns), torch.bfloat16, into)
