@@ -9,7 +9,8 @@ from typing import Any
 from ditty_di.protocols import early_checks
 
 #: Letters for the `layer_types` of transformers: A attention, S attention within a sliding window,
-#: D delta rule and M Mamba (both linear attention), C short convolution, E experts.
+#: D delta rule and M Mamba (both linear attention), C short convolution; Nemotron-H also has blocks
+#: of E experts and F a feed-forward layer alone.
 LAYER_TYPES: Mapping[str, str] = {
     "A": "full_attention",
     "S": "sliding_attention",
@@ -17,6 +18,7 @@ LAYER_TYPES: Mapping[str, str] = {
     "M": "linear_attention",
     "C": "conv",
     "E": "moe",
+    "F": "mlp",
 }
 
 #: Letters for `key_value_layers` of `ditty_di.models.cross_layer`: K computes keys and values,
