@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -37,8 +38,11 @@ class DocumentRows:
         """Wrap `forward` of the recurrent layers of a model; return what undoes it."""
         layers = list(recurrent_layers(model))
         before = [vars(layer).get("forward") for layer in layers]
+        by_document = DocumentRows._by_document
+        if "torch._dynamo" in sys.modules:  # numbers and shapes of calls change with each batch
+            by_document = torch.compiler.disable(by_document, recursive=False)
         for layer in layers:
-            vars(layer)["forward"] = partial(self._by_document, layer.forward)
+            vars(layer)["forward"] = partial(by_document, self, layer.forward)
 
         def detach() -> None:
             for layer, forward in zip(layers, before, strict=True):

@@ -78,7 +78,10 @@ def _nothing(position_ids: Tensor, config: Any) -> dict[str, Any]:
 
 
 def _both(one: Inputs, other: Inputs) -> Inputs:
-    return lambda positions, config: {**(one(positions, config) or {}), **(other(positions, config) or {})}
+    return lambda positions, config: {
+        **(one(positions, config) or {}),
+        **(other(positions, config) or {}),
+    }
 
 
 _SPLIT = "a row of its own for each document in recurrent layers"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from ditty_di.isolation.documents import DocumentRows, recurrent_layers
 from ditty_di.isolation.forms import FORMS, DocumentInputs
 from ditty_di.isolation.probe import Isolation, NotIsolated
 
+SPLIT = "a row of its own for each document in recurrent layers"
 WIDTH = 8
 #: Documents of 1 to 9 tokens, and in the second row one document.
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 1, 0, 1, 2], list(range(15))])
@@ -82,7 +82,10 @@ def test_a_layer_sees_one_document_in_each_row(rows):
 
     weights = torch.randn_like(out)
     (packed,) = torch.autograd.grad((out * weights).sum(), rows)
-    losses = [(e[0][0] * weights[r, a:b]).sum() for (r, a, b), e in zip(documents(), expected)]
+    losses = [
+        (e[0][0] * weights[r, a:b]).sum()
+        for (r, a, b), e in zip(documents(), expected, strict=True)
+    ]
     (alone,) = torch.autograd.grad(sum(losses), rows)
     torch.testing.assert_close(packed, alone)
     detach()
@@ -105,17 +108,27 @@ def test_calls_without_positions_are_as_before(rows):
 def test_a_copy_follows_its_own_calls():
     model = Model()
     DocumentInputs(FORMS[SPLIT], None).attach(model)
-    copied = copy.deepcopy(model)
-    ids = torch.arange(30).view(2, 15)
+    copied, ids = copy.deepcopy(model), torch.arange(30).view(2, 15)
     packed = model(ids, position_ids=POSITIONS)
-    copied(ids)
-    assert torch.equal(model.mixer(model.embedding(ids))[0].shape and packed, packed)
-    nn.init.zeros_(copied.mixer.conv.weight)
+    assert torch.equal(copied(ids, position_ids=POSITIONS), packed)
+    model(ids)
+    layers = [each.mixer(each.embedding(ids))[0] for each in (model, copied)]
+    assert not torch.equal(*layers), "the copy still has the documents of its last call"
+    torch.nn.init.zeros_(copied.mixer.conv.weight)
     assert torch.equal(model(ids, position_ids=POSITIONS), packed)
-    assert not torch.equal(copied(ids, position_ids=POSITIONS), packed)
 
 
-SPLIT = "a row of its own for each document in recurrent layers"
+def test_compiled_blocks_call_layers_by_document():
+    import torch._dynamo
+
+    model = Model()
+    DocumentInputs(FORMS[SPLIT], None).attach(model)
+    ids = torch.arange(30).view(2, 15)
+    expected = model(ids, position_ids=POSITIONS)
+    torch._dynamo.reset()
+    model.mixer.compile(backend="eager")
+    assert torch.equal(model(ids, position_ids=POSITIONS), expected)
+    torch._dynamo.reset()
 
 
 class Leaking(Model):
@@ -161,7 +174,7 @@ LEAKS = {
 @pytest.mark.parametrize("leak", LEAKS)
 def test_the_probe_finds_what_crosses_documents(leak, sample):
     torch.manual_seed(0)
-    with pytest.raises(NotIsolated, match="state crosses documents.*batching=padded"):
+    with pytest.raises(NotIsolated, match=r"state crosses documents.*batching=padded"):
         probe(Leaking(**LEAKS[leak]), samples()[sample])
 
 
