@@ -9,7 +9,7 @@ import transformers as T
 
 from ditty_di import Trainer
 from ditty_di.data import Loader, PackedCollate, PackedDataset, PaddedCollate, PaddingFreeCollate
-from ditty_di.isolation import DocumentInputs
+from ditty_di.isolation import FORMS, DocumentInputs
 from ditty_di.isolation.rows import REHEARSED
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.models import causal_lm, titan
@@ -35,15 +35,12 @@ BART = {
     "vocab_size": VOCAB, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4,
     "decoder_ffn_dim": 48, "max_position_embeddings": 64,
 }  # fmt: skip
-MAMBA2 = {
-    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1,
-}  # fmt: skip
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
-SSM = {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1}
 DOCUMENTS = Documents([9, 3, 16, 1, 7, 12, 5, 14])
 
 PLAIN, BOOLEAN, ADDITIVE = "position_ids alone", "boolean", "additive"
 BY_LAYER = "for each kind of layer"
+SPLIT = "a row of its own for each document in recurrent layers"
 #: What keeps the documents apart; or the refusal.
 ISOLATED = {
     "llama": (T.LlamaConfig, LLAMA, PLAIN),
@@ -75,25 +72,16 @@ ISOLATED = {
         ADDITIVE,
     ),
     "gpt_oss": (T.GptOssConfig, {**LLAMA, **MOE, "head_dim": 8, "sliding_window": 4}, BY_LAYER),
-}  # fmt: skip
-REFUSED = {
-    "mamba": (T.MambaConfig, {**HIDDEN, "state_size": 4}, "state crosses documents"),
-    "mamba2": (T.Mamba2Config, {**HIDDEN, **SSM}, "state crosses documents"),
+    "mamba": (T.MambaConfig, {**HIDDEN, "state_size": 4}, SPLIT),
     "jamba": (
         T.JambaConfig,
         {**LLAMA, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
          "num_experts": 2, "use_mamba_kernels": False, "mamba_d_state": 4},
-        "state crosses documents",
+        SPLIT,
     ),
-    "bamba": (T.BambaConfig, {**LLAMA, **MAMBA2, "attn_layer_indices": [1]}, "state crosses"),
-    "falcon_h1": (T.FalconH1Config, {**LLAMA, **MAMBA2, "mamba_d_ssm": 64}, "state crosses"),
-    "lfm2": (T.Lfm2Config, {**LLAMA, "layer_types": ["conv", "full_attention"]}, "state crosses"),
-    "recurrent_gemma": (
-        T.RecurrentGemmaConfig,
-        {**LLAMA, "lru_width": 32, "attention_window_size": 8,
-         "block_types": ["recurrent", "attention"]},
-        "state crosses documents",
-    ),
+    "lfm2": (T.Lfm2Config, {**LLAMA, "layer_types": ["conv", "full_attention"]}, SPLIT),
+}  # fmt: skip
+REFUSED = {
     "rwkv": (
         T.RwkvConfig,
         {**HIDDEN, "attention_hidden_size": 32, "context_length": 64},
@@ -163,7 +151,7 @@ def difference_from_alone(made):
 
 HOW = [
     *((name, "packed") for name in ISOLATED),
-    *((name, "padding_free") for name in ("llama", "opt", "mpt", "gpt_oss")),
+    *((name, "padding_free") for name in ("llama", "opt", "mpt", "gpt_oss", "mamba", "lfm2")),
 ]
 
 
@@ -180,7 +168,7 @@ def test_documents_are_kept_apart(architecture, how, runtime, caplog):
 
 REFUSED_HOW = [
     *((name, "packed") for name in REFUSED),
-    *((name, "padding_free") for name in ("mamba", "lfm2", "bart")),
+    *((name, "padding_free") for name in ("rwkv", "bloom", "bart")),
 ]
 
 
@@ -194,7 +182,7 @@ def test_a_model_that_cannot_keep_documents_apart_is_refused(architecture, how, 
 
 
 def test_padded_rows_need_no_isolation(runtime):
-    kind, options, _ = REFUSED["mamba"]
+    kind, options, _ = REFUSED["rwkv"]
     trainer(build(kind, options), loader("padded"), runtime=runtime).train()
 
 
@@ -223,24 +211,22 @@ def outcome(architecture, runtime, **options):
     except ValueError as error:
         return str(error).split(" (")[0]
     hooks = made.model_parts[0]._forward_pre_hooks.values()
-    return "".join(
-        ", ".join(hook.form(torch.zeros(1, 2, dtype=torch.long), hook.config))
-        for hook in hooks
-        if isinstance(hook, DocumentInputs)
-    )
+    forms = [hook.form for hook in hooks if isinstance(hook, DocumentInputs)]
+    return "".join(name for name, form in FORMS.items() if form in forms)
 
 
 @pytest.mark.parametrize("computed", COMPUTED)
 def test_the_probe_is_exact_in_every_precision(computed, runtime):
     options = COMPUTED[computed]
     assert outcome("llama", runtime, **options) == ""
-    assert outcome("opt", runtime, **options) == "attention_mask"
-    assert outcome("lfm2", runtime, **options) == "lfm2: state crosses documents"
+    assert outcome("opt", runtime, **options) == "a 4-D boolean attention_mask"
+    assert outcome("lfm2", runtime, **options) == SPLIT
+    assert outcome("rwkv", runtime, **options) == "rwkv: state crosses documents"
 
 
 def outcomes_of_a_rank(parallelize, degrees, **options):
     runtime = Runtime(seed=0, **degrees)
-    names = ("llama", "opt", "mpt", "lfm2")
+    names = ("llama", "opt", "mpt", "lfm2", "rwkv")
     found = [outcome(name, runtime, parallelize_fn=parallelize, **options) for name in names]
     runtime.close()
     return found
@@ -255,8 +241,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_probe_together_and_agree(layout):
-    refusal = "lfm2: state crosses documents"
-    expected = ["", "attention_mask", "attention_mask", refusal]
+    masks = "a 4-D boolean attention_mask", "a 4-D additive attention_mask"
+    expected = ["", *masks, SPLIT, "rwkv: state crosses documents"]
     assert ranks.run(outcomes_of_a_rank, 2, *LAYOUTS[layout]) == [expected, expected]
 
 
@@ -273,18 +259,18 @@ def outcomes_of_a_stage():
 
 
 def test_a_model_that_is_split_into_stages_is_probed_whole():
-    masked = "{}: the documents of a packed row see each other without a 4-D {} attention_mask, "
-    masked += (
-        "which pipeline stages do not get; use batching=padded or length_grouped, or runtime.pp=1"
-    )
-    opt, mpt = masked.format("opt", "boolean"), masked.format("mpt", "additive")
-    expected = ["", opt, mpt, "lfm2: state crosses documents"]
+    added = "{}: the documents of a packed row see each other without {}, which pipeline stages do "
+    added += "not get; use batching=padded or length_grouped, or runtime.pp=1"
+    opt = added.format("opt", "a 4-D boolean attention_mask")
+    mpt = added.format("mpt", "a 4-D additive attention_mask")
+    lfm2 = added.format("lfm2", SPLIT)
+    expected = ["", opt, mpt, lfm2, "rwkv: state crosses documents"]
     assert ranks.run(outcomes_of_a_stage, 2) == [expected, expected]
 
 
 def test_packed_rows_that_are_split_over_ranks_are_refused():
     refused = "{}: packed rows cannot be split over ranks"
-    expected = [refused.format(name) for name in ("llama", "opt", "mpt", "lfm2")]
+    expected = [refused.format(name) for name in ("llama", "opt", "mpt", "lfm2", "rwkv")]
     assert ranks.run(outcomes_of_a_rank, 2, shard, {"cp": 2}) == [expected, expected]
 
 
@@ -318,15 +304,15 @@ def test_a_cache_that_lets_documents_see_each_other_is_turned_off(runtime, caplo
 
 
 def test_validation_rows_are_probed_as_well(runtime):
-    kind, options, _ = REFUSED["mamba"]
+    kind, options, _ = REFUSED["rwkv"]
     validator = partial(Validator, loader("packed"), eval_interval=1)
-    with pytest.raises(ValueError, match="mamba: state crosses documents"):
+    with pytest.raises(ValueError, match="rwkv: state crosses documents"):
         trainer(build(kind, options), loader("padded"), runtime=runtime, validator=validator)
 
 
 def test_a_teacher_that_cannot_keep_documents_apart_is_refused(runtime):
     student, teacher = (
-        build(*at[name][:2]) for at, name in ((ISOLATED, "llama"), (REFUSED, "lfm2"))
+        build(*at[name][:2]) for at, name in ((ISOLATED, "llama"), (REFUSED, "rwkv"))
     )
     fill = partial(initialize, init=hugging_face)
     processors = [Teacher(teacher, output="logits", weights=fill)]
@@ -347,8 +333,8 @@ class Flattened(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("kind", [Loader, torch.utils.data.DataLoader])
 def test_rows_that_ones_own_data_set_packs_are_probed(kind, runtime):
-    config, options, _ = REFUSED["mamba"]
-    with pytest.raises(ValueError, match="mamba: state crosses documents"):
+    config, options, _ = REFUSED["rwkv"]
+    with pytest.raises(ValueError, match="rwkv: state crosses documents"):
         trainer(build(config, options), kind(Flattened(), 2), runtime=runtime)
 
 
@@ -422,16 +408,16 @@ def rehearsed(architecture, collate, seq_len=None, **changes):
 def test_a_check_probes_a_small_model():
     assert rehearsed("llama", PackedCollate()) == []
     assert rehearsed("opt", PaddingFreeCollate()) == []
-    assert rehearsed("mamba", PaddedCollate()) == []
-    with pytest.raises(ValueError, match="mamba: state crosses documents"):
-        rehearsed("mamba", PackedCollate())
+    assert rehearsed("rwkv", PaddedCollate()) == []
+    with pytest.raises(ValueError, match="rwkv: state crosses documents"):
+        rehearsed("rwkv", PackedCollate())
 
 
 def test_a_check_probes_a_large_model_without_the_layers_that_repeat():
     wide = {"hidden_size": 512, "num_hidden_layers": 60}
-    assert sum(p.numel() for p in build(T.MambaConfig, wide).parameters()) > REHEARSED
-    with pytest.raises(ValueError, match="mamba: state crosses documents"):
-        rehearsed("mamba", PackedCollate(), **wide)
+    assert sum(p.numel() for p in build(T.RwkvConfig, wide).parameters()) > REHEARSED
+    with pytest.raises(ValueError, match="rwkv: state crosses documents"):
+        rehearsed("rwkv", PackedCollate(), **wide)
 
 
 def test_a_check_compares_rows_with_the_position_table():

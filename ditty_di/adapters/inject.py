@@ -129,6 +129,8 @@ def _set_targets(config: Any, model: nn.Module) -> None:
     if not hasattr(config, "target_modules"):
         return
     wanted = config.target_modules
+    if wanted == targets.ALL_LINEAR:
+        whole = [*whole, *_refused_by_peft(config, model)]
     if isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
         _set_all_linear(config, model, whole)
     elif wanted is not None:
@@ -172,6 +174,27 @@ def _set_all_linear(config: Any, model: nn.Module, whole: Sequence[str]) -> None
             "adapter: target_modules=all-linear adapts %d layers; left out: %s; %s",
             *(len(chosen), rest, why),
         )
+
+
+def _refused_by_peft(config: Any, model: nn.Module) -> list[str]:
+    """Return names of linear layers that peft does not adapt in this architecture.
+
+    Mamba's kernels read the weight of `out_proj`, so an adapter of it would not be applied.
+    """
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    refused = []
+    for name in sorted({path.rpartition(".")[2] for path in targets.linear_layers(model)}):
+        try:
+            _check_lora_target_modules_mamba(config, model, name)
+        except ValueError:
+            refused.append(name)
+    if refused:
+        log.warning(
+            "adapter: target_modules=all-linear leaves out %s: kernels of %s read the weight itself",
+            *(", ".join(refused), getattr(getattr(model, "config", None), "model_type", "it")),
+        )
+    return refused
 
 
 def _known_to_peft(config: Any, model: nn.Module) -> bool:

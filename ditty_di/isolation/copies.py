@@ -88,6 +88,8 @@ def _kind(layer: nn.Module) -> str:
         (path, name, value)
         for path, module in layer.named_modules()
         for name, value in sorted(vars(module).items())
-        if isinstance(value, str | bool | int | float | None) and "idx" not in name
+        if isinstance(value, str | bool | int | float | None)
+        and "idx" not in name
+        and name != "layer_id"
     ]
     return f"{layer}{settings}"

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ditty_di.isolation.documents import DocumentRows
 from ditty_di.isolation.positions import document_index
 
 #: Takes `position_ids` `[rows, length]` and a configuration; returns the inputs to add, or None
 #: where the form does not apply to the configuration.
-Form = Callable[[Tensor, Any], dict[str, Any] | None]
+Inputs = Callable[[Tensor, Any], dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is done for a batch of packed rows.
+
+    Args:
+        inputs: returns what the model gets beside `position_ids`.
+        splits: recurrent layers get each document in a row of its own (`DocumentRows`).
+    """
+
+    inputs: Inputs
+    splits: bool = False
 
 
 def _visible(position_ids: Tensor, window: int | None = None) -> Tensor:
@@ -57,20 +73,34 @@ def _sequence_index(position_ids: Tensor, config: Any) -> dict[str, Any]:
     return {"seq_idx": document_index(position_ids).to(torch.int32)}
 
 
+def _nothing(position_ids: Tensor, config: Any) -> dict[str, Any]:
+    return {}
+
+
+def _both(one: Inputs, other: Inputs) -> Inputs:
+    return lambda positions, config: {
+        **(one(positions, config) or {}),
+        **(other(positions, config) or {}),
+    }
+
+
+_SPLIT = "a row of its own for each document in recurrent layers"
+_BOOLEAN = "a 4-D boolean attention_mask"
+_ADDITIVE = "a 4-D additive attention_mask"
+
 #: What each batch gets beside `position_ids`, in the order in which it is tried.
 FORMS: dict[str, Form] = {
-    "position_ids alone": lambda positions, config: {},
-    "use_cache=False": lambda positions, config: {"use_cache": False},
-    "a 4-D boolean attention_mask": _boolean_mask,
-    "a 4-D additive attention_mask": _additive_mask,
-    "a 4-D attention_mask for each kind of layer": _mask_by_layer_type,
-    "seq_idx": _sequence_index,
-    "seq_idx and a 4-D boolean attention_mask": lambda positions, config: (
-        _sequence_index(positions, config) | _boolean_mask(positions, config)
-    ),
-    "seq_idx and a 4-D additive attention_mask": lambda positions, config: (
-        _sequence_index(positions, config) | _additive_mask(positions, config)
-    ),
+    "position_ids alone": Form(_nothing),
+    "use_cache=False": Form(lambda positions, config: {"use_cache": False}),
+    _BOOLEAN: Form(_boolean_mask),
+    _ADDITIVE: Form(_additive_mask),
+    "a 4-D attention_mask for each kind of layer": Form(_mask_by_layer_type),
+    "seq_idx": Form(_sequence_index),
+    f"seq_idx and {_BOOLEAN}": Form(_both(_sequence_index, _boolean_mask)),
+    f"seq_idx and {_ADDITIVE}": Form(_both(_sequence_index, _additive_mask)),
+    _SPLIT: Form(_nothing, splits=True),
+    f"{_SPLIT}, and {_BOOLEAN}": Form(_boolean_mask, splits=True),
+    f"{_SPLIT}, and {_ADDITIVE}": Form(_additive_mask, splits=True),
 }
 
 
@@ -86,6 +116,16 @@ class DocumentInputs:
 
     def __init__(self, form: Form, config: Any) -> None:
         self.form, self.config = form, config
+        self._rows = DocumentRows() if form.splits else None
+
+    def attach(self, module: nn.Module) -> Callable[[], None]:
+        """Register the hook on a model; return what removes it."""
+        detached = ExitStack()
+        hook = module.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
+        detached.callback(hook.remove)
+        if self._rows is not None:
+            detached.callback(self._rows.attach(module))
+        return detached.close
 
     def __call__(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
@@ -93,6 +133,9 @@ class DocumentInputs:
         """Return the arguments with the form's inputs; None leaves them as they are."""
         positions = kwargs.get("position_ids")
         taken = (kwargs.get(name) is not None for name in ("attention_mask", "past_key_values"))
-        if positions is None or positions.dim() != 2 or any(taken):
+        applies = positions is not None and positions.dim() == 2 and not any(taken)
+        if self._rows is not None:
+            self._rows.follow(positions if applies else None)
+        if not applies:
             return None
-        return args, {**kwargs, **(self.form(positions, self.config) or {})}
+        return args, {**kwargs, **(self.form.inputs(positions, self.config) or {})}

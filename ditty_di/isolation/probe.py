@@ -107,11 +107,9 @@ class Isolation:
         """Return the first form that works, with its hook registered; None if nothing is seen."""
         reason, cause = "", None
         for name, form in FORMS.items():
-            if form(torch.zeros(1, 2, dtype=torch.long), self.config) is None:
+            if form.inputs(torch.zeros(1, 2, dtype=torch.long), self.config) is None:
                 continue
-            hook = self.module.register_forward_pre_hook(
-                DocumentInputs(form, self.config), with_kwargs=True, prepend=True
-            )
+            remove = DocumentInputs(form, self.config).attach(self.module)
             plain = name == _PLAIN
             try:
                 found = self._fault(batch, plain)
@@ -121,10 +119,10 @@ class Isolation:
                 found = f"{type(error).__name__}: {error}".splitlines()[0]
                 cause = error if plain else cause
             if plain or found != "":
-                hook.remove()
+                remove()
             if not self.agree(bool(found)):
                 return None if found is None else name
-            hook.remove()
+            remove()
             reason = reason or found or "another rank cannot keep documents apart"
         raise NotIsolated(
             f"{self.name}: {reason}; use batching=padded or length_grouped"

@@ -57,6 +57,7 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 24,
     "n_shared_experts": 1,
     "num_shared_experts": 1,
     "n_group": 1,
@@ -82,6 +83,13 @@ SIZES: dict[str, Any] = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+    "linear_num_heads": 4,
+    "linear_head_dim": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 4,
+    "mamba_chunk_size": 16,
+    "chunk_size": 16,
     # tokens
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -90,6 +98,8 @@ SIZES: dict[str, Any] = {
 }
 
 _LATENT = {"num_key_value_heads": 4, "head_dim": None}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+_CONV = {"layer_types": ["conv", "full_attention"]}
 
 #: By `model_type`: what differs from `SIZES`; None leaves a key out.
 CAUSAL: dict[str, dict[str, Any]] = {
@@ -145,24 +155,24 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "gptj": {},
     "granite": {},
     "granitemoe": {},
-    "granitemoehybrid": {},
+    "granitemoehybrid": _LINEAR,
     "helium": {},
     "hunyuan_v1_dense": {},
-    "jamba": {},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "jetmoe": {},
-    "lfm2": {},
+    "lfm2": _CONV,
     "llama": {},
     "llama4_text": {},
     "mamba": {},
     "mamba2": {"head_dim": 16, "num_heads": 4, "n_groups": 1},
     "marian": {},
-    "minimax": {},
+    "minimax": _LINEAR,
     "mistral": {},
     "mixtral": {},
     "modernbert-decoder": {},
     "mpt": {},
     "nemotron": {},
-    "nemotron_h": {},
+    "nemotron_h": _LINEAR | {"n_groups": 1},
     "olmo": {},
     "olmo2": {},
     "olmo3": {},
@@ -176,10 +186,10 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen2_moe": {},
     "qwen3": {},
-    "qwen3_5_text": {},
+    "qwen3_5_text": _LINEAR,
     "qwen3_moe": {},
-    "qwen3_next": {},
-    "recurrent_gemma": {},
+    "qwen3_next": _LINEAR,
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "rwkv": {},
     "smollm3": {},
     "stablelm": {},
@@ -232,7 +242,7 @@ RARE: dict[str, dict[str, Any]] = {
     "afmoe": {},
     "aria_text": {},
     "axk1": _LATENT,
-    "bailing_hybrid": _LATENT,
+    "bailing_hybrid": _LATENT | _LINEAR,
     "bert-generation": {},
     "big_bird": {},
     "blenderbot": {},
@@ -261,10 +271,10 @@ RARE: dict[str, dict[str, Any]] = {
     "hy_v4": {},
     "hyperclovax": {},
     "jais2": {},
-    "kimi_linear": _LATENT,
+    "kimi_linear": _LATENT | _LINEAR,
     "kolibri1": {},
     "laguna": {},
-    "lfm3": {},
+    "lfm3": _CONV,
     "mbart": {},
     "megatron-bert": {},
     "mellum": {},
@@ -275,11 +285,11 @@ RARE: dict[str, dict[str, Any]] = {
     "ministral3": {},
     "mvp": {},
     "nanochat": {},
-    "olmo_hybrid": {},
+    "olmo_hybrid": _LINEAR,
     "pegasus": {},
     "plbart": {},
     "prophetnet": {},
-    "qwen3_5_moe_text": {},
+    "qwen3_5_moe_text": _LINEAR,
     "rembert": {},
     "roberta": {},
     "roformer": {},
@@ -291,6 +301,14 @@ RARE: dict[str, dict[str, Any]] = {
     "xlm": {},
     "xlm-roberta-xl": {},
 }
+
+
+#: Those of `CAUSAL` and `RARE` with layers that carry a state along the sequence.
+HYBRID = (
+    *("bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba"),
+    *("kimi_linear", "lfm2", "lfm3", "mamba", "mamba2", "nemotron_h", "olmo_hybrid"),
+    *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "zamba", "zamba2"),
+)
 
 
 def config(model_type: str, changes: dict[str, Any]) -> PretrainedConfig:

@@ -49,6 +49,8 @@ class Model:
 def _config(kind: str, **changes: Any) -> Any:
     import transformers as T
 
+    from ditty_di.models.cross_layer import CrossLayerConfig
+
     small = {
         **{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64},
         **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -69,6 +71,11 @@ def _config(kind: str, **changes: Any) -> Any:
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         **{"bos_token_id": 1, "eos_token_id": 1},
     }
+    hybrid = {
+        **{"layer_types": ["linear_attention", "full_attention"] * 2, "initializer_range": 0.02},
+        **{"head_dim": 8, "num_experts": 0, "linear_num_key_heads": 2},
+        **{"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    }
     make, values = {
         "llama": (T.LlamaConfig, small),
         "qwen3": (T.Qwen3Config, {**small, "head_dim": 8}),
@@ -76,6 +83,8 @@ def _config(kind: str, **changes: Any) -> Any:
         "qwen3_moe": (T.Qwen3MoeConfig, {**small, **experts}),
         "mixtral": (T.MixtralConfig, {**small, "num_local_experts": 4, "num_experts_per_tok": 2}),
         "gpt2": (T.GPT2Config, gpt2),
+        "cross_layer": (CrossLayerConfig, small),
+        "qwen3_next": (T.Qwen3NextConfig, {**small, **hybrid}),
     }[kind]
     return make(**{**values, **changes})
 
@@ -113,6 +122,8 @@ MODELS: dict[str, Model] = {
     "Qwen3-MoE": _model("qwen3_moe"),
     "Mixtral": _model("mixtral"),
     "GPT-2": _model("gpt2"),
+    "Llama, shared keys and values": _model("cross_layer"),
+    "Qwen3-Next": _model("qwen3_next"),
 }
 
 
@@ -165,6 +176,7 @@ VARIANTS: dict[str, Variant] = {
     "": Variant(),
     "pretrained": Variant(pretrained=True),
     "packed": Variant(packed=True),
+    "packed, recomputed": Variant(packed=True, options={"activation_checkpointing": full}),
     "accumulated": Variant(accumulation=2),
     "rows of 31": Variant(length=31),
     "chunked loss": Variant(loss=lambda output: losses.LinearCrossEntropyLoss(chunk_tokens=20)),
@@ -283,6 +295,11 @@ CELLS: list[Cell] = [
     *_cells("Qwen3", "pp 2 InterleavedZeroBubble, pp 2 x tp 2", "LoRA on NF4"),
     *_cells("Gemma3", "pp 2 x tp 2 Interleaved1F1B", "packed"),
     *_cells("GPT-2", "pp 2 x ddp 2", ""),
+    *_cells("Llama, shared keys and values", "fsdp 2", "packed, recomputed", "LoRA"),
+    *_cells("Llama, shared keys and values", "cp 2", "packed"),
+    *_cells("Llama, shared keys and values", "pp 2", ""),
+    *_cells("Qwen3-Next", "fsdp 2", "packed, recomputed"),
+    *_cells("Qwen3-Next", "cp 2, pp 2", ""),
 ]
 
 _SAYS = "runtime.tp=2: "
@@ -309,6 +326,19 @@ REFUSED["Llama", "plain loss", "cp 2"] = (
     "use loss=cross_entropy, causal_lm or chunked, or runtime.cp=1"
 )
 
+REFUSED["Qwen3-Next", "", "tp 2"] = REFUSED["Qwen3-Next", "", "tp 2 x fsdp 2"] = (
+    f"{_SAYS}the model's plan has colwise_gather_output for "
+    "model.layers.*.linear_attn.in_proj_qkvz, which is not supported together with sequence "
+    "parallelism; tp fits 1"
+)
+REFUSED["Qwen3-Next", "", "cp 2"] = (
+    "runtime.cp=2: layer 0 of Qwen3NextForCausalLM does not work by attention alone, so it would "
+    "see a part of each sequence only; use a decoder of transformers whose layers all have its "
+    "attention interface, or runtime.cp=1"
+)
+REFUSED["Llama, shared keys and values", "", "pp 2"] = (
+    "runtime.pp=2: its blocks get key_values from before the block of the cut"
+)
 REFUSED["Llama", "", "pp 2 x fsdp 2 ZBVZeroBubble"] = (
     "pipeline.schedule=ZBVZeroBubble: it fits runtime.dp_shard=1, and not 2, or "
     "pipeline.schedule=Interleaved1F1B"

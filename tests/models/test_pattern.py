@@ -1,0 +1,44 @@
+"""Kinds of layers from a pattern."""
+
+import pytest
+from transformers import OlmoHybridConfig, Qwen3NextConfig
+
+from ditty_di.models.pattern import KEY_VALUE_LAYERS, layer_kinds
+
+
+def test_a_pattern_repeats_over_the_layers():
+    linear, full = "linear_attention", "full_attention"
+    expected = [linear, linear, linear, full] * 2
+    assert layer_kinds("DDDA", num_hidden_layers=8) == expected
+    assert layer_kinds("3DA", num_hidden_layers=8) == expected
+    assert layer_kinds("3D2A3D", num_hidden_layers=8) == [linear] * 3 + [full] * 2 + [linear] * 3
+    assert layer_kinds("K2S", num_hidden_layers=3, kinds=KEY_VALUE_LAYERS) == [
+        "own",
+        "shared",
+        "shared",
+    ]
+
+
+@pytest.mark.parametrize("kind", [Qwen3NextConfig, OlmoHybridConfig])
+def test_configurations_of_transformers_accept_it(kind):
+    types = layer_kinds("DDDA", num_hidden_layers=8)
+    assert kind(num_hidden_layers=8, layer_types=types).layer_types == types
+
+
+WRONG = {
+    ("DXA", 3): "unknown letter X; write A (full_attention), S (sliding_attention)",
+    ("DDDA", 6): "4 layers, and num_hidden_layers=6 is not a multiple; write num_hidden_layers=4",
+    ("DDDA", 2): "write num_hidden_layers=4, or a pattern of all 2",
+    ("", 2): "write letters, each with a number before it or without, such as 3DA",
+    ("D+A", 2): "write letters",
+    ("A3", 4): "write letters",
+    ("0D", 4): "no layers",
+}
+
+
+@pytest.mark.parametrize("pattern, layers", WRONG)
+@pytest.mark.parametrize("check", [layer_kinds, layer_kinds.validate], ids=["call", "check"])
+def test_a_wrong_pattern_is_refused_before_anything_is_built(check, pattern, layers):
+    with pytest.raises(ValueError) as error:
+        check(pattern=pattern, num_hidden_layers=layers)
+    assert WRONG[pattern, layers] in str(error.value)
