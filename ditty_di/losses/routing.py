@@ -1,0 +1,435 @@
+"""Losses and metrics of the routers of a mixture of experts.
+
+Hooks record what each router decides in a forward pass, so the model returns what it always does.
+Which modules are routers is transformers' own table (`_can_record_outputs`), by which it collects
+`router_logits`; the experts that a token goes to are taken from the router and not computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditty_di.batch import Batch
+from ditty_di.losses.base import Loss
+from ditty_di.losses.composite import CompositeLoss, named_losses
+from ditty_di.protocols import Loss as AnyLoss
+
+log = logging.getLogger(__name__)
+
+NO_ROUTERS = """\
+loss_fn: {model} has no router that transformers records (router_logits), so there is nothing to \
+balance; write loss=causal_lm, or loss=chunked"""
+TWO_STACKS = """\
+loss_fn: {model} is an encoder-decoder, whose routers see the tokens of two sequences; router \
+losses are for decoders, write another loss"""
+SPLIT = """\
+runtime.{name}={degree}: router losses need the routing of whole rows and of all layers on one \
+rank; write runtime.{name}=1, or loss=causal_lm"""
+NOT_RECORDED = """\
+loss: no router of the model was recorded; call `prepare_model` of the loss on the model (the \
+trainer does it), and the loss after each forward pass"""
+NO_CHOICE = """\
+loss: the router {name} does not return the experts of each token (integers [tokens, experts of a \
+token]), so its load is not known; write loss=causal_lm"""
+OTHER_TOKENS = """\
+loss: a router has decided about {routed} tokens, and the batch has {given}; router losses need a \
+model that routes exactly the tokens of its input"""
+NOT_USED = """\
+the model's configuration asks for router logits, but the loss has no part for them: its \
+router_aux_loss_coef is not applied; write loss=moe loss.balance=COEFFICIENT"""
+
+
+class Routing(NamedTuple):
+    """What one router decided in a forward pass.
+
+    Attributes:
+        logits: `[tokens, experts]`.
+        chosen: numbers of the experts that each token goes to, `[tokens, experts of a token]`.
+    """
+
+    logits: Tensor
+    chosen: Tensor
+
+
+class RouterRecorder:
+    """Records the routing of the newest forward pass of a model, layer by layer.
+
+    Copies of the model share it. What a block computes again in the backward pass is not recorded.
+
+    Args:
+        model: the model, whose routers get hooks.
+
+    Raises:
+        ValueError: the model has no routers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._routings: list[Routing] = []
+        self._running = False
+        found = list(routers(model))
+        if not found:
+            raise ValueError(NO_ROUTERS.format(model=type(model).__name__))
+        for name, router, index in found:
+            router.register_forward_hook(partial(self._record, name, index))
+        model.register_forward_pre_hook(self._begin)
+        model.register_forward_hook(self._end)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RouterRecorder:
+        return self
+
+    def take(self) -> list[Routing]:
+        """Return the routing of the newest forward pass, in the order of the layers, once."""
+        taken, self._routings = self._routings, []
+        return taken
+
+    def _begin(self, *ignored: Any) -> None:
+        self._routings, self._running = [], True
+
+    def _end(self, *ignored: Any) -> None:
+        self._running = False
+
+    def _record(self, name: str, index: int, router: nn.Module, args: Any, output: Any) -> None:
+        if not self._running:
+            return
+        logits = output[index]
+        tensors = (x for x in output if isinstance(x, Tensor) and x.dim() == 2)
+        chosen = next((x for x in tensors if not x.is_floating_point()), None)
+        if chosen is None:
+            raise ValueError(NO_CHOICE.format(name=name))
+        self._routings.append(Routing(logits.flatten(0, -2), chosen))
+
+
+#: Attribute of a model: its `RouterRecorder`.
+_RECORDER = "_router_recorder"
+
+
+def record_routers(model: nn.Module) -> RouterRecorder:
+    """Return the recorder of a model, which is made once.
+
+    Args:
+        model: of transformers, or one with such a model inside, such as peft's.
+
+    Raises:
+        ValueError: the model has no routers.
+    """
+    if _RECORDER not in vars(model):
+        vars(model)[_RECORDER] = RouterRecorder(model)
+    return vars(model)[_RECORDER]  # type: ignore[no-any-return]
+
+
+def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yield path and module of each router, and where its output has the logits.
+
+    Args:
+        model: as for `record_routers`.
+    """
+    seen: set[int] = set()
+    for path, owner in model.named_modules():
+        recorded = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits", [])
+        for spec in recorded if isinstance(recorded, list) else [recorded]:
+            kind, within = getattr(spec, "target_class", None), getattr(spec, "layer_name", None)
+            for name, module in owner.named_modules(prefix=path) if kind is not None else ():
+                if not isinstance(module, kind) or id(module) in seen:
+                    continue
+                if within is None or f".{within}." in f".{name}.":
+                    seen.add(id(module))
+                    yield name, module, spec.index
+
+
+def routers_fit(parts: Any, degrees: Any) -> list[str]:
+    """Return why router losses do not fit a model and its layout: a rule of `parallelize.fits`."""
+    name = type(parts.model).__name__
+    if next(routers(parts.model), None) is None:
+        return [NO_ROUTERS.format(model=name)]
+    if getattr(getattr(parts.model, "config", None), "is_encoder_decoder", False):
+        return [TWO_STACKS.format(model=name)]
+    return [
+        SPLIT.format(name=axis, degree=degree)
+        for axis, degree in (("tp", degrees.tp), ("pp", degrees.pp))
+        if degree > 1
+    ]
+
+
+def warn_unused(model: nn.Module) -> None:
+    """Log a warning where the model's own router loss would be dropped.
+
+    Args:
+        model: the model, prepared for its loss.
+    """
+    config = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    asked = getattr(text, "output_router_logits", False)
+    if asked and getattr(text, "router_aux_loss_coef", 0) and _RECORDER not in vars(model):
+        log.warning(NOT_USED)
+
+
+class RouterLoss(Loss):
+    """Load-balancing loss and z-loss of all routers, a mean over tokens and layers.
+
+        balance * E * sum_i f_i P_i  +  z * logsumexp(logits)^2  -  information * I(expert; token)
+
+    The first term is that of Switch Transformers (Fedus et al. 2021, arXiv:2101.03961, equations 4
+    to 6) for one sequence, as in DeepSeek-V3 (arXiv:2412.19437, equations 17 to 20): of the tokens
+    of a sequence, `f_i` is the fraction that goes to expert i of E, and `P_i` the mean probability
+    of it. It is a product of two means, so it does not add up over micro-batches if they are taken
+    over a batch; over a sequence it does, for any number of micro-batches and ranks. A sequence is
+    a row, or a document where `position_ids` tell documents apart, and has the weight of its
+    tokens. With K experts of a token its value is K if the load is even; for one layer and one
+    sequence it is transformers' `load_balancing_loss_func`. The second term is the z-loss of
+    ST-MoE (Zoph et al. 2022, arXiv:2202.08906, equation 5). The third is the mutual information of
+    DS-MoE (Pan et al. 2024, arXiv:2404.05567), also of a sequence: the entropy of its mean
+    probabilities less the mean entropy of a token's, for models that are trained densely.
+
+    Tokens count up to the last one of their sequence with a label: padding does not, a prompt
+    without labels does. In evaluation mode the loss is 0 and only its metrics are computed, so that
+    validation losses are those of the tokens.
+
+    Args:
+        balance: factor of the load-balancing loss.
+        z: factor of the z-loss.
+        information: factor of the mutual information; 0 does not compute it.
+        sigmoid: probabilities are sigmoids of the logits divided by their sum, as in DeepSeek-V3,
+            in place of a softmax.
+        per_expert: also report the load of each expert of each layer.
+        ignore_index: label value of tokens without a label.
+        name: prefix of its metrics in a composite.
+
+    Metrics: `balance`, `z` and `information` (in nats), without their factors; `entropy` of the
+    routers' probabilities, in nats; in training `load_max`, the load of the busiest expert of any
+    layer divided by the mean load of its layer (1 is even), and with `per_expert`
+    `load/LAYER/EXPERT`, likewise divided. Numbers of a step are those of all its micro-batches and
+    ranks.
+
+    Raises:
+        ValueError: a factor is negative or not finite.
+    """
+
+    fits = (routers_fit,)
+
+    @staticmethod
+    def validate(*, balance: float = 0.0, z: float = 0.0, information: float = 0.0) -> None:
+        """Raise ValueError for factors that are negative or not finite."""
+        factors = {"balance": balance, "z": z, "information": information}
+        for key, factor in factors.items():
+            if not 0 <= factor < float("inf"):
+                raise ValueError(f"{key}={factor}: write 0 or more")
+
+    def __init__(
+        self,
+        *,
+        balance: float = 0.01,
+        z: float = 0.001,
+        information: float = 0.0,
+        sigmoid: bool = False,
+        per_expert: bool = False,
+        ignore_index: int = -100,
+        name: str = "router",
+    ) -> None:
+        super().__init__()
+        self.validate(balance=balance, z=z, information=information)
+        self.balance, self.z, self.information = balance, z, information
+        self.sigmoid, self.per_expert = sigmoid, per_expert
+        self.ignore_index, self.name = ignore_index, name
+        self._recorder: RouterRecorder | None = None
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Return the model, whose routers are recorded from now on.
+
+        Raises:
+            ValueError: the model has no routers.
+        """
+        self._recorder = record_routers(model)
+        return model
+
+    def num_valid(self, batch: Batch, /) -> Tensor:
+        """Return the number of routed tokens that count, shape `[]`, int64."""
+        return routed_tokens(batch, self.ignore_index).sum()
+
+    def forward(
+        self, output: Any, batch: Batch, num_valid_global: Tensor, /
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return this batch's part of the loss, and of each metric, in float32.
+
+        Raises:
+            ValueError: no routing was recorded, or not that of the batch's tokens.
+        """
+        routings = self._recorder.take() if self._recorder is not None else []
+        if not routings:
+            raise ValueError(NOT_RECORDED)
+        ids = batch.inputs["input"]
+        if (routed := len(routings[0].logits)) != ids.shape[:2].numel():
+            raise ValueError(OTHER_TOKENS.format(routed=routed, given=list(ids.shape[:2])))
+        counts = routed_tokens(batch, self.ignore_index).flatten()  # [tokens]
+        sequence, number = _sequences(batch)
+        tokens = _sums(counts.float(), sequence, number).clamp(min=1)  # [sequences]
+        sums: dict[str, list[Tensor]] = defaultdict(list)
+        load = []
+        for logits, chosen in routings:
+            logits = torch.where(counts[:, None], logits.float(), 0.0)  # [tokens, experts]
+            probabilities = self._probabilities(logits)
+            goes = torch.zeros_like(logits).scatter_(1, chosen, 1.0) * counts[:, None]
+            assigned = _sums(goes, sequence, number)  # [sequences, experts]
+            expected = _sums(probabilities * counts[:, None], sequence, number)
+            balance = ((assigned * expected).sum(1) / tokens).sum() * logits.shape[1]
+            informed = probabilities if self.information else probabilities.detach()
+            entropy = (_entropy(informed) * counts).sum()
+            sums["balance"].append(balance)
+            sums["z"].append((logits.logsumexp(1).square() * counts).sum())
+            sums["entropy"].append(entropy)
+            if self.information:
+                of_means = _entropy(expected / tokens[:, None])  # [sequences]
+                sums["information"].append((of_means * tokens).sum() - entropy)
+            load.append(assigned.sum(0))  # [experts]
+        means = {key: torch.stack(of).mean() / num_valid_global for key, of in sums.items()}
+        metrics = {key: value.detach() for key, value in means.items()}
+        if not self.training:
+            return metrics["balance"].new_zeros(()), metrics
+        metrics["load"] = torch.stack(load) / num_valid_global  # [layers, experts]
+        loss = self.balance * means["balance"] + self.z * means["z"]
+        if self.information:
+            loss = loss - self.information * means["information"]
+        return loss, metrics
+
+    def summarize(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the metrics with ratios in place of the summed load `[layers, experts]`.
+
+        Args:
+            metrics: sums over the optimizer step.
+        """
+        if "load" not in metrics:
+            return metrics
+        load = metrics["load"]
+        ratios = load / load.mean(1, keepdim=True).clamp(min=1e-20)
+        found = {key: value for key, value in metrics.items() if key != "load"}
+        found["load_max"] = ratios.max()
+        if self.per_expert:
+            found |= {
+                f"load/{layer}/{expert}": ratio
+                for layer, row in enumerate(ratios)
+                for expert, ratio in enumerate(row)
+            }
+        return found
+
+    def extra_repr(self) -> str:
+        """Return the factors."""
+        return f"balance={self.balance:g}, z={self.z:g}, information={self.information:g}"
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        if not self.sigmoid:
+            return logits.softmax(1)
+        scores = logits.sigmoid()
+        return scores / (scores.sum(1, keepdim=True) + 1e-20)
+
+
+class RoutedLoss(CompositeLoss):
+    """A loss of the tokens and a `RouterLoss`, each with its own count.
+
+    A model's own `router_aux_loss_coef` is used only where the model computes its loss from labels,
+    which the trainer does not let it do: nothing counts twice, and `balance` is the coefficient, on
+    the same scale.
+
+    Args:
+        loss: of the tokens, such as `CrossEntropyLoss` or `LinearCrossEntropyLoss`.
+        balance: see `RouterLoss`, as for the other arguments.
+        z: factor of the z-loss.
+        information: factor of the mutual information.
+        sigmoid: the routers' probabilities are normalized sigmoids.
+        per_expert: also report the load of each expert.
+        name: prefix of its metrics within another composite.
+
+    Metrics: as in `CompositeLoss`; those of the routers begin with `router/`.
+    """
+
+    parts_argument = "loss"
+    validate = staticmethod(RouterLoss.validate)
+
+    def __init__(
+        self,
+        loss: AnyLoss,
+        *,
+        balance: float = 0.01,
+        z: float = 0.001,
+        information: float = 0.0,
+        sigmoid: bool = False,
+        per_expert: bool = False,
+        name: str | None = None,
+    ) -> None:
+        router = RouterLoss(
+            balance=balance,
+            z=z,
+            information=information,
+            sigmoid=sigmoid,
+            per_expert=per_expert,
+            ignore_index=getattr(loss, "ignore_index", -100),
+        )
+        super().__init__([(loss, 1.0), (router, 1.0)], name=name)
+
+    @classmethod
+    def parts_for(cls, *, loss: Any = None, **others: Any) -> list[tuple[str, Any]]:
+        """Return the loss of the tokens by name, of an argument that may not be built yet."""
+        return [(name, part) for name, part, _ in named_losses([(loss, 1.0)])]
+
+
+def routed_tokens(batch: Batch, ignore_index: int) -> Tensor:
+    """Return which tokens count for their routers, bool `[rows, seq]`.
+
+    Those up to the last one of their sequence with a label, without what `attention_mask` excludes;
+    where there is not one label a token, all that it does not exclude.
+
+    Args:
+        batch: on any device, after the preprocessors.
+        ignore_index: label value of tokens without a label.
+    """
+    ids, labels = batch.inputs["input"], batch.target
+    counts = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+    mask = batch.inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == counts.shape:
+        counts = mask != 0
+    if not (isinstance(labels, Tensor) and labels.shape == counts.shape):
+        return counts
+    length = counts.shape[1]
+    at = torch.arange(length, device=ids.device)
+    labeled = torch.where(labels != ignore_index, at, length)
+    following = labeled.flip(1).cummin(1).values.flip(1)  # the next token with a label
+    counts = counts & (following < length)
+    if (documents := _documents(batch)) is not None:
+        counts = counts & (documents.gather(1, following.clamp(max=length - 1)) == documents)
+    return counts
+
+
+def _documents(batch: Batch) -> Tensor | None:
+    """Return the number of each token's document within its row, where rows have several."""
+    positions = batch.inputs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.shape != batch.inputs["input"].shape[:2]:
+        return None
+    begins = positions.diff(dim=1) != 1
+    return F.pad(begins, (1, 0)).cumsum(1)
+
+
+def _sequences(batch: Batch) -> tuple[Tensor, int]:
+    """Return the number of each token's sequence, `[tokens]`, and a bound of these numbers."""
+    ids, documents = batch.inputs["input"], _documents(batch)
+    rows, length = ids.shape[:2]
+    row = torch.arange(rows, device=ids.device)[:, None].expand(rows, length)
+    if documents is None:
+        return row.flatten(), rows
+    # As many as tokens at most: their true number would have to be waited for.
+    return (row * length + documents).flatten(), rows * length
+
+
+def _sums(values: Tensor, sequence: Tensor, number: int) -> Tensor:
+    """Return the sum over the tokens of each sequence, `[sequences, ...]`."""
+    return values.new_zeros(number, *values.shape[1:]).index_add(0, sequence, values)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    """Return the entropy of the last dimension, in nats; its gradient is finite at 0."""
+    return torch.special.entr(probabilities.clamp(min=1e-20)).sum(-1)
