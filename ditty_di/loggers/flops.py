@@ -56,7 +56,7 @@ def active_share(model_parts: list[nn.Module]) -> dict[int, float]:
     for part in model_parts:
         _, base = transformers_model(part)
         config = base.config.get_text_config() if hasattr(base, "config") else None
-        of_a_token = getattr(config, "num_experts_per_tok", None)
+        of_a_token: Any = getattr(config, "num_experts_per_tok", None)
         for module in part.modules() if isinstance(of_a_token, int) else ():
             own = list(module.parameters(recurse=False))
             if hasattr(module, "num_experts") and any(p.dim() == 3 for p in own):

@@ -1,17 +1,10 @@
-"""Losses and metrics of the routers of a mixture of experts.
-
-Hooks record what each router decides in a forward pass, so the model returns what it always does.
-Which modules are routers is transformers' own table (`_can_record_outputs`), by which it collects
-`router_logits`; the experts that a token goes to are taken from the router and not computed again.
-"""
+"""Losses and metrics of the routers of a mixture of experts."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +13,11 @@ from torch import Tensor, nn
 from ditty_di.batch import Batch
 from ditty_di.losses.base import Loss
 from ditty_di.losses.composite import CompositeLoss, named_losses
+from ditty_di.models.routers import NO_ROUTERS, RECORDER, RouterRecorder, record_routers, routers
 from ditty_di.protocols import Loss as AnyLoss
 
 log = logging.getLogger(__name__)
 
-NO_ROUTERS = """\
-loss_fn: {model} has no router that transformers records (router_logits), so there is nothing to \
-balance; write loss=causal_lm, or loss=chunked"""
 TWO_STACKS = """\
 loss_fn: {model} is an encoder-decoder, whose routers see the tokens of two sequences; router \
 losses are for decoders, write another loss"""
@@ -36,112 +27,12 @@ rank; write runtime.{name}=1, or loss=causal_lm"""
 NOT_RECORDED = """\
 loss: no router of the model was recorded; call `prepare_model` of the loss on the model (the \
 trainer does it), and the loss after each forward pass"""
-NO_CHOICE = """\
-loss: the router {name} does not return the experts of each token (integers [tokens, experts of a \
-token]), so its load is not known; write loss=causal_lm"""
 OTHER_TOKENS = """\
 loss: a router has decided about {routed} tokens, and the batch has {given}; router losses need a \
 model that routes exactly the tokens of its input"""
 NOT_USED = """\
 the model's configuration asks for router logits, but the loss has no part for them: its \
 router_aux_loss_coef is not applied; write loss=moe loss.balance=COEFFICIENT"""
-
-
-class Routing(NamedTuple):
-    """What one router decided in a forward pass.
-
-    Attributes:
-        logits: `[tokens, experts]`.
-        chosen: numbers of the experts that each token goes to, `[tokens, experts of a token]`.
-    """
-
-    logits: Tensor
-    chosen: Tensor
-
-
-class RouterRecorder:
-    """Records the routing of the newest forward pass of a model, layer by layer.
-
-    Copies of the model share it. What a block computes again in the backward pass is not recorded.
-
-    Args:
-        model: the model, whose routers get hooks.
-
-    Raises:
-        ValueError: the model has no routers.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._routings: list[Routing] = []
-        self._running = False
-        found = list(routers(model))
-        if not found:
-            raise ValueError(NO_ROUTERS.format(model=type(model).__name__))
-        for name, router, index in found:
-            router.register_forward_hook(partial(self._record, name, index))
-        model.register_forward_pre_hook(self._begin)
-        model.register_forward_hook(self._end)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RouterRecorder:
-        return self
-
-    def take(self) -> list[Routing]:
-        """Return the routing of the newest forward pass, in the order of the layers, once."""
-        taken, self._routings = self._routings, []
-        return taken
-
-    def _begin(self, *ignored: Any) -> None:
-        self._routings, self._running = [], True
-
-    def _end(self, *ignored: Any) -> None:
-        self._running = False
-
-    def _record(self, name: str, index: int, router: nn.Module, args: Any, output: Any) -> None:
-        if not self._running:
-            return
-        logits = output[index]
-        tensors = (x for x in output if isinstance(x, Tensor) and x.dim() == 2)
-        chosen = next((x for x in tensors if not x.is_floating_point()), None)
-        if chosen is None:
-            raise ValueError(NO_CHOICE.format(name=name))
-        self._routings.append(Routing(logits.flatten(0, -2), chosen))
-
-
-#: Attribute of a model: its `RouterRecorder`.
-_RECORDER = "_router_recorder"
-
-
-def record_routers(model: nn.Module) -> RouterRecorder:
-    """Return the recorder of a model, which is made once.
-
-    Args:
-        model: of transformers, or one with such a model inside, such as peft's.
-
-    Raises:
-        ValueError: the model has no routers.
-    """
-    if _RECORDER not in vars(model):
-        vars(model)[_RECORDER] = RouterRecorder(model)
-    return vars(model)[_RECORDER]  # type: ignore[no-any-return]
-
-
-def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
-    """Yield path and module of each router, and where its output has the logits.
-
-    Args:
-        model: as for `record_routers`.
-    """
-    seen: set[int] = set()
-    for path, owner in model.named_modules():
-        recorded = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits", [])
-        for spec in recorded if isinstance(recorded, list) else [recorded]:
-            kind, within = getattr(spec, "target_class", None), getattr(spec, "layer_name", None)
-            for name, module in owner.named_modules(prefix=path) if kind is not None else ():
-                if not isinstance(module, kind) or id(module) in seen:
-                    continue
-                if within is None or f".{within}." in f".{name}.":
-                    seen.add(id(module))
-                    yield name, module, spec.index
 
 
 def routers_fit(parts: Any, degrees: Any) -> list[str]:
@@ -164,10 +55,10 @@ def warn_unused(model: nn.Module) -> None:
     Args:
         model: the model, prepared for its loss.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     asked = getattr(text, "output_router_logits", False)
-    if asked and getattr(text, "router_aux_loss_coef", 0) and _RECORDER not in vars(model):
+    if asked and getattr(text, "router_aux_loss_coef", 0) and RECORDER not in vars(model):
         log.warning(NOT_USED)
 
 

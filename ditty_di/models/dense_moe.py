@@ -44,7 +44,7 @@ class DenseMoEConfig(LlamaConfig):
     """
 
     model_type = "dense_moe"
-    base_model_tp_plan = None
+    base_model_tp_plan = None  # type: ignore[assignment]
     num_experts: int = 8
     inference_top_k: int | None = None
     inference_threshold: float | None = None

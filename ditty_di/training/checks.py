@@ -81,7 +81,7 @@ def rehearse(build: Callable[[str], Any]) -> list[str]:
     given = {name: build(f"runtime.{name}") for name in names}
     degrees = Degrees(**{name: n for name, n in given.items() if isinstance(n, int)})
     loss_fn = build("loss_fn")
-    if degrees.split_the_model or getattr(loss_fn, "fits", ()):
+    if degrees.split_the_model or getattr(loss_fn, "fits", None):
         slots = {name: build(name) for name in ("parallelize_fn", "pipeline_fn")}
         slots["collate_fn"] = build("dataloader.collate_fn")
         if problems := fits(Parts(build("model"), loss_fn, **slots), degrees):

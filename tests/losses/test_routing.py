@@ -19,9 +19,10 @@ from ditty_di.losses import (
     RoutedLoss,
     RouterLoss,
 )
-from ditty_di.losses.routing import routed_tokens, routers
+from ditty_di.losses.routing import routed_tokens
 from ditty_di.models.causal_lm import from_config
 from ditty_di.models.dense_moe import DenseMoEConfig
+from ditty_di.models.routers import routers
 from ditty_di.models.weights import hugging_face, initialize, materialize
 from ditty_di.parallelize.activation_checkpointing import full
 from ditty_di.parallelize.data_parallel import shard

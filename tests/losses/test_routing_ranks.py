@@ -6,11 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ditty_di.losses import CrossEntropyLoss, LinearCrossEntropyLoss, RoutedLoss
 from ditty_di.models.causal_lm import from_config
 from ditty_di.parallelize.activation_checkpointing import full
+from ditty_di.parallelize.compose import parallelize
 from ditty_di.parallelize.data_parallel import shard
+from ditty_di.runtime import Runtime
 from tests.checkpoint import ranks
 from tests.distributed.cases import VOCAB, make_trainer
 from tests.models.families import CAUSAL, config
@@ -21,6 +24,7 @@ VARIANTS = {
     "four micro-batches": {"accumulation": 4},
     "chunked": {"accumulation": 2, "chunked": True},
     "recomputed": {"parallelize_fn": partial(shard, activation_checkpointing=full)},
+    "experts split": {"parallelize_fn": parallelize, "ep": True},
 }
 
 
@@ -29,8 +33,10 @@ def model():
     return from_config(config(kind, CAUSAL[kind] | size))
 
 
-def trained(chunked=False, **options):
+def trained(chunked=False, ep=False, **options):
     """Reports of each step, and the whole parameters afterwards."""
+    if ep and dist.get_world_size() > 1:
+        options["runtime"] = Runtime(seed=3, ep=2)
     inner = (
         LinearCrossEntropyLoss(chunk_tokens=50) if chunked else CrossEntropyLoss(output="logits")
     )
