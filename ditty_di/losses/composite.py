@@ -116,6 +116,28 @@ class CompositeLoss(Loss):
             yield name, part, counts[first] if size is None else counts[first : first + size]
             first += size or 1
 
+    def of_stage(
+        self, batch: Batch, num_valid_global: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Return the part of a pipeline stage before the last one; None if no part has one.
+
+        Args:
+            batch: the micro-batch that the stage ran last.
+            num_valid_global: as in `forward`.
+        """
+        found = [
+            (name, own(batch, count))
+            for name, part, count in self.counted(num_valid_global)
+            if (own := getattr(part, "of_stage", None)) is not None
+        ]
+        if not found:
+            return None
+        total = torch.stack([self.weights[name] * loss for name, (loss, _) in found]).sum()
+        metrics = {"total": total.detach()}
+        for name, (loss, own) in found:
+            metrics |= part_metrics(name, loss, own)
+        return total, metrics
+
     def summarize(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the metrics to report, as each part reports its own.
 

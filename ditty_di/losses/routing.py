@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from ditty_di.batch import Batch
 from ditty_di.losses.base import Loss
 from ditty_di.losses.composite import CompositeLoss, named_losses
-from ditty_di.models.routers import NO_ROUTERS, RECORDER, RouterRecorder, record_routers, routers
+from ditty_di.models.routers import (
+    NO_ROUTERS,
+    RECORDER,
+    RouterRecorder,
+    Routing,
+    record_routers,
+    routers,
+)
 from ditty_di.protocols import Loss as AnyLoss
 
 log = logging.getLogger(__name__)
@@ -23,7 +30,7 @@ loss_fn: {model} is an encoder-decoder, whose routers see the tokens of two sequ
 losses are for decoders, write another loss"""
 SPLIT = """\
 runtime.{name}={degree}: router losses need the routing of whole rows and of all layers on one \
-rank; write runtime.{name}=1, or loss=causal_lm"""
+rank, or in the stages of pipeline=stages; write runtime.{name}=1, or loss=causal_lm"""
 NOT_RECORDED = """\
 loss: no router of the model was recorded; call `prepare_model` of the loss on the model (the \
 trainer does it), and the loss after each forward pass"""
@@ -42,11 +49,10 @@ def routers_fit(parts: Any, degrees: Any) -> list[str]:
         return [NO_ROUTERS.format(model=name)]
     if getattr(getattr(parts.model, "config", None), "is_encoder_decoder", False):
         return [TWO_STACKS.format(model=name)]
-    return [
-        SPLIT.format(name=axis, degree=degree)
-        for axis, degree in (("tp", degrees.tp), ("pp", degrees.pp))
-        if degree > 1
-    ]
+    pipeline = getattr(parts.pipeline_fn, "func", parts.pipeline_fn)
+    in_stages = hasattr(pipeline, "stage_losses") and getattr(parts.loss_fn, "of_stage", None)
+    whole = {"tp": degrees.tp, "pp": 1 if in_stages else degrees.pp}
+    return [SPLIT.format(name=axis, degree=n) for axis, n in whole.items() if n > 1]
 
 
 def warn_unused(model: nn.Module) -> None:
@@ -152,18 +158,18 @@ class RouterLoss(Loss):
         Raises:
             ValueError: no routing was recorded, or not that of the batch's tokens.
         """
-        routings = self._recorder.take() if self._recorder is not None else []
-        if not routings:
+        shape, routings = self._recorder.take() if self._recorder is not None else (None, [])
+        if shape is None or self._recorder is None:
             raise ValueError(NOT_RECORDED)
-        ids = batch.inputs["input"]
-        if (routed := len(routings[0].logits)) != ids.shape[:2].numel():
-            raise ValueError(OTHER_TOKENS.format(routed=routed, given=list(ids.shape[:2])))
+        if not routings:  # a pipeline stage without routers
+            return torch.zeros((), device=num_valid_global.device), {}
         counts = routed_tokens(batch, self.ignore_index).flatten()  # [tokens]
         sequence, number = _sequences(batch)
         tokens = _sums(counts.float(), sequence, number).clamp(min=1)  # [sequences]
         sums: dict[str, list[Tensor]] = defaultdict(list)
-        load = []
-        for logits, chosen in routings:
+        own = _without_padding(routings, shape, batch.inputs["input"].shape[:2])
+        load = torch.zeros(self._recorder.layers, own[0].logits.shape[1], device=counts.device)
+        for layer, logits, chosen in own:
             logits = torch.where(counts[:, None], logits.float(), 0.0)  # [tokens, experts]
             probabilities = self._probabilities(logits)
             goes = torch.zeros_like(logits).scatter_(1, chosen, 1.0) * counts[:, None]
@@ -178,16 +184,26 @@ class RouterLoss(Loss):
             if self.information:
                 of_means = _entropy(expected / tokens[:, None])  # [sequences]
                 sums["information"].append((of_means * tokens).sum() - entropy)
-            load.append(assigned.sum(0))  # [experts]
-        means = {key: torch.stack(of).mean() / num_valid_global for key, of in sums.items()}
+            load[layer] = assigned.sum(0)
+        count = self._recorder.layers * num_valid_global
+        means = {key: torch.stack(of).sum() / count for key, of in sums.items()}
         metrics = {key: value.detach() for key, value in means.items()}
         if not self.training:
             return metrics["balance"].new_zeros(()), metrics
-        metrics["load"] = torch.stack(load) / num_valid_global  # [layers, experts]
+        metrics["load"] = load / num_valid_global  # [layers, experts]
         loss = self.balance * means["balance"] + self.z * means["z"]
         if self.information:
             loss = loss - self.information * means["information"]
         return loss, metrics
+
+    def of_stage(self, batch: Batch, num_valid_global: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the part of the layers of a pipeline stage before the last one.
+
+        Args:
+            batch: the micro-batch that the stage ran last.
+            num_valid_global: as in `forward`.
+        """
+        return self.forward(None, batch, num_valid_global)
 
     def summarize(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the metrics with ratios in place of the summed load `[layers, experts]`.
@@ -314,6 +330,26 @@ def _sequences(batch: Batch) -> tuple[Tensor, int]:
         return row.flatten(), rows
     # As many as tokens at most: their true number would have to be waited for.
     return (row * length + documents).flatten(), rows * length
+
+
+def _without_padding(
+    routings: list[Routing], shape: tuple[int, ...], own: torch.Size
+) -> list[Routing]:
+    """Return the routing of a batch `own` that pipeline stages have padded to a larger `shape`.
+
+    Raises:
+        ValueError: the routers saw other tokens than those of the batch.
+    """
+    shape, routed = shape or tuple(own), len(routings[0].logits)
+    if routed != shape[0] * shape[1] or shape[0] < own[0] or shape[1] < own[1]:
+        raise ValueError(OTHER_TOKENS.format(routed=routed, given=list(own)))
+    if shape == tuple(own):
+        return routings
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, shape)[: own[0], : own[1]].flatten(0, 1)
+
+    return [Routing(layer, part(logits), part(chosen)) for layer, logits, chosen in routings]
 
 
 def _sums(values: Tensor, sequence: Tensor, number: int) -> Tensor:

@@ -25,10 +25,12 @@ class Routing(NamedTuple):
     """What one router decided in a forward pass.
 
     Attributes:
+        layer: number of the router among those of the model.
         logits: `[tokens, experts]`.
         chosen: numbers of the experts that each token goes to, `[tokens, experts of a token]`.
     """
 
+    layer: int
     logits: Tensor
     chosen: Tensor
 
@@ -39,7 +41,10 @@ class RouterRecorder:
     Copies of the model share it. What a block computes again in the backward pass is not recorded.
 
     Args:
-        model: the model, whose routers get hooks.
+        model: the model, whose routers get hooks. Those of a pipeline stage are recorded alone.
+
+    Attributes:
+        layers: number of routers of the model.
 
     Raises:
         ValueError: the model has no routers.
@@ -47,30 +52,39 @@ class RouterRecorder:
 
     def __init__(self, model: nn.Module) -> None:
         self._routings: list[Routing] = []
+        self._shape: tuple[int, ...] | None = None
         self._running = False
         found = list(routers(model))
+        self.layers = len(found)
         if not found:
             raise ValueError(NO_ROUTERS.format(model=type(model).__name__))
-        for name, router, index in found:
-            router.register_forward_hook(partial(self._record, name, index))
+        for layer, (name, router, index) in enumerate(found):
+            router.register_forward_hook(partial(self._record, layer, name, index))
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RouterRecorder:
         return self
 
-    def take(self) -> list[Routing]:
-        """Return the routing of the newest forward pass, in the order of the layers, once."""
-        taken, self._routings = self._routings, []
+    def take(self) -> tuple[tuple[int, ...] | None, list[Routing]]:
+        """Return rows and length of the newest forward pass, and its routing, once.
+
+        The first is None before a forward pass, and () for one without positional arguments.
+        """
+        taken = self._shape, self._routings
+        self._shape, self._routings = None, []
         return taken
 
-    def _begin(self, *ignored: Any) -> None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        self._shape = tuple(args[0].shape[:2]) if args else ()
         self._routings, self._running = [], True
 
     def _end(self, *ignored: Any) -> None:
         self._running = False
 
-    def _record(self, name: str, index: int, router: nn.Module, args: Any, output: Any) -> None:
+    def _record(
+        self, layer: int, name: str, index: int, router: nn.Module, args: Any, output: Any
+    ) -> None:
         if not self._running:
             return
         logits = output[index]
@@ -78,7 +92,7 @@ class RouterRecorder:
         chosen = next((x for x in tensors if not x.is_floating_point()), None)
         if chosen is None:
             raise ValueError(NO_CHOICE.format(name=name))
-        self._routings.append(Routing(logits.flatten(0, -2), chosen))
+        self._routings.append(Routing(layer, logits.flatten(0, -2), chosen))
 
 
 #: Attribute of a model: its `RouterRecorder`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import partial
 
 import pytest
@@ -18,6 +19,7 @@ from ditty_di.losses import (
     LinearCrossEntropyLoss,
     RoutedLoss,
     RouterLoss,
+    UncertaintyWeightedLoss,
 )
 from ditty_di.losses.routing import routed_tokens
 from ditty_di.models.causal_lm import from_config
@@ -27,6 +29,7 @@ from ditty_di.models.weights import hugging_face, initialize, materialize
 from ditty_di.parallelize.activation_checkpointing import full
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.parallelize.fits import Degrees, Parts, fits
+from ditty_di.parallelize.stages import split
 from ditty_di.training.setup import prepare_model
 from ditty_di.training.validation import Validator
 from tests.models.families import CAUSAL, config
@@ -353,6 +356,11 @@ def test_a_model_without_routers_and_layouts_that_split_rows_or_layers_are_refus
     for axis in ("tp", "pp"):
         (sentence,) = problems(experts, **{axis: 2})
         assert sentence.startswith(f"runtime.{axis}=2: router losses need")
+    quiet = from_config(config("mixtral", CAUSAL["mixtral"]))
+    in_stages = Parts(quiet, loss_fn, pipeline_fn=partial(split, schedule="1F1B"))
+    assert fits(in_stages, Degrees(pp=2)) == []
+    learned = UncertaintyWeightedLoss([(loss_fn, 1.0)])
+    assert fits(dataclasses.replace(in_stages, loss_fn=learned), Degrees(pp=2))
     assert fits(Parts(dense, CompositeLoss([(loss_fn, 1.0)])), Degrees())
     # Its own router loss would be dropped without a word.
     prepare_model(experts, None, CrossEntropyLoss(output="logits"))

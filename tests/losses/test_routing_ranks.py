@@ -8,15 +8,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ditty_di.loggers.processor import MetricsProcessor
 from ditty_di.losses import CrossEntropyLoss, LinearCrossEntropyLoss, RoutedLoss
 from ditty_di.models.causal_lm import from_config
 from ditty_di.parallelize.activation_checkpointing import full
 from ditty_di.parallelize.compose import parallelize
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime
+from ditty_di.training.trainer import Trainer
 from tests.checkpoint import ranks
-from tests.distributed.cases import VOCAB, make_trainer
+from tests.distributed.cases import VOCAB, Recorder, make_trainer
 from tests.models.families import CAUSAL, config
+from tests.parallelize import staged
 
 STEPS = 10
 VARIANTS = {
@@ -28,9 +31,9 @@ VARIANTS = {
 }
 
 
-def model():
+def model(**changes):
     kind, size = "qwen3_moe", {"vocab_size": VOCAB, "hidden_size": 64}
-    return from_config(config(kind, CAUSAL[kind] | size))
+    return from_config(config(kind, CAUSAL[kind] | size | changes))
 
 
 def trained(chunked=False, ep=False, **options):
@@ -59,6 +62,46 @@ def trained(chunked=False, ep=False, **options):
 
 def all_variants(names):
     return {name: trained(**VARIANTS[name]) for name in names}
+
+
+def in_stages(schedules):
+    """Losses and metrics of rows of many lengths, validations among them."""
+    found = {}
+    for schedule in schedules:
+        recorder = Recorder()
+        loss_fn = RoutedLoss(
+            CrossEntropyLoss(output="logits"), balance=0.1, z=0.01, per_expert=True
+        )
+        slots = staged.slots_of(schedule) | {
+            "model": model(num_hidden_layers=4, mlp_only_layers=[0]),
+            "loss_fn": loss_fn,
+            "logger": MetricsProcessor(loggers=[recorder], log_interval=1),
+            "runtime": Runtime(seed=3, pp=2 if schedule else 1),
+        }
+        trainer = Trainer(**slots)
+        trainer.train()
+        rows = trainer.runtime.broadcast(recorder.rows)
+        found[schedule] = [{k: v for k, v in row.items() if _compared(k)} for row in rows]
+        trainer.close()
+    return found
+
+
+def _compared(name):
+    return "loss" in name or "grad_norm" in name or "router" in name
+
+
+SCHEDULES = ("1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
+
+
+@pytest.mark.slow
+def test_each_pipeline_stage_has_the_part_of_its_layers():
+    ((expected,),) = (one.values() for one in ranks.run(in_stages, 1, [None]))
+    assert len(expected) > 4 and "validation/router/balance" in expected[2]
+    for schedules in ranks.run(in_stages, 2, list(SCHEDULES)):
+        for schedule, rows in schedules.items():
+            assert len(rows) == len(expected)
+            for row, alone in zip(rows, expected, strict=True):
+                assert row == pytest.approx(alone, abs=1e-5, rel=1e-5), schedule
 
 
 @pytest.mark.slow
