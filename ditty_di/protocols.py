@@ -62,7 +62,8 @@ def early_checks(
     Args:
         validate: checks arguments that are known without building.
         rehearse: tries a cheap part of the work.
-        fits: rules of a function that parallelizes (`ditty_di.parallelize.fits`).
+        fits: rules of a function that parallelizes, as a loss may have too
+            (`ditty_di.parallelize.fits`).
     """
 
     def attach(function: _F) -> _F:

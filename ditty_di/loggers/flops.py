@@ -8,6 +8,7 @@ import yaml
 from torch import nn
 
 from ditty_di.cli.searchpath import conf_dir
+from ditty_di.models.weights import transformers_model
 
 
 def per_token(model_parts: list[nn.Module]) -> float:
@@ -16,9 +17,10 @@ def per_token(model_parts: list[nn.Module]) -> float:
     A weight costs 2 operations a token in the forward pass, 2 for the gradient of its input and 2
     for its own gradient; a frozen one saves the last two (Kaplan et al. 2020, arXiv:2001.08361,
     section 2.1). Tables that are only looked up (`nn.Embedding`) cost none; one that is tied to the
-    output projection is used there and counts. A linear layer that holds its weight packed (in
-    integers) counts as unpacked. Recomputation is not counted, so that the figure can be used for
-    *model* FLOPs utilization (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+    output projection is used there and counts. Of routed experts those of one token count
+    (`active_share`). A linear layer that holds its weight packed (in integers) counts as unpacked.
+    Recomputation is not counted, so that the figure can be used for *model* FLOPs utilization
+    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 
     Args:
         model_parts: the modules as this rank trains them.
@@ -33,7 +35,44 @@ def per_token(model_parts: list[nn.Module]) -> float:
                 packed += linear.in_features * linear.out_features
             else:
                 weights |= {id(p): p for p in own}
-    return 4.0 * packed + sum((6 if p.requires_grad else 4) * p.numel() for p in weights.values())
+    share = active_share(model_parts)
+    return 4.0 * packed + sum(
+        (6 if p.requires_grad else 4) * p.numel() * share.get(id(p), 1.0) for p in weights.values()
+    )
+
+
+def active_share(model_parts: list[nn.Module]) -> dict[int, float]:
+    """Return which share of a parameter a token uses, by `id`, for those of routed experts.
+
+    Of E experts, a token goes to the `num_experts_per_tok` of the model's configuration; a model
+    whose configuration has no such number uses all of them. Routed experts are modules of
+    transformers with `num_experts` and fused parameters `[experts, ...]`; shared ones are layers as
+    any other, and always used.
+
+    Args:
+        model_parts: the modules as this rank trains them.
+    """
+    found: dict[int, float] = {}
+    for part in model_parts:
+        _, base = transformers_model(part)
+        config = base.config.get_text_config() if hasattr(base, "config") else None
+        of_a_token: Any = getattr(config, "num_experts_per_tok", None)
+        for module in part.modules() if isinstance(of_a_token, int) else ():
+            own = list(module.parameters(recurse=False))
+            if hasattr(module, "num_experts") and any(p.dim() == 3 for p in own):
+                found |= {id(p): min(of_a_token / len(p), 1.0) for p in own}
+    return found
+
+
+def parameters(model_parts: list[nn.Module]) -> tuple[int, int]:
+    """Return the number of parameters, tied ones once, and of those that a token uses.
+
+    Args:
+        model_parts: the modules as this rank trains them.
+    """
+    share = active_share(model_parts)
+    sizes = {id(p): p.numel() for part in model_parts for p in part.parameters()}
+    return sum(sizes.values()), round(sum(n * share.get(i, 1.0) for i, n in sizes.items()))
 
 
 def attention_per_token(*, num_layers: int, hidden_size: int, seq_len: int) -> float:

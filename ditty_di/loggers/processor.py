@@ -118,6 +118,11 @@ class MetricsProcessor:
         self._dp_world_size, self._world_size = runtime.dp_world_size, runtime.world_size
         if self.flops_per_token is None:
             self.flops_per_token = flops.per_token(model_parts)
+        total, active = flops.parameters(model_parts)
+        if active < total and runtime.rank == 0:
+            stages = " of the stages of rank 0" if runtime.parallel_dims.pp_enabled else ""
+            said = f"{total:,} parameters{stages}", f"{active:,}"
+            log.info("%s, %s of them active for a token", *said)
         if runtime.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(runtime.device)
             name = torch.cuda.get_device_name(runtime.device)

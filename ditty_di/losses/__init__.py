@@ -14,6 +14,7 @@ from ditty_di.losses.hidden_states import skip_lm_head
 from ditty_di.losses.liger import LigerLinearCrossEntropyLoss
 from ditty_di.losses.linear_cross_entropy import LinearCrossEntropyLoss
 from ditty_di.losses.plain import PlainLoss
+from ditty_di.losses.routing import RoutedLoss, RouterLoss
 from ditty_di.losses.uncertainty import UncertaintyWeightedLoss
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "LossOutput",
     "MSELoss",
     "PlainLoss",
+    "RoutedLoss",
+    "RouterLoss",
     "UncertaintyWeightedLoss",
     "skip_lm_head",
 ]

@@ -22,6 +22,12 @@ class Loss(nn.Module):
     where it is not valid. The loss is their sum divided by `num_valid_global`, and it has no
     metrics. A subclass that overrides `forward` has no elements unless it overrides both.
 
+    Four more members are optional: `prepare_model(model)` returns the model as the loss needs it,
+    before it is sharded; `summarize(metrics)` makes the metrics to report of their sums over the
+    optimizer step, which may have any shape until then; `of_stage(batch, num_valid_global)` returns
+    the part of a pipeline stage before the last one, which does not need the model's output; `fits`
+    are rules about model and layout (`ditty_di.parallelize.fits`).
+
     Any object with `num_valid` and `__call__` of these signatures fits the trainer's `loss_fn` slot
     (`ditty_di.protocols.Loss`).
     """

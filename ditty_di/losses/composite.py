@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditty_di import protocols
 from ditty_di.batch import Batch
@@ -50,7 +50,7 @@ class CompositeLoss(Loss):
         self.contract = as_contract(contract if contract is not None else type(self).contract)
         self.weights: dict[str, float] = {}
         built = [(as_loss(loss), weight) for loss, weight in _pairs(losses)]
-        for part_name, loss, weight in _named(built):
+        for part_name, loss, weight in named_losses(built):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"loss: {part_name} has weight {weight}; write 0 or more")
             if weight:
@@ -63,12 +63,28 @@ class CompositeLoss(Loss):
     @classmethod
     def parts_for(cls, *, losses: Any = (), **others: Any) -> list[tuple[str, Any]]:
         """Return the parts by name, of an argument `losses` that may hold nodes not yet built."""
-        return [(name, loss) for name, loss, weight in _named(losses) if weight]
+        return [(name, loss) for name, loss, weight in named_losses(losses) if weight]
 
     @property
     def parts(self) -> list[tuple[str, protocols.Loss]]:
         """The parts that are computed, by unique name."""
         return [(name, getattr(self, _PART + name)) for name in self.weights]
+
+    @property
+    def fits(self) -> list[Any]:
+        """Rules of the parts about model and layout (`ditty_di.parallelize.fits`)."""
+        return [rule for _, part in self.parts for rule in getattr(part, "fits", ())]
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Return the model as all parts need it.
+
+        Args:
+            model: as injected.
+        """
+        for _, part in self.parts:
+            prepare = getattr(part, "prepare_model", None)
+            model = model if prepare is None else prepare(model)
+        return model
 
     def num_valid(self, batch: Batch, /) -> Tensor:
         """Return what each part counts, on the CPU in float64, shape `[parts]`."""
@@ -99,6 +115,43 @@ class CompositeLoss(Loss):
             size = getattr(part, "num_counts", None)
             yield name, part, counts[first] if size is None else counts[first : first + size]
             first += size or 1
+
+    def of_stage(
+        self, batch: Batch, num_valid_global: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Return the part of a pipeline stage before the last one; None if no part has one.
+
+        Args:
+            batch: the micro-batch that the stage ran last.
+            num_valid_global: as in `forward`.
+        """
+        found = [
+            (name, own(batch, count))
+            for name, part, count in self.counted(num_valid_global)
+            if (own := getattr(part, "of_stage", None)) is not None
+        ]
+        if not found:
+            return None
+        total = torch.stack([self.weights[name] * loss for name, (loss, _) in found]).sum()
+        metrics = {"total": total.detach()}
+        for name, (loss, own) in found:
+            metrics |= part_metrics(name, loss, own)
+        return total, metrics
+
+    def summarize(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the metrics to report, as each part reports its own.
+
+        Args:
+            metrics: sums over the optimizer step.
+        """
+        for name, part in self.parts:
+            if (summarize := getattr(part, "summarize", None)) is not None:
+                prefix = f"{name}/"
+                own = {k: v for k, v in metrics.items() if k.startswith(prefix)}
+                found = summarize({k.removeprefix(prefix): v for k, v in own.items()})
+                others = {k: v for k, v in metrics.items() if k not in own}
+                metrics = others | {prefix + k: v for k, v in found.items()}
+        return metrics
 
     def share(self, batch: Batch, num_valid_global: Tensor) -> Tensor:
         """Return the batch's fraction of the valid elements, averaged over the parts."""
@@ -133,8 +186,12 @@ def share(part: protocols.Loss, batch: Batch, num_valid_global: Tensor) -> Tenso
     return own(batch, num_valid_global)  # type: ignore[no-any-return]
 
 
-def _named(losses: Any) -> Iterator[tuple[str, Any, float]]:
-    """Yield (unique name, loss, weight) of pairs whose losses may be configuration nodes."""
+def named_losses(losses: Any) -> Iterator[tuple[str, Any, float]]:
+    """Yield (unique name, loss, weight) of pairs whose losses may be configuration nodes.
+
+    Args:
+        losses: the pairs of a loss and its weight.
+    """
     used: set[str] = set()
     for loss, weight in _pairs(losses):
         if isinstance(loss, Mapping):

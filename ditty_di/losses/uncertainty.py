@@ -34,6 +34,9 @@ class UncertaintyWeightedLoss(CompositeLoss):
     Metrics: as in `CompositeLoss`, and `{part}/log_variance`.
     """
 
+    #: The weights of its parts are parameters, which no other stage has.
+    of_stage: Any = None
+
     def __init__(
         self,
         losses: Sequence[tuple[protocols.Loss, float]],

@@ -1,9 +1,9 @@
 """Whether a run fits its layout: known from its parts and its degrees, before anything is sharded.
 
-A function for the trainer's `parallelize_fn` or `pipeline_fn` brings rules in its attribute `fits`
-(`ditty_di.protocols.early_checks`). Each is called with the `Parts` of a run and the `Degrees` of a
-layout, and returns one sentence for each thing that does not fit, which begins with the key
-(`runtime.tp=3: `) and says what would.
+A function for the trainer's `parallelize_fn` or `pipeline_fn`, or a loss, brings rules in its
+attribute `fits` (`ditty_di.protocols.early_checks`). Each is called with the `Parts` of a run and
+the `Degrees` of a layout, and returns one sentence for each thing that does not fit, which begins
+with the key (`runtime.tp=3: `) and says what would.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def fits(parts: Parts, degrees: Degrees) -> list[str]:
         degrees: its layout.
     """
     problems: list[str] = []
-    for slot in (parts.parallelize_fn, parts.pipeline_fn):
+    for slot in (parts.parallelize_fn, parts.pipeline_fn, parts.loss_fn):
         for rule in getattr(getattr(slot, "func", slot), "fits", ()):
             problems += rule(parts, degrees)
     return problems

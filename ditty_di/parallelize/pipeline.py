@@ -35,6 +35,7 @@ class PipelineLoss:
         self.loss_fn: Loss | None = None
         self.batches: list[Batch] = []
         self.metrics: dict[int, dict[str, Tensor]] = {}
+        self.of_stages: dict[tuple[int, int], dict[str, Tensor]] = {}
         self.num_valid_global: Tensor | None = None
 
     def begin(self, loss_fn: Loss, batches: list[Batch], num_valid_global: Tensor) -> None:
@@ -45,7 +46,7 @@ class PipelineLoss:
             batches: its micro-batches.
             num_valid_global: what the loss counted over all of it.
         """
-        self.loss_fn, self.batches, self.metrics = loss_fn, batches, {}
+        self.loss_fn, self.batches, self.metrics, self.of_stages = loss_fn, batches, {}, {}
         self.num_valid_global = num_valid_global
 
     def __call__(self, output: Any, number: Tensor, **ignored: Any) -> Tensor:
@@ -62,6 +63,58 @@ class PipelineLoss:
         # The last call counts: before the first step a schedule may run one to infer shapes.
         self.metrics[n] = metrics
         return loss
+
+    def stage_part(self, stage: int, number: int) -> Tensor | None:
+        """Return the part of the loss of a stage before the last one, shape `[]`; None without.
+
+        Args:
+            stage: what tells it from others of this rank.
+            number: of the micro-batch that it ran last.
+        """
+        of_stage = getattr(self.loss_fn, "of_stage", None)
+        if of_stage is None or number >= len(self.batches):
+            return None
+        if (found := of_stage(self.batches[number], self.num_valid_global)) is None:
+            return None
+        loss: Tensor = found[0]
+        self.of_stages[stage, number] = {**found[1], "loss": loss.detach()}
+        return loss
+
+    def found(self, losses: list[Tensor] | None) -> list[dict[str, Tensor]]:
+        """Return `loss` and metrics of each micro-batch, as far as this rank's stages have them.
+
+        Args:
+            losses: of the last stage; None without it.
+        """
+        last = (losses or [])[: len(self.batches)]
+        found = [{**self.metrics[n], "loss": loss} for n, loss in enumerate(last)]
+        if not found and self.of_stages:
+            found = [{} for _ in self.batches]
+        for (_, number), values in self.of_stages.items():
+            found[number] = add_up(found[number], values)
+        return found
+
+
+class WithLoss(torch.autograd.Function):
+    """Hidden states whose backward pass is also that of a part of the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
+        """Return a copy of the hidden states."""
+        return hidden.clone()  # a view could not be detached in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient of the hidden states, and that of the loss."""
+        return gradient, torch.ones((), device=gradient.device)
+
+
+def add_up(*values: dict[str, Any]) -> dict[str, Any]:
+    """Return the sum of values by name; a name that others lack counts as 0 there."""
+    total: dict[str, Any] = {}
+    for one in values:
+        total |= {name: total[name] + v if name in total else v for name, v in one.items()}
+    return total
 
 
 class TorchSchedule:
@@ -168,18 +221,16 @@ class ModelParts:
             backward: whether gradients are accumulated.
 
         Returns:
-            `loss` and metrics of each micro-batch on the rank of the last stage; nothing on the
-            others.
+            `loss` and metrics of each micro-batch on the rank of the last stage; on the others what
+            their stages have of them (`Loss.of_stage`), or nothing.
         """
         assert self.pipeline_loss is not None
         self.pipeline_loss.begin(loss_fn, batches, num_valid_global)
         padded = [batch.inputs for batch in batches + batches[:1] * (size - len(batches))]
         losses = self.schedule.run(padded, backward=backward)
-        metrics = self.pipeline_loss.metrics
-        return [
-            {**metrics[n], "loss": loss.detach().to(num_valid_global.device)}
-            for n, loss in enumerate((losses or [])[: len(batches)])
-        ]
+        device = num_valid_global.device
+        losses = losses and [loss.detach().to(device) for loss in losses]
+        return self.pipeline_loss.found(losses)
 
     def evaluate(
         self, loss_fn: Loss, batches: list[Batch], num_valid_global: Tensor, size: int
@@ -199,7 +250,7 @@ class ModelParts:
         found: list[Any] = [None] * dist.get_world_size(self.group)
         shown = [{name: value.detach().cpu() for name, value in one.items()} for one in own]
         dist.all_gather_object(found, shown, group=self.group)
-        return next(one for one in found if one)  # type: ignore[no-any-return]
+        return [add_up(*of_ranks) for of_ranks in zip(*filter(None, found), strict=True)]
 
 
 class SyncedPPRNG:

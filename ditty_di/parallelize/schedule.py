@@ -67,6 +67,30 @@ def stages_of_rank(schedule: str, rank: int, ranks: int, stages: int) -> list[in
     return list(range(rank, stages, ranks))
 
 
+def shares_of(blocks: int, stages: int, layers: Sequence[int] | None = None) -> list[range]:
+    """Return the numbers of the blocks of each stage.
+
+    Args:
+        blocks: number of all blocks, at least `stages`.
+        stages: number of stages.
+        layers: number of blocks of each stage; None shares them evenly.
+    """
+    if layers is None:
+        sizes = [1] * stages
+        for _ in range(blocks - stages):
+            # Of equal loads the later stage gets one more: it has fewer micro-batches in flight.
+            load = [n + (i == 0) + (i == stages - 1) for i, n in enumerate(sizes)]
+            sizes[min(range(stages), key=lambda i: (load[i], -i))] += 1
+    else:
+        sizes = list(layers)
+    starts = [sum(sizes[:i]) for i in range(stages)]
+    return [range(start, start + n) for start, n in zip(starts, sizes, strict=True)]
+
+
+#: Argument of a stage: the number of the micro-batch.
+MICRO_BATCH = "micro_batch"
+
+
 @dataclass
 class Stages:
     """The stages of this rank.
@@ -77,12 +101,14 @@ class Stages:
         total: number of stages of all ranks.
         output: returns the model's output, for the last stage and what it returned.
         tied: names of parameters that the first and the last stage both have.
+        numbered: whether stages take the number of the micro-batch as argument `MICRO_BATCH`.
     """
 
     modules: dict[int, nn.Module]
     total: int
     output: Callable[[nn.Module, Any], Any] = lambda stage, returned: returned
     tied: Sequence[str] = ()
+    numbered: bool = False
 
     @property
     def first(self) -> nn.Module | None:
@@ -181,6 +207,8 @@ class StageSchedule:
         rows, length = map(max, zip(*self._sizes, strict=True))
         inputs = [_padded(one, rows, length, self._sizes) for one in inputs]
         keywords = [{k: v for k, v in one.items() if k != "input"} for one in inputs]
+        if self.stages.numbered:
+            keywords = [{**one, MICRO_BATCH: n} for n, one in enumerate(keywords)]
         schedule = self._for_shape(inputs, keywords[0], backward)
         losses: list[Tensor] | None = [] if self.stages.has_last else None
         numbers = torch.arange(len(inputs))

@@ -28,12 +28,15 @@ from ditty_di.models.skipped import Skipped, first_argument
 from ditty_di.models.weights import transformers_model
 from ditty_di.parallelize.decoder import Decoder, instead_of, read_decoder
 from ditty_di.parallelize.fits import Degrees, Parts
+from ditty_di.parallelize.pipeline import WithLoss
 from ditty_di.parallelize.schedule import (
+    MICRO_BATCH,
     SCHEDULES,
     ZERO_BUBBLE,
     Stages,
     StageSchedule,
     several_stages_a_rank,
+    shares_of,
     stages_of_rank,
 )
 from ditty_di.protocols import early_checks
@@ -255,7 +258,11 @@ def split(
     shares = shares_of(len(decoder.blocks), total, layers)
     mine = stages_of_rank(schedule, mesh.get_local_rank(), mesh.size(), total)
     modules = {
-        n: parallelize_fn(cut(model, decoder, shares[n]), parallel_dims=parallel_dims) for n in mine
+        n: parallelize_fn(
+            cut(model, decoder, shares[n], getattr(loss_fn, "stage_part", None)),
+            parallel_dims=parallel_dims,
+        )
+        for n in mine
     }
     stages = Stages(
         modules,
@@ -266,29 +273,14 @@ def split(
             for path in decoder.tied()
             for name, _ in decoder.before[path].named_parameters()
         ],
+        numbered=True,
     )
     made = StageSchedule(schedule, stages, group=mesh.get_group(), device=device, loss_fn=loss_fn)
     return made, list(modules.values()), 0 in modules, total - 1 in modules
 
 
-def shares_of(blocks: int, stages: int, layers: Sequence[int] | None = None) -> list[range]:
-    """Return the numbers of the blocks of each stage.
-
-    Args:
-        blocks: number of all blocks, at least `stages`.
-        stages: number of stages.
-        layers: number of blocks of each stage; None shares them evenly.
-    """
-    if layers is None:
-        sizes = [1] * stages
-        for _ in range(blocks - stages):
-            # Of equal loads the later stage gets one more: it has fewer micro-batches in flight.
-            load = [n + (i == 0) + (i == stages - 1) for i, n in enumerate(sizes)]
-            sizes[min(range(stages), key=lambda i: (load[i], -i))] += 1
-    else:
-        sizes = list(layers)
-    starts = [sum(sizes[:i]) for i in range(stages)]
-    return [range(start, start + n) for start, n in zip(starts, sizes, strict=True)]
+#: Its stages compute their parts of a loss (`ditty_di.losses.Loss.of_stage`).
+vars(split)["stage_losses"] = True
 
 
 # -- one stage ------------------------------------------------------------------------------------
@@ -303,6 +295,7 @@ class _Ends:
     def __init__(self) -> None:
         self.hidden: Any = None
         self.output: Any = None
+        self.part: Callable[[int], Tensor | None] | None = None
 
     def take_output(self) -> Any:
         """Return the model's output of the micro-batch that ran last, once."""
@@ -334,7 +327,12 @@ class _Exit(Skipped):
         return self.wrapped(self.ends.output)
 
 
-def cut(model: nn.Module, decoder: Decoder, blocks: range) -> nn.Module:
+def cut(
+    model: nn.Module,
+    decoder: Decoder,
+    blocks: range,
+    stage_part: Callable[[int, int], Tensor | None] | None = None,
+) -> nn.Module:
     """Return a copy of the model with some of its blocks, and a forward pass of its own.
 
     It takes the model's input, or the hidden states of the stage before it, and returns hidden
@@ -344,9 +342,13 @@ def cut(model: nn.Module, decoder: Decoder, blocks: range) -> nn.Module:
         model: the whole model; it is not changed.
         decoder: its parts.
         blocks: the numbers of the stage's blocks.
+        stage_part: returns the part of the loss of a stage, by its first block and the number of
+            the micro-batch that it ran last.
     """
     ends = _Ends()
     first, last = blocks.start == 0, blocks.stop == len(decoder.blocks)
+    if stage_part is not None and not last:
+        ends.part = partial(stage_part, blocks.start)
     skipped = {i: Skipped(decoder.values) for i in range(len(decoder.blocks)) if i not in blocks}
     if not first:
         skipped[blocks.start - 1] = _Entry(ends, decoder.values)
@@ -373,6 +375,7 @@ def _run(
     run: Callable[..., Any], ends: _Ends, first: bool, last: bool, x: Tensor, /, **kwargs: Any
 ) -> Any:
     """Run a stage: the forward pass of its model, from what goes into it to what goes out of it."""
+    number = kwargs.pop(MICRO_BATCH, None)
     if first:
         output = run(x, **kwargs)
     else:
@@ -383,6 +386,9 @@ def _run(
         ends.output = output
         return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
     hidden = ends.take_output().contiguous()
+    part = ends.part(number) if ends.part is not None and number is not None else None
+    if part is not None:
+        return WithLoss.apply(hidden, part)  # type: ignore[no-untyped-call]
     return hidden.clone() if hidden._is_view() else hidden  # views cannot be detached in place
 
 

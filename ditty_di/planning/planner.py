@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ditty_di.data.options import require
+from ditty_di.loggers import flops
 from ditty_di.losses.plain import as_loss
 from ditty_di.models.weights import on_meta
 from ditty_di.parallelize.data_parallel import repeated_blocks
@@ -45,6 +46,8 @@ class Plan:
         data_ranks: ranks that have different rows.
         positions: a rank of each position in the pipeline.
         checkpoint: bytes of a checkpoint over all ranks.
+        parameters: number of parameters of the model.
+        active_parameters: number of those that a token uses: of routed experts, its own.
         seconds: seconds of a step.
         notes: what the reader should know.
     """
@@ -58,6 +61,8 @@ class Plan:
     data_ranks: int
     positions: list[RankPlan]
     checkpoint: int
+    parameters: int
+    active_parameters: int
     seconds: float
     notes: list[str]
 
@@ -140,6 +145,7 @@ def _planned(
         seconds = pipeline_seconds(order, forward, backward)
     names = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
     degrees = {name: getattr(runtime.parallel_dims, name) for name in names}
+    total, active = flops.parameters([model])
     return Plan(
         device=device,
         world_size=runtime.world_size,
@@ -150,6 +156,8 @@ def _planned(
         data_ranks=runtime.dp_world_size,
         positions=ranks,
         checkpoint=sum(step.exact["checkpoint"] for step in steps.values()),
+        parameters=total,
+        active_parameters=active,
         seconds=seconds + max(rank.update for rank in ranks),
         notes=notes,
     )

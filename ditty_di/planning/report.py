@@ -66,6 +66,7 @@ def text(plan: Plan) -> str:
         f"the peak is in {plan.worst.moment}",
         f"{'fits' if plan.fits else 'does not fit'}: {plan.worst.bytes / GIB:.2f} GiB of "
         f"{device.usable / GIB:.2f}, which is {device.memory_gib:g} less {device.headroom:.0%}",
+        *_active(plan),
         f"a checkpoint has {plan.checkpoint / unit:.2f} {name}",
         f"about {plan.seconds:.3g} s a step and {plan.tokens_per_second:,.0f} tokens/s, at "
         f"{device.efficiency:.0%} of the peaks",
@@ -73,6 +74,13 @@ def text(plan: Plan) -> str:
         *(f"change first: {advice}" for advice in change_first(plan)),
     ]
     return "\n".join(lines)
+
+
+def _active(plan: Plan) -> Iterator[str]:
+    """Yield how many parameters a token uses, if not all."""
+    total, active = plan.parameters, plan.active_parameters
+    if active < total:
+        yield f"{total:,} parameters, {active:,} of them active for a token"
 
 
 def _shown(plan: Plan) -> list[int]:

@@ -85,10 +85,11 @@ def rehearse(build: Callable[[str], Any]) -> list[str]:
     names = [field.name for field in fields(Degrees)]
     given = {name: build(f"runtime.{name}") for name in names}
     degrees = Degrees(**{name: n for name, n in given.items() if isinstance(n, int)})
-    if degrees.split_the_model:
-        slots = {name: build(name) for name in ("loss_fn", "parallelize_fn", "pipeline_fn")}
+    loss_fn = build("loss_fn")
+    if degrees.split_the_model or getattr(loss_fn, "fits", None):
+        slots = {name: build(name) for name in ("parallelize_fn", "pipeline_fn")}
         slots["collate_fn"] = build("dataloader.collate_fn")
-        if problems := fits(Parts(build("model"), **slots), degrees):
+        if problems := fits(Parts(build("model"), loss_fn, **slots), degrees):
             raise ValueError("\n".join(problems))
     return isolation.rehearse(build)
 

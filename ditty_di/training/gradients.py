@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -152,10 +152,14 @@ class MetricAccumulator:
 
     Args:
         runtime: device and layout.
+        summarize: turns summed metrics into those to report, as `ditty_di.losses.Loss` may do; None
+            reports the sums.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.device = runtime.device
+    def __init__(
+        self, runtime: Runtime, summarize: Callable[[dict[str, Tensor]], Any] | None = None
+    ) -> None:
+        self.device, self.summarize = runtime.device, summarize
         self._meshes = loss_meshes(runtime)
         self._metrics: dict[str, Tensor | float] = {}
 
@@ -167,7 +171,7 @@ class MetricAccumulator:
         """Add metrics of micro-batches; a name that others lack counts as 0 there.
 
         Args:
-            metrics: name and value, shape `[]`.
+            metrics: name and value, of any shape that is the same in all micro-batches and ranks.
         """
         for name, value in (item for one in metrics for item in one.items()):
             self._metrics[name] = self._metrics.get(name, 0.0) + value.detach()
@@ -176,7 +180,7 @@ class MetricAccumulator:
         """Remove a metric, and return what this rank has added; None without it.
 
         Args:
-            name: its name. Only such a metric may have another shape than `[]`.
+            name: its name.
         """
         found: Any = self._metrics.pop(name, None)
         return found  # type: ignore[no-any-return]
@@ -194,15 +198,19 @@ class MetricAccumulator:
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics added since `clear`, summed over the ranks; collective."""
-        names = list(self._metrics)
+        shapes = {name: tuple(torch.as_tensor(v).shape) for name, v in self._metrics.items()}
         if (ranks := dist.get_world_size()) > 1:
             # Only the last pipeline stage has a loss, and a loss may report what only some batches
             # have: summed by position, numbers would get each other's names.
             gathered: list[Any] = [None] * ranks
-            dist.all_gather_object(gathered, names)
-            names = sorted(set().union(*gathered))
-        if not names:
+            dist.all_gather_object(gathered, shapes)
+            shapes = dict(sorted(item for one in gathered for item in one.items()))
+        if not shapes:
             return {}
-        mine = [self._metrics.get(name, 0.0) for name in names]
-        stacked = torch.stack([torch.as_tensor(v, device=self.device).float() for v in mine])
-        return dict(zip(names, self.sum(stacked).tolist(), strict=True))
+        names = list(shapes)
+        mine = [self._metrics.get(name, torch.zeros(shapes[name])) for name in names]
+        flat = [torch.as_tensor(v, device=self.device).float().flatten() for v in mine]
+        parts = self.sum(torch.cat(flat)).cpu().split([len(one) for one in flat])
+        summed = {n: p.view(shapes[n]) for n, p in zip(names, parts, strict=True)}
+        reported = summed if self.summarize is None else self.summarize(summed)
+        return {name: float(value) for name, value in reported.items()}

@@ -18,6 +18,7 @@ from ditty_di.checkpoint.model_state import ModelState, model_states
 from ditty_di.compat import sum_gradients_on_gloo
 from ditty_di.data.content import DataContent
 from ditty_di.losses.plain import as_loss
+from ditty_di.losses.routing import warn_unused
 from ditty_di.models.coverage import summary
 from ditty_di.models.weights import is_meta, materialize, on_meta, uninitialized
 from ditty_di.parallelize.pipeline import ModelParts, PipelineLoss, TorchSchedule
@@ -64,7 +65,9 @@ def prepare_model(model: nn.Module, convert: ModelTransform | None, loss_fn: Any
     if convert is not None:
         model = convert(model)
     prepare = getattr(loss_fn, "prepare_model", None)
-    return prepare(model) if prepare is not None else model
+    model = prepare(model) if prepare is not None else model
+    warn_unused(model)
+    return model  # type: ignore[no-any-return]
 
 
 def setup_model(

@@ -86,7 +86,7 @@ class TrainStep(ForwardPass):
         self.prepare_inputs = prepare_inputs
         self.before_update, self.on_skip = before_update, on_skip
         self.defer_read, self.limits = defer_read, limits
-        self.metrics = MetricAccumulator(runtime)
+        self.metrics = MetricAccumulator(runtime, getattr(loss_fn, "summarize", None))
 
     def __call__(self, micro_batches: list[Batch], num_valid_global: Tensor) -> StepValues:
         """Do forward and backward passes, and update if loss and gradient norm are accepted.

@@ -126,7 +126,8 @@ class Validator:
         loader = self.dataloader
         if not callable(loader) and self._start is None and iter(loader) is loader:
             return  # a plain iterator: a batch taken from it cannot be put back
-        with torch.no_grad(), evaluating(self.model_parts), preserved_rng(self.runtime.device):
+        modules = (*self.model_parts, self.loss_fn)
+        with torch.no_grad(), evaluating(modules), preserved_rng(self.runtime.device):
             first = next(iter(self._batches()), None)
             if first is not None:
                 self.loss_fn.num_valid(first[1])
@@ -158,7 +159,8 @@ class Validator:
         Raises:
             ValueError: no batch, no valid label, or other data than the first time.
         """
-        with torch.no_grad(), evaluating(self.model_parts), preserved_rng(self.runtime.device):
+        modules = (*self.model_parts, self.loss_fn)
+        with torch.no_grad(), evaluating(modules), preserved_rng(self.runtime.device):
             if self._counted is None:
                 self._counted = self._count()
             values = self._losses(*self._counted) if self._counted else {}

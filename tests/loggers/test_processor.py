@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from ditty_di.loggers import MetricsProcessor, flops
+from ditty_di.models.causal_lm import from_config
 from ditty_di.runtime import Runtime
+from tests.models.families import CAUSAL, config
 
 
 class Recorder:
@@ -168,6 +170,42 @@ def test_flops_of_trained_frozen_looked_up_and_tied_weights():
     assert flops.per_token([frozen]) == 4 * 16 + 6 * 40
     assert flops.per_token([Tied(tie=False).to("meta")]) == 6 * (16 + 40)
     assert flops.attention_per_token(num_layers=2, hidden_size=4, seq_len=8) == 12 * 2 * 4 * 8
+
+
+@pytest.mark.parametrize(
+    "kind, experts, of_a_token",
+    [
+        ("mixtral", 2 * 4 * 3 * 32 * 48, 2),
+        ("qwen2_moe", 2 * 4 * 3 * 32 * 24, 2),
+        ("qwen3_moe", 2 * 4 * 3 * 32 * 24, 2),
+        ("olmoe", 2 * 4 * 3 * 32 * 48, 2),
+        ("granitemoe", 2 * 4 * 3 * 32 * 48, 2),
+        ("qwen3_next", 2 * 4 * 3 * 32 * 24, 2),
+        ("deepseek_v3", 4 * 3 * 32 * 24, 2),  # the first layer is dense
+        ("gpt_oss", 2 * 4 * (3 * 32 * 48 + 2 * 48 + 32), 2),  # with biases
+    ],
+)
+def test_of_routed_experts_those_of_a_token_count(kind, experts, of_a_token):
+    changes = CAUSAL[kind] | {"tie_word_embeddings": False}
+    model = from_config(config(kind, changes))
+    total, active = flops.parameters([model])
+    assert total == sum(p.numel() for p in model.parameters())
+    assert total - active == experts * (4 - of_a_token) // 4
+    looked_up = model.get_input_embeddings().weight.numel()
+    assert flops.per_token([model]) == 6 * (active - looked_up)
+
+
+def test_the_number_of_active_parameters_is_logged(runtime, caplog):
+    caplog.set_level("INFO")
+    model = from_config(config("mixtral", CAUSAL["mixtral"]))
+    metrics = MetricsProcessor([])
+    metrics.start(model_parts=[model], max_steps=1, runtime=runtime)
+    total, active = flops.parameters([model])
+    assert f"{total:,} parameters, {active:,} of them active for a token" in caplog.text
+    dense = from_config(config("llama", CAUSAL["llama"]))
+    caplog.clear()
+    metrics.start(model_parts=[dense], max_steps=1, runtime=runtime)
+    assert "active" not in caplog.text
 
 
 def test_flops_of_a_packed_weight_are_those_of_what_it_stands_for():

@@ -12,7 +12,8 @@ from torch import nn
 from ditty_di.models.causal_lm import from_config
 from ditty_di.models.weights import materialize
 from ditty_di.parallelize.decoder import read_decoder
-from ditty_di.parallelize.stages import cut, shares_of, take_output
+from ditty_di.parallelize.schedule import shares_of
+from ditty_di.parallelize.stages import cut, take_output
 
 SIZE = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from ditty_di.batch import Batch
 from ditty_di.data.loader import Loader
 from ditty_di.data.tokens import TokenDataset
-from ditty_di.losses import CrossEntropyLoss, LinearCrossEntropyLoss
+from ditty_di.loggers import flops
+from ditty_di.losses import CrossEntropyLoss, LinearCrossEntropyLoss, RoutedLoss
 from ditty_di.optim import grouped
 from ditty_di.parallelize.activation_checkpointing import full, offload, selective
 from ditty_di.parallelize.compose import parallelize
@@ -82,6 +83,22 @@ def test_gradients_stay_whole_between_micro_batches():
     assert several.peak["gradients"] == pytest.approx(whole, rel=0.02)
     assert one.peak.get("gradients", 0) < whole / 2
     assert several.flops == 3 * one.flops
+
+
+def test_of_experts_those_of_a_token_are_computed_and_reported_with_router_losses():
+    made = changed("ep", loss_fn=RoutedLoss(CrossEntropyLoss(output="logits")))
+    plan = planned(made)
+    assert plan.active_parameters < plan.parameters
+    experts = 4 * 4 * 3 * 32 * 32  # of all layers
+    assert plan.parameters - plan.active_parameters == experts // 2
+    vectors = sum(p.numel() for p in made.model.parameters() if p.dim() == 1)
+    products = flops.per_token([made.model]) - 6 * vectors
+    # And the scores of attention, whose backward pass computes them again.
+    scores = 14 * 4 * 32 * SEQ
+    assert plan.worst.flops == (products + scores) * ROWS * SEQ
+    line = f"{plan.parameters:,} parameters, {plan.active_parameters:,} of them active for a token"
+    assert line in report.text(plan)
+    assert "of them active" not in report.text(planned(recipe("AdamW, tied", 1)))
 
 
 # -- few blocks ------------------------------------------------------------------------------------
