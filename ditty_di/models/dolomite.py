@@ -1,0 +1,231 @@
+"""Checkpoints of dolomite-engine, and its successor lm-engine, as models of transformers and back.
+
+Both fuse projections. `c_attn` has, for each key/value head in turn, the rows of its query heads,
+of its key and of its value: one formula for multi-head, grouped and multi-query attention. `c_fc`
+has the rows of `up_proj` and then of `gate_proj`, or both in turn (`interleaved`); transformers'
+experts have the gate first. See `hf_models/model_conversion` and `hf_models/modeling_utils` of
+github.com/IBM/dolomite-engine and github.com/open-lm-engine/lm-engine.
+
+A conversion is called with `config.json` and the tensors of a checkpoint, and returns those of
+another. Tensors are `Deferred`: nothing is read before they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ditty_di.messages import first_of
+from ditty_di.models.deferred import Deferred
+from ditty_di.models.dolomite_config import (
+    dolomite_config,
+    from_either,
+    from_transformers,
+    lm_engine_config,
+    transformers_config,
+)
+from ditty_di.models.safetensors import Safetensors
+
+#: What a conversion returns: the new config.json and the tensors by name.
+Converted = tuple[dict[str, Any], dict[str, Deferred]]
+
+#: Names of the modules of a layer: of lm-engine, and of dolomite-engine.
+_LM_ENGINE, _DOLOMITE = ("sequence_mixer", "mlp_block"), ("attn", "mlp")
+
+
+def to_hugging_face(
+    config: Mapping[str, Any], stored: Safetensors, *, interleaved: bool | None = None
+) -> Converted:
+    """Return a checkpoint of dolomite-engine or lm-engine as Llama, Granite or GraniteMoe.
+
+    It is a Llama without multipliers, and a GraniteMoe with experts. Dropouts other than that of
+    attention are left out, for these classes have none.
+
+    Args:
+        config: of `config.json`.
+        stored: the tensors of the files.
+        interleaved: whether rows of `up_proj` and `gate_proj` alternate; None as `config` says by
+            `use_interleaved_weights`, else false. lm-engine of 2026 has them so and does not say.
+
+    Raises:
+        ValueError: a model that these classes do not have, or a tensor that is missing or left.
+    """
+    fused = ("c_attn", "c_fc")
+    names = [
+        next((one for one in both if f"transformer.h.0.{one}.{tensor}.weight" in stored), None)
+        for *both, tensor in zip(_LM_ENGINE, _DOLOMITE, fused, strict=True)
+    ]
+    attention, mlp = names
+    if attention is None or mlp is None:
+        raise ValueError(
+            "the files have no transformer.h.0.attn.c_attn.weight and mlp.c_fc.weight (or "
+            "sequence_mixer, mlp_block), so they are no checkpoint of dolomite-engine or lm-engine"
+        )
+    moe = len(stored.shape(f"transformer.h.0.{mlp}.c_fc.weight")) == 3
+    entries, alternate = from_either(config, moe)
+    alternate = alternate if interleaved is None else interleaved
+    taken, tensors = _Taken(stored), {}
+    for part in _parts(entries, (attention, mlp), alternate, stored):
+        tensors |= zip(part.theirs, part.split(taken(part.own)), strict=True)
+    taken.require_all("rope.", "inv_freq", ".attn.bias", ".attn.masked_bias")
+    return transformers_config(entries), tensors
+
+
+def to_dolomite(config: Mapping[str, Any], stored: Safetensors) -> Converted:
+    """Return a Llama, Granite or GraniteMoe as a checkpoint of dolomite-engine (2024).
+
+    Args:
+        config: of `config.json`.
+        stored: the tensors of the files.
+
+    Raises:
+        ValueError: another model, or one that dolomite-engine does not have; a tensor that is
+            missing or left.
+    """
+    entries = from_transformers(config)
+    return dolomite_config(entries), _fused(entries, stored, _DOLOMITE, interleaved=False)
+
+
+def to_lm_engine(
+    config: Mapping[str, Any], stored: Safetensors, *, interleaved: bool = False
+) -> Converted:
+    """Return a Llama, Granite or GraniteMoe as a checkpoint of lm-engine.
+
+    Args:
+        config: of `config.json`.
+        stored: the tensors of the files.
+        interleaved: let rows of `up_proj` and `gate_proj` alternate, as lm-engine of 2026 has them.
+
+    Raises:
+        ValueError: another model; a tensor that is missing or left.
+    """
+    entries = from_transformers(config)
+    return lm_engine_config(entries), _fused(entries, stored, _LM_ENGINE, interleaved)
+
+
+# -- tensors --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tensors of transformers that are one tensor of dolomite-engine, and how they become it."""
+
+    theirs: tuple[str, ...]
+    own: str
+    join: Callable[..., Deferred] = lambda one: one
+    split: Callable[[Deferred], Sequence[Deferred]] = lambda one: (one,)
+
+
+def _parts(
+    entries: Mapping[str, Any], names: tuple[str, str], interleaved: bool, stored: Safetensors
+) -> Iterator[_Part]:
+    """Yield all tensors of a model, in transformers' order.
+
+    Args:
+        entries: the configuration.
+        names: of the modules of a layer (`_LM_ENGINE`, `_DOLOMITE`).
+        interleaved: whether rows of `up_proj` and `gate_proj` alternate.
+        stored: what is converted; a tied output embedding may be in it or not.
+    """
+    heads, kv_heads = entries["num_attention_heads"], entries["num_key_value_heads"]
+    head = entries["hidden_size"] // heads
+    sizes = (heads // kv_heads * head, head, head)
+    yield _Part(("model.embed_tokens.weight",), "transformer.wte.weight")
+    for n in range(entries["num_hidden_layers"]):
+        theirs, own = f"model.layers.{n}", f"transformer.h.{n}"
+        attention, mlp = (f"{own}.{name}" for name in names)
+        for kind in ("weight", "bias")[: 1 + entries["attention_bias"]]:
+            qkv = tuple(f"{theirs}.self_attn.{name}_proj.{kind}" for name in "qkv")
+            join = partial(_join_heads, sizes, kv_heads)
+            split = partial(_split_heads, sizes, kv_heads)
+            yield _Part(qkv, f"{attention}.c_attn.{kind}", join, split)
+            yield _Part((f"{theirs}.self_attn.o_proj.{kind}",), f"{attention}.c_proj.{kind}")
+        if entries["num_local_experts"]:
+            moe, rows = f"{theirs}.block_sparse_moe", partial(_swap, interleaved)
+            join, split = partial(rows, False), partial(rows, True)
+            yield _Part((f"{moe}.input_linear.weight",), f"{mlp}.c_fc.weight", join, split)
+            yield _Part((f"{moe}.output_linear.weight",), f"{mlp}.c_proj.weight")
+            yield _Part((f"{moe}.router.layer.weight",), f"{mlp}.gate.weight")
+        else:
+            for kind in ("weight", "bias")[: 1 + entries["mlp_bias"]]:
+                both = tuple(f"{theirs}.mlp.{name}_proj.{kind}" for name in ("gate", "up"))
+                join, split = partial(_join_rows, interleaved), partial(_split_rows, interleaved)
+                yield _Part(both, f"{mlp}.c_fc.{kind}", join, split)
+                yield _Part((f"{theirs}.mlp.down_proj.{kind}",), f"{mlp}.c_proj.{kind}")
+        yield _Part((f"{theirs}.input_layernorm.weight",), f"{own}.ln_1.weight")
+        yield _Part((f"{theirs}.post_attention_layernorm.weight",), f"{own}.ln_2.weight")
+    yield _Part(("model.norm.weight",), "transformer.ln_f.weight")
+    if "lm_head.weight" in stored or not entries["tie_word_embeddings"]:
+        yield _Part(("lm_head.weight",), "lm_head.weight")
+
+
+def _fused(
+    entries: Mapping[str, Any], stored: Safetensors, names: tuple[str, str], interleaved: bool
+) -> dict[str, Deferred]:
+    """Return the tensors of transformers under the names of dolomite-engine."""
+    if entries["num_local_experts"] and entries["attention_bias"]:
+        raise ValueError("config.json: attention_bias=true, which no mixture of experts has there")
+    taken, tensors = _Taken(stored), {}
+    for part in _parts(entries, names, interleaved, stored):
+        tensors[part.own] = part.join(*(taken(name) for name in part.theirs))
+    taken.require_all("rotary_emb.inv_freq")
+    return tensors
+
+
+class _Taken:
+    """The tensors of a checkpoint, each of which has to be used."""
+
+    def __init__(self, stored: Safetensors) -> None:
+        self._stored, self._names = stored, set()
+
+    def __call__(self, name: str) -> Deferred:
+        if name not in self._stored:
+            raise ValueError(f"the files have no tensor {name}, which config.json calls for")
+        self._names.add(name)
+        return self._stored.deferred(name)
+
+    def require_all(self, *buffers: str) -> None:
+        """Raise ValueError if a tensor was not taken, but for buffers with these in their names."""
+        left = [name for name in self._stored.names() if name not in self._names]
+        if left := [name for name in left if not any(one in name for one in buffers)]:
+            raise ValueError(f"the files have tensors that config.json does not: {first_of(left)}")
+
+
+def _join_heads(sizes: Sequence[int], groups: int, *qkv: Deferred) -> Deferred:
+    """Fuse queries, keys and values; of each group `sizes` rows."""
+    parts = [one.split(size) for one, size in zip(qkv, sizes, strict=True)]
+    return torch.cat([rows[n] for n in range(groups) for rows in parts])  # type: ignore[arg-type]
+
+
+def _split_heads(sizes: Sequence[int], groups: int, fused: Deferred) -> list[Deferred]:
+    parts = fused.split([*sizes] * groups)
+    return [torch.cat(parts[n :: len(sizes)]) for n in range(len(sizes))]  # type: ignore[arg-type]
+
+
+def _join_rows(interleaved: bool, gate: Deferred, up: Deferred, dim: int = 0) -> Deferred:
+    """Fuse gate and up: all rows of up and then of gate, or a row of gate and one of up in turn."""
+    if not interleaved:
+        return torch.cat([up, gate], dim)  # type: ignore[arg-type]
+    pairs = zip(gate.split(1, dim), up.split(1, dim), strict=True)
+    return torch.cat([row for pair in pairs for row in pair], dim)  # type: ignore[arg-type]
+
+
+def _split_rows(interleaved: bool, fused: Deferred, dim: int = 0) -> tuple[Deferred, Deferred]:
+    """Return gate and up."""
+    if not interleaved:
+        up, gate = fused.chunk(2, dim)
+        return gate, up
+    rows = fused.split(1, dim)
+    return torch.cat(rows[::2], dim), torch.cat(rows[1::2], dim)  # type: ignore[arg-type, return-value]
+
+
+def _swap(interleaved: bool, split: bool, fused: Deferred) -> Any:
+    """Convert experts `[experts, 2 * intermediate, hidden]`: transformers has gate, then up."""
+    if split:
+        return (torch.cat(_split_rows(interleaved, fused, 1), 1),)  # type: ignore[arg-type]
+    gate, up = fused.chunk(2, 1)
+    return _join_rows(interleaved, gate, up, 1)
