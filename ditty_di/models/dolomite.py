@@ -35,6 +35,7 @@ Converted = tuple[dict[str, Any], dict[str, Deferred]]
 
 #: Names of the modules of a layer: of lm-engine, and of dolomite-engine.
 _LM_ENGINE, _DOLOMITE = ("sequence_mixer", "mlp_block"), ("attn", "mlp")
+_cat: Callable[..., Deferred] = torch.cat  # type: ignore[assignment]
 
 
 def to_hugging_face(
@@ -68,9 +69,10 @@ def to_hugging_face(
     moe = len(stored.shape(f"transformer.h.0.{mlp}.c_fc.weight")) == 3
     entries, alternate = from_either(config, moe)
     alternate = alternate if interleaved is None else interleaved
-    taken, tensors = _Taken(stored), {}
+    taken = _Taken(stored)
+    tensors: dict[str, Deferred] = {}
     for part in _parts(entries, (attention, mlp), alternate, stored):
-        tensors |= zip(part.theirs, part.split(taken(part.own)), strict=True)
+        tensors |= zip(part.theirs, _made(part.split, part.own, [taken(part.own)]), strict=True)
     taken.require_all("rope.", "inv_freq", ".attn.bias", ".attn.masked_bias")
     return transformers_config(entries), tensors
 
@@ -140,21 +142,20 @@ def _parts(
         attention, mlp = (f"{own}.{name}" for name in names)
         for kind in ("weight", "bias")[: 1 + entries["attention_bias"]]:
             qkv = tuple(f"{theirs}.self_attn.{name}_proj.{kind}" for name in "qkv")
-            join = partial(_join_heads, sizes, kv_heads)
-            split = partial(_split_heads, sizes, kv_heads)
-            yield _Part(qkv, f"{attention}.c_attn.{kind}", join, split)
+            grouped = partial(_join_heads, sizes, kv_heads), partial(_split_heads, sizes, kv_heads)
+            yield _Part(qkv, f"{attention}.c_attn.{kind}", *grouped)
             yield _Part((f"{theirs}.self_attn.o_proj.{kind}",), f"{attention}.c_proj.{kind}")
         if entries["num_local_experts"]:
-            moe, rows = f"{theirs}.block_sparse_moe", partial(_swap, interleaved)
-            join, split = partial(rows, False), partial(rows, True)
-            yield _Part((f"{moe}.input_linear.weight",), f"{mlp}.c_fc.weight", join, split)
+            moe, swap = f"{theirs}.block_sparse_moe", partial(_swap, interleaved)
+            experts = partial(swap, False), partial(swap, True)
+            yield _Part((f"{moe}.input_linear.weight",), f"{mlp}.c_fc.weight", *experts)
             yield _Part((f"{moe}.output_linear.weight",), f"{mlp}.c_proj.weight")
             yield _Part((f"{moe}.router.layer.weight",), f"{mlp}.gate.weight")
         else:
             for kind in ("weight", "bias")[: 1 + entries["mlp_bias"]]:
                 both = tuple(f"{theirs}.mlp.{name}_proj.{kind}" for name in ("gate", "up"))
-                join, split = partial(_join_rows, interleaved), partial(_split_rows, interleaved)
-                yield _Part(both, f"{mlp}.c_fc.{kind}", join, split)
+                rows = partial(_join_rows, interleaved), partial(_split_rows, interleaved)
+                yield _Part(both, f"{mlp}.c_fc.{kind}", *rows)
                 yield _Part((f"{theirs}.mlp.down_proj.{kind}",), f"{mlp}.c_proj.{kind}")
         yield _Part((f"{theirs}.input_layernorm.weight",), f"{own}.ln_1.weight")
         yield _Part((f"{theirs}.post_attention_layernorm.weight",), f"{own}.ln_2.weight")
@@ -171,16 +172,27 @@ def _fused(
         raise ValueError("config.json: attention_bias=true, which no mixture of experts has there")
     taken, tensors = _Taken(stored), {}
     for part in _parts(entries, names, interleaved, stored):
-        tensors[part.own] = part.join(*(taken(name) for name in part.theirs))
+        given = [taken(name) for name in part.theirs]
+        tensors[part.own] = _made(part.join, first_of(part.theirs), given)
     taken.require_all("rotary_emb.inv_freq")
     return tensors
+
+
+def _made(convert: Callable[..., Any], names: str, given: Sequence[Deferred]) -> Any:
+    """Call a conversion; raise ValueError with names and shapes where they do not fit."""
+    try:
+        return convert(*given)
+    except ValueError:
+        shapes = first_of(list(one.shape) for one in given)
+        raise ValueError(f"config.json does not fit the shapes {shapes} of {names}") from None
 
 
 class _Taken:
     """The tensors of a checkpoint, each of which has to be used."""
 
     def __init__(self, stored: Safetensors) -> None:
-        self._stored, self._names = stored, set()
+        self._stored = stored
+        self._names: set[str] = set()
 
     def __call__(self, name: str) -> Deferred:
         if name not in self._stored:
@@ -197,21 +209,21 @@ class _Taken:
 
 def _join_heads(sizes: Sequence[int], groups: int, *qkv: Deferred) -> Deferred:
     """Fuse queries, keys and values; of each group `sizes` rows."""
-    parts = [one.split(size) for one, size in zip(qkv, sizes, strict=True)]
-    return torch.cat([rows[n] for n in range(groups) for rows in parts])  # type: ignore[arg-type]
+    parts = [one.split([size] * groups) for one, size in zip(qkv, sizes, strict=True)]
+    return _cat([rows[n] for n in range(groups) for rows in parts])
 
 
 def _split_heads(sizes: Sequence[int], groups: int, fused: Deferred) -> list[Deferred]:
     parts = fused.split([*sizes] * groups)
-    return [torch.cat(parts[n :: len(sizes)]) for n in range(len(sizes))]  # type: ignore[arg-type]
+    return [_cat(parts[n :: len(sizes)]) for n in range(len(sizes))]
 
 
 def _join_rows(interleaved: bool, gate: Deferred, up: Deferred, dim: int = 0) -> Deferred:
     """Fuse gate and up: all rows of up and then of gate, or a row of gate and one of up in turn."""
     if not interleaved:
-        return torch.cat([up, gate], dim)  # type: ignore[arg-type]
+        return _cat([up, gate], dim)
     pairs = zip(gate.split(1, dim), up.split(1, dim), strict=True)
-    return torch.cat([row for pair in pairs for row in pair], dim)  # type: ignore[arg-type]
+    return _cat([row for pair in pairs for row in pair], dim)
 
 
 def _split_rows(interleaved: bool, fused: Deferred, dim: int = 0) -> tuple[Deferred, Deferred]:
@@ -220,12 +232,12 @@ def _split_rows(interleaved: bool, fused: Deferred, dim: int = 0) -> tuple[Defer
         up, gate = fused.chunk(2, dim)
         return gate, up
     rows = fused.split(1, dim)
-    return torch.cat(rows[::2], dim), torch.cat(rows[1::2], dim)  # type: ignore[arg-type, return-value]
+    return _cat(rows[::2], dim), _cat(rows[1::2], dim)
 
 
 def _swap(interleaved: bool, split: bool, fused: Deferred) -> Any:
     """Convert experts `[experts, 2 * intermediate, hidden]`: transformers has gate, then up."""
     if split:
-        return (torch.cat(_split_rows(interleaved, fused, 1), 1),)  # type: ignore[arg-type]
+        return (_cat(_split_rows(interleaved, fused, 1), 1),)
     gate, up = fused.chunk(2, 1)
     return _join_rows(interleaved, gate, up, 1)

@@ -71,7 +71,7 @@ def _validate(
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"base.{name}={n}: write a number of at least 1")
     if own.count(None) == 0:
-        _require_heads("base.", widths | base)
+        _require_heads("base.", {**widths, **base})
 
 
 def _require_heads(prefix: str, widths: Mapping[str, int]) -> None:
@@ -151,7 +151,8 @@ def llama(
     base_hidden = base.get("hidden_size", hidden_size)
     base_head = base_hidden / base.get("num_attention_heads", num_attention_heads)
     head = hidden_size / num_attention_heads
-    return GraniteConfig(
+    make: Any = GraniteConfig  # keeps entries that it does not know
+    return make(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=num_hidden_layers,

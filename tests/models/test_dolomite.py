@@ -253,6 +253,12 @@ def test_blocks_say_whether_rows_alternate(theirs, tmp_path):
             {"normalization_function": "layernorm"},
             r"normalization_function='layernorm'",
         ),
+        ("dolomite", {"n_head": 2}, r"do not fit attention_head_type='mha' and 2 heads"),
+        (
+            "dolomite",
+            {"attention_head_type": "gqa", "num_key_value_heads": 2},
+            r"does not fit the shapes \[96, 32\] of transformer\.h\.0\.attn\.c_attn\.weight",
+        ),
         ("dolomite", {"n_embd": ...}, r"config\.json has no hidden_size or n_embd"),
         ("dolomite", {"n_layer": 3}, r"no tensor transformer\.h\.2\.attn\.c_attn\.weight"),
         ("dolomite", {"n_layer": 1}, r"tensors that config\.json does not: transformer\.h\.1\."),
@@ -306,6 +312,13 @@ def test_other_models_and_folders_in_use_are_refused(theirs, tmp_path):
         ValueError, match=r"model_type='gpt_dolomite'; this converts llama, granite"
     ):
         convert(path, str(tmp_path / "out"), to_dolomite)
+    with pytest.raises(
+        ValueError, match=r"fit the shapes .* of model\.layers\.0\.self_attn\.q_proj"
+    ):
+        convert(path, str(tmp_path / "llama"), to_hugging_face)
+        wrong = about(tmp_path / "llama") | {"num_key_value_heads": 2}
+        own = written(tmp_path / "own", wrong, tensors(tmp_path / "llama"))
+        convert(own, str(tmp_path / "out"), to_dolomite)
     with pytest.raises(ValueError, match=r"no checkpoint of dolomite-engine"):
         empty = written(tmp_path / "empty", config, {"a": torch.zeros(1)})
         convert(empty, str(tmp_path / "out"), to_hugging_face)
