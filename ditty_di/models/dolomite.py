@@ -18,9 +18,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ditty_di.messages import first_of
-from ditty_di.models.deferred import Deferred
+from ditty_di.models.deferred import Deferred, Index
 from ditty_di.models.dolomite_config import (
     dolomite_config,
     from_either,
@@ -222,17 +223,39 @@ def _join_rows(interleaved: bool, gate: Deferred, up: Deferred, dim: int = 0) ->
     """Fuse gate and up: all rows of up and then of gate, or a row of gate and one of up in turn."""
     if not interleaved:
         return _cat([up, gate], dim)
-    pairs = zip(gate.split(1, dim), up.split(1, dim), strict=True)
-    return _cat([row for pair in pairs for row in pair], dim)
+    if gate.shape != up.shape:
+        raise ValueError("gate and up have different shapes")
+
+    def into(out: Tensor, index: Index) -> None:
+        wanted = index[dim]
+        for n, one in enumerate((gate, up)):
+            first, last = ((edge - n + 1) // 2 for edge in (wanted.start, wanted.stop))
+            if first < last:
+                here = [slice(None)] * dim + [slice(2 * first + n - wanted.start, None, 2)]
+                rows = (*index[:dim], slice(first, last), *index[dim + 1 :])
+                one.copy_into(out[tuple(here)], rows)
+
+    shape = (*gate.shape[:dim], 2 * gate.shape[dim], *gate.shape[dim + 1 :])
+    return Deferred(shape, gate.dtype, into)
 
 
-def _split_rows(interleaved: bool, fused: Deferred, dim: int = 0) -> tuple[Deferred, Deferred]:
+def _split_rows(interleaved: bool, fused: Deferred, dim: int = 0) -> Sequence[Deferred]:
     """Return gate and up."""
+    if fused.shape[dim] % 2:
+        raise ValueError("an odd number of rows")
     if not interleaved:
-        up, gate = fused.chunk(2, dim)
-        return gate, up
-    rows = fused.split(1, dim)
-    return _cat(rows[::2], dim), _cat(rows[1::2], dim)
+        return fused.chunk(2, dim)[::-1]
+    shape = (*fused.shape[:dim], fused.shape[dim] // 2, *fused.shape[dim + 1 :])
+
+    def half(n: int) -> Deferred:
+        def into(out: Tensor, index: Index) -> None:
+            pairs = slice(2 * index[dim].start, 2 * index[dim].stop)
+            both = fused.read((*index[:dim], pairs, *index[dim + 1 :]))
+            out.copy_(both[(*[slice(None)] * dim, slice(n, None, 2))])
+
+        return Deferred(shape, fused.dtype, into)
+
+    return half(0), half(1)
 
 
 def _swap(interleaved: bool, split: bool, fused: Deferred) -> Any:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteMoeConfig, LlamaConfig
 
+from ditty_di.models import dolomite
+from ditty_di.models.deferred import deferred
 from ditty_di.models.dolomite import to_dolomite, to_hugging_face, to_lm_engine
 from ditty_di.tasks.convert import convert
 
@@ -231,6 +233,19 @@ def test_blocks_say_whether_rows_alternate(theirs, tmp_path):
     convert(path, str(tmp_path / "out"), to_hugging_face)
     up = tensors(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(up, weights["transformer.h.0.mlp_block.c_fc.weight"][1::2])
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_any_slice_of_alternating_rows_is_read(dim):
+    gate, up = torch.randn(2, 4, 6, 3).unbind()
+    fused = dolomite._join_rows(True, deferred(gate), deferred(up), dim)
+    expected = torch.stack((gate, up), dim + 1).flatten(dim, dim + 1)
+    halves = dolomite._split_rows(True, deferred(expected), dim)
+    for start, stop in ((0, None), (1, 2), (1, 4), (2, 7), (3, 3), (5, 6)):
+        part = (*[slice(None)] * dim, slice(start, stop))
+        assert torch.equal(fused.read(part), expected[part])
+        for half, whole in zip(halves, (gate, up), strict=True):
+            assert torch.equal(half.read(part), whole[part])
 
 
 @pytest.mark.parametrize(
