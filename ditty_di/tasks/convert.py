@@ -96,8 +96,12 @@ def _write(tensors: Mapping[str, Deferred], folder: Path, max_shard_size: str) -
         max_shard_size=max_shard_size,
     )
     for file, names in plan.filename_to_tensors.items():
-        read = {name: tensors[name].read() for name in names}
-        save_file(read, folder / file, metadata={"format": "pt"})
+        # Not kept in a variable: the next file's tensors would be read beside these.
+        save_file(
+            {name: tensors[name].read() for name in names},
+            folder / file,
+            metadata={"format": "pt"},
+        )
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / INDEX, index)
