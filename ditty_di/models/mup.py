@@ -27,7 +27,7 @@ from typing import Any
 from torch import nn
 from transformers import GraniteConfig
 
-from ditty_di.fqn import canonical_fqn
+from ditty_di.fqn import base_fqn
 from ditty_di.messages import first_of
 from ditty_di.models.conversion import bare_model
 from ditty_di.models.weights import InitModule, hugging_face, own_tensors, transformers_model
@@ -179,7 +179,7 @@ def llama(
 
 
 def scales(model: nn.Module) -> dict[str, Scale]:
-    """Return the factors of all parameters, by fully qualified name.
+    """Return the factors of all parameters, by their names in the model without adapters.
 
     Args:
         model: of transformers, also inside others; its configuration has `mup_base`, entries that
@@ -207,7 +207,7 @@ def scales(model: nn.Module) -> dict[str, Scale]:
             raise ValueError(
                 f"model: mup_base is not a base of it: it has no {name} like the model"
             )
-        found[canonical_fqn(f"{path}.{name}" if path else name)] = _scale(
+        found[base_fqn(f"{path}.{name}" if path else name)] = _scale(
             name, parameter.shape, shapes.pop(name), name in looked_up
         )
     if shapes:
@@ -252,13 +252,13 @@ def init(model: nn.Module) -> InitModule:
         model: see `scales`.
     """
     fill, factors = hugging_face(model), scales(model)
-    paths = {id(module): canonical_fqn(path) for path, module in model.named_modules()}
+    paths = {id(module): path for path, module in model.named_modules()}
 
     def init_module(module: nn.Module) -> None:
         fill(module)
         for _, name, tensor in own_tensors(module):
             path = paths.get(id(module), "")
-            scale = factors.get(f"{path}.{name}" if path else name)
+            scale = factors.get(base_fqn(f"{path}.{name}" if path else name))
             if scale is not None and scale.std != 1:
                 tensor.mul_(scale.std)
 

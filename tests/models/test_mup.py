@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, GraniteMoeConfig, LlamaConfig
 from ditty_di.models import mup
 from ditty_di.models.causal_lm import from_config
 from ditty_di.models.weights import hugging_face, initialize, materialize
+from ditty_di.optim import build_optimizer
 from ditty_di.optim import mup as optim
+from tests.adapters.cases import lora
 
 CPU = torch.device("cpu")
 BASE = {
@@ -30,8 +32,8 @@ def config(times: int = 1, *, base=BASE, **changes):
     return mup.llama(base=base, **{**widths, **options, **changes})
 
 
-def filled(config, init=mup.init, seed: int = 0):
-    model = from_config(config)
+def filled(config, init=mup.init, seed: int = 0, **transforms):
+    model = from_config(config, **transforms)
     materialize(model, CPU)
     initialize(model, device=CPU, seed=seed, init=init)
     return model
@@ -143,6 +145,17 @@ def test_values_have_the_standard_deviations_of_their_widths(tied):
     for name, value in std.items():
         expected = 0.02 if "embed" in name or "lm_head" in name else 0.01
         assert value == pytest.approx(expected, rel=0.03), name
+
+
+def test_adapters_do_not_hide_the_widths_and_are_not_trained_by_them():
+    adapted = filled(config(4), adapter=lora())
+    layers = {n: p for n, p in adapted.named_parameters() if n.endswith("base_layer.weight")}
+    assert len(layers) == 14
+    for name, parameter in layers.items():
+        assert parameter.std().item() == pytest.approx(0.01, rel=0.03), name
+    make = partial(optim.by_width, model=adapted, optimizer=torch.optim.AdamW)
+    with pytest.raises(ValueError, match=r"the base of muP has no .*lora_A"):
+        build_optimizer(make, [adapted])
 
 
 def test_stock_transformers_opens_what_was_saved(tmp_path):
