@@ -25,7 +25,7 @@ from ditty_di.models.conversion import fit_to_files, kept_in_float32, require_ex
 from ditty_di.models.files import ModelFiles
 from ditty_di.models.mxfp4 import is_mxfp4
 from ditty_di.models.pretrained import Pretrained
-from ditty_di.models.weights import hugging_face, initialize, own_tensors
+from ditty_di.models.weights import InitModule, hugging_face, initialize, own_tensors
 from ditty_di.protocols import ModelTransform, early_checks
 
 SPECIAL_TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id")
@@ -89,12 +89,13 @@ def builders(
         convert: ModelTransform | None = None,
         neftune: ModelTransform | None = None,
         head: ModelTransform | None = None,
+        init: Callable[[nn.Module], InitModule] = hugging_face,
     ) -> nn.Module:
         """Build a model with the architecture of `config`, on the meta device.
 
         The model keeps a copy of `config` with `use_cache=False`: in training, a key-value cache
         costs memory and lets packed documents see each other. Its `default_weights` draw random
-        values as transformers does.
+        values, as transformers does unless `init` is another.
 
         Args:
             config: a configuration of transformers; or its class, a partial of it, or a mapping
@@ -111,6 +112,7 @@ def builders(
             convert: transform of layers, such as to float8.
             neftune: transform that adds noise to the input embeddings.
             head: transform of the output head, applied last.
+            init: initializer of `default_weights` (`ditty_di.models.weights.initialize`).
 
         Raises:
             ValueError: the model cannot be built with these arguments.
@@ -126,7 +128,7 @@ def builders(
             pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
             transforms=(quantize, adapter, convert, neftune, head),
             contract=contract,
-            default_weights=partial(initialize, init=hugging_face),
+            default_weights=partial(initialize, init=init),
         )
 
     @early_checks(validate=_validate_pretrained, rehearse=rehearse_pretrained)

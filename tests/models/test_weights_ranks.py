@@ -11,22 +11,18 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import T5Config
 
-from ditty_di.models import causal_lm, seq2seq
-from ditty_di.models.weights import (
-    hugging_face,
-    initialize,
-    materialize,
-    slices,
-    uninitialized,
-)
+from ditty_di.models import causal_lm, mup, seq2seq
+from ditty_di.models.weights import materialize, slices, uninitialized
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime
 from tests.checkpoint import ranks
+from tests.models.test_mup import config as mup_config
 from tests.models.test_weights import llama
 
 SMALL = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
 MODELS = {
     "llama": lambda: causal_lm.from_config(llama()),
+    "mup": lambda: causal_lm.from_config(mup_config(2), init=mup.init),
     "t5": lambda: seq2seq.from_config(T5Config(**SMALL, decoder_start_token_id=0)),
     "t5, not tied": lambda: seq2seq.from_config(
         T5Config(**SMALL, decoder_start_token_id=0, tie_word_embeddings=False)
@@ -41,7 +37,7 @@ def values():
     for name, make in MODELS.items():
         model = shard(make(), parallel_dims=runtime.parallel_dims)
         materialize(model, runtime.device)
-        initialize(model, device=runtime.device, seed=3, init=hugging_face)
+        model.default_weights(model, device=runtime.device, seed=3)
         assert not uninitialized(model)
         found[name] = {
             key: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().numpy()
@@ -93,5 +89,8 @@ def test_one_rank_and_two_begin_alike(runs, name):
     assert one.keys() == two.keys()
     for key, value in one.items():
         assert (value == two[key]).all() and (value == same[key]).all(), key
+    if name == "mup":
+        std = torch.from_numpy(one["model.layers.0.mlp.up_proj.weight"]).std().item()
+        assert std == pytest.approx(0.02 / 2**0.5, rel=0.05)
     if "t5" in name:  # which its whole model initializes, and not its embedding
         assert torch.from_numpy(one["shared.weight"]).std().item() == pytest.approx(1.0, rel=0.1)

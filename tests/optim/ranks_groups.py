@@ -15,6 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD
 
 from ditty_di.optim import build_optimizer, combined, grouped
+from ditty_di.optim.mup import by_width
+from tests.models.test_mup import config, filled
 
 CONF = Path(__file__).parents[2] / "conf" / "optimizer"
 
@@ -60,11 +62,31 @@ def sharded_equals_whole(name: str, tolerance: float) -> None:
             assert update.norm() > 0 and error.norm() <= tolerance * update.norm(), f"{name}: {key}"
 
 
+def rates_by_width() -> None:
+    """Widths are those of the whole tensors: a sharded matrix has the rate of the whole one."""
+    x = torch.arange(12)[None] % 64
+    models, rates = [filled(config(2)), filled(config(2))], []
+    fully_shard(models[1], mesh=init_device_mesh("cpu", (2,)))
+    for model in models:
+        optimizer = build_optimizer(
+            partial(by_width, model=model, optimizer=torch.optim.AdamW, lr=0.01), [model]
+        )
+        groups = optimizer.param_groups
+        rates.append({name: g["lr"] for g in groups for name in g["param_names"]})
+        model(x, labels=x).loss.backward()
+        optimizer.step()
+    assert rates[0] == rates[1] and {*rates[0].values()} == {0.01, 0.005}
+    sharded = dict(models[1].named_parameters())
+    for name, whole in models[0].named_parameters():
+        torch.testing.assert_close(sharded[name].full_tensor(), whole, rtol=0, atol=1e-5)
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     stages(dist.get_rank())
     sharded_equals_whole("adamw_grouped", 1e-5)
     # bfloat16 Newton-Schulz: a sharded sum rounds elsewhere, no further from the exact one.
     sharded_equals_whole("muon", 0.05)
+    rates_by_width()
     dist.barrier()
     dist.destroy_process_group()
