@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ditty_di.models.towers import in_language_model
+
 #: The value of `target_modules` for every linear layer but the output head.
 ALL_LINEAR = "all-linear"
 
@@ -36,7 +38,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def all_linear(model: nn.Module, *, except_for: Iterable[str] = ()) -> list[str]:
     """Return names for every linear layer but the output head.
 
-    Without a known output head these are the linear layers of the repeated blocks.
+    Without a known output head these are the linear layers of the repeated blocks; in a multimodal
+    model those of its language model.
 
     Args:
         model: without adapters.
@@ -51,6 +54,7 @@ def all_linear(model: nn.Module, *, except_for: Iterable[str] = ()) -> list[str]
         found = {path: module for path, module in found.items() if module is not head}
     elif inside := {path: m for path, m in found.items() if _in_block(model, path)}:
         found = inside
+    found = {path: module for path, module in found.items() if in_language_model(model, path)}
     chosen = [path for path in found if not any(matches(name, path) for name in except_for)]
     if not chosen:
         raise ValueError(
@@ -68,7 +72,11 @@ def layers_of(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 def blocks_linear(model: nn.Module) -> list[str]:
     """Return names for the linear layers of repeated blocks; without blocks all but the head."""
-    chosen = [path for path in linear_layers(model) if _in_block(model, path)]
+    chosen = [
+        path
+        for path in linear_layers(model)
+        if _in_block(model, path) and in_language_model(model, path)
+    ]
     return shortest(model, chosen) if chosen else all_linear(model)
 
 

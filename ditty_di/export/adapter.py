@@ -49,6 +49,8 @@ class AdapterExport(Export):
         record = {"kind": "adapter", "base": base, "revision": config["revision"]}
         if model.config.is_encoder_decoder:
             record["seq2seq"] = True
+        if self.processor is not None:
+            record["images"] = True
         with self.written(record) as folder:
             write_adapter(folder, config, state_dict)
             generation_config = self.generation_config(model)

@@ -57,13 +57,18 @@ def write_card(
     base = record.get("base") or known.at(f"{source}.path")
     revision = record.get("revision") or known.at(f"{source}.revision")
     seq2seq = bool(_config(folder).get("is_encoder_decoder")) or bool(record.get("seq2seq"))
+    task, auto = ("text-generation", "AutoModelForCausalLM")
+    if seq2seq:
+        task, auto = ("text2text-generation", "AutoModelForSeq2SeqLM")
+    if record.get("images"):
+        task, auto = ("image-text-to-text", "AutoModelForImageTextToText")
     adapter = record["kind"] == "adapter"
     place = name or folder.name.strip(".").removesuffix(".new")
     data = ModelCardData(
         base_model=_on_hub(base),
         datasets=_on_hub(known.at("data.path")),
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text2text-generation" if seq2seq else "text-generation",
+        pipeline_tag=task,
         license=license,
         tags=["ditty_di", *(["adapter"] if adapter else [])],
     )
@@ -73,7 +78,8 @@ def write_card(
         title=name.rpartition("/")[2] if name else known.at("name") or place,
         summary=_summary(record["kind"], _shown(base), revision),
         adapter=adapter,
-        auto="AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM",
+        auto=auto,
+        processor=bool(record.get("images")),
         name=place,
         base=_on_hub(base) or f"path/to/{_shown(base)}",
         revision=revision,

@@ -59,7 +59,8 @@ class HuggingFaceExport(Export):
             return
         bare: Any = _bare(model)
         bare.generation_config = self.generation_config(model)
-        with self.written({"kind": "model"}) as folder:
+        record = {"kind": "model", **({"images": True} if self.processor is not None else {})}
+        with self.written(record) as folder:
             save_model(bare, folder, state_dict, self.max_shard_size)
 
 
@@ -118,8 +119,9 @@ def _require_exportable(model: Any) -> None:
 def _bare(model: Any) -> PreTrainedModel:
     """Return the model's own class on meta, with its real vocabulary."""
     config = copy.deepcopy(model.config)
-    if hasattr(config, "use_cache"):
-        config.use_cache = True  # off while training
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "use_cache"):
+            part.use_cache = True  # off while training
     bare: Any = bare_model(model, config)
     rows = model.get_input_embeddings().weight.shape[0]
     if bare.get_input_embeddings().weight.shape[0] != rows:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -132,7 +133,7 @@ def _embedding_rows(adapter: str | Path, revision: str | None, model: PreTrained
 def published(
     path: str, revision: str | None = None, *, dtype: str | None = None
 ) -> PreTrainedModel:
-    """Return a causal or a seq2seq model with its values, as its configuration says.
+    """Return a causal, seq2seq or vision-language model with its values, as its configuration says.
 
     Args:
         path: a folder, or the hub's `user/name`.
@@ -143,11 +144,19 @@ def published(
     path, revision = _folder(path), revision or "main"
     config = AutoConfig.from_pretrained(path, revision=revision)
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if reads_images(config):
+        auto = AutoModelForImageTextToText
     wanted = dtype_by_name(dtype) if dtype else "auto"
     with quiet():
         return auto.from_pretrained(
             path, revision=revision, dtype=wanted, generation_config=generates
         )
+
+
+def reads_images(config: Any) -> bool:
+    """Return whether a configuration of transformers is that of a vision-language model."""
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    return known and config.get_text_config() is not config
 
 
 def _folder(path: str | Path) -> str:

@@ -108,6 +108,7 @@ def _sample(loader: Any) -> dict[str, Any] | None:
     if dataset is None or not hasattr(dataset, "__getitem__"):
         return None
     collate = torch.utils.data.default_collate if collate is None else collate
+    collate = getattr(collate, "without_images", collate)
     try:
         rows = min(8, getattr(loader, "batch_size", 1) or 1, len(dataset))
         first = Batch.of(collate([dataset[0]])).inputs
@@ -195,6 +196,7 @@ def rehearse(build: Callable[[str], Any]) -> list[str]:
         )
     collate, length = build("dataloader.collate_fn"), build("dataloader.dataset.seq_len")
     packs = getattr(collate, "packs_documents", False)
+    collate = getattr(collate, "without_images", collate)
     if not packs and not isinstance(length, int):
         return warnings
     model = build("model")

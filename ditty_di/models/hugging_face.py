@@ -1,4 +1,4 @@
-"""Build models of transformers on the meta device: causal and sequence-to-sequence alike."""
+"""Build models of transformers on the meta device: causal, sequence-to-sequence, with images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,7 @@ Config = PretrainedConfig | Mapping[str, Any] | Callable[..., PretrainedConfig]
 
 
 def builders(
-    auto_class: Any, *, contract: str
+    auto_class: Any, *, contract: str, prepare: ModelTransform | None = None
 ) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
     """Return `from_config` and `from_pretrained` for one auto class of transformers.
 
@@ -44,6 +45,7 @@ def builders(
     Args:
         auto_class: such as `AutoModelForCausalLM`.
         contract: inputs and outputs of its models (`ditty_di.contracts.grammar`).
+        prepare: transform of every model, applied first.
     """
 
     def rehearse_config(build: Callable[[str], Any]) -> list[str]:
@@ -77,6 +79,7 @@ def builders(
         dtype: str = "float32",
         tokenizer: PreTrainedTokenizerBase | None = None,
         pad_vocab_to_multiple_of: int | None = None,
+        freeze: Sequence[str] = (),
         quantize: ModelTransform | None = None,
         adapter: ModelTransform | None = None,
         convert: ModelTransform | None = None,
@@ -99,6 +102,8 @@ def builders(
             tokenizer: the vocabulary grows to its size, and its pad, eos and bos ids are taken
                 where `config` has none. A decoder without a start token starts with padding.
             pad_vocab_to_multiple_of: rounds the vocabulary up, in tokens.
+            freeze: parameters that are not trained, by a part of their path (`vision_tower`), its
+                end, or a pattern (`model.layers.[01].*`).
             quantize: transform of the model, applied first.
             adapter: transform that adds adapters.
             convert: transform of layers, such as to float8.
@@ -117,7 +122,8 @@ def builders(
             dtype=dtype,
             tokenizer=tokenizer,
             pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
-            transforms=(quantize, adapter, convert, neftune, head),
+            freeze=freeze,
+            transforms=(prepare, quantize, adapter, convert, neftune, head),
             contract=contract,
             default_weights=partial(initialize, init=hugging_face),
         )
@@ -131,6 +137,7 @@ def builders(
         dtype: str = "float32",
         tokenizer: PreTrainedTokenizerBase | None = None,
         pad_vocab_to_multiple_of: int | None = None,
+        freeze: Sequence[str] = (),
         quantize: ModelTransform | None = None,
         adapter: ModelTransform | None = None,
         convert: ModelTransform | None = None,
@@ -150,6 +157,7 @@ def builders(
             dtype: as for `from_config`.
             tokenizer: as for `from_config`.
             pad_vocab_to_multiple_of: as for `from_config`.
+            freeze: as for `from_config`.
             quantize: as for `from_config`.
             adapter: as for `from_config`.
             convert: as for `from_config`.
@@ -171,7 +179,8 @@ def builders(
             dtype=dtype,
             tokenizer=tokenizer,
             pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
-            transforms=(quantize, adapter, convert, neftune, head),
+            freeze=freeze,
+            transforms=(prepare, quantize, adapter, convert, neftune, head),
             files=files,
             contract=contract,
             default_weights=Pretrained(path, revision=revision, init_missing=initialize_adapters),
@@ -190,6 +199,7 @@ def _build(
     dtype: str,
     tokenizer: PreTrainedTokenizerBase | None,
     pad_vocab_to_multiple_of: int | None,
+    freeze: Sequence[str],
     transforms: tuple[ModelTransform | None, ...],
     files: ModelFiles | None = None,
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
@@ -203,7 +213,8 @@ def _build(
     """
     _validate(dtype=dtype, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)
     config = copy.deepcopy(config)
-    config.use_cache = False
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
     _fit_to_tokenizer(config, tokenizer, pad_vocab_to_multiple_of, special_tokens)
     model = _build_on_meta(auto_class, config, dtype, attn_implementation)
     if files is not None:
@@ -213,12 +224,35 @@ def _build(
         generation.end_with_turns(model.generation_config, tokenizer)
     for name, value in attributes.items():
         setattr(model, name, value)
+    _freeze(model, freeze)
     for transform in transforms:
         if transform is not None:
             model = transform(model)
     for name, value in attributes.items():  # on the outermost module too
         setattr(model, name, getattr(model, name, value))
     return model
+
+
+def _freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Exclude parameters from training, by parts or ends of their paths, or by patterns.
+
+    Raises:
+        ValueError: a name without a parameter.
+    """
+    for name in names:
+        chosen = [
+            parameter
+            for path, parameter in model.named_parameters()
+            if fnmatchcase(path, name) or f".{name}." in f".{path}."
+        ]
+        if not chosen:
+            parts = sorted({".".join(path.split(".")[:2]) for path, _ in model.named_parameters()})
+            raise ValueError(
+                f"model.freeze has {name!r}, but no parameter of {type(model).__name__} is called "
+                f"so; its parts are {', '.join(parts)}"
+            )
+        for parameter in chosen:
+            parameter.requires_grad_(False)
 
 
 # -- configurations -------------------------------------------------------------------------------
@@ -245,6 +279,8 @@ def _make_config(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> Pret
         taken["vocab_size"] = len(tokenizer)
         if tokenizer.model_max_length < LARGE_INTEGER:  # else it has no limit
             taken["max_position_embeddings"] = tokenizer.model_max_length
+    if isinstance(text := given.get("text_config"), Mapping):  # of a multimodal model
+        given["text_config"] = {**taken, **text}
     aliases = getattr(make, "attribute_map", {})
     known = inspect.signature(make).parameters
     for name, value in taken.items():
@@ -335,8 +371,8 @@ def _build_on_meta(
     if type(config) not in auto_class._model_mapping:
         raise ValueError(
             f"model: transformers has no model of type {config.model_type!r} for its "
-            f"{auto_class.__name__}; give the folder of another model, such as the text model that "
-            f"a multimodal one was made from"
+            f"{auto_class.__name__}; give the folder of another model, or build this one with its "
+            f"own class (model=hf_image_text for models that read images)"
         )
     parameter_dtype = dtype_by_name(dtype, "model.dtype")
 

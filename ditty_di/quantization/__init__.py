@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ditty_di.dtypes import dtype_name
 from ditty_di.models.coverage import left_out
+from ditty_di.models.towers import in_language_model
 from ditty_di.quantization.int8_linear import Int8Linear
 from ditty_di.quantization.linear import require_bitsandbytes
 from ditty_di.quantization.nf4_linear import NF4Linear
@@ -31,6 +32,7 @@ def nf4(
     /,
     *,
     skip: Sequence[str] = ("lm_head",),
+    include: Sequence[str] = (),
     block_size: int = 64,
     double_quant: bool = False,
     kernels: str = "auto",
@@ -40,6 +42,8 @@ def nf4(
     Args:
         model: changed in place.
         skip: layers to leave, by a part of their path (`lm_head`) or its end (`mlp.gate`).
+        include: layers outside the language model of a multimodal model to quantize too, likewise
+            (`vision_tower`).
         block_size: weights that share a scale.
         double_quant: scales of 8 bits, 0.52 bytes a weight.
         kernels: "torch", "bitsandbytes", or "auto": bitsandbytes' where it is installed, on CUDA,
@@ -49,7 +53,7 @@ def nf4(
         ValueError: the model has no linear layer outside `skip`.
     """
     make = partial(NF4Linear, block_size=block_size, double_quant=double_quant, kernels=kernels)
-    quantized = _replace(model, skip, make)
+    quantized = _replace(model, skip, include, make)
     dtype = next(m.dtype for m in quantized.modules() if isinstance(m, NF4Linear))
     if not double_quant and dtype != torch.bfloat16:
         log.info(
@@ -60,27 +64,36 @@ def nf4(
     return quantized
 
 
-def int8(model: nn.Module, /, *, skip: Sequence[str] = ("lm_head",)) -> nn.Module:
+def int8(
+    model: nn.Module, /, *, skip: Sequence[str] = ("lm_head",), include: Sequence[str] = ()
+) -> nn.Module:
     """Replace linear layers by `Int8Linear`: 8-bit integers with one scale a row.
 
     Args:
         model: changed in place.
         skip: as for `nf4`.
+        include: as for `nf4`.
 
     Raises:
         ValueError: the model has no linear layer outside `skip`.
     """
-    return _replace(model, skip, Int8Linear)
+    return _replace(model, skip, include, Int8Linear)
 
 
 def bitsandbytes_nf4(
-    model: nn.Module, /, *, skip: Sequence[str] = ("lm_head",), double_quant: bool = True
+    model: nn.Module,
+    /,
+    *,
+    skip: Sequence[str] = ("lm_head",),
+    include: Sequence[str] = (),
+    double_quant: bool = True,
 ) -> nn.Module:
     """Replace linear layers by bitsandbytes' `Linear4bit` (extra `[bnb]`); they cannot be sharded.
 
     Args:
         model: changed in place.
         skip: as for `nf4`.
+        include: as for `nf4`.
         double_quant: bitsandbytes' `compress_statistics`.
 
     Raises:
@@ -90,17 +103,23 @@ def bitsandbytes_nf4(
     require_bitsandbytes()
     from ditty_di.quantization.bnb_linear import Linear4bit
 
-    return _replace(model, skip, partial(Linear4bit, double_quant=double_quant))
+    return _replace(model, skip, include, partial(Linear4bit, double_quant=double_quant))
 
 
 def bitsandbytes_int8(
-    model: nn.Module, /, *, skip: Sequence[str] = ("lm_head",), threshold: float = 6.0
+    model: nn.Module,
+    /,
+    *,
+    skip: Sequence[str] = ("lm_head",),
+    include: Sequence[str] = (),
+    threshold: float = 6.0,
 ) -> nn.Module:
     """Replace linear layers by bitsandbytes' `Linear8bitLt` (extra `[bnb]`), not to be sharded.
 
     Args:
         model: changed in place.
         skip: as for `nf4`.
+        include: as for `nf4`.
         threshold: inputs beyond it are multiplied in 16 bits (https://arxiv.org/abs/2208.07339).
 
     Raises:
@@ -110,16 +129,18 @@ def bitsandbytes_int8(
     require_bitsandbytes()
     from ditty_di.quantization.bnb_linear import Linear8bit
 
-    return _replace(model, skip, partial(Linear8bit, threshold=threshold))
+    return _replace(model, skip, include, partial(Linear8bit, threshold=threshold))
 
 
-def _replace(model: nn.Module, skip: Sequence[str], make: Callable[..., Any]) -> nn.Module:
+def _replace(
+    model: nn.Module, skip: Sequence[str], include: Sequence[str], make: Callable[..., Any]
+) -> nn.Module:
     """Replace each linear layer by what `make` returns, quantized if the layer has values."""
     found = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        if not any(part in path.split(".") or f".{path}".endswith(f".{part}") for part in skip)
+        if isinstance(module, nn.Linear) and not _named(path, skip)
+        if in_language_model(model, path) or _named(path, include)
     ]
     if not found:
         raise ValueError(
@@ -146,6 +167,10 @@ def _replace(model: nn.Module, skip: Sequence[str], make: Callable[..., Any]) ->
         layer.train(linear.training)
         model.set_submodule(path, layer)
     return model
+
+
+def _named(path: str, names: Sequence[str]) -> bool:
+    return any(name in path.split(".") or f".{path}".endswith(f".{name}") for name in names)
 
 
 def _part(weight: Tensor, name: str, index: Any) -> Tensor:
