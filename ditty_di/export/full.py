@@ -17,7 +17,7 @@ import ditty_di.models.modeling  # noqa: F401
 from transformers import PreTrainedModel
 
 from ditty_di.dtypes import dtype_name
-from ditty_di.export.base import Export, require_writable
+from ditty_di.export.base import Export, published_as, require_writable
 from ditty_di.export.folder import quiet, replaced_whole
 from ditty_di.export.gather import gathered, only_part, saved
 from ditty_di.fqn import canonical_fqn
@@ -59,8 +59,7 @@ class HuggingFaceExport(Export):
             return
         bare: Any = _bare(model)
         bare.generation_config = self.generation_config(model)
-        record = {"kind": "model", **({"images": True} if self.processor is not None else {})}
-        with self.written(record) as folder:
+        with self.written({"kind": "model", **published_as(model)}) as folder:
             save_model(bare, folder, state_dict, self.max_shard_size)
 
 

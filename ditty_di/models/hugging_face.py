@@ -35,18 +35,26 @@ Config = PretrainedConfig | Mapping[str, Any] | Callable[..., PretrainedConfig]
 
 
 def builders(
-    auto_class: Any, *, contract: str, prepare: ModelTransform | None = None
+    auto_class: Any,
+    *,
+    contract: str,
+    pipeline_tag: str = "text-generation",
+    prepare: ModelTransform | None = None,
 ) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
     """Return `from_config` and `from_pretrained` for one auto class of transformers.
 
     The models they build carry two attributes that the trainer falls back on: `contract`, and
-    `default_weights`, the function that fills the model.
+    `default_weights`, the function that fills the model. Exports read `auto_class`, its name, and
+    `pipeline_tag`.
 
     Args:
         auto_class: such as `AutoModelForCausalLM`.
         contract: inputs and outputs of its models (`ditty_di.contracts.grammar`).
+        pipeline_tag: task of its models on the Hub.
         prepare: transform of every model, applied first.
     """
+    attributes = {"contract": contract, "pipeline_tag": pipeline_tag}
+    attributes["auto_class"] = auto_class.__name__
 
     def rehearse_config(build: Callable[[str], Any]) -> list[str]:
         config = build("config")
@@ -124,8 +132,8 @@ def builders(
             pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
             freeze=freeze,
             transforms=(prepare, quantize, adapter, convert, neftune, head),
-            contract=contract,
             default_weights=partial(initialize, init=hugging_face),
+            **attributes,
         )
 
     @early_checks(validate=_validate_pretrained, rehearse=rehearse_pretrained)
@@ -182,8 +190,8 @@ def builders(
             freeze=freeze,
             transforms=(prepare, quantize, adapter, convert, neftune, head),
             files=files,
-            contract=contract,
             default_weights=Pretrained(path, revision=revision, init_missing=initialize_adapters),
+            **attributes,
         )
 
     for function in (from_config, from_pretrained):
@@ -194,6 +202,7 @@ def builders(
 def _build(
     auto_class: Any,
     config: PretrainedConfig,
+    /,
     *,
     attn_implementation: str | None,
     dtype: str,

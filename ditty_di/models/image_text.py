@@ -78,5 +78,6 @@ def _with_document_positions(model: nn.Module, /) -> nn.Module:
 from_config, from_pretrained = builders(
     AutoModelForImageTextToText,
     contract="0:2:i64 -> logits:3:f",
+    pipeline_tag="image-text-to-text",
     prepare=_with_document_positions,
 )
