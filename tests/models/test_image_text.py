@@ -1,0 +1,232 @@
+"""Vision-language models: their logits and gradients are stock's, on any layout, and back again."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ditty_di import Trainer
+from ditty_di.adapters import apply_adapter, initialize
+from ditty_di.batch import Batch
+from ditty_di.data import (
+    ImageRenderer,
+    ImageTextCollate,
+    Loader,
+    PackedCollate,
+    PackedDataset,
+    PaddedCollate,
+    PaddingFreeCollate,
+    TokenizedDataset,
+    records,
+)
+from ditty_di.export import AdapterExport, HuggingFaceExport
+from ditty_di.losses import CrossEntropyLoss
+from ditty_di.models import image_text, processor
+from ditty_di.models.towers import in_language_model, language_path
+from ditty_di.parallelize.pipeline import ModelParts
+from ditty_di.quantization import nf4
+from ditty_di.training.step import TrainStep
+from tests.models import image_text as tiny
+from tests.models.tiny import fill
+
+FAMILIES = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+class Case:
+    """One family: its folder, its processor and its examples."""
+
+    def __init__(self, folder, family, data):
+        self.base = str(tiny.save(folder / family, family))
+        self.processor = processor.from_pretrained(self.base)
+        renderer = ImageRenderer(
+            self.processor.tokenizer, processor=self.processor, max_tokens=128
+        )
+        source = records(data, validation_fraction=0)
+        self.examples = TokenizedDataset(source, renderer, cache_dir=folder / "cache")
+
+    def collate(self, inner=None):
+        return ImageTextCollate(self.processor, inner or PaddedCollate(pad_id=0))
+
+    def batch(self, *rows, inner=None):
+        return self.collate(inner)([self.examples[row] for row in rows])
+
+    def model(self, **options):
+        model = image_text.from_pretrained(self.base, **options)
+        return fill(model, self.base, init_missing=initialize)
+
+    def stock(self):
+        return AutoModelForImageTextToText.from_pretrained(self.base).eval()
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("image_text")
+    data = tiny.examples(folder / "data")
+    return {family: Case(folder, family, data) for family in tiny.FAMILIES}
+
+
+def logits(model, inputs):
+    inputs = dict(inputs)
+    with torch.no_grad():
+        return model(inputs.pop("input"), use_cache=False, **inputs).logits
+
+
+# -- before training -------------------------------------------------------------------------------
+
+
+@FAMILIES
+def test_the_logits_are_those_of_stock_transformers_on_its_own_inputs(cases, family):
+    """Inputs are made by the stock processor from the conversation, not by our collate function."""
+    case = cases[family]
+    stock, model = case.stock(), case.model()
+    inputs, _ = case.batch(1)  # two images
+    text = case.processor.tokenizer.decode(inputs["input"][0])
+    read = case.examples[1][0]["images"]
+    pictures = [tiny.Image.open(path) for path in read]
+    template = _prompt(case, 1)
+    theirs = dict(case.processor(text=[template], images=pictures, return_tensors="pt"))
+    ids = theirs.pop("input_ids")[:, : inputs["input"].shape[1]]
+    assert text == case.processor.tokenizer.decode(ids[0])
+    kinds = {name: theirs[name][:, : ids.shape[1]] for name in theirs if "type_ids" in name}
+    theirs = {**theirs, **kinds, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected = stock(input_ids=ids, **theirs).logits
+    assert torch.allclose(logits(model, inputs), expected, atol=1e-5)
+
+
+def _prompt(case, line):
+    """The conversation of a line, as the stock chat template renders it."""
+    folder = case.examples[1][0]["images"][0].rpartition("/")[0]
+    with open(f"{folder}/train.jsonl") as file:
+        messages = json.loads(file.readlines()[line])["messages"]
+    return case.processor.tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+@FAMILIES
+def test_rows_with_any_number_of_images_are_as_each_alone(cases, family):
+    case = cases[family]
+    model, (inputs, labels) = case.model(), case.batch(0, 1, 2, 3)
+    together = logits(model, inputs)
+    for row in range(4):
+        alone, own = case.batch(row)
+        length = len(case.examples[row][1])
+        found = logits(model, alone)[0, :length]
+        assert torch.allclose(together[row, :length], found, atol=1e-5)
+        assert torch.equal(labels[row, :length], own[0, :length])
+
+
+@FAMILIES
+def test_image_tokens_are_never_learned(cases, family):
+    case = cases[family]
+    images = torch.tensor(_image_ids(case))
+    _, labels = case.batch(0, 1, 2, 3)
+    assert not torch.isin(labels, images).any()
+    assert (labels >= 0).any(1).all()
+    source = records(_lines(case), validation_fraction=0)
+    renderer = ImageRenderer(case.processor.tokenizer, processor=case.processor)
+    whole = TokenizedDataset(
+        source, renderer, loss_mask="no_mask", cache_dir=case.base + "-cache"
+    )
+    assert not any(torch.isin(whole[i][1], images).any() for i in range(len(whole)))
+    assert (whole[1][1] >= 0).sum() > (case.examples[1][1] >= 0).sum()
+
+
+def _image_ids(case):
+    return [i for i in case.processor.image_token_ids if i is not None]
+
+
+def _lines(case):
+    return case.examples[1][0]["images"][0].rpartition("/")[0] + "/train.jsonl"
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+def step_gradients(model, batches, runtime):
+    """The gradients of one optimizer step over micro-batches, by the trainer's own step."""
+    loss_fn = CrossEntropyLoss(output="logits")
+    step = TrainStep(
+        parts=ModelParts([model]),
+        loss_fn=loss_fn,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        runtime=runtime,
+    )
+    batches = [Batch.of(batch) for batch in batches]
+    step.forward_backward(batches, sum(loss_fn.num_valid(batch) for batch in batches))
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def by_hand(model, batches):
+    num_valid = sum((labels >= 0).sum() for _, labels in batches)
+    for inputs, labels in batches:
+        given = dict(inputs)
+        found = model(given.pop("input"), use_cache=False, **given).logits
+        loss = F.cross_entropy(found.flatten(0, 1), labels.flatten(), reduction="sum") / num_valid
+        loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected, **bounds):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, atol=1e-6, **bounds), name
+
+
+@FAMILIES
+def test_the_gradients_of_a_step_are_those_of_a_hand_written_loop(cases, family, runtime):
+    """Of every parameter, of tower and projector too; a batch without images changes none."""
+    case = cases[family]
+    batches = [case.batch(0, 1), case.batch(2), case.batch(3)]
+    found = step_gradients(case.model().train(), batches, runtime)
+    expected = by_hand(case.stock().train(), batches)
+    assert_same(found, expected)
+    tower = [name for name in found if not in_language_model(case.model(), name)]
+    assert any(found[name].abs().max() > 0 for name in tower)
+    alone = by_hand(case.stock().train(), [case.batch(2)])
+    assert all(alone[name].abs().max() == 0 for name in tower if "lm_head" not in name)
+
+
+@FAMILIES
+def test_the_gradients_of_lora_are_those_of_stock_peft(cases, family, runtime):
+    case = cases[family]
+    config = LoraConfig(r=4, target_modules="all-linear")
+    model = case.model(adapter=partial(apply_adapter, config=config))
+    adapted = {name for name, p in model.named_parameters() if p.requires_grad}
+    language = language_path(model)
+    assert adapted and all(name.startswith(f"{language}.") for name in adapted)
+
+    layers = sorted({name.partition(".lora_")[0].removeprefix("base_model.model.") for name in adapted})
+    theirs = get_peft_model(case.stock(), LoraConfig(r=4, target_modules=layers))
+    values = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:  # peft begins with zeros
+                values[name].normal_(std=0.1)
+                parameter.copy_(values[name])
+    batches = [case.batch(0, 1), case.batch(2, 3)]
+    assert_same(step_gradients(model.train(), batches, runtime), by_hand(theirs.train(), batches))
+
+
+@FAMILIES
+def test_a_part_can_be_frozen_by_name_and_the_tower_is_not_quantized(cases, family):
+    case = cases[family]
+    whole = case.model()
+    parts = {name.split(".")[1] for name, _ in whole.named_parameters()}
+    tower = next(p for p in ("vision_model", "visual", "vision_tower") if p in parts)
+    frozen = image_text.from_pretrained(case.base, freeze=[tower])
+    assert {f".{tower}." in name for name, p in frozen.named_parameters() if not p.requires_grad} == {
+        True
+    }
+    small = image_text.from_pretrained(case.base, quantize=nf4)
+    packed = [path for path, layer in small.named_modules() if hasattr(layer, "qweight")]
+    assert packed and all(in_language_model(small, path) for path in packed)
+    more = image_text.from_pretrained(case.base, quantize=partial(nf4, include=[tower]))
+    assert any(hasattr(m, "qweight") for path, m in more.named_modules() if f".{tower}." in path)
+    with pytest.raises(ValueError, match=r"no parameter .* its parts are .*model\."):
+        image_text.from_pretrained(case.base, freeze=["tower"])
