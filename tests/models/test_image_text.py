@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForImageTextToText
 
 from ditty_di import Trainer
 from ditty_di.adapters import apply_adapter, initialize
@@ -25,13 +26,19 @@ from ditty_di.data import (
     TokenizedDataset,
     records,
 )
+from ditty_di.checkpoint import Checkpointer
 from ditty_di.export import AdapterExport, HuggingFaceExport
+from ditty_di.export.load import open_model
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.models import image_text, processor
 from ditty_di.models.towers import in_language_model, language_path
+from ditty_di.models.weights import materialize
+from ditty_di.parallelize.data_parallel import shard
 from ditty_di.parallelize.pipeline import ModelParts
 from ditty_di.quantization import nf4
+from ditty_di.runtime import Runtime
 from ditty_di.training.step import TrainStep
+from tests.checkpoint import ranks
 from tests.models import image_text as tiny
 from tests.models.tiny import fill
 
@@ -230,3 +237,131 @@ def test_a_part_can_be_frozen_by_name_and_the_tower_is_not_quantized(cases, fami
     assert any(hasattr(m, "qweight") for path, m in more.named_modules() if f".{tower}." in path)
     with pytest.raises(ValueError, match=r"no parameter .* its parts are .*model\."):
         image_text.from_pretrained(case.base, freeze=["tower"])
+
+
+# -- several documents in a row --------------------------------------------------------------------
+
+
+def packed_logits(case, model):
+    """Pairs (logits in a packed row, logits alone) of every example."""
+    packed = PackedDataset(case.examples, seq_len=96)
+    inputs, _ = case.collate(PackedCollate())([packed[row] for row in range(len(packed))])
+    found, pairs = logits(model, inputs), []
+    for row in range(len(packed)):
+        at = 0
+        for member in packed.members(row):
+            length = len(case.examples[member][1])
+            alone = logits(model, case.batch(member)[0])[0, :length]
+            pairs.append((found[row, at : at + length], alone))
+            at += length
+    return pairs
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl"])
+def test_packed_and_padding_free_documents_are_as_each_alone(cases, family):
+    """Positions of Qwen2.5-VL are of time, height and width: those of each document restart."""
+    case = cases[family]
+    model = case.model()
+    for found, alone in packed_logits(case, model):
+        assert torch.allclose(found, alone, atol=1e-5)
+    inputs, _ = case.batch(0, 1, 2, 3, inner=PaddingFreeCollate(pad_id=0))
+    alone = [pair for pair in packed_logits(case, model)]
+    at, found = 0, logits(model, inputs)[0]
+    for row in range(4):
+        length = len(case.examples[row][1])
+        expected = logits(model, case.batch(row)[0])[0, :length]
+        assert torch.allclose(found[at : at + length], expected, atol=1e-5)
+        at += length
+
+
+# -- layouts, resuming, exports --------------------------------------------------------------------
+
+
+def sharded_gradients(base, batches, num_valid, freeze):
+    """The gradients of one step, each rank with its micro-batches; towers are sharded too."""
+    runtime = Runtime(seed=0)
+    model = shard(
+        image_text.from_pretrained(base, freeze=freeze), parallel_dims=runtime.parallel_dims
+    )
+    wrapped = [path for path, m in model.named_modules() if isinstance(m, FSDPModule) and path]
+    materialize(model, runtime.device)
+    model.default_weights(model, device=runtime.device)
+    step = TrainStep(
+        parts=ModelParts([model.train()]),
+        loss_fn=CrossEntropyLoss(output="logits"),
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
+        runtime=runtime,
+    )
+    step.forward_backward([Batch.of(b) for b in batches[runtime.rank]], torch.tensor(num_valid))
+    found = {
+        name: p.grad.full_tensor().numpy()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    runtime.close()
+    return found, wrapped
+
+
+@FAMILIES
+def test_two_ranks_with_fsdp2_give_the_gradients_of_one(cases, family):
+    """One rank has a micro-batch without images while the other's tower runs."""
+    case = cases[family]
+    batches = [[case.batch(0, 3), case.batch(1)], [case.batch(2), case.batch(0)]]
+    flat = [batch for own in batches for batch in own]
+    num_valid = float(sum((labels >= 0).sum() for _, labels in flat))
+    (found, wrapped), _ = ranks.run(sharded_gradients, 2, case.base, batches, num_valid, ())
+    expected = by_hand(case.stock().train(), flat)
+    assert_same({name: torch.from_numpy(g) for name, g in found.items()}, expected, rtol=1e-4)
+    assert any(not in_language_model(case.model(), path) for path in wrapped)
+
+
+def train(case, folder, steps, **options):
+    return Trainer(
+        model=image_text.from_pretrained(case.base, **options),
+        loss_fn=CrossEntropyLoss(output="logits"),
+        optimizer=partial(torch.optim.AdamW, lr=1e-2),
+        dataloader=partial(Loader, case.examples, 2, collate_fn=case.collate()),
+        checkpointer=partial(Checkpointer, str(folder), save_interval=2, keep_latest_k=None),
+        max_steps=steps,
+        global_batch_size=4,
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"])
+def test_a_resumed_training_is_that_of_one_run(cases, family, tmp_path):
+    case = cases[family]
+    options = {"freeze": ["visual"], "adapter": partial(apply_adapter, config=LoraConfig(r=2, target_modules="all-linear"))}
+    whole = train(case, tmp_path / "whole", 4, **options).train()["objective"]
+    train(case, tmp_path / "part", 2, **options).train()
+    assert train(case, tmp_path / "part", 4, **options).train()["objective"] == whole
+
+
+@FAMILIES
+def test_an_export_opens_in_stock_with_its_processor_and_equal_logits(cases, family, tmp_path):
+    case = cases[family]
+    model, (inputs, _) = case.model(), case.batch(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    tokenizer = case.processor.tokenizer
+    whole = HuggingFaceExport(tokenizer, str(tmp_path / "whole"), processor=case.processor)
+    whole.prepare([model])
+    whole([model])
+    opened = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole").eval()
+    assert torch.equal(logits(opened, inputs), logits(model, inputs))
+    assert torch.equal(logits(open_model(str(tmp_path / "whole")).eval(), inputs), logits(model, inputs))
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card and "AutoProcessor" in card
+    again = processor.from_pretrained(str(tmp_path / "whole"))
+    assert again.to_dict() == case.processor.to_dict()  # settings for videos, too
+    assert again.chat_template == case.processor.chat_template
+
+    adapter = partial(apply_adapter, config=LoraConfig(r=2, target_modules="all-linear"))
+    adapted = case.model(adapter=adapter)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    AdapterExport(tokenizer, str(tmp_path / "adapter"), processor=case.processor)([adapted])
+    stock = PeftModel.from_pretrained(case.stock(), tmp_path / "adapter").eval()
+    assert torch.equal(logits(stock, inputs), logits(adapted, inputs))
