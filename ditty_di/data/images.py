@@ -122,11 +122,27 @@ class Images:
         )
         return str(made["text_replacement_offsets"][0][0]["replacement"])
 
-    def blank_row(self) -> tuple[list[int], Image.Image]:
-        """Return the token ids of a black image, and the image."""
-        image = Image.new("RGB", _BLANK)
-        found = self.processor.tokenizer(self._text_of(image), add_special_tokens=False)
-        return list(found["input_ids"]), image
+    @cached_property
+    def blank(self) -> Image.Image:
+        """A black image."""
+        return Image.new("RGB", _BLANK)
+
+    @cached_property
+    def blank_ids(self) -> Tensor:
+        """Token ids of the black image, `[tokens]`."""
+        text = self._text_of(self.blank)
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids)
+
+    def blank_documents(self) -> list[Tensor]:
+        """Return token ids of three documents, each with the black image among other tokens."""
+        size = len(self.processor.tokenizer)
+        others = torch.tensor([i for i in range(size) if i not in self.token_ids][:32])
+        text = others.repeat(-(-32 // len(others)))
+        return [
+            torch.cat([text[before:at], self.blank_ids, text[at:]])
+            for before, at in ((0, 4), (2, 24), (5, 12))
+        ]
 
     def inputs(self, ids: Tensor, images: Sequence[str | Image.Image]) -> dict[str, Tensor]:
         """Return what the model takes beside its token ids, such as `pixel_values`.
@@ -185,7 +201,8 @@ class ImageTextCollate:
         return bool(getattr(self.collate, "packs_documents", False))
 
     @cached_property
-    def _images(self) -> Images:
+    def images(self) -> Images:
+        """What reads the images."""
         return Images(self.processor)
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
@@ -198,19 +215,19 @@ class ImageTextCollate:
         images: list[Any] = [path for row, _ in given for path in row.get(IMAGES, ())]
         text = _without_images(rows)
         if not images:
-            ids, blank = self._images.blank_row()
-            text, images = self._with_blank(text, ids), [blank]
+            text, images = self._with_blank(text), [self.images.blank]
         inputs, labels = self.collate(text)
-        return inputs | self._images.inputs(inputs["input"], images), labels
+        return inputs | self.images.inputs(inputs["input"], images), labels
 
     def without_images(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows' token ids alone, as a probe of the model needs it."""
         return self.collate(_without_images(rows))
 
-    def _with_blank(self, rows: list[Any], ids: list[int]) -> list[Any]:
-        """Return the rows and one of a blank image, in their form."""
+    def _with_blank(self, rows: list[Any]) -> list[Any]:
+        """Return the rows and one of a black image, in their form."""
+        ids = self.images.blank_ids
         first = next((row for row in _one_by_one(rows) if row is not None), None)
-        inputs: dict[str, Any] = {"input": torch.tensor(ids)}
+        inputs: dict[str, Any] = {"input": ids}
         if first is not None and "position_ids" in first[0]:  # packed rows have one length
             length = len(first[1])
             text = f"a row of {length} tokens has no room for the {len(ids)} of a blank image"

@@ -29,6 +29,7 @@ from ditty_di.data import (
 from ditty_di.checkpoint import Checkpointer
 from ditty_di.export import AdapterExport, HuggingFaceExport
 from ditty_di.export.load import open_model
+from ditty_di.isolation import rehearse
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.models import image_text, processor
 from ditty_di.models.towers import in_language_model, language_path
@@ -272,6 +273,23 @@ def test_packed_and_padding_free_documents_are_as_each_alone(cases, family):
         expected = logits(model, case.batch(row)[0])[0, :length]
         assert torch.allclose(found[at : at + length], expected, atol=1e-5)
         at += length
+
+
+def test_a_model_whose_images_are_seen_otherwise_in_packed_rows_is_refused_by_task_check(cases):
+    """Gemma 3 looks up image blocks of its sliding windows by position, which restarts."""
+    case = cases["gemma3"]
+    slots = {
+        "loss_fn": CrossEntropyLoss(output="logits"),
+        "dataloader.collate_fn": case.collate(PaddingFreeCollate(pad_id=0)),
+        "dataloader.dataset.seq_len": None,
+        "model": image_text.from_pretrained(case.base),
+    }
+    with pytest.raises(ValueError, match="gemma3: documents with images differ .* batching=padded"):
+        rehearse(slots.get)
+    for family in ("smolvlm", "qwen2_5_vl"):
+        model = image_text.from_pretrained(cases[family].base)
+        collate = cases[family].collate(PaddingFreeCollate(pad_id=0))
+        assert rehearse({**slots, "model": model, "dataloader.collate_fn": collate}.get) == []
 
 
 # -- layouts, resuming, exports --------------------------------------------------------------------
