@@ -117,7 +117,8 @@ class ImageRenderer(Renderer):
 
     def origins(self, records: Iterable[tuple[str, Any]]) -> str:
         """Return the folders that paths in the records are relative to."""
-        return " ".join(sorted({str(folder_of(position) or Path.cwd()) for position, _ in records}))
+        folders = {folder_of(position) or Path() for position, _ in records}
+        return " ".join(sorted(str(folder.absolute()) for folder in folders))
 
     def __call__(self, records: Sequence[Any]) -> list[list[Encoded | ValueError]]:
         """Return the examples of each record; for a bad record the error in their place."""
@@ -242,7 +243,7 @@ _NO_ANSWER = 'an image has neither "messages", "input" and "output", nor "text" 
 
 
 def _in_folder(path: Any, folder: Path | None) -> Any:
-    return str((folder or Path.cwd()) / path) if isinstance(path, str) else path
+    return str((folder or Path()).absolute() / path) if isinstance(path, str) else path
 
 
 def _with_images(paths: Sequence[str], content: Any) -> list[Any]:

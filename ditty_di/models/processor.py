@@ -26,20 +26,10 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import PushToHubMixin, is_torchvision_available
 
 from ditty_di.models.files import ModelFiles
-from ditty_di.protocols import early_checks
 
 _VIDEOS = "video_processor"
 
 
-def _validate(*, path: Any = ...) -> None:
-    if path is None:
-        raise ValueError(
-            "path: a processor needs the folder, or the Hub's user/name, of a vision-language "
-            "model: model=hf_image_text model.path=..."
-        )
-
-
-@early_checks(validate=_validate)
 def from_pretrained(
     path: str | None,
     *,
@@ -59,7 +49,11 @@ def from_pretrained(
         ImportError: a library that the processor needs is missing.
         ValueError: no processor there that reads images.
     """
-    _validate(path=path)
+    if path is None:
+        raise ValueError(
+            "processor: the folder, or the Hub's user/name, of a vision-language model is needed: "
+            "model=hf_image_text model.path=..."
+        )
     files = ModelFiles(str(path), revision)
     files.find("preprocessor_config.json")  # has the clearer error messages
     try:
