@@ -155,8 +155,9 @@ class ImageRenderer(Renderer):
         return kept
 
     def _checked(self, example: Encoded | ValueError) -> Encoded | ValueError:
-        is_text = isinstance(example, Encoded) and not example.images
-        if is_text and self.images.count(example.ids):
+        if isinstance(example, ValueError) or example.images:
+            return example
+        if self.images.count(example.ids):
             return ValueError(f"it has the image token {self.images.token}, and no image")
         return example
 
@@ -195,14 +196,9 @@ class ImageRenderer(Renderer):
                         for part in turn[content_key]
                     ]
         else:
-            roles = form.roles or {}
-            users = (
-                turn
-                for turn in turns
-                if isinstance(turn, dict)
-                and roles.get(turn.get(form.role_key), turn.get(form.role_key)) == "user"
-            )
-            first = next(users, None)
+            names = {"user"} | {own for own, role in (form.roles or {}).items() if role == "user"}
+            said = (turn for turn in turns if isinstance(turn, dict))
+            first = next((turn for turn in said if turn.get(form.role_key) in names), None)
             if first is None:
                 raise ValueError("an image is given, and no turn of the user to put it in")
             first[content_key] = _with_images(paths, first.get(content_key))
@@ -222,13 +218,12 @@ class ImageRenderer(Renderer):
             question, read = parts[0](record), parts[0].keys_read(record)
             if answered:
                 answer, read = parts[1](record), read | parts[1].keys_read(record)
+        own = {role: name for name, role in (form.roles or {}).items()}  # the records' names
+        contents = {"user": _with_images(paths, question), "assistant": answer}
         turns = [
-            {form.role_key: "user", form.content_key: _with_images(paths, question)},
-            {form.role_key: "assistant", form.content_key: answer},
+            {form.role_key: own.get(role, role), form.content_key: content}
+            for role, content in contents.items()
         ]
-        roles = {new: old for old, new in (form.roles or {}).items()}
-        for turn in turns:
-            turn[form.role_key] = roles.get(turn[form.role_key], turn[form.role_key])
         rest = {key: value for key, value in record.items() if key not in read}
         return rest | {form.key: turns if answered else turns[:1]}
 

@@ -155,9 +155,7 @@ class Images:
             ValueError: an image cannot be read, or has another number of tokens than in `ids`.
         """
         opened = [read_image(image) if isinstance(image, str) else image for image in images]
-        made = self.processor(
-            text=[self.token * len(opened)], images=opened, return_tensors="pt"
-        )
+        made = self.processor(text=[self.token * len(opened)], images=opened, return_tensors="pt")
         in_image = torch.isin(ids, torch.tensor(self.token_ids))
         there, made_of_it = int(in_image.sum()), self.count(made["input_ids"])
         if there != made_of_it:
@@ -278,4 +276,3 @@ def given_images(record: Mapping[str, Any]) -> list[str]:
             require(isinstance(path, str) and bool(path), f'"{key}" must be the path of a file')
             found.append(path)
     return found
-

@@ -117,10 +117,14 @@ class Isolation:
             NotIsolated: an image's tokens are not seen as they are alone.
         """
         documents = images.blank_documents()
-        with torch.no_grad(), evaluating([self.module, *self.modules]), preserved_rng(self.device):
-            with _eager():
-                alone = [self._outputs(_with_images(images, [ids])) for ids in documents]
-                together = self._outputs(_with_images(images, documents))
+        with (
+            torch.no_grad(),
+            evaluating([self.module, *self.modules]),
+            preserved_rng(self.device),
+            _eager(),
+        ):
+            alone = [self._outputs(_with_images(images, [ids])) for ids in documents]
+            together = self._outputs(_with_images(images, documents))
         error, scale = 0.0, max((float(t.abs().max()) for t in together), default=0.0)
         for n, row in enumerate(together):
             at = 0
@@ -317,7 +321,10 @@ class _Probe:
 
 def _with_images(images: Images, documents: list[Tensor]) -> dict[str, Any]:
     """Return one row of documents with an image each."""
-    ids, positions = torch.cat(documents)[None], torch.cat([torch.arange(len(d)) for d in documents])
+    ids, positions = (
+        torch.cat(documents)[None],
+        torch.cat([torch.arange(len(d)) for d in documents]),
+    )
     inputs = {"input": ids, "position_ids": positions[None]}
     blank = [images.blank] * len(documents)
     return inputs | varlen_arguments(positions[None]) | images.inputs(ids, blank)

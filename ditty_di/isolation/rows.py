@@ -107,7 +107,8 @@ def _sample(loader: Any) -> dict[str, Any] | None:
 
     Errors are left to the loader's first batch, where they are reported with their cause.
     """
-    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    dataset: Any = getattr(loader, "dataset", None)
+    collate: Any = getattr(loader, "collate_fn", None)
     if dataset is None or not hasattr(dataset, "__getitem__"):
         return None
     collate = torch.utils.data.default_collate if collate is None else collate

@@ -53,7 +53,7 @@ def builders(
         pipeline_tag: task of its models on the Hub.
         prepare: transform of every model, applied first.
     """
-    attributes = {"contract": contract, "pipeline_tag": pipeline_tag}
+    attributes: dict[str, Any] = {"contract": contract, "pipeline_tag": pipeline_tag}
     attributes["auto_class"] = auto_class.__name__
 
     def rehearse_config(build: Callable[[str], Any]) -> list[str]:

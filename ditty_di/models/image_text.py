@@ -47,9 +47,10 @@ def _of_documents(
     model: Any, ids: Tensor, positions: Tensor, kinds: Tensor, grids: Tensor
 ) -> Tensor:
     """Return the rotary positions `[3, rows, length]` of each document by itself."""
-    found, image = [], 0
+    found: list[Tensor] = []
+    image = 0
     for row, index in enumerate(document_index(positions)):
-        parts = []
+        parts: list[Tensor] = []
         for length in index.unique_consecutive(return_counts=True)[1].tolist():
             at = sum(part.shape[-1] for part in parts)
             own = kinds[row : row + 1, at : at + length]

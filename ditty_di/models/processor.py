@@ -119,16 +119,16 @@ class VideoSettings(PushToHubMixin):  # type: ignore[misc]
 @contextmanager
 def videos_unread() -> Iterator[None]:
     """Let processors be made with `VideoSettings` in place of what reads videos."""
-    checked = ProcessorMixin.check_argument_for_proper_class
+    mixin: Any = ProcessorMixin
+    checked = mixin.check_argument_for_proper_class
 
     def check(self: Any, name: str, argument: Any) -> Any:
-        return type(argument) if isinstance(argument, VideoSettings) else checked(self, name, argument)
+        return (
+            type(argument) if isinstance(argument, VideoSettings) else checked(self, name, argument)
+        )
 
-    ProcessorMixin.check_argument_for_proper_class = check
+    mixin.check_argument_for_proper_class = check
     try:
         yield
     finally:
-        ProcessorMixin.check_argument_for_proper_class = checked
-
-
-
+        mixin.check_argument_for_proper_class = checked

@@ -52,7 +52,7 @@ def in_language_model(model: nn.Module, path: str) -> bool:
 
 def _configs(model: nn.Module) -> tuple[Any, Any]:
     """Return the configuration of the outermost model of transformers, and that of its text."""
-    outer = getattr(transformers_model(model)[1], "config", None)
+    outer: Any = getattr(transformers_model(model)[1], "config", None)
     return outer, outer.get_text_config() if hasattr(outer, "get_text_config") else outer
 
 

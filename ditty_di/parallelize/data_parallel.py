@@ -127,15 +127,15 @@ def shard(
         reshard_after_forward = not parallel_dims.pp_enabled
     container = repeated_blocks(model, blocks)
     beside = [repeated_blocks(tower) for tower in towers(model)] if blocks is None else []
-    containers = [container, *(own for own in beside if own is not container)]
-    plain_blocks = [block for own in containers for block in _own_blocks(own)]
+    containers = [container, *(each for each in beside if each is not container)]
+    plain_blocks = [block for each in containers for block in _own_blocks(each)]
     if activation_checkpointing is not None:
-        for own in containers:
-            for i, (name, block) in enumerate(list(own.named_children())):
+        for each in containers:
+            for i, (name, block) in enumerate(list(each.named_children())):
                 if i % checkpoint_every_n_blocks == 0 and block in plain_blocks:
-                    own.register_module(name, activation_checkpointing(block))
+                    each.register_module(name, activation_checkpointing(block))
     blocks_of_text = _own_blocks(container)
-    units = [block for own in containers for block in _own_blocks(own)]
+    units = [block for each in containers for block in _own_blocks(each)]
     if compile is not None:
         for block in blocks_of_text:
             block.compile(**compile)

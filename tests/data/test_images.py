@@ -66,7 +66,11 @@ PART, ASK = {"type": "image"}, {"type": "text", "text": " a b"}
     "record, question, images",
     [
         ({"image": "0.png", "input": "a b", "output": " one"}, f"{IMAGE} a b", "0"),
-        ({"image": ["0.png", "1.png"], "prompt": "a", "completion": " one"}, f"{IMAGE} {IMAGE} a", "01"),
+        (
+            {"image": ["0.png", "1.png"], "prompt": "a", "completion": " one"},
+            f"{IMAGE} {IMAGE} a",
+            "01",
+        ),
         ({"image": "1.png", "text": " one"}, IMAGE, "1"),
         ({"image": "0.png", "messages": turns(" a b", " one")}, f"{IMAGE} a b", "0"),
         (
@@ -96,9 +100,7 @@ def test_images_stand_where_the_record_says(processor, folder, record, question,
 
 def test_each_answer_alone_has_the_images_before_it(processor, folder):
     paths = [str(folder / "sub" / f"{n}.png") for n in range(2)]
-    messages = turns(
-        [PART | {"path": paths[0]}], " one", [PART | {"path": paths[1]}, ASK], " two"
-    )
+    messages = turns([PART | {"path": paths[0]}], " one", [PART | {"path": paths[1]}, ASK], " two")
     first, second = rendered(processor, {"messages": messages}, assistant_turns="each")
     assert (first.images, second.images) == ((paths[0],), tuple(paths))
     assert texts(processor, second)[1] == "two <end>"
@@ -126,13 +128,22 @@ def test_generation_tags_mark_answers_behind_images(processor, folder):
     "record, message",
     [
         ({"image": "9.png", "input": "a", "output": "b"}, "9.png does not exist"),
-        ({"image": "text.png", "input": "a", "output": "b"}, "text.png cannot be read: cannot identify"),
-        ({"image": "half.png", "input": "a", "output": "b"}, "half.png cannot be read: .*truncated"),
+        (
+            {"image": "text.png", "input": "a", "output": "b"},
+            "text.png cannot be read: cannot identify",
+        ),
+        (
+            {"image": "half.png", "input": "a", "output": "b"},
+            "half.png cannot be read: .*truncated",
+        ),
         ({"image": 3, "input": "a", "output": "b"}, '"image" must be the path of a file'),
         ({"image": "0.png"}, 'neither "messages", "input" and "output", nor "text"'),
         ({"images": ["0.png"], "messages": turns([PART, PART], "b")}, "2 parts .* and 1 images"),
         ({"messages": turns([PART], "b")}, 'has an image without the "path" of a file'),
-        ({"messages": turns("<image> a", " b")}, "renders 1 image placeholders <image> for 0 images"),
+        (
+            {"messages": turns("<image> a", " b")},
+            "renders 1 image placeholders <image> for 0 images",
+        ),
         ({"input": "<image> a", "output": "b"}, "has the image token <image>, and no image"),
         ({"image": "0.png", "messages": turns()}, "no turn of the user"),
     ],
@@ -204,7 +215,9 @@ def test_rows_of_padding_and_of_a_token_budget_get_their_images(processor, folde
     budget = TokenBudgetDataset(examples, max_tokens=40)
     inputs, labels = collate([budget[0]])
     assert inputs["pixel_values"].shape[1] == len(labels) > 1
-    assert torch.isin(inputs["input"], torch.tensor(collate.images.token_ids)).sum() == 4 * len(labels)
+    assert torch.isin(inputs["input"], torch.tensor(collate.images.token_ids)).sum() == 4 * len(
+        labels
+    )
 
 
 def test_pixels_are_rgb_whatever_the_file_has(tmp_path):

@@ -26,7 +26,10 @@ from transformers import (
 
 from ditty_di.models.processor import VideoSettings, videos_unread
 
-WORDS = "user assistant : . which digit is this a b c red blue one two three four five".split()
+WORDS = [
+    *("user", "assistant", ":", ".", "which", "digit", "is", "this", "a", "b", "c", "red", "blue"),
+    *("one", "two", "three", "four", "five"),
+]
 SPECIAL = [
     *("<pad>", "<eos>", "<unk>", "<end>"),
     *("<image>", "<fake_token_around_image>", "<global-img>", "<video>"),
@@ -178,7 +181,8 @@ def picture(path: Path, seed: int, size: tuple[int, int] = (16, 16)) -> str:
 def examples(folder: Path) -> Path:
     """Write records with no, one and two images, of several shapes."""
     one, wide, two = (
-        picture(folder / f"{n}.png", n, size) for n, size in enumerate([(16, 16), (32, 16), (8, 24)])
+        picture(folder / f"{n}.png", n, size)
+        for n, size in enumerate([(16, 16), (32, 16), (8, 24)])
     )
     ask = {"type": "text", "text": " which digit is this"}
     records: list[dict[str, Any]] = [

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 from ditty_di import Trainer
 from ditty_di.adapters import apply_adapter, initialize
 from ditty_di.batch import Batch
+from ditty_di.checkpoint import Checkpointer
 from ditty_di.data import (
     ImageRenderer,
     ImageTextCollate,
@@ -26,7 +27,6 @@ from ditty_di.data import (
     TokenizedDataset,
     records,
 )
-from ditty_di.checkpoint import Checkpointer
 from ditty_di.export import AdapterExport, HuggingFaceExport
 from ditty_di.export.load import open_model
 from ditty_di.isolation import rehearse
@@ -52,9 +52,7 @@ class Case:
     def __init__(self, folder, family, data):
         self.base = str(tiny.save(folder / family, family))
         self.processor = processor.from_pretrained(self.base)
-        renderer = ImageRenderer(
-            self.processor.tokenizer, processor=self.processor, max_tokens=128
-        )
+        renderer = ImageRenderer(self.processor.tokenizer, processor=self.processor, max_tokens=128)
         source = records(data, validation_fraction=0)
         self.examples = TokenizedDataset(source, renderer, cache_dir=folder / "cache")
 
@@ -138,9 +136,7 @@ def test_image_tokens_are_never_learned(cases, family):
     assert (labels >= 0).any(1).all()
     source = records(_lines(case), validation_fraction=0)
     renderer = ImageRenderer(case.processor.tokenizer, processor=case.processor)
-    whole = TokenizedDataset(
-        source, renderer, loss_mask="no_mask", cache_dir=case.base + "-cache"
-    )
+    whole = TokenizedDataset(source, renderer, loss_mask="no_mask", cache_dir=case.base + "-cache")
     assert not any(torch.isin(whole[i][1], images).any() for i in range(len(whole)))
     assert (whole[1][1] >= 0).sum() > (case.examples[1][1] >= 0).sum()
 
@@ -209,7 +205,9 @@ def test_the_gradients_of_lora_are_those_of_stock_peft(cases, family, runtime):
     language = language_path(model)
     assert adapted and all(name.startswith(f"{language}.") for name in adapted)
 
-    layers = sorted({name.partition(".lora_")[0].removeprefix("base_model.model.") for name in adapted})
+    layers = sorted(
+        {name.partition(".lora_")[0].removeprefix("base_model.model.") for name in adapted}
+    )
     theirs = get_peft_model(case.stock(), LoraConfig(r=4, target_modules=layers))
     values = dict(model.named_parameters())
     with torch.no_grad():
@@ -228,9 +226,9 @@ def test_a_part_can_be_frozen_by_name_and_the_tower_is_not_quantized(cases, fami
     parts = {name.split(".")[1] for name, _ in whole.named_parameters()}
     tower = next(p for p in ("vision_model", "visual", "vision_tower") if p in parts)
     frozen = image_text.from_pretrained(case.base, freeze=[tower])
-    assert {f".{tower}." in name for name, p in frozen.named_parameters() if not p.requires_grad} == {
-        True
-    }
+    assert {
+        f".{tower}." in name for name, p in frozen.named_parameters() if not p.requires_grad
+    } == {True}
     small = image_text.from_pretrained(case.base, quantize=nf4)
     packed = [path for path, layer in small.named_modules() if hasattr(layer, "qweight")]
     assert packed and all(in_language_model(small, path) for path in packed)
@@ -284,7 +282,9 @@ def test_a_model_whose_images_are_seen_otherwise_in_packed_rows_is_refused_by_ta
         "dataloader.dataset.seq_len": None,
         "model": image_text.from_pretrained(case.base),
     }
-    with pytest.raises(ValueError, match="gemma3: documents with images differ .* batching=padded"):
+    with pytest.raises(
+        ValueError, match=r"gemma3: documents with images differ .* batching=padded"
+    ):
         rehearse(slots.get)
     for family in ("smolvlm", "qwen2_5_vl"):
         model = image_text.from_pretrained(cases[family].base)
@@ -348,7 +348,10 @@ def train(case, folder, steps, **options):
 @pytest.mark.parametrize("family", ["qwen2_5_vl"])
 def test_a_resumed_training_is_that_of_one_run(cases, family, tmp_path):
     case = cases[family]
-    options = {"freeze": ["visual"], "adapter": partial(apply_adapter, config=LoraConfig(r=2, target_modules="all-linear"))}
+    options = {
+        "freeze": ["visual"],
+        "adapter": partial(apply_adapter, config=LoraConfig(r=2, target_modules="all-linear")),
+    }
     whole = train(case, tmp_path / "whole", 4, **options).train()["objective"]
     train(case, tmp_path / "part", 2, **options).train()
     assert train(case, tmp_path / "part", 4, **options).train()["objective"] == whole
@@ -367,7 +370,9 @@ def test_an_export_opens_in_stock_with_its_processor_and_equal_logits(cases, fam
     whole([model])
     opened = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole").eval()
     assert torch.equal(logits(opened, inputs), logits(model, inputs))
-    assert torch.equal(logits(open_model(str(tmp_path / "whole")).eval(), inputs), logits(model, inputs))
+    assert torch.equal(
+        logits(open_model(str(tmp_path / "whole")).eval(), inputs), logits(model, inputs)
+    )
     card = (tmp_path / "whole" / "README.md").read_text()
     assert "pipeline_tag: image-text-to-text" in card and "AutoProcessor" in card
     again = processor.from_pretrained(str(tmp_path / "whole"))
