@@ -29,7 +29,10 @@ SMALL = f"max_steps=3 data.seq_len=96 validator.max_batches=1 global_batch_size=
 SHORT = "max_steps=2 validator.max_batches=1"
 
 #: Experiments that log no generated text.
-NO_SAMPLES = ("seq2seq", "diffusion", "flow_matching", "classification", "two_heads", "module")
+NO_SAMPLES = (
+    *("seq2seq", "diffusion", "flow_matching", "classification", "two_heads", "module"),
+    "vision_language",
+)
 #: What makes some of them cheaper.
 FEW = {"diffusion": " export.samples=10", "flow_matching": " export.samples=10"}
 

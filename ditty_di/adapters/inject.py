@@ -129,10 +129,8 @@ def _set_targets(config: Any, model: nn.Module) -> None:
     if not hasattr(config, "target_modules"):
         return
     wanted = config.target_modules
-    if wanted == targets.ALL_LINEAR:
-        whole = [*whole, *_refused_by_peft(config, model)]
     if isinstance(wanted, str) and wanted.lower() == targets.ALL_LINEAR:
-        _set_all_linear(config, model, whole)
+        _set_all_linear(config, model, [*whole, *_refused_by_peft(config, model)])
     elif wanted is not None:
         targets.require_matches(model, "target_modules", wanted)
     elif not getattr(config, "target_parameters", None) and not _known_to_peft(config, model):
@@ -191,7 +189,7 @@ def _refused_by_peft(config: Any, model: nn.Module) -> list[str]:
             refused.append(name)
     if refused:
         log.warning(
-            "adapter: target_modules=all-linear leaves out %s: kernels of %s read the weight itself",
+            "adapter: target_modules=all-linear leaves out %s: kernels of %s read the weights",
             *(", ".join(refused), getattr(getattr(model, "config", None), "model_type", "it")),
         )
     return refused

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ditty_di.models.coverage import within_block
 from ditty_di.models.stacked import Stacked, fused_weights, is_linear, routers
+from ditty_di.models.towers import in_language_model
 
 #: The value of `target_modules` for every linear layer but the output head.
 ALL_LINEAR = "all-linear"
@@ -40,7 +41,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def all_linear(model: nn.Module, *, except_for: Iterable[str] = ()) -> list[str]:
     """Return names for every linear layer but the output head and the routers of experts.
 
-    Without a known output head these are the linear layers of the repeated blocks.
+    Without a known output head these are the linear layers of the repeated blocks; in a multimodal
+    model those of its language model.
 
     Args:
         model: without adapters.
@@ -59,7 +61,9 @@ def all_linear(model: nn.Module, *, except_for: Iterable[str] = ()) -> list[str]
     chosen = [
         path
         for path in found
-        if path not in apart and not any(matches(name, path) for name in except_for)
+        if path not in apart
+        if in_language_model(model, path)
+        if not any(matches(name, path) for name in except_for)
     ]
     if not chosen:
         raise ValueError(
@@ -77,7 +81,11 @@ def layers_of(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 def blocks_linear(model: nn.Module) -> list[str]:
     """Return names for the linear layers of repeated blocks; without blocks all but the head."""
-    chosen = [path for path in linear_layers(model) if _in_block(model, path)]
+    chosen = [
+        path
+        for path in linear_layers(model)
+        if _in_block(model, path) and in_language_model(model, path)
+    ]
     return shortest(model, chosen) if chosen else all_linear(model)
 
 

@@ -11,6 +11,8 @@ from ditty_di.data.corpus import text_files as text_files
 from ditty_di.data.corpus import train_documents as train_documents
 from ditty_di.data.corpus import validation_documents as validation_documents
 from ditty_di.data.file_cache import FileCache as FileCache
+from ditty_di.data.image_renderer import ImageRenderer as ImageRenderer
+from ditty_di.data.images import ImageTextCollate as ImageTextCollate
 from ditty_di.data.keyed import KeyedSampler as KeyedSampler
 from ditty_di.data.loader import Loader as Loader
 from ditty_di.data.loader import training_steps as training_steps

@@ -24,6 +24,7 @@ class Encoded(NamedTuple):
             several inputs.
         cut: Whether the example was truncated.
         notes: Audit findings.
+        images: Paths of its images, in the order of their tokens.
     """
 
     ids: list[int]
@@ -31,6 +32,7 @@ class Encoded(NamedTuple):
     inputs: int
     cut: bool
     notes: frozenset[Note] = frozenset()
+    images: tuple[str, ...] = ()
 
 
 class Kind(NamedTuple):

@@ -54,6 +54,10 @@ class ChatTemplate:
             chat: The conversation.
             prompt: Add the generation prompt.
         """
+        return self.as_rendered(chat, prompt=prompt)
+
+    def as_rendered(self, chat: Conversation, *, prompt: bool = False) -> str:
+        """Return what the template makes of the conversation; arguments as for `render`."""
         key = (*map(id, chat.messages), id(chat.tools), id(chat.kwargs), prompt)
         if key not in self._rendered:
             if len(self._rendered) >= _RENDERINGS_KEPT:
@@ -80,7 +84,7 @@ class ChatTemplate:
             return None
 
     def marked(self, chat: Conversation) -> list[tuple[int, int]]:
-        """Return the spans of characters within `{% generation %}` in what `render` returns.
+        """Return the spans of characters within `{% generation %}` in what `as_rendered` returns.
 
         Empty for a template without the tag, or with the tag only in comments or in branches that
         are not taken.
@@ -101,7 +105,7 @@ class ChatTemplate:
                 **{**self.tokenizer.special_tokens_map, **chat.kwargs},
             )
         (text,), (spans,) = rendered
-        return [(start, end) for start, end in spans] if text == self.render(chat) else []
+        return [(start, end) for start, end in spans] if text == self.as_rendered(chat) else []
 
     def fitted(self, chat: Conversation) -> Conversation:
         """Return the conversation in the form that the template accepts.

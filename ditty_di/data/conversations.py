@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,12 +88,14 @@ class ChatFormat:
         role_key: Key of a turn's role.
         content_key: Key of a turn's content.
         roles: Maps the records' names of roles to the template's: {human: user, gpt: assistant}.
+        images: Whether contents may have parts `{"type": "image", "path": ...}`.
     """
 
     key: str = "messages"
     role_key: str = "role"
     content_key: str = "content"
     roles: Mapping[str, str] | None = None
+    images: bool = False
 
     def keys_of(self, record: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the keys that hold the conversation's turns, () for another kind of record.
@@ -158,7 +160,8 @@ class ChatFormat:
             require(not holds(turn.get("function_call")), text)
             text = f'{where} has no "{self.content_key}": there is nothing to learn'
             require(role != "assistant" or bool(calls), text)
-        message["content"] = _content(content, role, f'"{self.content_key}" of {where}')
+        named = f'"{self.content_key}" of {where}'
+        message["content"] = _content(content, role, named, self.images)
         return message, trained_on
 
 
@@ -174,15 +177,15 @@ def _is_trained_on(turn: Message, where: str) -> bool:
     return all(flags.values())
 
 
-def _content(content: Any, role: str, where: str) -> Any:
-    """Return text, or a list of parts `{"type": "text", "text": ...}`.
+def _content(content: Any, role: str, where: str, images: bool) -> Any:
+    """Return text, or a list of parts `{"type": "text", "text": ...}`, also of images.
 
     A tool's answer may be any value: templates differ in how they render it.
     """
     if content is None or isinstance(content, str):
         return content or ""
     if isinstance(content, list) and (role != "tool" or all(map(_is_part, content))):
-        return [_part(part, where) for part in content]
+        return [_part(part, where, images) for part in content]
     require(role == "tool", f"{where} holds a {type(content).__name__} instead of text")
     return content
 
@@ -191,15 +194,20 @@ def _is_part(part: Any) -> bool:
     return isinstance(part, dict) and isinstance(part.get("type"), str)
 
 
-def _part(part: Any, where: str) -> dict[str, str]:
+def _part(part: Any, where: str, images: bool) -> dict[str, str]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, dict):
         raise ValueError(f"{where} holds a list with a {type(part).__name__} instead of parts")
     kind = part.get("type", "text")
+    if kind == "image" and images:
+        path = part.get("path", part.get("image"))
+        require(isinstance(path, str), f'{where} has an image without the "path" of a file')
+        return {"type": "image", "path": str(path)}
     named = f"of type {kind!r}" if kind != "text" else "without text"
     is_text = kind == "text" and isinstance(part.get("text"), str)
-    require(is_text, f"{where} has a part {named}; only parts of text can be learned from")
+    hint = " (data=image_text reads images)" if kind == "image" else ""
+    require(is_text, f"{where} has a part {named}; only parts of text can be learned from{hint}")
     return {"type": "text", "text": part["text"]}
 
 
@@ -209,6 +217,13 @@ def text_of(content: Any) -> str:
         return content if isinstance(content, str) else ""
     parts = (part for part in content if isinstance(part, dict) and part.get("type") == "text")
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+
+
+def paths_of(messages: Iterable[Message]) -> tuple[str, ...]:
+    """Return the paths of the images in turns, in their order."""
+    contents = (message["content"] for message in messages)
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return tuple(part["path"] for part in parts if part.get("type") == "image")
 
 
 def _template_arguments(value: Any) -> dict[str, Any]:

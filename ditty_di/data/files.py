@@ -73,10 +73,24 @@ def name_of(file: AnyFile) -> str:
     return _plain(file).stem
 
 
-def located(file: AnyFile, where: str) -> str:
-    """Return a value's file and position for messages: `file:3`."""
+class Position(str):
+    """Where a value stands, for messages: `file:3`."""
+
+    #: Of the file, which relative paths in the value start from.
+    folder: Path | None = None
+
+
+def located(file: AnyFile, where: str) -> Position:
+    """Return a value's file and position."""
     number = where.removeprefix("line ")
-    return f"{file}, {where}" if number == where else f"{file}:{number}"
+    position = Position(f"{file}, {where}" if number == where else f"{file}:{number}")
+    position.folder = file.parent if isinstance(file, Path) else None
+    return position
+
+
+def folder_of(position: str) -> Path | None:
+    """Return the folder of the file that a position is in; None where there is no file."""
+    return position.folder if isinstance(position, Position) else None
 
 
 def as_record(value: Any) -> dict[str, Any]:

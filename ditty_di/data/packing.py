@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left, insort
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class RaggedRows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> tuple[dict[str, Tensor], Tensor]: ...
+    def __getitem__(self, index: int, /) -> tuple[dict[str, Any], Tensor]: ...
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int, seed: int = 0) -> list[list[int]]:
@@ -97,7 +97,7 @@ class PackedDataset(GroupedRows):
     0 in each example and in the padding at the end, by which transformers' attention keeps them
     apart as long as there is no attention mask and no cache (`use_cache=False`). An epoch has every
     example once. Of examples with a `source` (a `Mixture` without ratios) there is that of each
-    token, `source` `[seq_len]`.
+    token, `source` `[seq_len]`; of examples with images their paths, `images`.
 
     Args:
         examples: Dataset of the examples, with `lengths`.
@@ -157,22 +157,25 @@ class PackedDataset(GroupedRows):
             *(len(chosen), len(packs), seq_len, 100 * self.efficiency),
         )
 
-    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
+    def __getitem__(self, index: int) -> tuple[dict[str, Any], Tensor]:
         at = 0
         ids = torch.full((self.seq_len,), self.pad_id)
         labels = torch.full((self.seq_len,), self.ignore_index)
         positions = torch.empty(self.seq_len, dtype=torch.int64)
         sources = torch.zeros(self.seq_len, dtype=torch.int64)
+        images: list[str] = []
         for member in self.members(index):
             inputs, targets = self.examples[member]
             end = min(at + len(targets), self.seq_len)
             ids[at:end], labels[at:end] = inputs["input"][: end - at], targets[: end - at]
             positions[at:end] = torch.arange(end - at)
             sources[at:end] = inputs.get("source", 0)
+            images += inputs.get("images", [])
             at = end
         positions[at:] = torch.arange(self.seq_len - at)
-        row = {"input": ids, "position_ids": positions}
-        return ({**row, "source": sources} if self.source_names else row), labels
+        row: dict[str, Any] = {"input": ids, "position_ids": positions}
+        row |= {"source": sources} if self.source_names else {}
+        return row | ({"images": images} if images else {}), labels
 
     def fingerprint(self) -> str | None:
         """Return a digest of the examples and the packing; None if the examples have none."""

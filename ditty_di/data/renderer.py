@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ditty_di.data import given_tokens, options
 from ditty_di.data.audit import Encoded, Note, refusal
 from ditty_di.data.cache import fingerprint
-from ditty_di.data.conversations import ChatFormat, Conversation, holds, is_turns
+from ditty_di.data.conversations import ChatFormat, Conversation, holds, is_turns, paths_of
 from ditty_di.data.templates import ASSISTANT_TURNS, ChatRenderer, PromptTemplate
 from ditty_di.data.token_spans import Markers, TokenSpans, special_tokens_around
 from ditty_di.data.tokens import eos_id, tokenizer_fingerprint
@@ -194,6 +195,17 @@ class Renderer:
             found[i] = [example._replace(notes=example.notes | notes)]
         return [[self._audited(example) for example in examples] for examples in found]
 
+    #: Ids that are excluded from the loss wherever they are.
+    never_learned: Sequence[int] = ()
+
+    def resolved(self, record: Any, folder: Path | None) -> Any:
+        """Return the record with the paths of its files; this renderer reads no files."""
+        return record
+
+    def origins(self, records: Iterable[tuple[str, Any]]) -> str:
+        """Return what the examples depend on beside the records' content: nothing."""
+        return ""
+
     def unread(self, record: Mapping[str, Any]) -> set[str]:
         """Return the record's fields that hold something and that nothing reads.
 
@@ -364,8 +376,11 @@ class Renderer:
             *self._renderer.template.unread(chat, self._ignored),
         }
         found: list[Encoded | ValueError] = []
-        for ids, mask, own in self._renderer(chat):
-            found.append(self._limited(Encoded(ids, mask, -1, False, frozenset(notes | own))))
+        parts = self._renderer.parts(chat)
+        for (part, _), (ids, mask, own) in zip(parts, self._renderer(chat), strict=True):
+            images = paths_of(part.messages)
+            whole = Encoded(ids, mask, -1, False, frozenset(notes | own), images)
+            found.append(self._limited(whole))
             notes = set()  # once a record
         return found
 

@@ -131,13 +131,19 @@ class ChatRenderer:
         tokenizer: The tokenizer.
         assistant_turns: `all` answers of a conversation in one example, `each` in an example of its
             own, or the `last` alone.
+        template: Renders conversations; None: the tokenizer's chat template.
 
     Raises:
         ValueError: The tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_turns: str) -> None:
-        self.template = ChatTemplate(tokenizer)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        assistant_turns: str,
+        template: ChatTemplate | None = None,
+    ) -> None:
+        self.template = template or ChatTemplate(tokenizer)
         self.tokens = TokenSpans(tokenizer)
         self._choose = ASSISTANT_TURNS[assistant_turns]
         self._markers = Markers(tokenizer)
@@ -153,14 +159,17 @@ class ChatRenderer:
         Raises:
             ValueError: The template does not render the conversation turn by turn.
         """
-        chosen = self._choose(chat.answers) if chat.answers else [(len(chat.messages), [])]
-        for count, answers in chosen:
-            part = chat.with_messages(chat.messages[:count])
+        for part, answers in self.parts(chat):
             whole = self.template.render(part)
             if spans := self.template.marked(part):
                 yield self._by_marks(part, whole, spans, answers)
             else:
                 yield self._by_differences(part, whole, answers)
+
+    def parts(self, chat: Conversation) -> list[tuple[Conversation, list[int]]]:
+        """Return the beginning of the conversation, and its answers, that each example is of."""
+        chosen = self._choose(chat.answers) if chat.answers else [(len(chat.messages), [])]
+        return [(chat.with_messages(chat.messages[:count]), answers) for count, answers in chosen]
 
     # --- the template's marks --------------------------------------------------------------------
 

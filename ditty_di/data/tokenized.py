@@ -19,6 +19,7 @@ from ditty_di.data import options
 from ditty_di.data.audit import Encoded, Findings
 from ditty_di.data.cache import build_once, cache_folder, chunks, counted, fingerprint
 from ditty_di.data.content import array_digest, fingerprint_with
+from ditty_di.data.files import folder_of
 from ditty_di.data.renderer import Renderer
 from ditty_di.data.sources import RecordDataset
 from ditty_di.data.tokens import id_dtype
@@ -58,7 +59,8 @@ class TokenizedDataset:
 
     `examples[i]` is `({"input": int64 [length]}, labels int64 [length])` with `labels[t]` the token
     after `input[t]` where it is in the loss, else `ignore_index`. `lengths` int64 `[examples]` are
-    known without reading the tokens.
+    known without reading the tokens. If any record has images, `images` are the paths of those of
+    the row (`ditty_di.data.ImageTextCollate` reads them).
 
     The first process tokenizes, others wait for its file: no collective is involved. Examples
     without a token in the loss are dropped; a log line counts them and those that were truncated.
@@ -108,7 +110,9 @@ class TokenizedDataset:
         self.validate(loss_mask=loss_mask)
         self.ignore_index = ignore_index
         key = fingerprint(
-            records.fingerprint(), renderer.fingerprint(), f"{loss_mask} {_EXAMPLES_FORMAT}"
+            records.fingerprint(),
+            renderer.fingerprint(),
+            f"{loss_mask} {_EXAMPLES_FORMAT}{renderer.origins(records)}",
         )
         self._folder = build_once(
             cache_folder(cache_dir) / "tokenized" / key[:32],
@@ -126,14 +130,18 @@ class TokenizedDataset:
         )
         self.lengths: np.ndarray = np.diff(self._offsets) - 1
         self._about = json.loads((self._folder / "about.json").read_text(encoding="utf-8"))
+        self._images: list[list[str]] = self._about.get("images", [])
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
+    def __getitem__(self, index: int) -> tuple[dict[str, Any], Tensor]:
         ids, mask, _ = self.tokens_of(index)
         labels = np.where(mask[1:], ids[1:], self.ignore_index)
-        return {"input": torch.from_numpy(ids[:-1].copy())}, torch.from_numpy(labels)
+        inputs: dict[str, Any] = {"input": torch.from_numpy(ids[:-1].copy())}
+        if self._images:
+            inputs["images"] = self._images[options.row_index(index, len(self))]
+        return inputs, torch.from_numpy(labels)
 
     def fingerprint(self) -> str:
         """Return a digest of the tokens, where examples begin and the loss masks."""
@@ -269,13 +277,15 @@ class _Reader:
         """Yield the usable examples with their loss masks `[tokens]`."""
         for chunk in chunks(records, _RECORDS_AT_ONCE):
             self.total += len(chunk)
-            encoded = self.renderer([record for _, record in chunk])
+            resolved = self.renderer.resolved
+            encoded = self.renderer([resolved(record, folder_of(at)) for at, record in chunk])
             for (where, record), examples in zip(chunk, encoded, strict=True):
                 for example in examples:
                     if isinstance(example, ValueError):
                         self._refuse(where, record, example)
                         continue
                     mask = self.loss_mask(np.array(example.output, bool))
+                    mask &= ~np.isin(example.ids, self.renderer.never_learned)
                     if not mask[1:].any():
                         self.without += 1
                         continue
@@ -331,6 +341,7 @@ def _build(folder: Path, records: RecordDataset, reader: _Reader) -> None:
     renderer = reader.renderer
     dtype = id_dtype(renderer.tokenizer)
     tokens, masks, inputs, texts, cut = [], [], list[int](), list[str](), 0
+    images: list[list[str]] = []
     for example, mask in reader.examples(counted(records, "tokenizing records", "records")):
         cut += example.cut
         if len(texts) < _PROMPTS_KEPT:
@@ -338,6 +349,7 @@ def _build(folder: Path, records: RecordDataset, reader: _Reader) -> None:
         tokens.append(np.array(example.ids, dtype))
         masks.append(mask)
         inputs.append(example.inputs)
+        images.append(list(example.images))
     reader.check(records)
     sizes = [*map(len, tokens)]
     folder.mkdir()
@@ -350,5 +362,6 @@ def _build(folder: Path, records: RecordDataset, reader: _Reader) -> None:
         f"tokens, the longest {max(sizes)}; {cut} cut to fit, {reader.without} dropped without a "
         "token to learn"
     )
-    about = {"summary": summary, "prompts": texts, "warnings": reader.findings.lines()}
+    about: dict[str, Any] = {"summary": summary, "prompts": texts}
+    about |= {"warnings": reader.findings.lines(), **({"images": images} if any(images) else {})}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ditty_di.data.cache import build_once, cache_folder
+
 MISSING = "digits: the images come with scikit-learn: pip install 'ditty_di[examples]'"
+
+_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class Digits(torch.utils.data.Dataset):
@@ -50,6 +58,36 @@ class Digits(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
         return {"input": self.images[index]}, self.labels[index]
+
+
+def digit_pictures(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return a folder of examples: pictures of digits, and their names as answers.
+
+    `train.jsonl` and `val.jsonl` have the rows of `Digits`, each `{"image": "images/0.png",
+    "input": "Which digit is this?", "output": "seven"}`; the images are gray, of 8x8 pixels.
+
+    Args:
+        cache_dir: cache folder; None: `$DITTY_DI_CACHE`, or `~/.cache/ditty_di`.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    return build_once(cache_folder(cache_dir) / "examples" / "digit-pictures-v1", _write_pictures)
+
+
+def _write_pictures(folder: Path) -> None:
+    (folder / "images").mkdir(parents=True)
+    number = 0
+    for split, name in (("train", "train"), ("validation", "val")):
+        digits, lines = Digits(split), []
+        for image, label in zip(digits.images, digits.labels.tolist(), strict=True):
+            path = f"images/{number}.png"
+            pixels = ((image[0] + 1) * 127.5).round().to(torch.uint8)  # [8, 8]
+            Image.fromarray(pixels.numpy()).save(folder / path)
+            record = {"image": path, "input": "Which digit is this?", "output": _NAMES[label]}
+            lines.append(json.dumps(record) + "\n")
+            number += 1
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 class Recognition:

@@ -27,6 +27,7 @@ class AutoExport:
         push_to: `user/name` on the Hub; None uploads nothing.
         private: visibility of a repository that has to be created.
         license: license in the model card, such as apache-2.0.
+        processor: of a vision-language model, written beside the weights; None for other models.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class AutoExport:
         push_to: str | None = None,
         private: bool = True,
         license: str | None = None,
+        processor: Any = None,
     ) -> None:
         publication: dict[str, Any] = {
             "run": run,
             "push_to": push_to,
             "private": private,
             "license": license,
+            "processor": processor,
         }
         self._adapter = AdapterExport(tokenizer, path, base=base, revision=revision, **publication)
         self._model = HuggingFaceExport(

@@ -34,6 +34,7 @@ class Export:
         push_to: `user/name` on the Hub; None does not upload.
         private: whether a repository that has to be created is private.
         license: for the card; a name that the Hub knows, such as apache-2.0.
+        processor: of a vision-language model, saved with its tokenizer; None for other models.
 
     Raises:
         HubError: the upload cannot work, such as without a token; raised before training.
@@ -46,6 +47,7 @@ class Export:
     push_to: str | None = None
     private: bool = True
     license: str | None = None
+    processor: Any = None
 
     def __post_init__(self) -> None:
         self.folder = Path(self.path).expanduser()
@@ -66,7 +68,7 @@ class Export:
         """
         self.check(only_part(model_parts))
         if is_first_rank():
-            require_writable(self.folder, self.tokenizer)
+            require_writable(self.folder, self.processor or self.tokenizer)
 
     def check(self, model: Any) -> None:
         """Raise ValueError for a model that cannot be exported like this; called on every rank."""
@@ -113,8 +115,9 @@ class Export:
         """
         with replaced_whole(self.folder) as folder:
             yield folder
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
+            for part in (self.tokenizer, self.processor):
+                if part is not None:
+                    part.save_pretrained(folder)
             if self.push_to:
                 record |= {"push_to": self.push_to, "private": self.private}
             write_record(folder, record)
@@ -137,3 +140,13 @@ def require_writable(folder: Path, tokenizer: Any = None) -> None:
         raise ValueError(
             f"export.path={folder} cannot be written: {error}; write export.path=FOLDER"
         ) from error
+
+
+def published_as(model: Any) -> dict[str, str]:
+    """Return `auto`, the class of transformers that opens a model, and its `pipeline_tag`.
+
+    Empty for a model that `ditty_di.models.hugging_face` has not built.
+    """
+    names = {"auto": "auto_class", "pipeline_tag": "pipeline_tag"}
+    found = {key: getattr(model, name, None) for key, name in names.items()}
+    return {key: value for key, value in found.items() if value is not None}

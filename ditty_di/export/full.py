@@ -17,7 +17,7 @@ import ditty_di.models.modeling  # noqa: F401
 from transformers import PreTrainedModel
 
 from ditty_di.dtypes import dtype_name
-from ditty_di.export.base import Export, require_writable
+from ditty_di.export.base import Export, published_as, require_writable
 from ditty_di.export.folder import quiet, replaced_whole
 from ditty_di.export.gather import gathered, only_part, saved
 from ditty_di.fqn import canonical_fqn
@@ -59,7 +59,7 @@ class HuggingFaceExport(Export):
             return
         bare: Any = _bare(model)
         bare.generation_config = self.generation_config(model)
-        with self.written({"kind": "model"}) as folder:
+        with self.written({"kind": "model", **published_as(model)}) as folder:
             save_model(bare, folder, state_dict, self.max_shard_size)
 
 
@@ -118,8 +118,9 @@ def _require_exportable(model: Any) -> None:
 def _bare(model: Any) -> PreTrainedModel:
     """Return the model's own class on meta, with its real vocabulary."""
     config = copy.deepcopy(model.config)
-    if hasattr(config, "use_cache"):
-        config.use_cache = True  # off while training
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "use_cache"):
+            part.use_cache = True  # off while training
     bare: Any = bare_model(model, config)
     rows = model.get_input_embeddings().weight.shape[0]
     if bare.get_input_embeddings().weight.shape[0] != rows:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -134,7 +135,7 @@ def _embedding_rows(adapter: str | Path, revision: str | None, model: PreTrained
 def published(
     path: str, revision: str | None = None, *, dtype: str | None = None
 ) -> PreTrainedModel:
-    """Return a causal or a seq2seq model with its values, as its configuration says.
+    """Return a causal, seq2seq or vision-language model with its values, as its configuration says.
 
     Args:
         path: a folder, or the hub's `user/name`.
@@ -145,11 +146,19 @@ def published(
     path, revision = _folder(path), revision or "main"
     config = AutoConfig.from_pretrained(path, revision=revision)
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if reads_images(config):
+        auto = AutoModelForImageTextToText
     options: dict[str, Any] = {"dtype": dtype_by_name(dtype) if dtype else "auto"}
     if is_mxfp4(config):  # with its kernels, transformers would leave it packed
         options["quantization_config"] = Mxfp4Config(dequantize=True)
     with quiet():
         return auto.from_pretrained(path, revision=revision, generation_config=generates, **options)
+
+
+def reads_images(config: Any) -> bool:
+    """Return whether a configuration of transformers is that of a vision-language model."""
+    known = type(config) in AutoModelForImageTextToText._model_mapping
+    return known and config.get_text_config() is not config
 
 
 def _folder(path: str | Path) -> str:

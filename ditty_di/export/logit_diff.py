@@ -34,6 +34,8 @@ def rows_of_texts(
 def rows_of_dataset(dataset: Any, count: int, config: Any, max_tokens: int) -> list[Row]:
     """Return the beginnings of the first rows of a dataset of `(inputs, labels)`.
 
+    Images are left out: the tokens that stand for them are then as any others.
+
     Args:
         dataset: indexable.
         count: number of rows.
@@ -45,7 +47,11 @@ def rows_of_dataset(dataset: Any, count: int, config: Any, max_tokens: int) -> l
 
 
 def _row(inputs: dict[str, Any], targets: Tensor, config: Any, max_tokens: int) -> Row:
-    row = {name: torch.as_tensor(value)[:max_tokens] for name, value in inputs.items()}
+    row = {
+        name: torch.as_tensor(value)[:max_tokens]
+        for name, value in inputs.items()
+        if name != "images"
+    }
     if config.is_encoder_decoder and "decoder_input_ids" not in row:
         shifted = targets[: max_tokens - 1]
         shifted = torch.where(shifted < 0, config.pad_token_id, shifted)

@@ -17,7 +17,7 @@ from ditty_di.adapters import adapter_state
 from ditty_di.dtypes import dtype_by_name
 from ditty_di.export import logit_diff
 from ditty_di.export.adapter import adapter_file, write_adapter
-from ditty_di.export.base import Export
+from ditty_di.export.base import Export, published_as
 from ditty_di.export.full import save_model
 from ditty_di.export.gather import gathered, only_part
 from ditty_di.export.load import on_base
@@ -118,6 +118,7 @@ class MergedExport(Export):
             "training": logit_diff.difference(training, logits),
         }
         record = {
+            **published_as(model),
             "kind": "merged",
             "base": base,
             "revision": revision,

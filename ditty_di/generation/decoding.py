@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ditty_di.generation.sampling import continuations, until_end
@@ -127,7 +128,12 @@ def end_ids(tokenizer: Any) -> list[int]:
 
 @torch.no_grad()
 def hugging_face(
-    model: Any, prompts: Sequence[list[int]], /, *, options: Options
+    model: Any,
+    prompts: Sequence[list[int]],
+    /,
+    *,
+    options: Options,
+    inputs: Callable[[Tensor], dict[str, Tensor]] | None = None,
 ) -> list[list[int]]:
     """Continue prompts by the model's own `generate` (key-value cache), also of seq2seq models.
 
@@ -137,6 +143,8 @@ def hugging_face(
         model: of transformers.
         prompts: token ids.
         options: how to continue.
+        inputs: makes further inputs of the padded ids `[prompts, longest]`, such as the pixels of
+            images.
     """
     ends = _as_set(model.generation_config.eos_token_id) | options.ends
     pad = options.pad_token_id or 0  # masked by position, so any token will do
@@ -163,9 +171,11 @@ def hugging_face(
     side, device = "right" if seq2seq else "left", next(model.parameters()).device
     padded = partial(pad_sequence, batch_first=True, padding_side=side)
     rows = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
-    ids = padded(rows, padding_value=pad).to(device)  # [prompts, longest]
+    ids = padded(rows, padding_value=pad)  # [prompts, longest]
+    more = {} if inputs is None else {name: t.to(device) for name, t in inputs(ids).items()}
+    ids = ids.to(device)
     mask = padded([torch.ones_like(row) for row in rows]).to(device)
-    found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **more)
     # A decoder's answer begins with its start token, that of a causal model with the prompt.
     new = found[:, 1:] if seq2seq else found[:, ids.shape[1] :]
     return [until_end(row, ends) for row in new.tolist()]

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ditty_di.data.conversations import ChatFormat, is_turns
@@ -123,6 +124,25 @@ class Prompts:
             return list(self.tokenizer(text)["input_ids"])
         return prompt_ids(self.tokenizer, text)
 
+    def images(self, record: dict[str, Any]) -> list[str]:
+        """Return the paths of the images in a record's prompt, in the order of their tokens.
+
+        Args:
+            record: as `record` returns it.
+        """
+        found: Callable[[Any], list[str]] | None = getattr(self.renderer, "prompt_images", None)
+        return [] if found is None else found(record)
+
+    def image_inputs(self, ids: Tensor, images: Sequence[str]) -> dict[str, Tensor]:
+        """Return the inputs of images beside their tokens; the renderer has the processor.
+
+        Args:
+            ids: `[prompts, longest]`.
+            images: paths.
+        """
+        made: dict[str, Tensor] = self.renderer.images.inputs(ids, images)  # type: ignore[union-attr]
+        return made
+
     @cached_property
     def _chat_renderer(self) -> Renderer:
         return Renderer(self.tokenizer)
@@ -152,9 +172,12 @@ def read_prompts(path: str, prompts: Prompts) -> list[tuple[dict[str, Any], list
     """
     found: list[tuple[dict[str, Any], list[int]]] = []
     problems: list[str] = []
-    for where, value in _values(Path(path).expanduser()):
+    file = Path(path).expanduser()
+    resolved = getattr(prompts.renderer, "resolved", lambda record, folder: record)
+    for where, value in _values(file):
         try:
-            record = prompts.record({"id": len(found) + len(problems)} | _record(value))
+            asked = resolved(_record(value), file.parent)
+            record = prompts.record({"id": len(found) + len(problems)} | asked)
             found.append((record, prompts.ids(record)))
         except ValueError as error:
             problems.append(f"{where}: {error}")

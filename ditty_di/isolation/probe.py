@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ditty_di.data.collate import varlen_arguments
+from ditty_di.data.images import Images
 from ditty_di.isolation.forms import FORMS, DocumentInputs
 from ditty_di.isolation.positions import document_index, position_limit, positions_of
 from ditty_di.models.evaluation import evaluating
@@ -101,6 +102,39 @@ class Isolation:
                 "gets %s as well (probed: no document sees another)",
                 self.name,
                 self.added,
+            )
+
+    def ensure_images(self, images: Images) -> None:
+        """Compare documents with an image each in one row with each alone.
+
+        That tells more than other tokens do: some models attend within an image in both directions,
+        by a mask that need not know about documents.
+
+        Args:
+            images: the processor; called after `ensure`.
+
+        Raises:
+            NotIsolated: an image's tokens are not seen as they are alone.
+        """
+        documents = images.blank_documents()
+        with (
+            torch.no_grad(),
+            evaluating([self.module, *self.modules]),
+            preserved_rng(self.device),
+            _eager(),
+        ):
+            alone = [self._outputs(_with_images(images, [ids])) for ids in documents]
+            together = self._outputs(_with_images(images, documents))
+        error, scale = 0.0, max((float(t.abs().max()) for t in together), default=0.0)
+        for n, row in enumerate(together):
+            at = 0
+            for ids, own in zip(documents, alone, strict=True):
+                here = (row[0, at : at + len(ids)] - own[n][0]).abs().nan_to_num(torch.inf)
+                error, at = max(error, float(here.max())), at + len(ids)
+        if self.agree(error > max(1e-5, 4 * self._eps) * scale + 8 * self._rounding):
+            raise NotIsolated(
+                f"{self.name}: documents with images differ in a packed row from each alone (by "
+                f"{error:.2g}); use batching=padded or length_grouped"
             )
 
     def _choose(self, batch: _Probe) -> str | None:
@@ -281,6 +315,17 @@ class _Probe:
             for output in outputs
         )
         return max(float(error.nan_to_num(torch.inf).max()) for error in errors)
+
+
+def _with_images(images: Images, documents: list[Tensor]) -> dict[str, Any]:
+    """Return one row of documents with an image each."""
+    ids, positions = (
+        torch.cat(documents)[None],
+        torch.cat([torch.arange(len(d)) for d in documents]),
+    )
+    inputs = {"input": ids, "position_ids": positions[None]}
+    blank = [images.blank] * len(documents)
+    return inputs | varlen_arguments(positions[None]) | images.inputs(ids, blank)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

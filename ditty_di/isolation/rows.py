@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ditty_di.batch import Batch
+from ditty_di.data.images import Images
 from ditty_di.isolation.copies import copy_of_each_kind, fill_randomly
 from ditty_di.isolation.positions import check_positions, holds_several, position_limit
 from ditty_di.isolation.probe import Isolation, NotIsolated
@@ -69,6 +70,8 @@ def check_rows(
             _ensure_of_stages(isolation, sample)
         else:
             isolation.ensure(sample)
+            if (images := _images_of(loader)) is not None:
+                isolation.ensure_images(images)
         if split is not None and isolation.added is not None:
             raise NotIsolated(
                 f"{isolation.name}: the documents of a packed row see each other without "
@@ -104,10 +107,12 @@ def _sample(loader: Any) -> dict[str, Any] | None:
 
     Errors are left to the loader's first batch, where they are reported with their cause.
     """
-    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    dataset: Any = getattr(loader, "dataset", None)
+    collate: Any = getattr(loader, "collate_fn", None)
     if dataset is None or not hasattr(dataset, "__getitem__"):
         return None
     collate = torch.utils.data.default_collate if collate is None else collate
+    collate = getattr(collate, "without_images", collate)
     try:
         rows = min(8, getattr(loader, "batch_size", 1) or 1, len(dataset))
         first = Batch.of(collate([dataset[0]])).inputs
@@ -120,6 +125,12 @@ def _sample(loader: Any) -> dict[str, Any] | None:
         log.debug("no sample of the loader's rows: %r", error)
         return None
     return found if isinstance(found, dict) else None
+
+
+def _images_of(loader: Any) -> Images | None:
+    """Return what reads the images of a loader's rows; None for rows without."""
+    found: Images | None = getattr(getattr(loader, "collate_fn", None), "images", None)
+    return found
 
 
 def isolation_of(
@@ -195,6 +206,8 @@ def rehearse(build: Callable[[str], Any]) -> list[str]:
         )
     collate, length = build("dataloader.collate_fn"), build("dataloader.dataset.seq_len")
     packs = getattr(collate, "packs_documents", False)
+    images = getattr(collate, "images", None)
+    collate = getattr(collate, "without_images", collate)
     if not packs and not isinstance(length, int):
         return warnings
     model = build("model")
@@ -225,6 +238,8 @@ def rehearse(build: Callable[[str], Any]) -> list[str]:
                 name=name,
             )
             isolation.ensure(sample)
+            if images is not None:
+                isolation.ensure_images(images)
     except NotIsolated as error:
         if not torch.accelerator.is_available():
             raise

@@ -127,6 +127,8 @@ class CrossEntropyLoss(CrossEntropyCalculator):
 class ClassificationLoss(CrossEntropyCalculator):
     """Cross-entropy with the metrics `ce` and `accuracy` of the most probable class, 0 to 1.
 
+    For labels of sequences also `exact_match`: the fraction of labels whose whole row is right.
+
     Arguments are those of `CrossEntropyCalculator`.
     """
 
@@ -135,5 +137,10 @@ class ClassificationLoss(CrossEntropyCalculator):
         computed = super().compute(model_output, ctx)
         labels = self._labels(ctx)
         right = self.get_prediction(model_output, ctx).argmax(-1) == labels
-        valid = (labels != self.ignore_index).sum().clamp(min=1)
-        return LossOutput(computed.loss, {**computed.metrics, "accuracy": right.sum() / valid})
+        valid = labels != self.ignore_index
+        number = valid.sum().clamp(min=1)
+        metrics = {**computed.metrics, "accuracy": right.sum() / number}
+        if labels.dim() > 1:
+            whole = (right | ~valid).flatten(1).all(1)  # [rows]
+            metrics["exact_match"] = (valid.flatten(1).sum(1) * whole).sum() / number
+        return LossOutput(computed.loss, metrics)

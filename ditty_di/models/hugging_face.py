@@ -1,4 +1,4 @@
-"""Build models of transformers on the meta device: causal and sequence-to-sequence alike."""
+"""Build models of transformers on the meta device: causal, sequence-to-sequence, with images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -35,17 +36,26 @@ Config = PretrainedConfig | Mapping[str, Any] | Callable[..., PretrainedConfig]
 
 
 def builders(
-    auto_class: Any, *, contract: str
+    auto_class: Any,
+    *,
+    contract: str,
+    pipeline_tag: str = "text-generation",
+    prepare: ModelTransform | None = None,
 ) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
     """Return `from_config` and `from_pretrained` for one auto class of transformers.
 
     The models they build carry two attributes that the trainer falls back on: `contract`, and
-    `default_weights`, the function that fills the model.
+    `default_weights`, the function that fills the model. Exports read `auto_class`, its name, and
+    `pipeline_tag`.
 
     Args:
         auto_class: such as `AutoModelForCausalLM`.
         contract: inputs and outputs of its models (`ditty_di.contracts.grammar`).
+        pipeline_tag: task of its models on the Hub.
+        prepare: transform of every model, applied first.
     """
+    attributes: dict[str, Any] = {"contract": contract, "pipeline_tag": pipeline_tag}
+    attributes["auto_class"] = auto_class.__name__
 
     def rehearse_config(build: Callable[[str], Any]) -> list[str]:
         config = build("config")
@@ -84,6 +94,7 @@ def builders(
         dtype: str = "float32",
         tokenizer: PreTrainedTokenizerBase | None = None,
         pad_vocab_to_multiple_of: int | None = None,
+        freeze: Sequence[str] = (),
         quantize: ModelTransform | None = None,
         adapter: ModelTransform | None = None,
         convert: ModelTransform | None = None,
@@ -107,6 +118,8 @@ def builders(
             tokenizer: the vocabulary grows to its size, and its pad, eos and bos ids are taken
                 where `config` has none. A decoder without a start token starts with padding.
             pad_vocab_to_multiple_of: rounds the vocabulary up, in tokens.
+            freeze: parameters that are not trained, by a part of their path (`vision_tower`), its
+                end, or a pattern (`model.layers.[01].*`).
             quantize: transform of the model, applied first.
             adapter: transform that adds adapters.
             convert: transform of layers, such as to float8.
@@ -126,9 +139,10 @@ def builders(
             dtype=dtype,
             tokenizer=tokenizer,
             pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
-            transforms=(quantize, adapter, convert, neftune, head),
-            contract=contract,
+            freeze=freeze,
+            transforms=(prepare, quantize, adapter, convert, neftune, head),
             default_weights=partial(initialize, init=init),
+            **attributes,
         )
 
     @early_checks(validate=_validate_pretrained, rehearse=rehearse_pretrained)
@@ -140,6 +154,7 @@ def builders(
         dtype: str = "float32",
         tokenizer: PreTrainedTokenizerBase | None = None,
         pad_vocab_to_multiple_of: int | None = None,
+        freeze: Sequence[str] = (),
         quantize: ModelTransform | None = None,
         adapter: ModelTransform | None = None,
         convert: ModelTransform | None = None,
@@ -159,6 +174,7 @@ def builders(
             dtype: as for `from_config`.
             tokenizer: as for `from_config`.
             pad_vocab_to_multiple_of: as for `from_config`.
+            freeze: as for `from_config`.
             quantize: as for `from_config`.
             adapter: as for `from_config`.
             convert: as for `from_config`.
@@ -180,10 +196,11 @@ def builders(
             dtype=dtype,
             tokenizer=tokenizer,
             pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
-            transforms=(quantize, adapter, convert, neftune, head),
+            freeze=freeze,
+            transforms=(prepare, quantize, adapter, convert, neftune, head),
             files=files,
-            contract=contract,
             default_weights=Pretrained(path, revision=revision, init_missing=initialize_adapters),
+            **attributes,
         )
 
     for function in (from_config, from_pretrained):
@@ -194,11 +211,13 @@ def builders(
 def _build(
     auto_class: Any,
     config: PretrainedConfig,
+    /,
     *,
     attn_implementation: str | None,
     dtype: str,
     tokenizer: PreTrainedTokenizerBase | None,
     pad_vocab_to_multiple_of: int | None,
+    freeze: Sequence[str],
     transforms: tuple[ModelTransform | None, ...],
     files: ModelFiles | None = None,
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
@@ -212,7 +231,8 @@ def _build(
     """
     _validate(dtype=dtype, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)
     config = copy.deepcopy(config)
-    config.use_cache = False
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
     _fit_to_tokenizer(config, tokenizer, pad_vocab_to_multiple_of, special_tokens)
     model = _build_on_meta(auto_class, config, dtype, attn_implementation)
     if files is not None:
@@ -222,12 +242,35 @@ def _build(
         generation.end_with_turns(model.generation_config, tokenizer)
     for name, value in attributes.items():
         setattr(model, name, value)
+    _freeze(model, freeze)
     for transform in transforms:
         if transform is not None:
             model = transform(model)
     for name, value in attributes.items():  # on the outermost module too
         setattr(model, name, getattr(model, name, value))
     return model
+
+
+def _freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Exclude parameters from training, by parts or ends of their paths, or by patterns.
+
+    Raises:
+        ValueError: a name without a parameter.
+    """
+    for name in names:
+        chosen = [
+            parameter
+            for path, parameter in model.named_parameters()
+            if fnmatchcase(path, name) or f".{name}." in f".{path}."
+        ]
+        if not chosen:
+            parts = sorted({".".join(path.split(".")[:2]) for path, _ in model.named_parameters()})
+            raise ValueError(
+                f"model.freeze has {name!r}, but no parameter of {type(model).__name__} is called "
+                f"so; its parts are {', '.join(parts)}"
+            )
+        for parameter in chosen:
+            parameter.requires_grad_(False)
 
 
 # -- configurations -------------------------------------------------------------------------------
@@ -254,6 +297,8 @@ def _make_config(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> Pret
         taken["vocab_size"] = len(tokenizer)
         if tokenizer.model_max_length < LARGE_INTEGER:  # else it has no limit
             taken["max_position_embeddings"] = tokenizer.model_max_length
+    if isinstance(text := given.get("text_config"), Mapping):  # of a multimodal model
+        given["text_config"] = {**taken, **text}
     aliases = getattr(make, "attribute_map", {})
     known = inspect.signature(make).parameters
     for name, value in taken.items():
@@ -346,8 +391,8 @@ def _build_on_meta(
     if type(config) not in auto_class._model_mapping:
         raise ValueError(
             f"model: transformers has no model of type {config.model_type!r} for its "
-            f"{auto_class.__name__}; give the folder of another model, such as the text model that "
-            f"a multimodal one was made from"
+            f"{auto_class.__name__}; give the folder of another model, or build this one with its "
+            f"own class (model=hf_image_text for models that read images)"
         )
     parameter_dtype = dtype_by_name(dtype, "model.dtype")
 

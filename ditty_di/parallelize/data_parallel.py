@@ -26,6 +26,7 @@ from torchtitan.distributed import ParallelDims
 
 from ditty_di.data.options import at_least, require
 from ditty_di.models.skipped import Skipped
+from ditty_di.models.towers import language_path, towers
 from ditty_di.models.weights import transformers_model
 from ditty_di.parallelize.experts import shard_experts
 from ditty_di.precision.casting import compute_in
@@ -82,11 +83,13 @@ def shard(
             configuration, the runtime takes its degree from here.
         dp_shard: ranks that share one copy, likewise.
         blocks: path of the `ModuleList` (or `ModuleDict`) of repeated blocks, such as
-            `model.layers`; None takes the one with the most parameters.
+            `model.layers`; None takes the one with the most parameters, and the largest of each
+            tower of a multimodal model.
         activation_checkpointing: wraps a block for activation checkpointing
             (`ditty_di.parallelize.activation_checkpointing`); None keeps all activations.
         checkpoint_every_n_blocks: wrap every n-th block only.
-        compile: arguments of `nn.Module.compile` for each block; None stays eager.
+        compile: arguments of `nn.Module.compile` for each block, but those of towers, whose shapes
+            change with the images; None stays eager.
         param_dtype: name of the torch dtype for computation; None is the parameters' own. The
             optimizer's parameters keep their dtype (float32: master weights), and so do buffers,
             such as rotary frequencies.
@@ -123,14 +126,18 @@ def shard(
     if reshard_after_forward is None:
         reshard_after_forward = not parallel_dims.pp_enabled
     container = repeated_blocks(model, blocks)
-    plain_blocks = _own_blocks(container)
+    beside = [repeated_blocks(tower) for tower in towers(model)] if blocks is None else []
+    containers = [container, *(each for each in beside if each is not container)]
+    plain_blocks = [block for each in containers for block in _own_blocks(each)]
     if activation_checkpointing is not None:
-        for i, (name, block) in enumerate(list(container.named_children())):
-            if i % checkpoint_every_n_blocks == 0 and block in plain_blocks:
-                container.register_module(name, activation_checkpointing(block))
-    units = _own_blocks(container)
+        for each in containers:
+            for i, (name, block) in enumerate(list(each.named_children())):
+                if i % checkpoint_every_n_blocks == 0 and block in plain_blocks:
+                    each.register_module(name, activation_checkpointing(block))
+    blocks_of_text = _own_blocks(container)
+    units = [block for each in containers for block in _own_blocks(each)]
     if compile is not None:
-        for block in units:
+        for block in blocks_of_text:
             block.compile(**compile)
 
     dims = parallel_dims
@@ -166,7 +173,7 @@ def shard(
     for block in units:
         fully_shard(block, **options, reshard_after_forward=reshard_after_forward)
     if prefetch_blocks is not None:
-        _prefetch(units, prefetch_blocks)
+        _prefetch(blocks_of_text, prefetch_blocks)
     for unit in _untied_embeddings(model) if separate_embeddings else ():
         fully_shard(unit, **options, reshard_after_forward=reshard_after_forward)
     # None is True for inner modules, but leaves the outermost one gathered after its forward.
@@ -240,12 +247,14 @@ def repeated_blocks(model: nn.Module, path: str | None = None) -> nn.Module:
 
     Args:
         model: the model.
-        path: of the container; None takes the one with the most parameters.
+        path: of the container; None takes the one with the most parameters, in a multimodal model
+            that of its language model.
 
     Raises:
         ValueError: `path` does not name a container of blocks.
     """
     if path is None:
+        model = model.get_submodule(language_path(model) or "")
         lists = [
             m for m in model.modules() if isinstance(m, nn.ModuleList | nn.ModuleDict) and len(m)
         ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ditty_di.dtypes import dtype_name
 from ditty_di.models.coverage import left_out
 from ditty_di.models.stacked import fused_weights, is_linear
+from ditty_di.models.towers import in_language_model
 from ditty_di.quantization.experts import Int8Experts, NF4Experts
 from ditty_di.quantization.int8_linear import Int8Linear
 from ditty_di.quantization.linear import require_bitsandbytes
@@ -33,6 +34,7 @@ def nf4(
     /,
     *,
     skip: Sequence[str] = ("lm_head",),
+    include: Sequence[str] = (),
     block_size: int = 64,
     double_quant: bool = False,
     kernels: str = "auto",
@@ -43,6 +45,8 @@ def nf4(
         model: changed in place.
         skip: layers and experts to leave, by a part of their path (`lm_head`, `experts`) or its end
             (`mlp.gate`).
+        include: layers outside the language model of a multimodal model to quantize too, likewise
+            (`vision_tower`).
         block_size: weights that share a scale.
         double_quant: scales of 8 bits, 0.52 bytes a weight.
         kernels: "torch", "bitsandbytes", or "auto": bitsandbytes' where it is installed, on CUDA,
@@ -57,7 +61,7 @@ def nf4(
         "kernels": kernels,
     }
     made = partial(NF4Linear, **options), partial(NF4Experts, **options)
-    quantized = _replace(model, skip, *made)
+    quantized = _replace(model, skip, include, *made)
     dtype = next(m.dtype for m in quantized.modules() if isinstance(m, NF4Linear))
     if not double_quant and dtype != torch.bfloat16:
         log.info(
@@ -68,27 +72,36 @@ def nf4(
     return quantized
 
 
-def int8(model: nn.Module, /, *, skip: Sequence[str] = ("lm_head",)) -> nn.Module:
+def int8(
+    model: nn.Module, /, *, skip: Sequence[str] = ("lm_head",), include: Sequence[str] = ()
+) -> nn.Module:
     """Pack linear layers and fused experts as `Int8Linear` does: 8-bit integers, one scale a row.
 
     Args:
         model: changed in place.
         skip: as for `nf4`.
+        include: as for `nf4`.
 
     Raises:
         ValueError: the model has no linear layer outside `skip`.
     """
-    return _replace(model, skip, Int8Linear, Int8Experts)
+    return _replace(model, skip, include, Int8Linear, Int8Experts)
 
 
 def bitsandbytes_nf4(
-    model: nn.Module, /, *, skip: Sequence[str] = ("lm_head",), double_quant: bool = True
+    model: nn.Module,
+    /,
+    *,
+    skip: Sequence[str] = ("lm_head",),
+    include: Sequence[str] = (),
+    double_quant: bool = True,
 ) -> nn.Module:
     """Replace linear layers by bitsandbytes' `Linear4bit` (extra `[bnb]`); they cannot be sharded.
 
     Args:
         model: changed in place.
         skip: as for `nf4`.
+        include: as for `nf4`.
         double_quant: bitsandbytes' `compress_statistics`.
 
     Raises:
@@ -98,17 +111,23 @@ def bitsandbytes_nf4(
     require_bitsandbytes()
     from ditty_di.quantization.bnb_linear import Linear4bit
 
-    return _replace(model, skip, partial(Linear4bit, double_quant=double_quant))
+    return _replace(model, skip, include, partial(Linear4bit, double_quant=double_quant))
 
 
 def bitsandbytes_int8(
-    model: nn.Module, /, *, skip: Sequence[str] = ("lm_head",), threshold: float = 6.0
+    model: nn.Module,
+    /,
+    *,
+    skip: Sequence[str] = ("lm_head",),
+    include: Sequence[str] = (),
+    threshold: float = 6.0,
 ) -> nn.Module:
     """Replace linear layers by bitsandbytes' `Linear8bitLt` (extra `[bnb]`), not to be sharded.
 
     Args:
         model: changed in place.
         skip: as for `nf4`.
+        include: as for `nf4`.
         threshold: inputs beyond it are multiplied in 16 bits (https://arxiv.org/abs/2208.07339).
 
     Raises:
@@ -118,12 +137,13 @@ def bitsandbytes_int8(
     require_bitsandbytes()
     from ditty_di.quantization.bnb_linear import Linear8bit
 
-    return _replace(model, skip, partial(Linear8bit, threshold=threshold))
+    return _replace(model, skip, include, partial(Linear8bit, threshold=threshold))
 
 
 def _replace(
     model: nn.Module,
     skip: Sequence[str],
+    include: Sequence[str],
     make: Callable[..., Any],
     make_experts: Callable[..., Any] | None = None,
 ) -> nn.Module:
@@ -132,12 +152,14 @@ def _replace(
     Args:
         model: changed in place.
         skip: what to leave.
+        include: what to replace outside the language model of a multimodal model.
         make: returns the layer for one of `torch.nn.Linear`.
         make_experts: returns the module for a fused weight; None leaves these.
     """
 
     def is_chosen(path: str) -> bool:
-        return not any(part in path.split(".") or f".{path}".endswith(f".{part}") for part in skip)
+        within = in_language_model(model, path) or _named(path, include)
+        return within and not _named(path, skip)
 
     linear_layers = [
         (path, module)
@@ -181,6 +203,10 @@ def _filled(layer: Any, weight: Tensor) -> Any:
     if not weight.is_meta:
         layer.fill_from(partial(_part, weight.detach()))
     return layer
+
+
+def _named(path: str, names: Sequence[str]) -> bool:
+    return any(name in path.split(".") or f".{path}".endswith(f".{name}") for name in names)
 
 
 def _part(weight: Tensor, name: str, index: Any) -> Tensor:

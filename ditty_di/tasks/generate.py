@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -183,7 +184,7 @@ def generate(
     with _written_whole(output) as file:
         for first in range(0, len(asked), batch_size):
             batch = asked[first : first + batch_size]
-            for answer in _answers(batch, model, tokenizer, decode, options, room):
+            for answer in _answers(batch, model, making, decode, options, room):
                 tokens += answer["tokens"]
                 line = json.dumps(answer, ensure_ascii=False)
                 print(making.shown(answer) if output is prompts is None else line, file=file)
@@ -218,15 +219,18 @@ def _typed(prompt: Any, making: Prompts) -> tuple[dict[str, Any], list[int]]:
 def _answers(
     batch: list[tuple[dict[str, Any], list[int]]],
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    making: Prompts,
     decode: Decode,
     options: Options,
     room: int,
 ) -> Iterator[dict[str, Any]]:
+    images = [path for record, _ in batch for path in making.images(record)]
+    if images:  # only a model's own generate reads them
+        decode = partial(decode, inputs=partial(making.image_inputs, images=images))  # type: ignore[call-arg]
     rows = decode(model, [prompt[-room:] for _, prompt in batch], options=options)
     for (record, prompt), row in zip(batch, rows, strict=True):
-        text = tokenizer.decode(row, skip_special_tokens=True)
-        shown = {} if "input" in record else {"input": tokenizer.decode(prompt)}
+        text = making.tokenizer.decode(row, skip_special_tokens=True)
+        shown = {} if "input" in record else {"input": making.tokenizer.decode(prompt)}
         answer = record | shown | {"text": text, "tokens": len(row)}
         yield answer | ({"cut": len(prompt) - room} if len(prompt) > room else {})
 

@@ -147,11 +147,11 @@ class TrainStep(ForwardPass):
         Returns:
             This rank's part of the loss, shape `[]`.
         """
-        batches = [batch.to(self.runtime.device) for batch in micro_batches]
-        total = torch.zeros((), device=self.runtime.device)
+        device = self.runtime.device
+        total = torch.zeros((), device=device)
         if self.parts.schedule is not None:
             # One schedule runs all micro-batches of the step.
-            batches = [self.prepare_inputs(batch) for batch in batches]
+            batches = [self.prepare_inputs(batch.to(device)) for batch in micro_batches]
             with self.spmd_context():
                 found = self.parts.run_schedule(
                     self.loss_fn, batches, num_valid_global, self.pp_size
@@ -159,10 +159,12 @@ class TrainStep(ForwardPass):
             losses = [one.pop("loss") for one in found] or [total]
             self.metrics.add(*found)
             return torch.stack(losses).sum()
-        for n, batch in enumerate(batches, start=1):
-            if len(batches) > 1:
-                self.parts.set_requires_gradient_sync(n == len(batches))  # reduce once per step
-            batch = self.prepare_inputs(batch)
+        for n, micro_batch in enumerate(micro_batches, start=1):
+            if len(micro_batches) > 1:
+                last = n == len(micro_batches)
+                self.parts.set_requires_gradient_sync(last)  # reduce once per step
+            # One at a time: the pixels of a whole step would fill the device.
+            batch = self.prepare_inputs(micro_batch.to(device))
             with self.spmd_context():
                 output = self.forward(batch)
                 loss, metrics = self.loss_fn(output, batch, num_valid_global)

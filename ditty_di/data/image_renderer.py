@@ -1,0 +1,259 @@
+"""From records with images to token ids, loss masks and the images' paths."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ditty_di.data.audit import Encoded
+from ditty_di.data.cache import fingerprint
+from ditty_di.data.chat_template import ChatTemplate
+from ditty_di.data.conversations import Conversation, paths_of
+from ditty_di.data.files import folder_of
+from ditty_di.data.images import IMAGES, Images, given_images
+from ditty_di.data.options import require
+from ditty_di.data.renderer import Renderer
+from ditty_di.data.templates import ChatRenderer
+
+_GIVEN = ("image", IMAGES)
+#: Key of a caption: the answer of a record that has an image and no input.
+_CAPTION = "text"
+
+
+class ImageTemplate(ChatTemplate):
+    """Render conversations with images: each placeholder becomes the tokens of its image.
+
+    Args:
+        tokenizer: The processor's.
+        images: The processor.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, images: Images) -> None:
+        super().__init__(tokenizer)
+        self._images = images
+
+    def render(self, chat: Conversation, *, prompt: bool = False) -> str:
+        """Return the conversation's text with the tokens of its images."""
+        text = self.as_rendered(chat, prompt=prompt)
+        return self._images.expanded(text, paths_of(chat.messages))[0]
+
+    def marked(self, chat: Conversation) -> list[tuple[int, int]]:
+        """Return the spans within `{% generation %}` in what `render` returns."""
+        spans = super().marked(chat)
+        return self._images.expanded(self.as_rendered(chat), paths_of(chat.messages), spans)[1]
+
+
+class ImageRenderer(Renderer):
+    """Render and tokenize records with images, and mask what is not output.
+
+    A turn of a conversation has images as parts of its content, `{"type": "image", "path": ...}`.
+    Images beside the turns, `"image": "x.png"` or `"images": [...]`, take the places of parts
+    without a path, or else stand before the first turn of the user. Beside an input and an output
+    they make a conversation of two turns; beside a `text` alone that is the answer. Paths are
+    relative to the folder of the file that the record is in, else to the working folder. Records
+    without images are read as `Renderer` does.
+
+    The tokens of an image are those that the processor makes of it, and never in the loss. An
+    example that would lose some to `max_tokens` is an error.
+
+    Args:
+        tokenizer: The processor's.
+        processor: Of the model (`ditty_di.models.processor`).
+        **options: As for `Renderer`.
+
+    Raises:
+        ValueError: See `Renderer`; a processor without images.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, processor: Any, **options: Any
+    ) -> None:
+        super().__init__(tokenizer, **options)
+        self.images = Images(processor)
+        self.chat_format = replace(self.chat_format, images=True)
+        self.never_learned = self.images.token_ids
+
+    def fingerprint(self) -> str:
+        """Return a digest of everything that decides about the ids."""
+        return fingerprint(super().fingerprint(), self.images.fingerprint())
+
+    def resolved(self, record: Any, folder: Path | None) -> Any:
+        """Return the record with the paths of its images in full.
+
+        Args:
+            record: Or the error in its place.
+            folder: Of the record's file; None: the working folder.
+        """
+        if not isinstance(record, Mapping):
+            return record
+        whole = dict(record)
+        for key in _GIVEN:
+            if isinstance(value := record.get(key), str):
+                whole[key] = _in_folder(value, folder)
+            elif isinstance(value, list):
+                whole[key] = [_in_folder(path, folder) for path in value]
+        for key in self.chat_format.keys_of(record):
+            if isinstance(turns := record[key], list):
+                whole[key] = [self._resolved_turn(turn, folder) for turn in turns]
+        return whole
+
+    def _resolved_turn(self, turn: Any, folder: Path | None) -> Any:
+        content = turn.get(self.chat_format.content_key) if isinstance(turn, Mapping) else None
+        if not isinstance(content, list):
+            return turn
+        parts = []
+        for part in content:
+            if isinstance(part, Mapping) and part.get("type") == "image":
+                names = [name for name in ("path", "image") if name in part]
+                part = {**part, **{name: _in_folder(part[name], folder) for name in names}}
+            parts.append(part)
+        return {**turn, self.chat_format.content_key: parts}
+
+    def origins(self, records: Iterable[tuple[str, Any]]) -> str:
+        """Return the folders that paths in the records are relative to."""
+        folders = {folder_of(position) or Path() for position, _ in records}
+        return " ".join(sorted(str(folder.absolute()) for folder in folders))
+
+    def __call__(self, records: Sequence[Any]) -> list[list[Encoded | ValueError]]:
+        """Return the examples of each record; for a bad record the error in their place."""
+        found = super().__call__([self._or_error(record) for record in records])
+        return [[self._checked(example) for example in examples] for examples in found]
+
+    def prompt(self, record: Mapping[str, Any]) -> list[int]:
+        """Return the token ids of a record up to where the model is to answer."""
+        return super().prompt(self._as_turns(record, answered=False))
+
+    def prompt_images(self, record: Mapping[str, Any]) -> list[str]:
+        """Return the paths of the images in what `prompt` returns."""
+        whole = self._as_turns(record, answered=False)
+        if not self.chat_format.keys_of(whole):
+            return []
+        messages = list(self.chat_format.of(whole, answered=False).messages)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        return list(paths_of(messages))
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        template = ImageTemplate(self.tokenizer, self.images)
+        return ChatRenderer(self.tokenizer, self._assistant_turns, template)
+
+    def _limited(self, whole: Encoded) -> Encoded:
+        kept = super()._limited(whole)
+        # The last id of an example is only a label.
+        if whole.images and self.images.count(kept.ids[:-1]) < self.images.count(whole.ids):
+            raise ValueError(
+                f"{len(whole.ids)} tokens, and the limit of {self._max_ids} would cut an image: "
+                "raise data.seq_len, or let the processor make fewer tokens of an image"
+            )
+        return kept
+
+    def _checked(self, example: Encoded | ValueError) -> Encoded | ValueError:
+        if isinstance(example, ValueError) or example.images:
+            return example
+        if self.images.count(example.ids):
+            return ValueError(f"it has the image token {self.images.token}, and no image")
+        return example
+
+    # --- images beside the turns -----------------------------------------------------------------
+
+    def _or_error(self, record: Any) -> Any:
+        try:
+            return self._as_turns(record)
+        except ValueError as error:
+            return error
+
+    def _as_turns(self, record: Any, *, answered: bool = True) -> Any:
+        """Return the record with its images in the turns of a conversation.
+
+        Raises:
+            ValueError: Images that have no place.
+        """
+        if not isinstance(record, Mapping) or not (paths := given_images(record)):
+            return record
+        form = self.chat_format
+        rest = {key: value for key, value in record.items() if key not in _GIVEN}
+        if not (keys := form.keys_of(record)):
+            return self._one_question(rest, paths, answered)
+        key, content_key = keys[0], form.content_key
+        require(isinstance(rest[key], list), f'"{key}" must be a list of objects beside images')
+        turns = [dict(turn) if isinstance(turn, Mapping) else turn for turn in rest[key]]
+        empty = [part for turn in turns for part in _empty_parts(turn, content_key)]
+        if empty:
+            text = f"{len(empty)} parts are images without a path, and {len(paths)} images given"
+            require(len(empty) == len(paths), text)
+            given = iter(paths)
+            for turn in turns:
+                if _empty_parts(turn, content_key):
+                    turn[content_key] = [
+                        {"type": "image", "path": next(given)} if _is_empty(part) else part
+                        for part in turn[content_key]
+                    ]
+        else:
+            names = {"user"} | {own for own, role in (form.roles or {}).items() if role == "user"}
+            said = (turn for turn in turns if isinstance(turn, dict))
+            first = next((turn for turn in said if turn.get(form.role_key) in names), None)
+            if first is None:
+                raise ValueError("an image is given, and no turn of the user to put it in")
+            first[content_key] = _with_images(paths, first.get(content_key))
+        return rest | {key: turns}
+
+    def _one_question(
+        self, record: dict[str, Any], paths: Sequence[str], answered: bool
+    ) -> dict[str, Any]:
+        form = self.chat_format
+        read: set[str] = set()
+        question, answer = "", ""
+        if self._defaults and all(record.get(key) is None for key in (*self._keys, "prompt")):
+            require(not answered or isinstance(record.get(_CAPTION), str), _NO_ANSWER)
+            answer, read = str(record.get(_CAPTION, "")), {_CAPTION}
+        else:
+            parts = self._formats_for(record)
+            question, read = parts[0](record), parts[0].keys_read(record)
+            if answered:
+                answer, read = parts[1](record), read | parts[1].keys_read(record)
+        own = {role: name for name, role in (form.roles or {}).items()}  # the records' names
+        contents = {"user": _with_images(paths, question), "assistant": answer}
+        turns = [
+            {form.role_key: own.get(role, role), form.content_key: content}
+            for role, content in contents.items()
+        ]
+        rest = {key: value for key, value in record.items() if key not in read}
+        return rest | {form.key: turns if answered else turns[:1]}
+
+
+# A configuration is checked against the signature: that of `Renderer`, and the processor.
+_OWN, _OF_RENDERER = inspect.signature(ImageRenderer), inspect.signature(Renderer)
+_NAMED = [p for p in _OWN.parameters.values() if p.kind is not p.VAR_KEYWORD]
+_OPTIONS = [p for p in _OF_RENDERER.parameters.values() if p.kind is p.KEYWORD_ONLY]
+ImageRenderer.__signature__ = inspect.Signature([*_NAMED, *_OPTIONS])  # type: ignore[attr-defined]
+
+_NO_ANSWER = 'an image has neither "messages", "input" and "output", nor "text" beside it'
+
+
+def _in_folder(path: Any, folder: Path | None) -> Any:
+    return str((folder or Path()).absolute() / path) if isinstance(path, str) else path
+
+
+def _with_images(paths: Sequence[str], content: Any) -> list[Any]:
+    """Return a content with images before it."""
+    images: list[Any] = [{"type": "image", "path": path} for path in paths]
+    if isinstance(content, list):
+        return [*images, *content]
+    return [*images, {"type": "text", "text": content}] if content else images
+
+
+def _is_empty(part: Any) -> bool:
+    is_image = isinstance(part, Mapping) and part.get("type") == "image"
+    return is_image and part.get("path", part.get("image")) is None
+
+
+def _empty_parts(turn: Any, content_key: str) -> list[Any]:
+    content = turn.get(content_key) if isinstance(turn, Mapping) else None
+    return [part for part in content if _is_empty(part)] if isinstance(content, list) else []

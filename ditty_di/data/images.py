@@ -1,0 +1,278 @@
+"""Images beside text: read files, expand their placeholders, make a model's inputs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ditty_di.data.cache import fingerprint
+from ditty_di.data.options import require
+from ditty_di.protocols import LoadedBatch
+
+#: Key of a row: paths of its images, in the order of their tokens.
+IMAGES = "images"
+#: Names that models have for "which tokens are an image's", 1 for those.
+_KINDS = ("mm_token_type_ids", "token_type_ids")
+_TEXT = {"input_ids", "attention_mask", "text_replacement_offsets", *_KINDS}
+_PLACEHOLDERS_KEPT = 1024
+_BLANK = (32, 32)  # pixels of the image that a batch without images gets
+
+
+def read_image(path: str) -> Image.Image:
+    """Return an image file in RGB, turned as its EXIF data say.
+
+    Args:
+        path: of a file in any format of Pillow.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"the image {path} does not exist") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the image {path} cannot be read: {error}") from error
+
+
+class Images:
+    """Use the processor of a vision-language model (`transformers.ProcessorMixin`).
+
+    A chat template writes one placeholder for an image, which the processor replaces by as many
+    tokens as the model has features for it.
+
+    Args:
+        processor: has an image processor, a tokenizer and an `image_token`.
+
+    Raises:
+        ValueError: a processor without images.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        token = getattr(processor, "image_token", None)
+        text = f"the processor {type(processor).__name__} has no image token: it reads no images"
+        require(token is not None and hasattr(processor, "image_processor"), text)
+        self.processor, self.token = processor, str(token)
+        self._placeholders: dict[str, str] = {}
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        """Ids of the tokens in whose places features of images are put."""
+        return [token for token in self.processor.image_token_ids if token is not None]
+
+    def fingerprint(self) -> str:
+        """Return a digest of the settings."""
+        return fingerprint(self.processor.to_json_string())
+
+    def count(self, ids: Any) -> int:
+        """Return how many of some token ids are an image's."""
+        return int(torch.isin(torch.as_tensor(ids), torch.tensor(self.token_ids)).sum())
+
+    def expanded(
+        self, text: str, paths: Sequence[str], spans: Sequence[tuple[int, int]] = ()
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return a text with its placeholders replaced, and spans of it at their new positions.
+
+        Args:
+            text: as a chat template renders it.
+            paths: of the images, one for each placeholder.
+            spans: first character and last + 1, none of which begins or ends in a placeholder.
+
+        Raises:
+            ValueError: another number of images than of placeholders, or one cannot be read.
+        """
+        parts = text.split(self.token)
+        found = len(parts) - 1
+        require(
+            found == len(paths),
+            f"the chat template renders {found} image placeholders {self.token} for {len(paths)} "
+            f"images",
+        )
+        replaced = [self._placeholder(path) for path in paths]
+        starts = [sum(map(len, parts[: n + 1])) + n * len(self.token) for n in range(found)]
+
+        def moved(at: int) -> int:
+            grown = (
+                len(new) - len(self.token)
+                for start, new in zip(starts, replaced, strict=True)
+                if start < at
+            )
+            return at + sum(grown)
+
+        whole = "".join(part + new for part, new in zip(parts, [*replaced, ""], strict=True))
+        return whole, [(moved(start), moved(end)) for start, end in spans]
+
+    def _placeholder(self, path: str) -> str:
+        if path not in self._placeholders:
+            if len(self._placeholders) >= _PLACEHOLDERS_KEPT:
+                self._placeholders.clear()
+            self._placeholders[path] = self._text_of(read_image(path))
+        return self._placeholders[path]
+
+    def _text_of(self, image: Image.Image) -> str:
+        made = self.processor(
+            text=[self.token], images=[image], return_text_replacement_offsets=True
+        )
+        return str(made["text_replacement_offsets"][0][0]["replacement"])
+
+    @cached_property
+    def blank(self) -> Image.Image:
+        """A black image."""
+        return Image.new("RGB", _BLANK)
+
+    @cached_property
+    def blank_ids(self) -> Tensor:
+        """Token ids of the black image, `[tokens]`."""
+        text = self._text_of(self.blank)
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids)
+
+    def blank_documents(self) -> list[Tensor]:
+        """Return token ids of three documents, each with the black image among other tokens."""
+        size = len(self.processor.tokenizer)
+        others = torch.tensor([i for i in range(size) if i not in self.token_ids][:32])
+        text = others.repeat(-(-32 // len(others)))
+        return [
+            torch.cat([text[before:at], self.blank_ids, text[at:]])
+            for before, at in ((0, 4), (2, 24), (5, 12))
+        ]
+
+    def inputs(self, ids: Tensor, images: Sequence[str | Image.Image]) -> dict[str, Tensor]:
+        """Return what the model takes beside its token ids, such as `pixel_values`.
+
+        Args:
+            ids: `[rows, length]`, with the tokens of the images.
+            images: paths or images, in the order of their tokens over all rows.
+
+        Raises:
+            ValueError: an image cannot be read, or has another number of tokens than in `ids`.
+        """
+        opened = [read_image(image) if isinstance(image, str) else image for image in images]
+        made = self.processor(text=[self.token * len(opened)], images=opened, return_tensors="pt")
+        in_image = torch.isin(ids, torch.tensor(self.token_ids))
+        there, made_of_it = int(in_image.sum()), self.count(made["input_ids"])
+        if there != made_of_it:
+            names = ", ".join(str(image) for image in images[:3] if isinstance(image, str))
+            raise ValueError(
+                f"images with {made_of_it} tokens in a batch that has {there} for them: files have "
+                f"changed since they were tokenized ({names}, ...), or rows were cut; remove the "
+                f"cache folder, or raise data.seq_len"
+            )
+        kinds = {name: in_image.long() for name in _KINDS if name in made}
+        return {name: value for name, value in made.items() if name not in _TEXT} | kinds
+
+
+@dataclass(frozen=True)
+class ImageTextCollate:
+    """Collate token ids by another collate function, and add the inputs of the rows' images.
+
+    A batch without images gets one more row, of a black image whose labels are all `ignore_index`:
+    on every rank the tower takes part in each forward pass, which a sharded model needs.
+
+    Args:
+        processor: of the model.
+        collate: makes the batch of token ids, such as `PaddedCollate`.
+        ignore_index: label excluded from the loss.
+    """
+
+    processor: Any
+    collate: Callable[[Sequence[LoadedBatch | None]], LoadedBatch]
+    ignore_index: int = -100
+
+    contract = "-> input:2:i64 | ctx.target:2:i64"
+
+    @property
+    def pads_rows(self) -> bool:
+        """Whether None may stand for a row of padding."""
+        return bool(getattr(self.collate, "pads_rows", False))
+
+    @property
+    def packs_documents(self) -> bool:
+        """Whether rows have several documents."""
+        return bool(getattr(self.collate, "packs_documents", False))
+
+    @cached_property
+    def images(self) -> Images:
+        """What reads the images."""
+        return Images(self.processor)
+
+    def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
+        """Return the micro-batch of the rows.
+
+        Raises:
+            ValueError: see `Images.inputs`.
+        """
+        given = [row for row in _one_by_one(rows) if row is not None]
+        images: list[Any] = [path for row, _ in given for path in row.get(IMAGES, ())]
+        text = _without_images(rows)
+        if not images:
+            text, images = self._with_blank(text), [self.images.blank]
+        inputs, labels = self.collate(text)
+        return inputs | self.images.inputs(inputs["input"], images), labels
+
+    def without_images(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
+        """Return the micro-batch of the rows' token ids alone, as a probe of the model needs it."""
+        return self.collate(_without_images(rows))
+
+    def _with_blank(self, rows: list[Any]) -> list[Any]:
+        """Return the rows and one of a black image, in their form."""
+        ids = self.images.blank_ids
+        first = next((row for row in _one_by_one(rows) if row is not None), None)
+        inputs: dict[str, Any] = {"input": ids}
+        if first is not None and "position_ids" in first[0]:  # packed rows have one length
+            length = len(first[1])
+            text = f"a row of {length} tokens has no room for the {len(ids)} of a blank image"
+            require(len(ids) <= length, f"{text}; raise data.seq_len")
+            padding = torch.zeros(length - len(ids), dtype=torch.int64)
+            inputs = {
+                "input": torch.cat([inputs["input"], padding]),
+                "position_ids": torch.arange(length),
+            }
+        if first is not None and "source" in first[0]:
+            inputs["source"] = torch.zeros_like(first[0]["source"])
+        blank = inputs, torch.full_like(inputs["input"], self.ignore_index)
+        if rows and isinstance(rows[0], list):
+            return [[*rows[0], blank]]
+        return [*rows, blank]
+
+
+def _one_by_one(rows: Sequence[Any]) -> Sequence[LoadedBatch | None]:
+    """Return the rows, also of rows that are lists of rows (`TokenBudgetDataset`)."""
+    return [own for row in rows for own in (row if isinstance(row, list) else [row])]
+
+
+def _without_images(rows: Sequence[Any]) -> list[Any]:
+    def stripped(row: Any) -> Any:
+        if row is None:
+            return None
+        if isinstance(row, list):
+            return [stripped(own) for own in row]
+        inputs, labels = row
+        return {name: value for name, value in inputs.items() if name != IMAGES}, labels
+
+    return [stripped(row) for row in rows]
+
+
+# -- images in records ----------------------------------------------------------------------------
+
+
+def given_images(record: Mapping[str, Any]) -> list[str]:
+    """Return the paths under `image` (one, or a list) and `images` of a record.
+
+    Raises:
+        ValueError: something else than paths.
+    """
+    found: list[str] = []
+    for key in ("image", IMAGES):
+        value = record.get(key)
+        for path in value if isinstance(value, list) else [value] if value is not None else []:
+            require(isinstance(path, str) and bool(path), f'"{key}" must be the path of a file')
+            found.append(path)
+    return found
