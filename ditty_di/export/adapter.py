@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ditty_di.adapters import adapter_config, adapter_state
-from ditty_di.export.base import Export
+from ditty_di.export.base import Export, published_as
 from ditty_di.export.gather import only_part
 
 
@@ -47,6 +47,7 @@ class AdapterExport(Export):
             return
         base = config["base_model_name_or_path"]
         record = {"kind": "adapter", "base": base, "revision": config["revision"]}
+        record |= published_as(model)
         if model.config.is_encoder_decoder:
             record["seq2seq"] = True
         with self.written(record) as folder:

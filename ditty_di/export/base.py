@@ -137,3 +137,13 @@ def require_writable(folder: Path, tokenizer: Any = None) -> None:
         raise ValueError(
             f"export.path={folder} cannot be written: {error}; write export.path=FOLDER"
         ) from error
+
+
+def published_as(model: Any) -> dict[str, str]:
+    """Return `auto`, the class of transformers that opens a model, and its `pipeline_tag`.
+
+    Empty for a model that `ditty_di.models.hugging_face` has not built.
+    """
+    names = {"auto": "auto_class", "pipeline_tag": "pipeline_tag"}
+    found = {key: getattr(model, name, None) for key, name in names.items()}
+    return {key: value for key, value in found.items() if value is not None}

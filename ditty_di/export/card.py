@@ -47,7 +47,8 @@ def write_card(
     Args:
         folder: the exported folder; its `config.json` is read if there is one.
         record: `kind` ("model", "adapter" or "merged") and, where known, `base`, `revision`,
-            `seq2seq` and `logit_diff` (logit differences) of the export.
+            `seq2seq`, `auto` (the class of transformers that opens it), `pipeline_tag` and
+            `logit_diff` (logit differences) of the export.
         run: the run directory; what it does not say is left out.
         license: a name that the Hub knows.
         name: `user/name` on the Hub, if the folder will be uploaded.
@@ -57,13 +58,16 @@ def write_card(
     base = record.get("base") or known.at(f"{source}.path")
     revision = record.get("revision") or known.at(f"{source}.revision")
     seq2seq = bool(_config(folder).get("is_encoder_decoder")) or bool(record.get("seq2seq"))
+    auto, tag = "AutoModelForCausalLM", "text-generation"
+    if seq2seq:
+        auto, tag = "AutoModelForSeq2SeqLM", "text2text-generation"
     adapter = record["kind"] == "adapter"
     place = name or folder.name.strip(".").removesuffix(".new")
     data = ModelCardData(
         base_model=_on_hub(base),
         datasets=_on_hub(known.at("data.path")),
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text2text-generation" if seq2seq else "text-generation",
+        pipeline_tag=record.get("pipeline_tag") or tag,
         license=license,
         tags=["ditty_di", *(["adapter"] if adapter else [])],
     )
@@ -73,7 +77,7 @@ def write_card(
         title=name.rpartition("/")[2] if name else known.at("name") or place,
         summary=_summary(record["kind"], _shown(base), revision),
         adapter=adapter,
-        auto="AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM",
+        auto=record.get("auto") or auto,
         name=place,
         base=_on_hub(base) or f"path/to/{_shown(base)}",
         revision=revision,

@@ -17,7 +17,7 @@ import ditty_di.models.modeling  # noqa: F401
 from transformers import PreTrainedModel
 
 from ditty_di.dtypes import dtype_name
-from ditty_di.export.base import Export, require_writable
+from ditty_di.export.base import Export, published_as, require_writable
 from ditty_di.export.folder import quiet, replaced_whole
 from ditty_di.export.gather import gathered, only_part, saved
 from ditty_di.fqn import canonical_fqn
@@ -59,8 +59,17 @@ class HuggingFaceExport(Export):
             return
         bare: Any = _bare(model)
         bare.generation_config = self.generation_config(model)
-        with self.written({"kind": "model"}) as folder:
+        with self.written({"kind": "model", **published_as(model)}) as folder:
             save_model(bare, folder, state_dict, self.max_shard_size)
+            self.write_beside(folder, model)
+
+    def write_beside(self, folder: Path, model: nn.Module) -> None:
+        """Write further files into the folder, on rank 0; a subclass overrides it.
+
+        Args:
+            folder: which has the weights and the configuration.
+            model: as it was trained.
+        """
 
 
 class SafetensorsExport:

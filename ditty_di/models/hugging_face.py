@@ -1,4 +1,4 @@
-"""Build models of transformers on the meta device: causal and sequence-to-sequence alike."""
+"""Build models of transformers on the meta device, of any auto class."""
 
 from __future__ import annotations
 
@@ -34,17 +34,29 @@ Config = PretrainedConfig | Mapping[str, Any] | Callable[..., PretrainedConfig]
 
 
 def builders(
-    auto_class: Any, *, contract: str
+    auto_class: Any,
+    *,
+    contract: str,
+    pipeline_tag: str = "text-generation",
+    head_task: str | None = None,
+    unused: Sequence[str] = (),
 ) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
     """Return `from_config` and `from_pretrained` for one auto class of transformers.
 
     The models they build carry two attributes that the trainer falls back on: `contract`, and
-    `default_weights`, the function that fills the model.
+    `default_weights`, the function that fills the model. Exports read `auto_class`, its name, and
+    `pipeline_tag`; adapters and pretrained weights `head_task`.
 
     Args:
         auto_class: such as `AutoModelForCausalLM`.
         contract: inputs and outputs of its models (`ditty_di.contracts.grammar`).
+        pipeline_tag: task of its models on the Hub.
+        head_task: task type of peft, for models whose head the files may lack: it is initialized
+            then, and trained whole beside adapters.
+        unused: modules that the outputs in `contract` do not depend on; they are not trained.
     """
+    attributes = {"contract": contract, "pipeline_tag": pipeline_tag, "head_task": head_task}
+    attributes["auto_class"] = auto_class.__name__
 
     def rehearse_config(build: Callable[[str], Any]) -> list[str]:
         config = build("config")
@@ -64,6 +76,7 @@ def builders(
         model: Any = _build_on_meta(
             auto_class, config, build("dtype"), build("attn_implementation")
         )
+        model.head_task = head_task
         for name in ("quantize", "adapter"):  # they log what they leave out
             transform = build(name)
             model = model if transform is None else transform(model)
@@ -76,6 +89,7 @@ def builders(
         attn_implementation: str | None = None,
         dtype: str = "float32",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        labels: Sequence[str] | None = None,
         pad_vocab_to_multiple_of: int | None = None,
         quantize: ModelTransform | None = None,
         adapter: ModelTransform | None = None,
@@ -98,6 +112,8 @@ def builders(
             dtype: of the parameters, a name in torch. Rotary frequencies stay float32.
             tokenizer: the vocabulary grows to its size, and its pad, eos and bos ids are taken
                 where `config` has none. A decoder without a start token starts with padding.
+            labels: names of the classes of a classifier, which become `id2label` and `label2id` of
+                the configuration; None keeps those that it has.
             pad_vocab_to_multiple_of: rounds the vocabulary up, in tokens.
             quantize: transform of the model, applied first.
             adapter: transform that adds adapters.
@@ -116,10 +132,12 @@ def builders(
             attn_implementation=attn_implementation,
             dtype=dtype,
             tokenizer=tokenizer,
+            labels=labels,
             pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
             transforms=(quantize, adapter, convert, neftune, head),
-            contract=contract,
+            unused=unused,
             default_weights=partial(initialize, init=hugging_face),
+            **attributes,
         )
 
     @early_checks(validate=_validate_pretrained, rehearse=rehearse_pretrained)
@@ -130,6 +148,7 @@ def builders(
         attn_implementation: str | None = None,
         dtype: str = "float32",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        labels: Sequence[str] | None = None,
         pad_vocab_to_multiple_of: int | None = None,
         quantize: ModelTransform | None = None,
         adapter: ModelTransform | None = None,
@@ -149,6 +168,7 @@ def builders(
             attn_implementation: as for `from_config`.
             dtype: as for `from_config`.
             tokenizer: as for `from_config`.
+            labels: as for `from_config`.
             pad_vocab_to_multiple_of: as for `from_config`.
             quantize: as for `from_config`.
             adapter: as for `from_config`.
@@ -170,11 +190,13 @@ def builders(
             attn_implementation=attn_implementation,
             dtype=dtype,
             tokenizer=tokenizer,
+            labels=labels,
             pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
             transforms=(quantize, adapter, convert, neftune, head),
             files=files,
-            contract=contract,
+            unused=unused,
             default_weights=Pretrained(path, revision=revision, init_missing=initialize_adapters),
+            **attributes,
         )
 
     for function in (from_config, from_pretrained):
@@ -185,12 +207,15 @@ def builders(
 def _build(
     auto_class: Any,
     config: PretrainedConfig,
+    /,
     *,
     attn_implementation: str | None,
     dtype: str,
     tokenizer: PreTrainedTokenizerBase | None,
+    labels: Sequence[str] | None,
     pad_vocab_to_multiple_of: int | None,
     transforms: tuple[ModelTransform | None, ...],
+    unused: Sequence[str] = (),
     files: ModelFiles | None = None,
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
     **attributes: Any,
@@ -205,6 +230,9 @@ def _build(
     config = copy.deepcopy(config)
     config.use_cache = False
     _fit_to_tokenizer(config, tokenizer, pad_vocab_to_multiple_of, special_tokens)
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: number for number, name in enumerate(labels)}
     model = _build_on_meta(auto_class, config, dtype, attn_implementation)
     if files is not None:
         fit_to_files(files, model)
@@ -213,6 +241,9 @@ def _build(
         generation.end_with_turns(model.generation_config, tokenizer)
     for name, value in attributes.items():
         setattr(model, name, value)
+    for name in unused:
+        if (module := getattr(model, name, None)) is not None:
+            module.requires_grad_(False)
     for transform in transforms:
         if transform is not None:
             model = transform(model)

@@ -10,4 +10,5 @@ from ditty_di.models.hugging_face import builders
 from_config, from_pretrained = builders(
     AutoModelForSeq2SeqLM,
     contract="0:2:i64, attention_mask:2:i64, decoder_input_ids:2:i64 -> logits:3:f",
+    pipeline_tag="text2text-generation",
 )

@@ -1,8 +1,8 @@
 """Transforms that replace a model's linear layers by frozen ones of 4 or 8 bits.
 
 Each takes a model on the meta device, whose values are quantized while they are read
-(`ditty_di.models.pretrained.Pretrained`), or a model with values. The other parameters stay
-unchanged; an adapter freezes them.
+(`ditty_di.models.pretrained.Pretrained`), or a model with values. The other parameters, and a head
+that may be new (`ditty_di.models.heads`), stay unchanged; an adapter freezes them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ditty_di.dtypes import dtype_name
 from ditty_di.models.coverage import left_out
+from ditty_di.models.heads import head_of
 from ditty_di.quantization.int8_linear import Int8Linear
 from ditty_di.quantization.linear import require_bitsandbytes
 from ditty_di.quantization.nf4_linear import NF4Linear
@@ -119,6 +120,7 @@ def _replace(model: nn.Module, skip: Sequence[str], make: Callable[..., Any]) ->
         (path, module)
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear)
+        if not head_of(model, f"{path}.weight")
         if not any(part in path.split(".") or f".{path}".endswith(f".{part}") for part in skip)
     ]
     if not found:

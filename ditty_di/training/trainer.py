@@ -276,6 +276,7 @@ class Trainer(TitanTrainer):
 
         # -- validation
         self.validator: protocols.Validator | None = None
+        self._validated: dict[str, float] = {}
         if validator:
             self.validator = validator(
                 model_parts=self.model_parts,
@@ -313,8 +314,8 @@ class Trainer(TitanTrainer):
         Returns:
             status (`finished`, `preempted`, or what `stop` was given), step, objective (the last
             validation loss, else the last training loss), objective_step, skipped_steps, stopped
-            (why `stop` was called, else None), rejected_batches with processors, and the metrics'
-            summary.
+            (why `stop` was called, else None), rejected_batches with processors, the values of the
+            last validation as `validation/NAME`, and the metrics' summary.
         """
         self.runtime.catch_signals()
         gc_was_enabled = gc.isenabled()
@@ -370,6 +371,7 @@ class Trainer(TitanTrainer):
             **({"skipped_spikes": spikes.skipped} if (spikes := self.guard.spikes) else {}),
             "stopped": self.stopped,
             **self.accumulation.get_metrics(),
+            **self._validated,
             **self.metrics_processor.summary(),
         }
 
@@ -536,8 +538,8 @@ class Trainer(TitanTrainer):
                 self.accumulation.stop()
                 return
             self.objective, self.objective_step = values["loss"], self.step
-            named = {f"validation/{name}": value for name, value in values.items()}
-            self.metrics_processor.log(self.step, named)
+            self._validated = {f"validation/{name}": value for name, value in values.items()}
+            self.metrics_processor.log(self.step, self._validated)
             with self.metrics_processor.pause():
                 self._call("on_validation_end")
 
