@@ -34,6 +34,7 @@ VALUES = {
     "launcher=slurm": ["launcher.dry_run=true"],
     "launcher=ray": ["launcher.dry_run=true"],
     "loss=function": ["loss._target_=torch.nn.functional.mse_loss"],
+    "model=hf_masked_lm": ["model.path=folder"],
     "model=hf_seq2seq": ["model.path=folder"],
     "model=module": ["model._target_=torch.nn.Identity"],
     "tokenizer=pretrained": ["tokenizer.pretrained_model_name_or_path=folder"],

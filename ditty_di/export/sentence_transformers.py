@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -39,6 +39,8 @@ class SentenceTransformersExport(HuggingFaceExport):
     Raises:
         ValueError: as `HuggingFaceExport`, or no `Pooling`.
     """
+
+    about: ClassVar[dict[str, str]] = {"library": "sentence-transformers"}
 
     postprocessors: Sequence[Any] = ()
     normalize: bool = True

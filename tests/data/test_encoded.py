@@ -144,7 +144,7 @@ def test_pairs_are_a_batch_of_anchors_and_one_of_positives(cache_dir):
     inputs, _ = PairsCollate(pad_id=0, negatives=True)([rows[0], rows[1]])
     assert len(inputs["input"]) == 6 and tokenizer.decode(inputs["input"][-1]) == "f g h"
     # Otherwise ranks would have other numbers of candidates.
-    with pytest.raises(ValueError, match='example 0: there is a "negative": write data.negatives'):
+    with pytest.raises(ValueError, match='example 0: there is a "negative"'):
         encoded(with_negatives, TextPairs(tokenizer), cache_dir)
     with pytest.raises(ValueError, match='example 0: no "negative"'):
         encoded(lines, TextPairs(tokenizer, negatives=True), cache_dir)
@@ -188,7 +188,9 @@ def test_hidden_tokens_are_masked_replaced_or_kept_in_their_shares(bpe):
     inputs, labels = hidden[0]
     chosen = labels >= 0
     assert not chosen[::2].any(), "special tokens are never hidden"
-    assert (labels[chosen] == ids[chosen]).all() and (inputs["input"][~chosen] == ids[~chosen]).all()
+    assert (labels[chosen] == ids[chosen]).all() and (
+        inputs["input"][~chosen] == ids[~chosen]
+    ).all()
     assert chosen[1::2].float().mean().item() == pytest.approx(0.15, abs=0.02)
     now = inputs["input"][chosen]
     shares = [(now == bpe.mask_token_id).float().mean(), (now == labels[chosen]).float().mean()]

@@ -103,7 +103,11 @@ def test_a_new_head_on_a_body_of_stock_files_and_back(task, base, tmp_path):
     model = filled(task.from_pretrained(base, labels=LABELS))
     assert model.config.id2label == dict(enumerate(LABELS)) and model.config.num_labels == 3
     stock = TASKS[task].from_pretrained(base, num_labels=3)
-    heads = {name for name, p in model.named_parameters() if not torch.equal(p, stock.get_parameter(name))}
+    heads = {
+        name
+        for name, p in model.named_parameters()
+        if not torch.equal(p, stock.get_parameter(name))
+    }
     assert heads and not any(".layer" in name for name in heads), "the body is that of the files"
     assert all("pooler" in name or "classifier" in name or "score" in name for name in heads)
     again = filled(task.from_pretrained(base, labels=LABELS))
@@ -162,10 +166,13 @@ def test_embeddings_and_hidden_tokens_are_those_of_stock(base, tmp_path):
     opened = AutoModel.from_pretrained(tmp_path / "export")
     assert torch.equal(output(opened, **batch(model)).last_hidden_state, states[0])
     if model.config.model_type in ("llama", "qwen3"):
-        with pytest.raises(ValueError, match="no model of type .* for its AutoModelForMaskedLM"):
+        with pytest.raises(ValueError, match=r"no model of type .* for its AutoModelForMaskedLM"):
             masked_lm.from_pretrained(base)
         return
-    model, stock = filled(masked_lm.from_pretrained(base)), AutoModelForMaskedLM.from_pretrained(base)
+    model, stock = (
+        filled(masked_lm.from_pretrained(base)),
+        AutoModelForMaskedLM.from_pretrained(base),
+    )
     assert torch.equal(*(output(one, **batch(model)).logits for one in (model, stock)))
 
 

@@ -1,4 +1,4 @@
-"""Classifiers, embeddings and masked language models: two ranks train as one, and resume exactly."""
+"""Classifiers, embeddings, masked language models: two ranks train as one, and resume exactly."""
 
 import math
 from functools import partial
@@ -97,7 +97,9 @@ def trained(kind, folder, *, accumulation=1, layout="fsdp", steps=STEPS, save=Fa
     encode, collate, model, loss, processors, metrics = parts(kind, tokenizer)
 
     def loader(rows, **options):
-        dataset = EncodedDataset(in_memory([*lines(kind, rows)]), encode, cache_dir=folder / "cache")
+        dataset = EncodedDataset(
+            in_memory([*lines(kind, rows)]), encode, cache_dir=folder / "cache"
+        )
         if kind == "masked":
             dataset = MaskedTokens(dataset, tokenizer, fraction=0.4)
         size = ROWS // accumulation // runtime.dp_world_size
@@ -172,7 +174,9 @@ def same(here, there, tolerance=1e-5):
 def test_two_ranks_train_every_parameter_as_one(one, two, kind, layout):
     same(two[kind, layout], one[kind])
     values = one[kind][0]
-    assert {"texts": "validation/f1", "pairs": "validation/recall@3"}.get(kind, "validation/loss") in values
+    assert {"texts": "validation/f1", "pairs": "validation/recall@3"}.get(
+        kind, "validation/loss"
+    ) in values
 
 
 @pytest.mark.parametrize("kind", ["texts", "tokens", "masked"])
