@@ -227,6 +227,23 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of the data-parallel ranks in their order, on every rank.
+
+        Of ranks that differ only in tp, cp or pp the first one that is true counts, or the last.
+
+        Args:
+            value: any object that can be pickled.
+        """
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, (self.dp_rank, value))
+        of_ranks: dict[int, Any] = {}
+        for rank, other in found:
+            of_ranks[rank] = of_ranks.get(rank) or other
+        return [of_ranks[rank] for rank in sorted(of_ranks)]
+
     # -- setup and shutdown --------------------------------------------------------------------
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ VALUES = {
     "launcher=ray": ["launcher.dry_run=true"],
     "loss=function": ["loss._target_=torch.nn.functional.mse_loss"],
     "model=hf_image_text": ["model.path=folder"],
+    "model=hf_masked_lm": ["model.path=folder"],
     "model=hf_seq2seq": ["model.path=folder"],
     "model=module": ["model._target_=torch.nn.Identity"],
     "tokenizer=pretrained": ["tokenizer.pretrained_model_name_or_path=folder"],

@@ -32,6 +32,7 @@ SHORT = "max_steps=2 validator.max_batches=1"
 NO_SAMPLES = (
     *("seq2seq", "diffusion", "flow_matching", "classification", "two_heads", "module"),
     "vision_language",
+    *("embedding", "masked_lm"),
 )
 #: What makes some of them cheaper.
 FEW = {"diffusion": " export.samples=10", "flow_matching": " export.samples=10"}
@@ -81,6 +82,8 @@ def folder(tmp_path_factory):
                 file = folder / named[1]
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text)
+    labeled = [{"text": f"{i} + 1", "label": "odd" if i % 2 else "even"} for i in range(40)]
+    (folder / "labeled.jsonl").write_text("".join(json.dumps(r) + "\n" for r in labeled))
     (folder / "my_texts").mkdir()
     (folder / "my_texts" / "a.txt").write_text("one two three four five six seven\n" * 99)
     (folder / "my_texts" / "b.txt").write_text("seven six five four three two one\n" * 99)

@@ -15,6 +15,7 @@ from ditty_di.adapters import targets, tied
 from ditty_di.adapters.state import NAME
 from ditty_di.dtypes import dtype_by_name, dtype_name
 from ditty_di.models.coverage import left_out, within_block
+from ditty_di.models.heads import head_of
 from ditty_di.models.stacked import fused_weights
 from ditty_di.precision.casting import computing_dtype
 from ditty_di.protocols import early_checks
@@ -54,7 +55,8 @@ def apply_adapter(model: nn.Module, /, *, config: Any, dtype: str | None = "floa
             `target_modules` are names, a regular expression, `all-linear` (quantized layers and
             fused experts too, without the output head and routers), or None: what peft knows for
             this architecture, else the linear layers of the repeated blocks. A `task_type` of None
-            becomes the model's own.
+            becomes the model's own, and so do `modules_to_save` of a model whose head may be new
+            (`head_task`).
         dtype: of everything that is trained, a name in torch; float32 also on a base of 16 bits,
             whose own updates would be lost in rounding. None keeps what peft makes.
 
@@ -67,6 +69,7 @@ def apply_adapter(model: nn.Module, /, *, config: Any, dtype: str | None = "floa
 
     config = copy.deepcopy(config)  # peft writes into it
     _require_supported(config, model)
+    _set_head(config, model)
     _set_targets(config, model)
     _set_task(config, model)
     experts.register(config, model)
@@ -119,6 +122,18 @@ def _require_supported(config: Any, model: nn.Module) -> None:
             f"while the layers are made; here the base is read later, by slices, and stays the "
             f"published one. Use init_lora_weights=true, gaussian or orthogonal"
         )
+
+
+def _set_head(config: Any, model: nn.Module) -> None:
+    """Set the task of a model with a head that may be new, and train this head whole."""
+    task = getattr(model, "head_task", None)
+    if task is None:
+        return
+    config.task_type = config.task_type or task
+    if hasattr(config, "modules_to_save") and config.modules_to_save is None:
+        trained = (name for name, p in model.named_parameters() if p.requires_grad)
+        heads = dict.fromkeys(head_of(model, name) for name in trained)
+        config.modules_to_save = [head for head in heads if head] or None
 
 
 def _set_targets(config: Any, model: nn.Module) -> None:

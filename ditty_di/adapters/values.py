@@ -18,6 +18,7 @@ from ditty_di.adapters.state import NAME, peft_model
 from ditty_di.adapters.targets import is_quantized
 from ditty_di.fqn import base_fqn, canonical_fqn
 from ditty_di.messages import first_of
+from ditty_di.models.heads import head_of
 from ditty_di.models.weights import (
     hugging_face,
     local,
@@ -67,9 +68,13 @@ def initialize(
 
 
 def _init_copies(model: nn.Module, names: set[str], seed: int) -> None:
-    """Initialize modules that are trained whole and that the base lacks, and their originals."""
+    """Initialize a new head, and modules that are trained whole and that the base lacks.
+
+    Of the latter the originals too. A head may be new without adapters.
+    """
     copies = {"modules_to_save", "original_module"}
-    if of_base := [name for name in sorted(names) if not copies & {*name.split(".")}]:
+    of_base = [name for name in sorted(names) if not copies & {*name.split(".")}]
+    if of_base := [name for name in of_base if not head_of(model, name)]:
         raise ValueError(
             f"adapters: the base's files do not have {first_of(of_base, 5)}, and these are not "
             f"adapters; what the base lacks must be in modules_to_save"

@@ -19,6 +19,7 @@ from ditty_di.data.options import require
 from ditty_di.protocols import LoadedBatch
 
 _POSITIONS = "-> input:2:i64, position_ids:2:i64{} | ctx.target:2:i64"
+_ENCODER = "-> input:2:i64, attention_mask:2:i64 | ctx.target:{}:i64"
 _VARLEN = ", cu_seq_lens_q:1:i32, cu_seq_lens_k:1:i32, max_length_q:0:i64, max_length_k:0:i64"
 
 
@@ -189,18 +190,113 @@ class Seq2SeqCollate:
         rows = _one_by_one(rows)
         given, pad = _given(rows), self.pad_id or 0
         sources = [row["input"] for row, _ in given]
-        length = _padded_length([len(source) for source in sources], self.pad_to_multiple_of)
-        inputs = _padded(sources, len(rows), length, pad)
-        mask = _padded([torch.ones_like(source) for source in sources], len(rows), length, 0)
-        mask[:, 0] = 1  # of a row of padding, or an empty input: attention to nothing is NaN
+        encoder = _masked(sources, len(rows), pad, self.pad_to_multiple_of)
         targets = [labels for _, labels in given]
         length = _padded_length([len(labels) for labels in targets], self.pad_to_multiple_of)
         labels = _padded(targets, len(rows), length, self.ignore_index)
         start = labels.new_full((len(rows), 1), self.decoder_start_token_id)
         decoder = torch.cat([start, labels[:, :-1]], dim=1)
         decoder = decoder.masked_fill(decoder == self.ignore_index, pad)
-        encoder = {"input": inputs, "attention_mask": mask}
         return {**encoder, "decoder_input_ids": decoder, **_sources(given, len(rows))}, labels
+
+
+@dataclass(frozen=True)
+class EncoderCollate:
+    """Pad rows for a bidirectional model, or a classifier, on the right, with an attention mask.
+
+    `input` and `attention_mask` are int64 `[rows, longest]`, and so are `token_type_ids` if the
+    rows have them. Labels are `[rows]`, the only one of each row, or `[rows, longest]`.
+
+    Args:
+        pad_id: Id of the padding; None: 0. A classifier with a causal body finds the last token of
+            a row by it: see `model_pad_id`.
+        label_per_token: Each token has a label.
+        ignore_index: Label of the padding, excluded from the loss.
+        pad_to_multiple_of: Round the length up to a multiple of this, in tokens.
+    """
+
+    pad_id: int | None = None
+    label_per_token: bool = False
+    ignore_index: int = -100
+    pad_to_multiple_of: int | None = None
+    pads_rows = True
+
+    @classmethod
+    def contract_for(cls, *, label_per_token: bool = False, **_: Any) -> str:
+        """Return the contract of a collate function with these arguments."""
+        return _ENCODER.format(2 if label_per_token else 1)
+
+    @property
+    def contract(self) -> str:
+        """The contract of a micro-batch."""
+        return self.contract_for(label_per_token=self.label_per_token)
+
+    def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
+        """Return the micro-batch of the rows."""
+        rows = _one_by_one(rows)
+        given = _given(rows)
+        texts = [row["input"] for row, _ in given]
+        inputs = _masked(texts, len(rows), self.pad_id or 0, self.pad_to_multiple_of)
+        length = inputs["input"].shape[1]
+        if given and all("token_type_ids" in row for row, _ in given):
+            types = [row["token_type_ids"] for row, _ in given]
+            inputs["token_type_ids"] = _padded(types, len(rows), length, 0)
+        size = length if self.label_per_token else 1
+        labels = _padded([labels for _, labels in given], len(rows), size, self.ignore_index)
+        inputs |= _sources(given, len(rows))
+        return inputs, labels if self.label_per_token else labels[:, 0]
+
+
+@dataclass(frozen=True)
+class PairsCollate:
+    """Pad pairs of texts on the right, all anchors first: `input` is `[2 * rows, longest]`.
+
+    Behind the anchors are the positives in the same order, and with `negatives` the negatives.
+    Labels are `[rows]`: 0, or `ignore_index` for a row of padding.
+
+    Args:
+        pad_id: Id of the padding; None: 0.
+        negatives: Rows have a negative too: `input` is `[3 * rows, longest]`.
+        ignore_index: Label of a row of padding, excluded from the loss.
+        pad_to_multiple_of: Round the length up to a multiple of this, in tokens.
+    """
+
+    pad_id: int | None = None
+    negatives: bool = False
+    ignore_index: int = -100
+    pad_to_multiple_of: int | None = None
+    pads_rows = True
+    contract = _ENCODER.format(1)
+
+    def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
+        """Return the micro-batch of the rows."""
+        given, empty = _given(rows), torch.zeros(0, dtype=torch.int64)
+        texts = [
+            part
+            for name in ("anchor", "positive", "negative")[: 3 if self.negatives else 2]
+            for part in [*(row[name] for row, _ in given), *[empty] * (len(rows) - len(given))]
+        ]
+        labels = torch.full((len(rows),), self.ignore_index)
+        labels[: len(given)] = 0
+        return _masked(texts, len(texts), self.pad_id or 0, self.pad_to_multiple_of), labels
+
+
+def model_pad_id(model: Any) -> int:
+    """Return the id that a model of transformers takes for padding.
+
+    A classifier with a causal body makes its logits from the last token that is not this id.
+
+    Raises:
+        ValueError: The model's configuration does not have it.
+    """
+    config: Any = model.config
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if pad is None:
+        raise ValueError(
+            "the model's configuration has no pad_token_id, by which a classifier finds the last "
+            "token of a padded row: set one, such as +model.pad_token_id=0"
+        )
+    return int(pad)
 
 
 def decoder_start_token_id(model: Any) -> int:
@@ -260,6 +356,14 @@ def _sources(given: list[LoadedBatch], rows: int) -> dict[str, Tensor]:
 def _padded_length(lengths: list[int], multiple: int | None) -> int:
     longest = max([1, *lengths])
     return -(-longest // multiple) * multiple if multiple else longest
+
+
+def _masked(texts: list[Tensor], rows: int, pad: int, multiple: int | None) -> dict[str, Tensor]:
+    """Return the texts as `input` `[rows, length]`, padded on the right, and `attention_mask`."""
+    length = _padded_length([len(text) for text in texts], multiple)
+    mask = _padded([torch.ones_like(text) for text in texts], rows, length, 0)
+    mask[:, 0] = 1  # of a row of padding, or an empty input: attention to nothing is NaN
+    return {"input": _padded(texts, rows, length, pad), "attention_mask": mask}
 
 
 def _padded(parts: list[Tensor], rows: int, length: int, fill: int) -> Tensor:

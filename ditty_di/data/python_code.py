@@ -6,18 +6,23 @@ Sources are parsed, never imported. Everything depends on the Python version alo
 from __future__ import annotations
 
 import ast
+import io
 import json
+import keyword
 import os
 import platform
 import re
 import sys
 import sysconfig
 import textwrap
+import tokenize
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from ditty_di.data import options
 from ditty_di.data.cache import build_once, cache_folder, counted
@@ -30,6 +35,7 @@ _MIN_SUMMARY_CHARS = 20
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 # Tables of numbers, and the text that `_topics` yields.
 _NOT_PROGRAMS = {"encodings", "pydoc_data"}
+_SPLITS = ("train", "val", "test")
 _SCOPES = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _LIBRARY = Path(sysconfig.get_path("stdlib"))
 _NO_SOURCES = f"""\
@@ -111,6 +117,75 @@ def docstring_pairs(max_chars: int = 1200, cache_dir: str | os.PathLike[str] | N
     )
 
 
+def labeled_functions(packages: int = 10, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return a folder of functions and the packages that they are from, to classify.
+
+    Each line has `text` (the source of a function of `docstring_pairs`) and `label`, the package of
+    the standard library that it is from, one of those with the most functions. There are no splits:
+    functions of the same modules are for training and held out.
+
+    Args:
+        packages: Number of packages.
+        cache_dir: Cache folder; None: `$DITTY_DI_CACHE`, or `~/.cache/ditty_di`.
+
+    Raises:
+        ValueError: This Python has no source files.
+    """
+
+    def write(folder: Path, pairs: Path) -> None:
+        found = [pair for split in _SPLITS for pair in _pairs_of(pairs, split)]
+        counts = Counter(map(_package, found))
+        chosen = sorted(counts, key=lambda name: (-counts[name], name))[:packages]
+        rows = [{"text": _code(p), "label": _package(p)} for p in found if _package(p) in chosen]
+        _write_rows(folder, "train", rows)
+
+    return _made_of_pairs(f"labels-{packages}", write, cache_dir)
+
+
+def described_functions(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return a folder `train/ val/ test/*.jsonl` of summaries and functions, for embeddings.
+
+    Each line has `anchor` (the first line of a docstring) and `positive` (the source of its
+    function without it), those of `docstring_pairs`.
+
+    Args:
+        cache_dir: Cache folder; None: `$DITTY_DI_CACHE`, or `~/.cache/ditty_di`.
+
+    Raises:
+        ValueError: This Python has no source files.
+    """
+
+    def write(folder: Path, pairs: Path) -> None:
+        for split in _SPLITS:
+            read = _pairs_of(pairs, split)
+            rows = [{"anchor": p["output"].strip(), "positive": _code(p)} for p in read]
+            _write_rows(folder, split, rows)
+
+    return _made_of_pairs("described", write, cache_dir)
+
+
+def tagged_functions(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return a folder `train/ val/ test/*.jsonl` of functions in tokens with tags.
+
+    Each line has the `tokens` of a function of `docstring_pairs`, and as `tags` what each of them
+    is: attribute, call, comment, definition, keyword, name, number, operator or string.
+
+    Args:
+        cache_dir: Cache folder; None: `$DITTY_DI_CACHE`, or `~/.cache/ditty_di`.
+
+    Raises:
+        ValueError: This Python has no source files.
+    """
+
+    def write(folder: Path, pairs: Path) -> None:
+        for split in _SPLITS:
+            tagged = ([*_tagged(_code(pair))] for pair in _pairs_of(pairs, split))
+            rows = [{"tokens": [t for t, _ in row], "tags": [t for _, t in row]} for row in tagged]
+            _write_rows(folder, split, rows)
+
+    return _made_of_pairs("tags", write, cache_dir)
+
+
 def held_out_module(name: str) -> bool:
     """Return whether a module, such as `json.decoder`, is held out: one in ten, by its hash."""
     return content_hash(name) < 2**64 // 10
@@ -181,7 +256,7 @@ def _header(node: ast.AST, name: str) -> str:
 
 
 def _write_pairs(folder: Path, max_chars: int) -> None:
-    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    splits: dict[str, list[str]] = {split: [] for split in _SPLITS}
     seen: set[str] = set()
     held_out: dict[str, str] = {}
     for module, path in _modules():
@@ -197,6 +272,60 @@ def _write_pairs(folder: Path, max_chars: int) -> None:
     for split, lines in splits.items():
         (folder / split).mkdir(parents=True)
         (folder / split / "functions.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _made_of_pairs(
+    name: str, write: Callable[[Path, Path], None], cache_dir: str | os.PathLike[str] | None
+) -> Path:
+    """Return a cached folder that `write` makes of that of `docstring_pairs`."""
+    pairs = docstring_pairs(cache_dir=cache_dir)
+    # v1: raise it when the same pairs would give other rows.
+    target = cache_folder(cache_dir) / "examples" / f"{name}-{pairs.name}-v1"
+    return build_once(target, lambda folder: write(folder, pairs))
+
+
+def _pairs_of(folder: Path, split: str) -> list[dict[str, str]]:
+    lines = (folder / split / "functions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _write_rows(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
+    (folder / split).mkdir(parents=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / split / "functions.jsonl").write_text(text, encoding="utf-8")
+
+
+def _package(pair: dict[str, str]) -> str:
+    return pair["module"].partition(".")[0]
+
+
+def _code(pair: dict[str, str]) -> str:
+    return pair["input"].removesuffix("\n\n# Summary:")
+
+
+def _tagged(source: str) -> Iterator[tuple[str, str]]:
+    """Yield the tokens of a function with their tags."""
+    kinds = {
+        tokenize.OP: "operator",
+        tokenize.NUMBER: "number",
+        tokenize.STRING: "string",
+        tokenize.COMMENT: "comment",
+    }
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.string.strip()]
+    before = ""
+    for token, following in zip(tokens, [*(t.string for t in tokens[1:]), ""], strict=True):
+        tag = kinds.get(token.type, "name")
+        if token.type == tokenize.NAME:
+            if keyword.iskeyword(token.string):
+                tag = "keyword"
+            elif before in ("def", "class"):
+                tag = "definition"
+            elif following == "(":
+                tag = "call"
+            elif before == ".":
+                tag = "attribute"
+        yield token.string, tag
+        before = token.string
 
 
 def _functions(path: Path, max_chars: int) -> Iterator[tuple[str, str, str]]:

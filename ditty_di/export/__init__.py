@@ -5,6 +5,7 @@ from ditty_di.export.auto import AutoExport
 from ditty_di.export.full import HuggingFaceExport, SafetensorsExport
 from ditty_di.export.hub import HubError, push_folder
 from ditty_di.export.merged import MergedExport
+from ditty_di.export.sentence_transformers import SentenceTransformersExport
 
 __all__ = [
     "AdapterExport",
@@ -13,5 +14,6 @@ __all__ = [
     "HuggingFaceExport",
     "MergedExport",
     "SafetensorsExport",
+    "SentenceTransformersExport",
     "push_folder",
 ]

@@ -47,8 +47,8 @@ def write_card(
     Args:
         folder: the exported folder; its `config.json` is read if there is one.
         record: `kind` ("model", "adapter" or "merged") and, where known, `base`, `revision`,
-            `seq2seq`, `auto` (the class of transformers that opens it), `pipeline_tag` and
-            `logit_diff` (logit differences) of the export.
+            `seq2seq`, `auto` (the class of transformers that opens it), `pipeline_tag`, `library`
+            and `logit_diff` (logit differences) of the export.
         run: the run directory; what it does not say is left out.
         license: a name that the Hub knows.
         name: `user/name` on the Hub, if the folder will be uploaded.
@@ -66,7 +66,7 @@ def write_card(
     data = ModelCardData(
         base_model=_on_hub(base),
         datasets=_on_hub(known.at("data.path")),
-        library_name="peft" if adapter else "transformers",
+        library_name="peft" if adapter else record.get("library", "transformers"),
         pipeline_tag=record.get("pipeline_tag") or tag,
         license=license,
         tags=["ditty_di", *(["adapter"] if adapter else [])],

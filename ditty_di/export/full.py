@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ class HuggingFaceExport(Export):
         ValueError: a quantized base, adapters or pipeline stages: these have other exports.
     """
 
+    #: Further entries of `export.json`, and of the card (`card.write_card`).
+    about: ClassVar[dict[str, str]] = {}
+
     dtype: str | None = None
     max_shard_size: str = "5GB"
 
@@ -59,8 +62,18 @@ class HuggingFaceExport(Export):
             return
         bare: Any = _bare(model)
         bare.generation_config = self.generation_config(model)
-        with self.written({"kind": "model", **published_as(model)}) as folder:
+        record = {"kind": "model", **published_as(model), **self.about}
+        with self.written(record) as folder:
             save_model(bare, folder, state_dict, self.max_shard_size)
+            self.write_beside(folder, model)
+
+    def write_beside(self, folder: Path, model: nn.Module) -> None:
+        """Write further files into the folder, on rank 0; a subclass overrides it.
+
+        Args:
+            folder: which has the weights and the configuration.
+            model: as it was trained.
+        """
 
 
 class SafetensorsExport:

@@ -15,6 +15,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 from transformers.utils.quantization_config import Mxfp4Config
@@ -24,6 +31,19 @@ from ditty_di.export.folder import quiet
 from ditty_di.models import generation
 from ditty_di.models.files import ModelFiles
 from ditty_di.models.mxfp4 import is_mxfp4
+
+_TEXT = {
+    *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+    *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+}
+#: Classes that a file names as its architecture, of which another class would make text.
+_WITHOUT_TEXT = {
+    *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+    *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
+    *MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(),
+} - _TEXT
+_TASKS_WITHOUT_TEXT = ("SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION")
+_NO_TEXT = "{path} has {kind}, which give no text; open them with transformers itself"
 
 
 def open_model(
@@ -39,10 +59,13 @@ def open_model(
 
     Raises:
         FileNotFoundError: the adapters' base is a folder that does not exist.
+        ValueError: a classifier, or another model that gives no text.
     """
     config = adapter_config(path, revision)
     if config is None:
         return published(path, revision, dtype=dtype)
+    if config.get("task_type") in _TASKS_WITHOUT_TEXT:
+        raise ValueError(_NO_TEXT.format(path=path, kind=f"adapters for {config['task_type']}"))
     return on_base(
         path,
         base or config["base_model_name_or_path"],
@@ -141,10 +164,16 @@ def published(
         path: a folder, or the hub's `user/name`.
         revision: on the hub; None is its main branch.
         dtype: name in torch; None keeps that of the files.
+
+    Raises:
+        ValueError: a classifier, or another model that gives no text.
     """
     generates = generation.read(ModelFiles(path, revision))
     path, revision = _folder(path), revision or "main"
     config = AutoConfig.from_pretrained(path, revision=revision)
+    if named := _WITHOUT_TEXT & {*(config.architectures or ())}:
+        kind = f"weights of {' and '.join(sorted(named))}"
+        raise ValueError(_NO_TEXT.format(path=path, kind=kind))
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if reads_images(config):
         auto = AutoModelForImageTextToText

@@ -74,10 +74,15 @@ class MergedExport(Export):
         """Check adapters, base, dtype and rows.
 
         Raises:
-            ValueError: a model without adapters, or an unknown dtype.
+            ValueError: a model without adapters or that gives no text, or an unknown dtype.
             FileNotFoundError, PermissionError, ConnectionError: the base; see `ModelFiles`.
         """
         config = adapter_file(model, self.base, self.revision)
+        if getattr(model, "head_task", None) is not None:
+            raise ValueError(
+                "export: adapters are merged into language models only; write them alone, with the "
+                "head that was trained beside them (export=adapter)"
+            )
         dtype_by_name(self.dtype, "export.dtype")
         self._rows(model)
         if is_first_rank():

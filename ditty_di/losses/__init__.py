@@ -3,6 +3,7 @@
 from ditty_di.losses.base import Loss
 from ditty_di.losses.calculator import LossCalculator, LossOutput
 from ditty_di.losses.composite import CompositeLoss
+from ditty_di.losses.contrastive import InfoNCELoss
 from ditty_di.losses.cross_entropy import (
     ClassificationLoss,
     CrossEntropyCalculator,
@@ -24,6 +25,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DistillationLoss",
     "HuberLoss",
+    "InfoNCELoss",
     "L1Loss",
     "LigerLinearCrossEntropyLoss",
     "LinearCrossEntropyLoss",

@@ -22,6 +22,7 @@ def tokenizer(
     shards: str | Sequence[str] | None = None,
     documents: Sequence[str] | TextStream | None = None,
     special_tokens: Sequence[str] = (),
+    mask_token: str | None = None,
     chat_template: str | None = None,
     vocab_size: int | None = None,
     max_length: int | None = None,
@@ -35,6 +36,7 @@ def tokenizer(
             and no `vocab_size`.
         documents: texts to train on otherwise.
         special_tokens: tokens to add where the vocabulary lacks them.
+        mask_token: token that stands for a hidden one in masked language models.
         chat_template: Jinja template, or the file that holds one.
         vocab_size: largest vocabulary of a trained tokenizer, in tokens; None: 2048.
         max_length: longest row of a trained tokenizer, in tokens.
@@ -51,12 +53,16 @@ def tokenizer(
         path, revision = str(saved), None
     if path is not None:
         return from_pretrained(
-            path, revision=revision, special_tokens=special_tokens, chat_template=chat_template
+            path,
+            revision=revision,
+            special_tokens=special_tokens,
+            mask_token=mask_token,
+            chat_template=chat_template,
         )
     if documents is None:
         return None
     trained = train_bpe(documents, vocab_size or _VOCAB_SIZE, max_length)
-    return add_to(trained, special_tokens, chat_template)
+    return add_to(trained, special_tokens, chat_template, mask_token)
 
 
 def _of_shards(folders: str | Sequence[str] | None) -> Path | None:

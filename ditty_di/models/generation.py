@@ -60,8 +60,11 @@ def _readable(file: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_over(files: ModelFiles, model: Any) -> None:
-    """Give the model the generation config of its files, as transformers reads it."""
-    found = read(files)
+    """Give the model the generation config of its files, as transformers reads it.
+
+    A model that does not generate, such as a classifier, gets none.
+    """
+    found = read(files) if model.can_generate() else None
     if found is None:
         return
     if files.find(FILE) is None:

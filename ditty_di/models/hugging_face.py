@@ -1,4 +1,4 @@
-"""Build models of transformers on the meta device: causal, sequence-to-sequence, with images."""
+"""Build models of transformers on the meta device, of any auto class."""
 
 from __future__ import annotations
 
@@ -41,20 +41,29 @@ def builders(
     contract: str,
     pipeline_tag: str = "text-generation",
     prepare: ModelTransform | None = None,
+    head_task: str | None = None,
+    unused: Sequence[str] = (),
 ) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
     """Return `from_config` and `from_pretrained` for one auto class of transformers.
 
     The models they build carry two attributes that the trainer falls back on: `contract`, and
     `default_weights`, the function that fills the model. Exports read `auto_class`, its name, and
-    `pipeline_tag`.
+    `pipeline_tag`; adapters and pretrained weights `head_task`.
 
     Args:
         auto_class: such as `AutoModelForCausalLM`.
         contract: inputs and outputs of its models (`ditty_di.contracts.grammar`).
         pipeline_tag: task of its models on the Hub.
+        head_task: task type of peft, for models whose head the files may lack: it is initialized
+            then, and trained whole beside adapters.
+        unused: modules that the outputs in `contract` do not depend on; they are not trained.
         prepare: transform of every model, applied first.
     """
-    attributes: dict[str, Any] = {"contract": contract, "pipeline_tag": pipeline_tag}
+    attributes: dict[str, Any] = {
+        "contract": contract,
+        "pipeline_tag": pipeline_tag,
+        "head_task": head_task,
+    }
     attributes["auto_class"] = auto_class.__name__
 
     def rehearse_config(build: Callable[[str], Any]) -> list[str]:
@@ -81,6 +90,7 @@ def builders(
         )
         if files is not None:
             require_experts(files, model)
+        model.head_task = head_task
         for name in ("quantize", "adapter"):  # they log what they leave out
             transform = build(name)
             model = model if transform is None else transform(model)
@@ -93,6 +103,7 @@ def builders(
         attn_implementation: str | None = None,
         dtype: str = "float32",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        labels: Sequence[str] | None = None,
         pad_vocab_to_multiple_of: int | None = None,
         freeze: Sequence[str] = (),
         quantize: ModelTransform | None = None,
@@ -117,6 +128,8 @@ def builders(
             dtype: of the parameters, a name in torch. Rotary frequencies stay float32.
             tokenizer: the vocabulary grows to its size, and its pad, eos and bos ids are taken
                 where `config` has none. A decoder without a start token starts with padding.
+            labels: names of the classes of a classifier, which become `id2label` and `label2id` of
+                the configuration; None keeps those that it has.
             pad_vocab_to_multiple_of: rounds the vocabulary up, in tokens.
             freeze: parameters that are not trained, by a part of their path (`vision_tower`), its
                 end, or a pattern (`model.layers.[01].*`).
@@ -138,10 +151,12 @@ def builders(
             attn_implementation=attn_implementation,
             dtype=dtype,
             tokenizer=tokenizer,
+            labels=labels,
             pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
             freeze=freeze,
             transforms=(prepare, quantize, adapter, convert, neftune, head),
             default_weights=partial(initialize, init=init),
+            unused=unused,
             **attributes,
         )
 
@@ -153,6 +168,7 @@ def builders(
         attn_implementation: str | None = None,
         dtype: str = "float32",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        labels: Sequence[str] | None = None,
         pad_vocab_to_multiple_of: int | None = None,
         freeze: Sequence[str] = (),
         quantize: ModelTransform | None = None,
@@ -173,6 +189,7 @@ def builders(
             attn_implementation: as for `from_config`.
             dtype: as for `from_config`.
             tokenizer: as for `from_config`.
+            labels: as for `from_config`.
             pad_vocab_to_multiple_of: as for `from_config`.
             freeze: as for `from_config`.
             quantize: as for `from_config`.
@@ -195,10 +212,12 @@ def builders(
             attn_implementation=attn_implementation,
             dtype=dtype,
             tokenizer=tokenizer,
+            labels=labels,
             pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
             freeze=freeze,
             transforms=(prepare, quantize, adapter, convert, neftune, head),
             files=files,
+            unused=unused,
             default_weights=Pretrained(path, revision=revision, init_missing=initialize_adapters),
             **attributes,
         )
@@ -216,9 +235,11 @@ def _build(
     attn_implementation: str | None,
     dtype: str,
     tokenizer: PreTrainedTokenizerBase | None,
+    labels: Sequence[str] | None,
     pad_vocab_to_multiple_of: int | None,
     freeze: Sequence[str],
     transforms: tuple[ModelTransform | None, ...],
+    unused: Sequence[str] = (),
     files: ModelFiles | None = None,
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
     **attributes: Any,
@@ -234,6 +255,9 @@ def _build(
     for part in (config, config.get_text_config()):
         part.use_cache = False
     _fit_to_tokenizer(config, tokenizer, pad_vocab_to_multiple_of, special_tokens)
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: number for number, name in enumerate(labels)}
     model = _build_on_meta(auto_class, config, dtype, attn_implementation)
     if files is not None:
         fit_to_files(files, model)
@@ -243,6 +267,9 @@ def _build(
     for name, value in attributes.items():
         setattr(model, name, value)
     _freeze(model, freeze)
+    for name in unused:
+        if (module := getattr(model, name, None)) is not None:
+            module.requires_grad_(False)
     for transform in transforms:
         if transform is not None:
             model = transform(model)

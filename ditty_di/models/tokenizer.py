@@ -18,6 +18,7 @@ def from_pretrained(
     *,
     revision: str | None = None,
     special_tokens: Sequence[str] = (),
+    mask_token: str | None = None,
     chat_template: str | None = None,
     model_max_length: int | None = None,
 ) -> PreTrainedTokenizerBase:
@@ -28,6 +29,7 @@ def from_pretrained(
         revision: branch, tag or commit on the hub; None is its main branch.
         special_tokens: added where the vocabulary lacks them; a model that is given this tokenizer
             grows its embeddings to match.
+        mask_token: as for `add_to`.
         chat_template: a Jinja template, or a file with one, that replaces the tokenizer's.
         model_max_length: in tokens; replaces the tokenizer's.
 
@@ -49,17 +51,24 @@ def from_pretrained(
         )
     if model_max_length is not None:
         tokenizer.model_max_length = model_max_length
-    return add_to(tokenizer, special_tokens, chat_template)
+    return add_to(tokenizer, special_tokens, chat_template, mask_token)
 
 
 def add_to(
     tokenizer: PreTrainedTokenizerBase,
     special_tokens: Sequence[str] = (),
     chat_template: str | None = None,
+    mask_token: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Add special tokens and a chat template (Jinja text, or a file with it) to a tokenizer."""
+    """Add special tokens and a chat template (Jinja text, or a file with it) to a tokenizer.
+
+    `mask_token` stands for a hidden token of a masked language model; the vocabulary gets it where
+    it lacks it.
+    """
     if special_tokens:
         tokenizer.add_tokens(list(special_tokens), special_tokens=True)
+    if mask_token is not None:
+        tokenizer.add_special_tokens({"mask_token": mask_token})
     if chat_template is not None:
         file = Path(chat_template).expanduser()
         is_file = "\n" not in chat_template and "{" not in chat_template and file.is_file()

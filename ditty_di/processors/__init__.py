@@ -6,6 +6,7 @@ from ditty_di.contracts.grammar import Contract, ContractError
 from ditty_di.contracts.stages import Stage, contract_of, pipeline
 from ditty_di.processors.base import PostProcessor, PreProcessor
 from ditty_di.processors.keep_input import KeepInput
+from ditty_di.processors.pooling import Pooling
 from ditty_di.processors.teacher import Teacher
 from ditty_di.processors.workflow import Processors
 
@@ -14,6 +15,7 @@ __all__ = [
     "Contract",
     "ContractError",
     "KeepInput",
+    "Pooling",
     "PostProcessor",
     "PreProcessor",
     "Processors",

@@ -1,8 +1,8 @@
 """Transforms that replace a model's linear layers by frozen ones of 4 or 8 bits.
 
 Each takes a model on the meta device, whose values are quantized while they are read
-(`ditty_di.models.pretrained.Pretrained`), or a model with values. The other parameters stay
-unchanged; an adapter freezes them.
+(`ditty_di.models.pretrained.Pretrained`), or a model with values. The other parameters, and a head
+that may be new (`ditty_di.models.heads`), stay unchanged; an adapter freezes them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ditty_di.dtypes import dtype_name
 from ditty_di.models.coverage import left_out
+from ditty_di.models.heads import head_of
 from ditty_di.models.stacked import fused_weights, is_linear
 from ditty_di.models.towers import in_language_model
 from ditty_di.quantization.experts import Int8Experts, NF4Experts
@@ -159,7 +160,7 @@ def _replace(
 
     def is_chosen(path: str) -> bool:
         within = in_language_model(model, path) or _named(path, include)
-        return within and not _named(path, skip)
+        return within and not _named(path, skip) and not head_of(model, f"{path}.weight")
 
     linear_layers = [
         (path, module)

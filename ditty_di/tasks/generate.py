@@ -39,6 +39,9 @@ it as it is"""
 _NO_CHAT = """\
 a prompt that is plain text is used as it is, without the chat template that the tokenizer has; \
 chat=true sends it as a turn of the user"""
+_NO_TEXT = """\
+generate: the run trained a {kind}, which gives no text; task=evaluate measures it, and its export \
+opens in transformers"""
 _CUT = """\
 %d of %d prompts are longer than %d tokens and lose their beginning: with max_new_tokens they \
 would not fit the limit of the tokenizer and of the positions of the model, %d tokens"""
@@ -139,11 +142,14 @@ def generate(
 
     Raises:
         ValueError: Not exactly one of `prompt` and `prompts`; lines that are not prompts (file,
-            number, reason); options out of range.
+            number, reason); options out of range; a model of transformers that gives no text.
     """
     if not is_first_rank():
         return {}
     _validate(prompt=prompt, prompts=prompts, batch_size=batch_size)
+    if hasattr(model, "can_generate") and not model.can_generate():
+        whole = getattr(model, "get_base_model", lambda: model)()
+        raise ValueError(_NO_TEXT.format(kind=type(whole).__name__))
     seq2seq = is_seq2seq(model)
     options = Options(
         max_new_tokens=max_new_tokens,

@@ -158,6 +158,8 @@ def setup_loss(
 ) -> Loss:
     """Move a loss that is a module to the device, equal on all ranks, and shard it on request.
 
+    A loss, or a part of one, that compares rows of all ranks gets them by its `use_ranks(mesh)`.
+
     Args:
         loss_fn: a loss, or any callable of output and labels.
         runtime: device and layout.
@@ -170,6 +172,9 @@ def setup_loss(
     if not isinstance(loss, nn.Module):
         return loss  # type: ignore[no-any-return]
     broadcast(loss.to(runtime.device))
+    for part in loss.modules() if runtime.dp_world_size > 1 else ():
+        if (use_ranks := getattr(part, "use_ranks", None)) is not None:
+            use_ranks(runtime.parallel_dims.get_mesh("batch"))
     if parallelize_fn is not None:
         loss = parallelize_fn(loss, parallel_dims=runtime.parallel_dims)
         if runtime.device.type == "cpu":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,7 @@ from ditty_di.models.evaluation import evaluating
 from ditty_di.protocols import DataLoader, DataLoaderFactory, Evaluate, Loss
 from ditty_di.runtime import Runtime, seed_everything
 from ditty_di.seed import preserved_rng
+from ditty_di.training.metrics import Collected, ValidationMetric
 from ditty_di.training.sources import BY_SOURCE, LossBySource
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Validator:
         perplexity: also report exp(loss), for losses in nats per token.
         validate_before_training: also validate before the first step, so that `report` compares
             before and after.
+        metrics: of all rows together, such as F1 or recall (`ditty_di.training.metrics`).
         samples: logs generated text after each validation, such as
             `ditty_di.callbacks.SampleText`; the trainer calls it as one of its callbacks.
         model_parts: the modules as this rank trains them.
@@ -83,6 +85,7 @@ class Validator:
         baselines: dict[str, float] | None = None,
         perplexity: bool = False,
         validate_before_training: bool = False,
+        metrics: Sequence[ValidationMetric] | None = None,
         samples: Any = None,
         model_parts: list[nn.Module],
         evaluate: Evaluate,
@@ -95,7 +98,7 @@ class Validator:
         self.eval_interval, self.max_batches = eval_interval, max_batches
         self.baselines, self.perplexity = dict(baselines or {}), perplexity
         self.validate_before_training = validate_before_training
-        self.samples = samples
+        self.metrics, self.samples = list(metrics or ()), samples
         self.model_parts, self.evaluate, self.loss_fn = model_parts, evaluate, loss_fn
         self.runtime, self.prepare = runtime, prepare
         self._reported: list[tuple[int, float]] = []
@@ -154,7 +157,7 @@ class Validator:
 
         Returns:
             `loss`, `loss/NAME` of each source where the loader tells sources apart, the loss's own
-            metrics and the baselines; {} when a stop was requested.
+            metrics, `metrics` and the baselines; {} when a stop was requested.
 
         Raises:
             ValueError: no batch, no valid label, or other data than the first time.
@@ -254,7 +257,8 @@ class Validator:
                 # pass of a sharded model needs all ranks.
                 yield (following or self._prepared_spare()).to(device)
 
-        for values in self.evaluate(self._by_source, rounds(), on_device):
+        collected = Collected(self._by_source, self.metrics)
+        for values in self.evaluate(collected, rounds(), on_device):
             counts = own.popleft()
             for name, value in values.items():
                 # Also assigned when ignored: all ranks sum the same names.
@@ -272,7 +276,8 @@ class Validator:
         if not torch.equal(now, num_valid_global.flatten()):
             raise ValueError(OTHER_DATA.format(first=num_valid_global.tolist(), now=now.tolist()))
         by_source = self._by_source.means(summed[end:], of_sources)
-        return dict(zip(names, summed, strict=False)) | by_source
+        found = dict(zip(names, summed, strict=False)) | by_source
+        return found | collected.compute(runtime)
 
     def _prepared_spare(self) -> Batch:
         assert self._spare is not None

@@ -1,0 +1,335 @@
+"""Encode records for classifiers, taggers, embeddings and masked language models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ditty_di.data import options
+from ditty_di.data.cache import fingerprint
+from ditty_di.data.encoded import Columns
+from ditty_di.data.tokenizer import tokenizer_fingerprint
+
+_SHOWN = 10  # labels in a message
+
+
+def label_names(
+    records: Iterable[tuple[str, Any]], label_key: str = "label", *, limit: int = 10_000
+) -> list[str]:
+    """Return the labels of the training records, sorted: numbers by their value, names as text.
+
+    Bad records are left to the dataset, which reports them all.
+
+    Args:
+        records: Pairs of a record's origin and the record, such as `ditty_di.data.RecordDataset`.
+        label_key: Field of the label, or of a list of labels.
+        limit: Largest number of labels.
+
+    Raises:
+        ValueError: No record has a label, or there are too many different ones.
+    """
+    names: set[str] = set()
+    for where, record in records:
+        value = record.get(label_key) if isinstance(record, Mapping) else None
+        for label in value if isinstance(value, list) else [value]:
+            if (name := _label_name(label)) is not None:
+                names.add(name)
+        options.require(
+            len(names) <= limit,
+            f'{where}: more than {limit} different labels in "{label_key}"; is it the right field?',
+        )
+    options.require(bool(names), f'no record has a label in "{label_key}"')
+    numbers = all(name.removeprefix("-").isdecimal() for name in names)
+    return sorted(names, key=int) if numbers else sorted(names)
+
+
+def _label_name(label: Any) -> str | None:
+    """Return the name of a label; None if it is neither text nor an integer."""
+    if isinstance(label, str) and label.strip():
+        return label
+    return str(label) if isinstance(label, int) and not isinstance(label, bool) else None
+
+
+class _Encoder:
+    """Base of the encoders: a tokenizer with a limit, and the fields of a record.
+
+    Args:
+        tokenizer: The tokenizer; its special tokens are added.
+        max_tokens: Largest number of tokens of a text, special ones included; longer ones lose
+            their end. None: no limit.
+    """
+
+    @staticmethod
+    def validate(*, max_tokens: int | None = None) -> None:
+        """Raise `ValueError` for a limit below 1."""
+        options.at_least(1, max_tokens=max_tokens)
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, **identity: Any
+    ) -> None:
+        self.validate(max_tokens=max_tokens)
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self._identity = json.dumps({"max_tokens": max_tokens, **identity}, sort_keys=True)
+
+    def fingerprint(self) -> str:
+        """Return a digest of everything that decides about the columns."""
+        # 1: raise it when the same records would be encoded in another way.
+        kind = f"{type(self).__qualname__} 1"
+        return fingerprint(kind, self._identity, tokenizer_fingerprint(self.tokenizer))
+
+    def __call__(self, records: Sequence[Any]) -> list[Columns | ValueError]:
+        """Return the columns of each record; for a bad record the error in their place."""
+        found: list[Columns | ValueError] = []
+        good: list[Any] = []
+        for record in records:
+            try:
+                if isinstance(record, ValueError):
+                    raise record
+                good.append(self._checked(record))
+                found.append({})
+            except ValueError as error:
+                found.append(error)
+        made = iter(self._encoded(good))
+        return [next(made) if isinstance(one, dict) else one for one in found]
+
+    def _checked(self, record: Mapping[str, Any]) -> Any:
+        """Return what `_encoded` needs of a record; raise ValueError for a bad one."""
+        raise NotImplementedError
+
+    def _encoded(self, good: list[Any]) -> list[Columns]:
+        """Return the columns of good records."""
+        raise NotImplementedError
+
+    def _tokenized(self, texts: Sequence[Any], **kwargs: Any) -> Any:
+        if not texts:
+            return {"input_ids": []}
+        return self.tokenizer(
+            texts,
+            truncation=self.max_tokens is not None,
+            max_length=self.max_tokens,
+            return_attention_mask=False,
+            verbose=False,
+            **kwargs,
+        )
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    text = record.get(key)
+    options.require(key in record, f'no "{key}"')
+    options.require(isinstance(text, str), f'"{key}" is not text')
+    options.require(bool(text.strip()), f'"{key}" is empty')  # type: ignore[union-attr]
+    return options.check_text(text, f'"{key}"')  # type: ignore[arg-type]
+
+
+class _Labels:
+    """The numbers of labels.
+
+    Args:
+        names: In the order of their numbers.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._numbers = {name: number for number, name in enumerate(self.names)}
+
+    def number(self, label: Any, key: str) -> int:
+        """Return the number of a label; raise ValueError if it is not a known one."""
+        name = _label_name(label)
+        options.require(name is not None, f'"{key}" is {label!r}, neither text nor an integer')
+        if name not in self._numbers:
+            more = ", ..." if len(self.names) > _SHOWN else ""
+            known = ", ".join(self.names[:_SHOWN]) + more
+            raise ValueError(f'"{key}" is {label!r}, which no training record has: {known}')
+        return self._numbers[name]
+
+
+class LabeledTexts(_Encoder):
+    """Encode `{"text": ..., "label": ...}`, or pairs with a `text_pair` beside the text.
+
+    Columns are `input`, `token_type_ids` if the tokenizer makes them, and `labels` with one number.
+
+    Args:
+        tokenizer: The tokenizer; its special tokens are added.
+        labels: Names of the labels, such as of `label_names`.
+        max_tokens: Largest number of tokens; longer texts lose their end, of a pair the longer one
+            first. None: no limit.
+        text_key: Field of the text.
+        pair_key: Field of the second text of a pair.
+        label_key: Field of the label, a name or an integer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        text_key: str = "text",
+        pair_key: str = "text_pair",
+        label_key: str = "label",
+    ) -> None:
+        self.labels = _Labels(labels)
+        self._keys = (text_key, pair_key, label_key)
+        super().__init__(tokenizer, max_tokens, labels=self.labels.names, keys=self._keys)
+
+    def _checked(self, record: Mapping[str, Any]) -> tuple[str, str | None, int]:
+        text_key, pair_key, label_key = self._keys
+        options.require(label_key in record, f'no "{label_key}"')
+        pair = None if record.get(pair_key) is None else _text(record, pair_key)
+        number = self.labels.number(record[label_key], label_key)
+        return _text(record, text_key), pair, number
+
+    def _encoded(self, good: list[tuple[str, str | None, int]]) -> list[Columns]:
+        rows: dict[int, Columns] = {}
+        for paired in (False, True):
+            chosen = [n for n, (_, pair, _) in enumerate(good) if (pair is not None) == paired]
+            texts = [good[n][0] for n in chosen]
+            pairs = {"text_pair": [good[n][1] for n in chosen]} if paired and chosen else {}
+            made = self._tokenized(texts, **pairs)
+            types = made.get("token_type_ids")
+            for i, n in enumerate(chosen):
+                rows[n] = {"input": made["input_ids"][i], "labels": [good[n][2]]}
+                if types is not None:
+                    rows[n]["token_type_ids"] = types[i]
+        return [rows[n] for n in range(len(good))]
+
+
+class LabeledTokens(_Encoder):
+    """Encode `{"tokens": [...], "tags": [...]}`: a text in words, and a label for each of them.
+
+    The first token that the tokenizer makes of a word has the word's label; its other tokens, and
+    special ones, have `ignore_index`. Columns are `input` and `labels`, equally long.
+
+    Args:
+        tokenizer: A fast tokenizer; its special tokens are added.
+        labels: Names of the labels, such as of `label_names`.
+        max_tokens: Largest number of tokens; longer texts lose their end. None: no limit.
+        tokens_key: Field of the words.
+        tags_key: Field of their labels.
+        ignore_index: Label of what is excluded from the loss.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        tokens_key: str = "tokens",
+        tags_key: str = "tags",
+        ignore_index: int = -100,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"tokenizer: a {type(tokenizer).__name__} does not tell which word a token is of; "
+                f"use a fast tokenizer, one with a tokenizer.json"
+            )
+        self.labels, self.ignore_index = _Labels(labels), ignore_index
+        self._keys = (tokens_key, tags_key)
+        identity = {"labels": self.labels.names, "keys": self._keys, "ignored": ignore_index}
+        super().__init__(tokenizer, max_tokens, **identity)
+
+    def _checked(self, record: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+        tokens_key, tags_key = self._keys
+        for key in self._keys:
+            options.require(key in record, f'no "{key}"')
+            options.require(isinstance(record[key], list), f'"{key}" is not a list')
+        words, tags = record[tokens_key], record[tags_key]
+        options.require(
+            bool(words) and all(isinstance(word, str) for word in words),
+            f'"{tokens_key}" is not a list of words',
+        )
+        options.require(len(words) == len(tags), f"{len(tags)} tags for {len(words)} tokens")
+        return words, [self.labels.number(tag, tags_key) for tag in tags]
+
+    def _encoded(self, good: list[tuple[list[str], list[int]]]) -> list[Columns]:
+        made = self._tokenized([words for words, _ in good], is_split_into_words=True)
+        found = []
+        for row, (_, numbers) in enumerate(good):
+            labels, before = [], None
+            for word in made.word_ids(row):
+                first = word is not None and word != before
+                labels.append(numbers[word] if first else self.ignore_index)
+                before = word
+            found.append({"input": made["input_ids"][row], "labels": labels})
+        return found
+
+
+class TextPairs(_Encoder):
+    """Encode pairs of texts that belong together, `{"anchor": ..., "positive": ...}`.
+
+    Columns are `anchor`, `positive`, with `negatives` also `negative`, and `labels`, a 0.
+
+    Args:
+        tokenizer: The tokenizer; its special tokens are added.
+        max_tokens: Largest number of tokens of each text; longer ones lose their end. None: no
+            limit.
+        anchor_key: Field of the text that is searched with; None: `anchor`, or `query`.
+        positive_key: Field of the text that it should find.
+        negative_key: Field of a text that it should not find.
+        negatives: Whether records have a `negative_key`: all of them, or none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int | None = None,
+        anchor_key: str | None = None,
+        positive_key: str = "positive",
+        negative_key: str = "negative",
+        negatives: bool = False,
+    ) -> None:
+        self._anchor_key, self._others = anchor_key, [positive_key]
+        self._refused = None if negatives else negative_key
+        if negatives:
+            self._others.append(negative_key)
+        super().__init__(tokenizer, max_tokens, anchor=anchor_key, others=self._others)
+
+    def _checked(self, record: Mapping[str, Any]) -> list[str]:
+        key = self._anchor_key or ("anchor" if "anchor" in record else "query")
+        if self._anchor_key is None:
+            options.require(key in record, 'no "anchor" or "query"')
+        options.require(
+            record.get(self._refused or "") is None,
+            f'there is a "{self._refused}": write data.negatives=true if all records have one',
+        )
+        return [_text(record, name) for name in (key, *self._others)]
+
+    def _encoded(self, good: list[list[str]]) -> list[Columns]:
+        found: list[Columns] = [{"labels": [0]} for _ in good]
+        for n, name in enumerate(("anchor", "positive", "negative")[: 1 + len(self._others)]):
+            made = self._tokenized([texts[n] for texts in good])["input_ids"]
+            for columns, ids in zip(found, made, strict=True):
+                columns[name] = ids
+        return found
+
+
+class PlainTexts(_Encoder):
+    """Encode `{"text": ...}` for `MaskedTokens`: columns `input`, and `labels` that are the same.
+
+    Args:
+        tokenizer: The tokenizer; its special tokens are added.
+        max_tokens: Largest number of tokens; longer texts lose their end. None: no limit.
+        text_key: Field of the text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int | None = None,
+        text_key: str = "text",
+    ) -> None:
+        self._key = text_key
+        super().__init__(tokenizer, max_tokens, key=text_key)
+
+    def _checked(self, record: Mapping[str, Any]) -> str:
+        return _text(record, self._key)
+
+    def _encoded(self, good: list[str]) -> list[Columns]:
+        made = self._tokenized(good)["input_ids"]
+        return [{"input": ids, "labels": list(ids)} for ids in made]
