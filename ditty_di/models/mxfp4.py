@@ -43,7 +43,12 @@ class Dequantize(ConversionOps):
     """Make a weight `[experts, rows, columns]` of its blocks and scales, without reading them."""
 
     def convert(
-        self, input_dict: dict[str, Any], *patterns: Any, full_layer_name: str, **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the weight by its name.
 

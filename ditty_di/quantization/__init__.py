@@ -191,8 +191,9 @@ def _replace(
             device=linear.weight.device,
         )
         model.set_submodule(path, _filled(layer, linear.weight).train(linear.training))
-    for _, owner, name in experts if make_experts else ():
+    for _, owner, name in experts:
         weight = getattr(owner, name)
+        assert make_experts is not None
         packed = make_experts(*weight.shape, dtype=weight.dtype, device=weight.device)
         del owner._parameters[name]
         owner.add_module(name, _filled(packed, weight).train(owner.training))

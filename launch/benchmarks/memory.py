@@ -5,8 +5,8 @@ in int8 and in NF4, by one process and by two (FSDP2 over gloo). Each process re
 when it begins and ends loading; meanwhile this program reads how much anonymous memory it has
 (RssAnon: the mapped files' pages do not count, for the system can drop them). What a process has
 at its peak beyond what it had before, less what its tensors need in the end, must be at most two
-layers in 16 bits. A mixture of experts is loaded likewise, from a tensor for each expert and
-matrix; its experts must need at most 0.54 bytes a parameter in NF4.
+layers in 16 bits. A mixture of experts is loaded likewise, from one tensor for each matrix; its
+experts must need at most 0.54 bytes a parameter in NF4.
 
 Then each way of fine-tuning takes one real step, and its parameters, gradients and optimizer state
 are counted, tensor by tensor. Full fine-tuning keeps float32 parameters; adapters are float32 on a
