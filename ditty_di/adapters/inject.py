@@ -204,7 +204,7 @@ def _refused_by_peft(config: Any, model: nn.Module) -> list[str]:
             refused.append(name)
     if refused:
         log.warning(
-            "adapter: target_modules=all-linear leaves out %s: kernels of %s read the weights",
+            "adapter: target_modules=all-linear leaves out %s, whose weight kernels of %s read",
             *(", ".join(refused), getattr(getattr(model, "config", None), "model_type", "it")),
         )
     return refused

@@ -133,9 +133,10 @@ class DocumentInputs:
         """Return the arguments with the form's inputs; None leaves them as they are."""
         positions = kwargs.get("position_ids")
         taken = (kwargs.get(name) is not None for name in ("attention_mask", "past_key_values"))
-        applies = positions is not None and positions.dim() == 2 and not any(taken)
+        if positions is not None and (positions.dim() != 2 or any(taken)):
+            positions = None
         if self._rows is not None:
-            self._rows.follow(positions if applies else None)
-        if not applies:
+            self._rows.follow(positions)
+        if positions is None:
             return None
         return args, {**kwargs, **(self.form.inputs(positions, self.config) or {})}

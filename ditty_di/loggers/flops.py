@@ -8,6 +8,8 @@ import yaml
 from torch import nn
 
 from ditty_di.cli.searchpath import conf_dir
+from ditty_di.models.coverage import weights_of
+from ditty_di.models.stacked import fused_weights
 from ditty_di.models.weights import transformers_model
 
 
@@ -25,6 +27,7 @@ def per_token(model_parts: list[nn.Module]) -> float:
     Args:
         model_parts: the modules as this rank trains them.
     """
+    share = active_share(model_parts)
     weights: dict[int, nn.Parameter] = {}
     packed = 0.0
     for part in model_parts:
@@ -32,10 +35,10 @@ def per_token(model_parts: list[nn.Module]) -> float:
             own = [] if isinstance(module, nn.Embedding) else [*module.parameters(recurse=False)]
             if hasattr(module, "in_features") and any(not p.is_floating_point() for p in own):
                 linear: Any = module
-                packed += linear.in_features * linear.out_features
+                elements = linear.in_features * linear.out_features
+                packed += elements * share.get(id(own[0]), 1.0)
             else:
                 weights |= {id(p): p for p in own}
-    share = active_share(model_parts)
     return 4.0 * packed + sum(
         (6 if p.requires_grad else 4) * p.numel() * share.get(id(p), 1.0) for p in weights.values()
     )
@@ -45,9 +48,8 @@ def active_share(model_parts: list[nn.Module]) -> dict[int, float]:
     """Return which share of a parameter a token uses, by `id`, for those of routed experts.
 
     Of E experts, a token goes to the `num_experts_per_tok` of the model's configuration; a model
-    whose configuration has no such number uses all of them. Routed experts are modules of
-    transformers with `num_experts` and fused parameters `[experts, ...]`; shared ones are layers as
-    any other, and always used.
+    whose configuration has no such number uses all of them. Routed experts are modules with fused
+    weights (`ditty_di.models.stacked`); shared ones are layers as any other, and always used.
 
     Args:
         model_parts: the modules as this rank trains them.
@@ -57,22 +59,26 @@ def active_share(model_parts: list[nn.Module]) -> dict[int, float]:
         _, base = transformers_model(part)
         config = base.config.get_text_config() if hasattr(base, "config") else None
         of_a_token: Any = getattr(config, "num_experts_per_tok", None)
-        for module in part.modules() if isinstance(of_a_token, int) else ():
-            own = list(module.parameters(recurse=False))
-            if hasattr(module, "num_experts") and any(p.dim() == 3 for p in own):
-                found |= {id(p): min(of_a_token / len(p), 1.0) for p in own}
+        for _, experts, _ in fused_weights(part) if isinstance(of_a_token, int) else ():
+            share = min(of_a_token / experts.num_experts, 1.0)  # type: ignore[operator]
+            found |= {id(p): share for p in experts.parameters()}
     return found
 
 
 def parameters(model_parts: list[nn.Module]) -> tuple[int, int]:
     """Return the number of parameters, tied ones once, and of those that a token uses.
 
+    Packed weights count as the elements that they stand for.
+
     Args:
         model_parts: the modules as this rank trains them.
     """
-    share = active_share(model_parts)
-    sizes = {id(p): p.numel() for part in model_parts for p in part.parameters()}
-    return sum(sizes.values()), round(sum(n * share.get(i, 1.0) for i, n in sizes.items()))
+    share, total, active = active_share(model_parts), 0, 0.0
+    for part in model_parts:
+        for _, elements, tensors in weights_of(part):
+            total += elements
+            active += elements * share.get(id(tensors[0]), 1.0)
+    return total, round(active)
 
 
 def attention_per_token(*, num_layers: int, hidden_size: int, seq_len: int) -> float:

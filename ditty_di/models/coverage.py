@@ -26,7 +26,7 @@ def left_out(model: nn.Module, taken: Iterable[Tensor]) -> tuple[str, list[str]]
         none; and parts of the names of those that hold the matrices of several experts.
     """
     has = {id(parameter) for parameter in taken}
-    weights = list(_weights(model))
+    weights = list(weights_of(model))
     rest = [(name, size) for name, size, parameters in weights if not has & {*map(id, parameters)}]
     total = sum(size for _, size, _ in weights)
     shown, share = _largest(rest, total)
@@ -45,7 +45,7 @@ def summary(model: nn.Module) -> str:
     added, adapted = _adapters(model)
     total = trained = quantized = under = 0
     rest = []
-    for name, size, parameters in _weights(model):
+    for name, size, parameters in weights_of(model):
         ids = {*map(id, parameters)}
         is_trained = any(p.requires_grad for p in parameters)
         trained += size * is_trained
@@ -64,8 +64,14 @@ def summary(model: nn.Module) -> str:
     return text + (f"; neither trained nor adapted: {parts}" if shown else "")
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, int, list[nn.Parameter]]]:
-    """Yield (name in the base, elements, parameters) of each weight, tied ones once."""
+def weights_of(model: nn.Module) -> Iterator[tuple[str, int, list[nn.Parameter]]]:
+    """Yield (name in the base, elements, parameters) of each weight, tied ones once.
+
+    A packed weight has several parameters, and counts as the elements that it stands for.
+
+    Args:
+        model: with or without adapters.
+    """
     seen: set[int] = set()
     for path, module in model.named_modules():
         own = {n: p for n, p in module._parameters.items() if p is not None and id(p) not in seen}

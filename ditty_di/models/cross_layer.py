@@ -68,7 +68,7 @@ class CrossLayerAttention(LlamaAttention):
         if not self.owns_key_values:
             del self.k_proj, self.v_proj
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],

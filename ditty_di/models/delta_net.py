@@ -37,7 +37,7 @@ class DeltaNetConfig(OlmoHybridConfig):
 class DeltaNet(nn.Module):
     """Linear attention by the delta rule."""
 
-    def __init__(self, config: DeltaNetConfig, layer_idx: int) -> None:
+    def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx, self.activation = layer_idx, config.hidden_act
         self.kernel_size = config.linear_conv_kernel_dim
@@ -123,7 +123,7 @@ class DeltaNetModel(OlmoHybridModel):
 
     config_class = DeltaNetConfig
 
-    def __init__(self, config: DeltaNetConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         for number, layer in enumerate(self.layers):
             if config.layer_types[number] == "linear_attention":

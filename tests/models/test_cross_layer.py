@@ -5,31 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
-from ditty_di import Trainer
-from ditty_di.adapters import apply_adapter
-from ditty_di.data import Loader, PackedCollate
 from ditty_di.export import HuggingFaceExport
-from ditty_di.fqn import canonical_fqn
-from ditty_di.losses import CrossEntropyLoss
 from ditty_di.models import causal_lm
 from ditty_di.models.cross_layer import CrossLayerConfig, CrossLayerForCausalLM
 from ditty_di.models.weights import hugging_face, initialize, materialize
-from ditty_di.parallelize.activation_checkpointing import full
-from ditty_di.parallelize.data_parallel import shard
-from ditty_di.runtime import Runtime
-from tests.checkpoint import ranks
 from tests.models.test_hugging_face import tokenizer
 from tests.models.tiny import CPU, TOKENS, fill, llama, logits
 
 KINDS = ["own", "shared", "shared", "own"]
-LORA = partial(apply_adapter, config=LoraConfig(r=2, target_modules="all-linear"))
 
 
 def config(**changes):
@@ -123,47 +111,3 @@ def test_an_export_opens_in_stock_transformers_and_here(tmp_path):
 def test_a_wrong_pattern_is_refused(kinds):
     with pytest.raises(ValueError, match="write own or shared for each of the 4 layers"):
         config(key_value_layers=kinds)
-
-
-# -- layouts ---------------------------------------------------------------------------------------
-def rows():
-    ids = torch.arange(16)
-    position_ids = torch.cat([torch.arange(10), torch.arange(6)])
-    return [
-        ({"input": (ids * 7 + n) % 61, "position_ids": position_ids}, (ids * 3 + n) % 61)
-        for n in range(8)
-    ]
-
-
-def train(adapter, parallelize, degrees):
-    """Gradients of a packed step, and losses of two."""
-    runtime = Runtime(seed=0, **degrees)
-    model = causal_lm.from_config(config(), adapter=adapter)
-    trainer = Trainer(
-        model=model,
-        weights=partial(initialize, seed=3, init=hugging_face),
-        loss_fn=CrossEntropyLoss(output="logits"),
-        optimizer=partial(torch.optim.SGD, lr=0.5),
-        dataloader=partial(Loader, rows(), micro_batch_size=2, collate_fn=PackedCollate()),
-        parallelize_fn=parallelize,
-        global_batch_size=4,
-        max_steps=2,
-        runtime=runtime,
-    )
-    result = trainer.train()
-    values = {
-        canonical_fqn(name): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().numpy()
-        for name, p in trainer.model_parts[0].named_parameters()
-    }
-    runtime.close()
-    return result["objective"], values
-
-
-@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-def test_two_ranks_train_as_one_does_on_packed_rows(adapter):
-    ((loss, alone),) = ranks.run(train, 1, adapter, None, {})
-    sharded = partial(shard, activation_checkpointing=full)
-    for other_loss, other in ranks.run(train, 2, adapter, sharded, {}):
-        assert other_loss == pytest.approx(loss, abs=1e-5)
-        for name, value in alone.items():
-            assert abs(value - other[name]).max() < 1e-5
