@@ -9,6 +9,7 @@ from ditty_di.models.hugging_face import builders
 # isort: split
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import ditty_di.models.dense_moe  # noqa: F401  # registers itself
 from ditty_di.models.cross_layer import CrossLayerConfig, CrossLayerForCausalLM
 
 AutoConfig.register(CrossLayerConfig.model_type, CrossLayerConfig)
