@@ -1,4 +1,4 @@
-"""Benchmarks tried at toy size: of GPUs, of layouts, of starts."""
+"""Benchmarks tried at toy size: of GPUs, of layouts, of starts, of widths."""
 
 import json
 import os
@@ -85,3 +85,23 @@ def test_the_benchmark_of_starts_measures_commands_beside_their_imports(tmp_path
     for case in found.values():
         assert min(case[kind]["cpu_seconds"] for kind in ("command", "imports")) > 0
     assert found["help"]["command"]["cpu_seconds"] > found["help"]["imports"]["cpu_seconds"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_mup_compares_widths_with_and_without(tmp_path):
+    report = tmp_path / "mup.json"
+    tiny = ["--widths", "32", "64", "--rates", "-9", "-7", "-5", "--steps", "10"]
+    done = subprocess.run(
+        [sys.executable, "launch/benchmarks/mup.py", *tiny, "--json", str(report)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert found["losses"]["muP"]["32"] == found["losses"]["without"]["32"], "the base is a Llama"
+    assert found["losses"]["muP"]["64"] != found["losses"]["without"]["64"]
+    assert found["muP"]["cost_of_transfer"]["32"] == 0

@@ -19,6 +19,7 @@ import sysconfig
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from _here import environment
@@ -43,7 +44,7 @@ def corpus(size: int) -> Tensor:
     return torch.frombuffer(bytearray(text[:size]), dtype=torch.uint8).long()
 
 
-def widths(hidden: int) -> dict[str, int]:
+def widths(hidden: int) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": 3 * hidden,
@@ -62,7 +63,8 @@ def train(hidden: int, base: int, lr: float, steps: int, seed: int, text: Tensor
         max_position_embeddings=SEQ,
         tie_word_embeddings=False,
     )
-    model, cpu = from_config(config, init=mup.init), torch.device("cpu")
+    model: Any = from_config(config, init=mup.init)
+    cpu = torch.device("cpu")
     materialize(model, cpu)
     model.default_weights(model, device=cpu, seed=seed)
     adam = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0)

@@ -12,9 +12,7 @@ from transformers import AutoModelForCausalLM, GraniteMoeConfig, LlamaConfig
 from ditty_di.models import mup
 from ditty_di.models.causal_lm import from_config
 from ditty_di.models.weights import hugging_face, initialize, materialize
-from ditty_di.optim import build_optimizer
 from ditty_di.optim import mup as optim
-from tests.adapters.cases import lora
 
 CPU = torch.device("cpu")
 BASE = {
@@ -147,17 +145,6 @@ def test_values_have_the_standard_deviations_of_their_widths(tied):
         assert value == pytest.approx(expected, rel=0.03), name
 
 
-def test_adapters_do_not_hide_the_widths_and_are_not_trained_by_them():
-    adapted = filled(config(4), adapter=lora())
-    layers = {n: p for n, p in adapted.named_parameters() if n.endswith("base_layer.weight")}
-    assert len(layers) == 14
-    for name, parameter in layers.items():
-        assert parameter.std().item() == pytest.approx(0.01, rel=0.03), name
-    make = partial(optim.by_width, model=adapted, optimizer=torch.optim.AdamW)
-    with pytest.raises(ValueError, match=r"the base of muP has no .*lora_A"):
-        build_optimizer(make, [adapted])
-
-
 def test_stock_transformers_opens_what_was_saved(tmp_path):
     model = filled(config(2)).eval()
     model.save_pretrained(tmp_path)
@@ -213,17 +200,21 @@ def growth(make) -> dict[str, float]:
     return slopes
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_activations_do_not_grow_with_the_width(tied):
+@pytest.mark.parametrize(
+    ("tied", "heads"),
+    [(True, {}), (False, {"num_attention_heads": 4, "num_key_value_heads": 2})],
+    ids=["tied, more heads", "untied, wider heads"],
+)
+def test_activations_do_not_grow_with_the_width(tied, heads):
     def with_mup(times: int) -> dict[str, float]:
-        model = filled(config(times, tie_word_embeddings=tied))
+        model = filled(config(times, tie_word_embeddings=tied, **heads))
         make = partial(optim.by_width, model=model, optimizer=torch.optim.AdamW, lr=RATE)
         return activations(model, make(list(model.named_parameters())))
 
     def without(times: int) -> dict[str, float]:
-        plain = {name: n * times for name, n in BASE.items()}
-        own = LlamaConfig(**plain, num_hidden_layers=2, vocab_size=64, tie_word_embeddings=tied)
-        model = filled(own, hugging_face)
+        own = {name: n * times for name, n in BASE.items()} | heads
+        same = {"num_hidden_layers": 2, "vocab_size": 64, "tie_word_embeddings": tied}
+        model = filled(LlamaConfig(**own, **same), hugging_face)
         return activations(model, torch.optim.AdamW(model.parameters(), lr=RATE))
 
     flat, growing = growth(with_mup), growth(without)

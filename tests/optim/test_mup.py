@@ -23,6 +23,7 @@ from ditty_di.config import ConfigError
 from ditty_di.models.causal_lm import from_config
 from ditty_di.optim import build_optimizer, trial
 from ditty_di.optim.mup import by_width
+from tests.adapters.cases import lora
 from tests.models.test_mup import config, filled
 from tests.optim.test_groups import by_name
 from tests.test_conf import composed, hydra  # noqa: F401
@@ -105,6 +106,16 @@ def test_what_has_no_rates_by_width_is_refused():
     model.extra = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"the base of muP has no extra\.weight, extra\.bias"):
         build_optimizer(factory(model), [model])
+
+
+def test_adapters_do_not_hide_the_widths_and_are_not_trained_by_them():
+    adapted = filled(config(4), adapter=lora())
+    layers = {n: p for n, p in adapted.named_parameters() if n.endswith("base_layer.weight")}
+    assert len(layers) == 14
+    for name, parameter in layers.items():
+        assert parameter.std().item() == pytest.approx(0.01, rel=0.03), name
+    with pytest.raises(ValueError, match=r"the base of muP has no .*lora_A"):
+        build_optimizer(factory(adapted), [adapted])
 
 
 def test_the_command_line_finds_it_early():
