@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 
 import pytest
@@ -39,6 +40,7 @@ from ditty_di.parallelize.pipeline import ModelParts
 from ditty_di.quantization import nf4
 from ditty_di.runtime import Runtime
 from ditty_di.training.step import TrainStep
+from tests import warm
 from tests.checkpoint import ranks
 from tests.models import image_text as tiny
 from tests.models.tiny import fill
@@ -388,3 +390,28 @@ def test_an_export_opens_in_stock_with_its_processor_and_equal_logits(cases, fam
     AdapterExport(tokenizer, str(tmp_path / "adapter"), processor=case.processor)([adapted])
     stock = PeftModel.from_pretrained(case.stock(), tmp_path / "adapter").eval()
     assert torch.equal(logits(stock, inputs), logits(adapted, inputs))
+
+
+# -- the experiment --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_experiment_learns_to_name_digits_and_answers_about_a_picture(tmp_path):
+    def run(*arguments):
+        env = {**os.environ, "DITTY_DI_CACHE": str(tmp_path / "cache")}
+        done = warm.run(["-m", "ditty_di", *arguments], cwd=tmp_path, env=env)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+    run("+experiment=vision_language", "run=run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["validation/exact_match"] > 0.9
+
+    pictures = tmp_path / "cache" / "examples" / "digit-pictures-v1"
+    lines = (pictures / "val.jsonl").read_text().splitlines()[:8]
+    asked = [json.loads(line) for line in lines]
+    expected = [record.pop("output") for record in asked]
+    (pictures / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in asked))
+    run("run=run", "task=generate", f"prompts={pictures}/asked.jsonl", "output=answers.jsonl")
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    right = [answer["text"].strip() == name for answer, name in zip(answers, expected, strict=True)]
+    assert sum(right) >= 7

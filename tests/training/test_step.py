@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
@@ -144,3 +145,26 @@ def test_gradients_of_torchtitans_step_are_those_of_micro_batches(runtime):
     torch.testing.assert_close(loss, expected.detach())
     for mine, theirs in zip(made.model_parts[0].parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_micro_batches_move_to_the_device_one_by_one(runtime):
+    """Pixels of all micro-batches of a step at a time would fill the device."""
+    events = []
+
+    class Moved(Batch):
+        def to(self, device):
+            events.append("to")
+            return super().to(device)
+
+    net = model()
+    net.register_forward_hook(lambda *_: events.append("forward"))
+    loss_fn = CrossEntropyLoss()
+    step = TrainStep(
+        parts=ModelParts([net]),
+        loss_fn=loss_fn,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        runtime=runtime,
+    )
+    batches = [Moved(*pair) for pair in islice(Loader(rows(), 8), 3)]
+    step(batches, sum(loss_fn.num_valid(batch) for batch in batches))
+    assert events == ["to", "forward"] * 3
