@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from ditty_di.models.deferred import Deferred, Index, deferred
@@ -30,13 +29,10 @@ def is_mxfp4(config: Any) -> bool:
 
 
 def converters(names: Iterable[str]) -> list[WeightConverter]:
-    """Return transformers' converters for the packed tensors among `names`, which dequantize."""
+    """Return converters that dequantize the packed tensors among `names`."""
     ends = {name.rpartition(".")[2] for name in names}
-    return [
-        WeightConverter(list(stored), name, [Dequantize()])
-        for name, stored in Mxfp4HfQuantizer.serialized_names.items()
-        if ends & {*stored}
-    ]
+    packed = sorted(end.removesuffix("_blocks") for end in ends if end.endswith("_blocks"))
+    return [WeightConverter([f"{n}_blocks", f"{n}_scales"], n, [Dequantize()]) for n in packed]
 
 
 class Dequantize(ConversionOps):
@@ -75,8 +71,11 @@ def dequantized(blocks: Deferred, scales: Deferred) -> Deferred:
     def into(out: Tensor, index: Index) -> None:
         which, rows, own = index
         first = rows.start // BLOCK
-        part = (which, own, slice(first, -(-rows.stop // BLOCK)))
-        values = convert_moe_packed_tensors(blocks.read(part), scales.read(part))
-        out.copy_(values[:, rows.start - first * BLOCK : rows.stop - first * BLOCK])
+        groups_read = slice(first, -(-rows.stop // BLOCK))
+        wanted = slice(rows.start - first * BLOCK, rows.stop - first * BLOCK)
+        for n, expert in enumerate(range(which.start, which.stop)):  # little memory at a time
+            part = (slice(expert, expert + 1), own, groups_read)
+            values = convert_moe_packed_tensors(blocks.read(part), scales.read(part))
+            out[n].copy_(values[0, wanted])
 
     return Deferred((experts, groups * BLOCK, columns), torch.bfloat16, into)

@@ -109,9 +109,9 @@ def _problems(model: nn.Module, ranks: int) -> Iterator[str]:
         matching = [p for name, p in parameters.items() if _matches(pattern, name)]
         if not matching or not all(p.is_floating_point() for p in matching):
             yield (
-                f"{pattern} is not a plain parameter, for experts with adapters or quantized "
-                f"experts cannot be split; exclude them (adapter.config.target_modules), or "
-                f"ep fits 1"
+                f"{pattern} is not a plain parameter, for experts with adapters or packed experts "
+                f"cannot be split; leave them out (adapter.config.target_modules, "
+                f"quantize.skip=[lm_head,experts]), or ep fits 1"
             )
             return
         experts = {p.shape[0] for p in matching}

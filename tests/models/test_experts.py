@@ -106,6 +106,18 @@ def test_experts_in_mxfp4_are_dequantized_while_they_are_read(mxfp4, tmp_path, m
         assert torch.equal(one.qweight, two.qweight) and torch.equal(one.scale, two.scale)
 
 
+def test_blocks_without_scales_are_named(mxfp4, tmp_path):
+    def change(tensors):
+        del tensors["model.layers.1.mlp.experts.down_proj_scales"]
+        return tensors
+
+    base = rewritten(mxfp4, tmp_path / "base", change)
+    model = causal_lm.from_pretrained(base)
+    materialize(model, CPU)
+    with pytest.raises(ValueError, match=r"1\.mlp\.experts\.down_proj_blocks.*needs scales too"):
+        Pretrained(base)(model, device=CPU)
+
+
 def test_a_model_quantized_by_another_method_is_refused(bases, tmp_path):
     method = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     base = rewritten(bases / "mixtral", tmp_path / "base", dict, quantization_config=method)

@@ -242,21 +242,23 @@ def test_what_quantization_and_adapters_leave_out_is_told_before_anything_is_bui
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
     config = {"_target_": "transformers.MixtralConfig", "num_attention_heads": 4}
-    lora = {"_target_": "peft.LoraConfig", "target_modules": "all-linear"}
+    lora = {"_target_": "peft.LoraConfig", "target_modules": "all-linear", "lora_dropout": 0.1}
+    nf4 = {"_target_": "ditty_di.quantization.nf4", "_partial_": True, "block_size": 16}
     node = {
         "_target_": "ditty_di.models.causal_lm.from_config",
         "config": {**config, **sizes, **experts, "vocab_size": 61},
-        "quantize": {"_target_": "ditty_di.quantization.nf4", "_partial_": True, "block_size": 16},
+        "quantize": {**nf4, "skip": ["experts"]},
         "adapter": {
             "_target_": "ditty_di.adapters.apply_adapter",
             "_partial_": True,
             "config": lora,
         },
     }
-    with caplog.at_level("WARNING", logger="ditty_di"):
+    with caplog.at_level("INFO", logger="ditty_di"):
         Graph({"model": node}).rehearse("model")
     quantized, adapted = (m for m in caplog.messages if "mlp.experts.gate_up_proj" in m)
-    assert "which is not quantized" in quantized and "target_parameters" in adapted
+    assert "skipped ['experts']; left out:" in quantized
+    assert "LoRA adapts them without lora_dropout" in adapted
     lora["target_modules"] = ["q_porj"]
     with pytest.raises(ConfigError, match=r"q_porj"):
         Graph({"model": node}).rehearse("model")

@@ -153,10 +153,10 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def lora(model: nn.Module) -> nn.Module:
+def lora(model: nn.Module, targets: Any = "all-linear") -> nn.Module:
     from peft import LoraConfig
 
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights="gaussian")
     return apply_adapter(model, config=config)
 
 
@@ -171,6 +171,10 @@ def mean_over_tokens(*, output: str) -> Any:
 
 
 _NF4 = partial(quantization.nf4, block_size=16, double_quant=True)
+_BESIDE_EXPERTS = {
+    "adapter": partial(lora, targets=["q_proj", "k_proj", "v_proj", "o_proj"]),
+    "quantize": partial(_NF4, skip=("lm_head", "experts")),
+}
 
 VARIANTS: dict[str, Variant] = {
     "": Variant(),
@@ -183,6 +187,7 @@ VARIANTS: dict[str, Variant] = {
     "plain loss": Variant(loss=mean_over_tokens),
     "LoRA": Variant(pretrained=True, transforms={"adapter": lora}),
     "LoRA on NF4": Variant(pretrained=True, transforms={"adapter": lora, "quantize": _NF4}),
+    "LoRA on NF4 beside experts": Variant(pretrained=True, transforms=_BESIDE_EXPERTS),
     "LoRA on int8": Variant(
         pretrained=True, transforms={"adapter": lora, "quantize": quantization.int8}
     ),
@@ -277,7 +282,8 @@ CELLS: list[Cell] = [
     *_cells("Gemma3", "cp 2 x fsdp 2, cp 2 x tp 2", ""),
     *_cells("GPT-2", "cp 2", "packed"),
     *_cells("Qwen3-MoE", "cp 2", "", "packed"),
-    *_cells("Qwen3-MoE", "ep 2", "", "packed", "accumulated", "LoRA", "LoRA on NF4"),
+    *_cells("Qwen3-MoE", "fsdp 2", "LoRA on NF4"),
+    *_cells("Qwen3-MoE", "ep 2", "", "packed", "accumulated", "LoRA on NF4 beside experts", "LoRA"),
     *_cells("Qwen3-MoE", "ep 2 x fsdp 2, ep 2 x cp 2, ep 2 x tp 2", "packed"),
     *_cells("Mixtral", "ep 2, ep 2 x fsdp 2", ""),
     *_cells("Llama", "ep 2", ""),
@@ -320,6 +326,11 @@ REFUSED: dict[Cell, str] = {
 }
 REFUSED["Llama", "", "ep 2"] = (
     "runtime.ep=2: LlamaForCausalLM has no expert-parallel plan (ep_plan); ep fits 1"
+)
+REFUSED["Qwen3-MoE", "LoRA", "ep 2"] = (
+    "runtime.ep=2: model.layers.*.mlp.experts.gate_up_proj is not a plain parameter, for experts "
+    "with adapters or packed experts cannot be split; leave them out "
+    "(adapter.config.target_modules, quantize.skip=[lm_head,experts]), or ep fits 1"
 )
 REFUSED["Llama", "plain loss", "cp 2"] = (
     "runtime.cp=2: PlainLoss is not known to be a sum over tokens that ranks can compute in parts; "
