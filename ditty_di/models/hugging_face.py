@@ -59,12 +59,8 @@ def builders(
         unused: modules that the outputs in `contract` do not depend on; they are not trained.
         prepare: transform of every model, applied first.
     """
-    attributes: dict[str, Any] = {
-        "contract": contract,
-        "pipeline_tag": pipeline_tag,
-        "head_task": head_task,
-    }
-    attributes["auto_class"] = auto_class.__name__
+    attributes: dict[str, Any] = {"contract": contract, "auto_class": auto_class.__name__}
+    attributes |= {"pipeline_tag": pipeline_tag, "head_task": head_task}
 
     def rehearse_config(build: Callable[[str], Any]) -> list[str]:
         config = build("config")

@@ -147,9 +147,9 @@ def generate(
     if not is_first_rank():
         return {}
     _validate(prompt=prompt, prompts=prompts, batch_size=batch_size)
-    if hasattr(model, "can_generate") and not model.can_generate():
-        whole = getattr(model, "get_base_model", lambda: model)()
-        raise ValueError(_NO_TEXT.format(kind=type(whole).__name__))
+    stock: Any = getattr(model, "get_base_model", lambda: model)()
+    if hasattr(stock, "can_generate") and not stock.can_generate():
+        raise ValueError(_NO_TEXT.format(kind=type(stock).__name__))
     seq2seq = is_seq2seq(model)
     options = Options(
         max_new_tokens=max_new_tokens,
