@@ -16,6 +16,11 @@ class QuantizedLoraLinear(Linear):
     """peft's LoRA on a layer with `dequantize()`, which stays unchanged."""
 
     @property
+    def weight(self) -> Any:
+        """The weight as the base has it for models that read it (Mamba); peft's is the packed one."""
+        return self.get_base_layer().weight
+
+    @property
     def lora_variants(self) -> dict[Any, Any]:
         """The variants by the options that ask for them."""
         return {**super().lora_variants, ("use_dora",): QuantizedDora}
