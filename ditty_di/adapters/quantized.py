@@ -17,7 +17,7 @@ class QuantizedLoraLinear(Linear):
 
     @property
     def weight(self) -> Any:
-        """The weight as the base has it for models that read it (Mamba); peft's is the packed one."""
+        """The base's weight, not the packed one of peft: some models read it (Mamba)."""
         return self.get_base_layer().weight
 
     @property
