@@ -30,7 +30,12 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=HYBRID, scope="module")
+#: The same layers as others, in ten times the time.
+SLOW = ("bailing_hybrid", "zamba")
+BASES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in HYBRID]
+
+
+@pytest.fixture(params=BASES, scope="module")
 def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     save(folder, config(request.param, {**CAUSAL, **RARE}[request.param]), "causal")
