@@ -24,6 +24,11 @@ class QuantizedLoraLinear(Linear):
     """peft's LoRA on a layer with `dequantize()`, which stays unchanged."""
 
     @property
+    def weight(self) -> Any:
+        """The base's weight, not the packed one of peft: some models read it (Mamba)."""
+        return self.get_base_layer().weight
+
+    @property
     def lora_variants(self) -> dict[Any, Any]:
         """The variants by the options that ask for them."""
         return {**super().lora_variants, ("use_dora",): QuantizedDora}

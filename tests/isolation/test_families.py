@@ -88,8 +88,14 @@ def spans(how):
             yield row, begin, begin + length
 
 
-@pytest.mark.parametrize("how", DOCUMENTS)
-@pytest.mark.parametrize("name", [*HYBRID, *EXPERTS])
+CASES = [
+    *((name, how) for name in HYBRID for how in DOCUMENTS),
+    *((name, "packed") for name in EXPERTS),
+    *(("mixtral", "padding-free"), ("gpt_oss", "padding-free")),
+]
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
 def test_documents_of_a_row_do_not_see_each_other(name, how):
     model, inputs = model_of(name), batch(how)
     for hook in list(model._forward_pre_hooks):  # of the other way of packing

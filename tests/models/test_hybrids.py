@@ -16,6 +16,7 @@ from ditty_di.data import Loader, PackedCollate
 from ditty_di.export import AdapterExport, HuggingFaceExport
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.models import causal_lm
+from ditty_di.quantization import nf4
 from tests.models.families import CAUSAL, HYBRID, RARE, config
 from tests.models.test_families import logits, save
 from tests.models.test_hugging_face import tokenizer
@@ -29,7 +30,12 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=HYBRID, scope="module")
+#: The same layers as others, in ten times the time.
+SLOW = ("bailing_hybrid", "zamba")
+BASES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in HYBRID]
+
+
+@pytest.fixture(params=BASES, scope="module")
 def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     save(folder, config(request.param, {**CAUSAL, **RARE}[request.param]), "causal")
@@ -73,3 +79,13 @@ def test_an_adapter_trains_and_opens_in_stock_peft(base, tmp_path, runtime):
     before = logits(stock, "causal")
     after = logits(PeftModel.from_pretrained(stock, tmp_path), "causal")
     assert torch.equal(after, logits(model, "causal")) and not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("name", ["mamba", "qwen3_next", "recurrent_gemma"])
+def test_an_adapter_trains_on_a_base_of_4_bits(name, tmp_path, runtime):
+    """Mamba and RecurrentGemma read weights of layers that they do not call."""
+    save(tmp_path, config(name, CAUSAL[name]), "causal")
+    quantize = partial(nf4, block_size=8)
+    model = trained(tmp_path, runtime, steps=2, adapter=LORA, quantize=quantize)
+    moved = [p for n, p in model.named_parameters() if "lora_B" in n and p.any()]
+    assert moved and all(p.isfinite().all() for p in moved)
