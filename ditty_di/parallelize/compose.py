@@ -16,6 +16,7 @@ from torchtitan.distributed import ParallelDims
 from ditty_di.parallelize.context import context_fits, context_parallel
 from ditty_di.parallelize.data_parallel import shard, validate
 from ditty_di.parallelize.experts import expert_parallel, experts_fit
+from ditty_di.parallelize.fits import towers_fit
 from ditty_di.parallelize.tensor import tensor_fits, tensor_parallel
 from ditty_di.protocols import early_checks
 
@@ -37,7 +38,7 @@ def _takes_options_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return decorate
 
 
-@early_checks(validate=validate, fits=[tensor_fits, context_fits, experts_fit])
+@early_checks(validate=validate, fits=[tensor_fits, context_fits, experts_fit, towers_fit])
 @_takes_options_of(shard)
 def parallelize(model: nn.Module, /, *, parallel_dims: ParallelDims, **options: Any) -> nn.Module:
     """Split layers, sequences and experts over ranks, then shard over the data-parallel ranks.

@@ -18,6 +18,8 @@ import ditty_di.compat  # noqa: F401
 # isort: split
 from torchtitan.distributed import ParallelDims
 
+from ditty_di.models.towers import towers
+
 
 @dataclass(frozen=True)
 class Degrees:
@@ -76,6 +78,18 @@ def fits(parts: Parts, degrees: Degrees) -> list[str]:
         for rule in getattr(getattr(slot, "func", slot), "fits", ()):
             problems += rule(parts, degrees)
     return problems
+
+
+def towers_fit(parts: Parts, degrees: Degrees) -> list[str]:
+    """Return why a model with a tower beside its language model does not fit: a rule of `fits`."""
+    split = [name for name in ("cp", "tp") if getattr(degrees, name) > 1]
+    if not split or not towers(parts.model):
+        return []
+    return [
+        f"runtime.{name}={getattr(degrees, name)}: the tower of a model that reads images "
+        f"cannot be split; write runtime.{name}=1"
+        for name in split
+    ]
 
 
 def require_fit(parts: Parts, parallel_dims: ParallelDims) -> None:

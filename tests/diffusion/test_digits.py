@@ -1,10 +1,14 @@
+import json
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ditty_di.data.loader import Loader
 from ditty_di.diffusion import Digits, Recognition
+from ditty_di.diffusion.digits import digit_pictures
 
 pytest.importorskip("sklearn")
 
@@ -64,3 +68,17 @@ def test_recognition_knows_digits_from_other_digits_and_from_noise():
     assert judge(real.images, (real.labels + 1) % 10)["recognized"] < 0.03
     noise = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert judge(noise, torch.arange(200) % 10)["recognized"] < 0.3
+
+
+def test_pictures_are_the_digits_with_their_names(tmp_path):
+    folder = digit_pictures(tmp_path)
+    for split, name in (("train", "train"), ("validation", "val")):
+        digits = Digits(split)
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()
+        assert len(lines) == len(digits)
+        for row in (0, len(lines) - 1):
+            record = json.loads(lines[row])
+            pixels = torch.from_numpy(np.array(Image.open(folder / record["image"])))
+            assert torch.allclose(pixels / 127.5 - 1, digits.images[row, 0], atol=0.01)
+            names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+            assert record["output"] == names[digits.labels[row]]

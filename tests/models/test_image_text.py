@@ -35,7 +35,9 @@ from ditty_di.losses import CrossEntropyLoss
 from ditty_di.models import image_text, processor
 from ditty_di.models.towers import in_language_model, language_path
 from ditty_di.models.weights import materialize
+from ditty_di.parallelize.compose import parallelize
 from ditty_di.parallelize.data_parallel import shard
+from ditty_di.parallelize.fits import Degrees, Parts, fits
 from ditty_di.parallelize.pipeline import ModelParts
 from ditty_di.quantization import nf4
 from ditty_di.runtime import Runtime
@@ -390,6 +392,15 @@ def test_an_export_opens_in_stock_with_its_processor_and_equal_logits(cases, fam
     AdapterExport(tokenizer, str(tmp_path / "adapter"), processor=case.processor)([adapted])
     stock = PeftModel.from_pretrained(case.stock(), tmp_path / "adapter").eval()
     assert torch.equal(logits(stock, inputs), logits(adapted, inputs))
+
+
+def test_tensor_and_context_parallelism_are_refused(cases):
+    model = image_text.from_pretrained(cases["gemma3"].base)
+    parts = Parts(model, CrossEntropyLoss(output="logits"), parallelize)
+    for name in ("tp", "cp"):
+        problems = fits(parts, Degrees(**{name: 2}))
+        assert any(f"write runtime.{name}=1" in text and "tower" in text for text in problems)
+    assert fits(parts, Degrees(dp_shard=2)) == []
 
 
 # -- the experiment --------------------------------------------------------------------------------
