@@ -100,6 +100,11 @@ def _needs_all_blocks(model: nn.Module, config: Any) -> Iterator[str]:
                 f"{name}=true needs outputs of all blocks, and the loss gets those of the last "
                 f"stage; write {name}=false in the model's configuration"
             )
+    if getattr(model, "head_task", None) == "SEQ_CLS":
+        yield (
+            "a classifier of texts finds the last token of each row by its id, and the last stage "
+            "gets hidden states; use runtime.pp=1"
+        )
     adapters = getattr(model, "peft_config", {})
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
         yield "adapters that are prompts change the inputs of the model; use adapter=lora"

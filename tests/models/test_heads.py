@@ -22,6 +22,7 @@ from ditty_di.export.load import open_model
 from ditty_di.models import encoder, masked_lm, sequence_classification, token_classification
 from ditty_di.models.weights import materialize, uninitialized
 from ditty_di.parallelize.data_parallel import shard
+from ditty_di.parallelize.decoder import read_decoder
 from ditty_di.runtime import Runtime
 from tests.checkpoint import ranks
 from tests.data.words import word_tokenizer
@@ -186,6 +187,12 @@ def test_what_a_classifier_needs_and_lacks_is_said(llama, tmp_path):
         filled(sequence_classification.from_pretrained(tmp_path / "two", labels=["a", "b"]))
     with pytest.raises(ValueError, match="LlamaForSequenceClassification, which give no text"):
         open_model(str(tmp_path / "two"))
+
+
+def test_stages_would_not_find_the_last_token(llama):
+    text, token = (task.from_pretrained(llama, labels=LABELS) for task in TASKS)
+    assert "finds the last token of each row by its id" in read_decoder(text).problems[0]
+    assert read_decoder(token).problems == []
 
 
 def heads_of_ranks(folder):
