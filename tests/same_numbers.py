@@ -24,7 +24,7 @@ from tests import warm
 EXPERIMENTS = (
     *("pretrain", "titan_pretrain", "pretrain_base", "full", "lora", "dora", "qlora", "int8_lora"),
     *("fsdp_qlora", "fp16", "fp8", "seq2seq", "classification", "two_heads", "distillation"),
-    *("diffusion", "flow_matching", "moe"),
+    *("diffusion", "flow_matching", "moe", "hybrid"),
 )
 #: Experiments whose rows are long: fewer of them.
 SMALLER = {"pretrain_base": ["data.loader.micro_batch_size=2", "global_batch_size=8"]}
