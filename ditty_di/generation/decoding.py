@@ -138,9 +138,9 @@ def hugging_face(
     """Continue prompts by the model's own `generate` (key-value cache), also of seq2seq models.
 
     The model's `generation_config` has what `options` leave open; its EOS tokens count as well.
-    Prompts of different lengths are padded, unless that changes what the model says: some with a
-    recurrent state (RWKV, RecurrentGemma) read the padding. These get prompts of one length at a
-    time.
+    Prompts are padded to one length and continued together, unless that changes what the model
+    says: some with a recurrent state (RWKV, RecurrentGemma) read the padding, or mix up the rows of
+    a batch. These get one prompt at a time.
 
     Args:
         model: of transformers.
@@ -171,21 +171,9 @@ def hugging_face(
         **{name: value for name, value in own.items() if value is not None},
     )
     seq2seq = is_seq2seq(model)
-    by_length: dict[int, list[int]] = {}
-    for n, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(n)
-    if (
-        len(by_length) > 1
-        and not seq2seq
-        and inputs is None
-        and _reads_padding(model, prompts, pad)
-    ):
-        answers: list[list[int]] = [[]] * len(prompts)
-        for own in by_length.values():
-            found = hugging_face(model, [prompts[n] for n in own], options=options)
-            for n, answer in zip(own, found, strict=True):
-                answers[n] = answer
-        return answers
+    if not seq2seq and inputs is None and len(prompts) > 1 and _mixes_rows(model, prompts, pad):
+        alone = (hugging_face(model, [prompt], options=options) for prompt in prompts)
+        return [answer for (answer,) in alone]
     side, device = "right" if seq2seq else "left", next(model.parameters()).device
     padded = partial(pad_sequence, batch_first=True, padding_side=side)
     rows = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
@@ -199,34 +187,43 @@ def hugging_face(
     return [until_end(row, ends) for row in new.tolist()]
 
 
-def _reads_padding(model: Any, prompts: Sequence[list[int]], pad: int) -> bool:
-    """Return whether padding on the left changes the logits behind the shortest prompt.
+def _mixes_rows(model: Any, prompts: Sequence[list[int]], pad: int) -> bool:
+    """Return whether the shortest prompt gets other logits beside the longest than alone.
 
     Args:
         model: causal, of transformers.
-        prompts: token ids, of different lengths.
+        prompts: token ids.
         pad: the padding.
     """
-    prompt, device = min(prompts, key=len), next(model.parameters()).device
-    logits = []
-    for padding in (0, max(map(len, prompts)) - len(prompt)):
-        ids = torch.tensor([[pad] * padding + prompt], device=device)
-        mask = torch.ones_like(ids)
-        mask[:, :padding] = 0
-        made = model.generate(
+    device = next(model.parameters()).device
+    prompt, *_, longest = sorted(prompts, key=len)
+    padding = len(longest) - len(prompt)
+    ids = torch.tensor([[pad] * padding + prompt, longest], device=device)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    alone, beside = (
+        model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=1,
+            max_new_tokens=2,
+            min_new_tokens=2,
+            max_length=None,
             do_sample=False,
             num_beams=1,
+            use_cache=True,
             pad_token_id=pad,
             output_logits=True,
             return_dict_in_generate=True,
-        )
-        logits.append(made.logits[0][0])
-    alone, padded = logits
-    tolerance = torch.finfo(alone.dtype).eps ** 0.5 * float(alone.abs().max())
-    return float((alone - padded).abs().max()) > tolerance
+        ).logits
+        for ids, mask in ((ids[:1, padding:], mask[:1, padding:]), (ids, mask))
+    )  # of two tokens, [rows, vocab]
+    for one, other in zip(alone, beside, strict=True):
+        tolerance = torch.finfo(one.dtype).eps ** 0.5 * float(one.abs().max())
+        if float((one[0] - other[0]).abs().max()) > tolerance:
+            return True
+        if one[0].argmax() != other[0].argmax():  # a tie: the second tokens have other contexts
+            return False
+    return False
 
 
 def plain(model: Any, prompts: Sequence[list[int]], /, *, options: Options) -> list[list[int]]:
