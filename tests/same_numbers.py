@@ -25,6 +25,7 @@ EXPERIMENTS = (
     *("pretrain", "titan_pretrain", "pretrain_base", "full", "lora", "dora", "qlora", "int8_lora"),
     *("fsdp_qlora", "fp16", "fp8", "seq2seq", "classification", "two_heads", "distillation"),
     *("diffusion", "flow_matching", "moe", "hybrid"),
+    *("sequence_classification", "token_classification", "embedding", "masked_lm"),
 )
 #: Experiments whose rows are long: fewer of them.
 SMALLER = {"pretrain_base": ["data.loader.micro_batch_size=2", "global_batch_size=8"]}
