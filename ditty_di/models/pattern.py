@@ -21,10 +21,6 @@ LAYER_TYPES: Mapping[str, str] = {
     "F": "mlp",
 }
 
-#: Letters for `key_value_layers` of `ditty_di.models.cross_layer`: K computes keys and values,
-#: S shares those of the last layer that did.
-KEY_VALUE_LAYERS: Mapping[str, str] = {"K": "own", "S": "shared"}
-
 
 def _validate(
     *, pattern: Any = None, num_hidden_layers: Any = None, kinds: Any = LAYER_TYPES
@@ -50,7 +46,8 @@ def layer_kinds(
         pattern: a letter for each layer; a number before a letter repeats it. `DDDA` and `3DA` are
             three layers of the delta rule, then one of attention.
         num_hidden_layers: number of layers, a multiple of the pattern's.
-        kinds: what each letter stands for.
+        kinds: what each letter stands for; `{K: own, S: shared}` for the `key_value_layers` of
+            `ditty_di.models.cross_layer`.
 
     Raises:
         ValueError: an unknown letter, or a number of layers that is not a multiple.

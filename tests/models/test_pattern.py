@@ -3,7 +3,7 @@
 import pytest
 from transformers import OlmoHybridConfig, Qwen3NextConfig
 
-from ditty_di.models.pattern import KEY_VALUE_LAYERS, layer_kinds
+from ditty_di.models.pattern import layer_kinds
 
 
 def test_a_pattern_repeats_over_the_layers():
@@ -12,11 +12,8 @@ def test_a_pattern_repeats_over_the_layers():
     assert layer_kinds("DDDA", num_hidden_layers=8) == expected
     assert layer_kinds("3DA", num_hidden_layers=8) == expected
     assert layer_kinds("3D2A3D", num_hidden_layers=8) == [linear] * 3 + [full] * 2 + [linear] * 3
-    assert layer_kinds("K2S", num_hidden_layers=3, kinds=KEY_VALUE_LAYERS) == [
-        "own",
-        "shared",
-        "shared",
-    ]
+    letters = {"K": "own", "S": "shared"}
+    assert layer_kinds("K2S", num_hidden_layers=3, kinds=letters) == ["own", "shared", "shared"]
 
 
 @pytest.mark.parametrize("kind", [Qwen3NextConfig, OlmoHybridConfig])
