@@ -156,13 +156,15 @@ def row(name: str, sharded: Any, folder: Path) -> list[str]:
 
     def generate() -> None:
         (model,) = trained["full"].model_parts
-        prompts, options = [[5, 9, 11, 3], [7, 4]], decoding.Options(max_new_tokens=5)
+        prompts, ends = [[5, 9, 11, 3], [7, 4]], [model.generation_config.eos_token_id]
+        options = decoding.Options(max_new_tokens=5)
         found = decoding.hugging_face(model.eval(), prompts, options=options)
         for prompt, answer in zip(prompts, found, strict=True):
             ids = torch.tensor([[*prompt, *answer]])
             with torch.no_grad():
                 best = model(ids, use_cache=False).logits.argmax(-1)[0].tolist()
-            assert answer and best[len(prompt) - 1 : -1] == answer
+            assert best[len(prompt) - 1 : -1] == answer
+            assert len(answer) == options.max_new_tokens or best[-1] in ends
 
     tried: dict[str, Callable[[], Any]] = {
         "load": load,
