@@ -10,11 +10,13 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def own_process_group():
-    """A file begins without a process group: what fails while it is built may leave one behind."""
+    """A file begins without a process group and a run's seed: a trainer not closed leaves both."""
     yield
-    torch = sys.modules.get("torch")
+    torch, seed = sys.modules.get("torch"), sys.modules.get("ditty_di.seed")
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if seed is not None:
+        seed.set_run_seed(None)
 
 
 @pytest.fixture

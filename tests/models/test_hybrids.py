@@ -78,7 +78,9 @@ def test_an_adapter_trains_and_opens_in_stock_peft(base, tmp_path, runtime):
     stock = AutoModelForCausalLM.from_pretrained(base)
     before = logits(stock, "causal")
     after = logits(PeftModel.from_pretrained(stock, tmp_path), "causal")
-    assert torch.equal(after, logits(model, "causal")) and not torch.equal(after, before)
+    # Of adapted experts stock adds the update to the weights.
+    torch.testing.assert_close(after, logits(model, "causal"), rtol=0, atol=1e-5)
+    assert not torch.allclose(after, before, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mamba", "qwen3_next", "recurrent_gemma"])

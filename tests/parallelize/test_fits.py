@@ -61,7 +61,7 @@ def test_heads_that_do_not_divide_come_with_the_degrees_that_do(tp):
         ("deepseek_v2", "mla_kv_a_proj for model.layers.*.self_attn.kv_a_proj_with_mqa"),
         ("mixtral", "does not split experts (model.layers.*.mlp.experts)"),
         # Beside attention these have layers that mix tokens and that their plans leave out.
-        ("lfm2", "does not tell how self_attn.q_proj.weight"),
+        ("lfm2", "does not tell how conv.conv.weight, conv.in_proj.weight"),
         ("falcon_h1", "does not tell how feed_forward.gate_proj.weight"),
         # A parameter of one dimension, of which each rank would have other parts.
         ("apertus", "does not tell how mlp.act_fn.alpha_p, mlp.act_fn.alpha_n of a block"),

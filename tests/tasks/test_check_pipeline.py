@@ -162,7 +162,7 @@ def test_every_change_to_what_a_stage_gives_is_found(experiment):
 @pytest.mark.parametrize(
     "contract, message",
     [
-        ("0:2:i64 -> unheard_of:2:f16", r"nothing before gives|there is no position|needs rank"),
+        ("0:2:i64 -> unheard_of:6:f16", r"nothing before gives|there is no position|needs rank"),
         ("0:7:f -> logits:3:f", r"0:7:f: needs rank 7, but .* gives"),
         ("0:*:b -> logits:3:f", r"0:\*:b: needs dtype b, but .* gives"),
     ],
