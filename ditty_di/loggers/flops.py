@@ -49,7 +49,8 @@ def active_share(model_parts: list[nn.Module]) -> dict[int, float]:
 
     Of E experts, a token goes to the `num_experts_per_tok` of the model's configuration; a model
     whose configuration has no such number uses all of them. Routed experts are modules with fused
-    weights (`ditty_di.models.stacked`); shared ones are layers as any other, and always used.
+    weights (`ditty_di.models.stacked`), with peft's adapters of these; shared ones are layers as
+    any other, and always used.
 
     Args:
         model_parts: the modules as this rank trains them.
@@ -59,9 +60,17 @@ def active_share(model_parts: list[nn.Module]) -> dict[int, float]:
         _, base = transformers_model(part)
         config = base.config.get_text_config() if hasattr(base, "config") else None
         of_a_token: Any = getattr(config, "num_experts_per_tok", None)
+        shares: dict[nn.Module, float] = {}
         for _, experts, _ in fused_weights(part) if isinstance(of_a_token, int) else ():
             share = min(of_a_token / experts.num_experts, 1.0)  # type: ignore[operator]
             found |= {id(p): share for p in experts.parameters()}
+            shares[experts] = share
+        for module in part.modules() if shares else ():
+            wrapper: Any = module
+            if hasattr(wrapper, "parameter_name") and wrapper.get_base_layer() in shares:
+                made = (getattr(wrapper, name) for name in wrapper.adapter_layer_names)
+                own = (p for layers in made for p in layers.parameters())
+                found |= {id(p): shares[wrapper.get_base_layer()] for p in own}
     return found
 
 

@@ -1,13 +1,17 @@
 """Speed, memory and remaining time, as they reach a logger."""
 
 import time
+from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
+from ditty_di.adapters import apply_adapter
 from ditty_di.loggers import MetricsProcessor, flops
 from ditty_di.models.causal_lm import from_config
+from ditty_di.quantization import nf4
 from ditty_di.runtime import Runtime
 from tests.models.families import CAUSAL, config
 
@@ -195,6 +199,20 @@ def test_of_routed_experts_those_of_a_token_count(kind, experts, of_a_token):
     assert flops.per_token([model]) == 6 * (active - looked_up)
 
 
+@pytest.mark.parametrize("quantize", [None, nf4])
+def test_adapters_of_routed_experts_count_as_these_do(quantize):
+    def model(**changes):
+        return from_config(config("mixtral", CAUSAL["mixtral"]), **changes)
+
+    lora = partial(apply_adapter, config=LoraConfig(r=8, target_modules="all-linear"))
+    adapted = model(adapter=lora, quantize=quantize)
+    sizes = {name: p.numel() for name, p in adapted.named_parameters() if "lora_" in name}
+    added, of_experts = sum(sizes.values()), sum(n for k, n in sizes.items() if "experts" in k)
+    bare, found = flops.parameters([model()]), flops.parameters([adapted])
+    assert of_experts and found[0] == bare[0] + added
+    assert found[1] == bare[1] + added - of_experts // 2  # 2 of 4 experts
+
+
 def test_the_number_of_active_parameters_is_logged(runtime, caplog):
     caplog.set_level("INFO")
     model = from_config(config("mixtral", CAUSAL["mixtral"]))
@@ -209,8 +227,6 @@ def test_the_number_of_active_parameters_is_logged(runtime, caplog):
 
 
 def test_flops_of_a_packed_weight_are_those_of_what_it_stands_for():
-    from ditty_di.quantization import nf4
-
     plain = nn.Sequential(nn.Linear(128, 64, bias=False)).requires_grad_(False)
     expected = flops.per_token([plain])
     assert flops.per_token([nf4(plain.to("meta"))]) == expected == 4 * 128 * 64
