@@ -11,8 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ditty_di.models.coverage import within_block
-from ditty_di.models.stacked import Stacked, fused_weights, is_linear, routers
-from ditty_di.models.towers import in_language_model
+from ditty_di.models.routers import router_layers
+from ditty_di.models.stacked import Stacked, fused_weights, is_linear
+from ditty_di.models.towers import language_model_paths
 
 #: The value of `target_modules` for every linear layer but the output head.
 ALL_LINEAR = "all-linear"
@@ -57,12 +58,12 @@ def all_linear(model: nn.Module, *, except_for: Iterable[str] = ()) -> list[str]
         found = {path: module for path, module in found.items() if module is not head}
     elif inside := {path: m for path, m in found.items() if _in_block(model, path)}:
         found = inside
-    apart = {*routers(model)}
+    apart, is_inside = router_layers(model), language_model_paths(model)
     chosen = [
         path
         for path in found
         if path not in apart
-        if in_language_model(model, path)
+        if is_inside(path)
         if not any(matches(name, path) for name in except_for)
     ]
     if not chosen:
@@ -81,11 +82,8 @@ def layers_of(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 def blocks_linear(model: nn.Module) -> list[str]:
     """Return names for the linear layers of repeated blocks; without blocks all but the head."""
-    chosen = [
-        path
-        for path in linear_layers(model)
-        if _in_block(model, path) and in_language_model(model, path)
-    ]
+    is_inside = language_model_paths(model)
+    chosen = [p for p in linear_layers(model) if _in_block(model, p) and is_inside(p)]
     return shortest(model, chosen) if chosen else all_linear(model)
 
 

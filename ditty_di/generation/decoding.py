@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ def hugging_face(
         **{name: value for name, value in own.items() if value is not None},
     )
     seq2seq = is_seq2seq(model)
-    if not seq2seq and inputs is None and len(prompts) > 1 and _mixes_rows(model, prompts, pad):
+    if not seq2seq and inputs is None and len(prompts) > 1 and _mixes_rows(model, prompts[0], pad):
         alone = (hugging_face(model, [prompt], options=options) for prompt in prompts)
         return [answer for (answer,) in alone]
     side, device = "right" if seq2seq else "left", next(model.parameters()).device
@@ -187,16 +188,26 @@ def hugging_face(
     return [until_end(row, ends) for row in new.tolist()]
 
 
-def _mixes_rows(model: Any, prompts: Sequence[list[int]], pad: int) -> bool:
-    """Return whether the shortest prompt gets other logits beside the longest than alone.
+#: What `_mixes_rows` has found, once for each model.
+_MIXED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def _mixes_rows(model: Any, prompt: list[int], pad: int) -> bool:
+    """Return whether a prompt gets other logits beside a longer one than alone.
 
     Args:
         model: causal, of transformers.
-        prompts: token ids.
+        prompt: token ids, of which a few are tried, the first time that the model is asked.
         pad: the padding.
     """
+    if model not in _MIXED:
+        _MIXED[model] = _try_rows(model, prompt[:4], pad)
+    return _MIXED[model]
+
+
+def _try_rows(model: Any, prompt: list[int], pad: int) -> bool:
     device = next(model.parameters()).device
-    prompt, *_, longest = sorted(prompts, key=len)
+    longest = (prompt * 12)[:12]
     padding = len(longest) - len(prompt)
     ids = torch.tensor([[pad] * padding + prompt, longest], device=device)
     mask = torch.ones_like(ids)

@@ -119,15 +119,30 @@ def routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     Args:
         model: as for `record_routers`.
     """
-    seen: set[int] = set()
+    found: dict[str, tuple[nn.Module, int]] = {}
     for path, owner in model.named_modules():
         recorded = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits", [])
         for spec in recorded if isinstance(recorded, list) else [recorded]:
             kind: Any = getattr(spec, "target_class", None)
             within = getattr(spec, "layer_name", None)
             for name, module in owner.named_modules(prefix=path) if kind is not None else ():
-                if not isinstance(module, kind) or id(module) in seen:
-                    continue
-                if within is None or f".{within}." in f".{name}.":
-                    seen.add(id(module))
-                    yield name, module, spec.index
+                if isinstance(module, kind) and (within is None or f".{within}." in f".{name}."):
+                    found.setdefault(name, (module, spec.index))
+    for name, (module, index) in found.items():
+        # JetMoE's attention is recorded too, around its router.
+        if not any(other.startswith(f"{name}.") for other in found):
+            yield name, module, index
+
+
+def router_layers(model: nn.Module) -> set[str]:
+    """Return the paths of the linear layers that choose experts.
+
+    Args:
+        model: as for `record_routers`.
+    """
+    return {
+        f"{path}.{name}".strip(".")
+        for path, router, _ in routers(model)
+        for name, layer in router.named_modules()
+        if isinstance(layer, nn.Linear)
+    }

@@ -171,14 +171,3 @@ def fused_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def is_linear(module: nn.Module) -> bool:
     """Return whether it is a linear layer that returns the product: some routers return more."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
-def routers(model: nn.Module) -> list[str]:
-    """Return the paths of the linear layers that choose experts: beside these, one output each."""
-    found = []
-    for path, experts, _ in fused_weights(model):
-        beside = path.rpartition(".")[0].rpartition(".")[0]
-        for name, module in model.get_submodule(beside).named_modules():
-            if isinstance(module, nn.Linear) and module.out_features == experts.num_experts:
-                found.append(f"{beside}.{name}".strip("."))
-    return list(dict.fromkeys(found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -39,15 +39,16 @@ def towers(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def in_language_model(model: nn.Module, path: str) -> bool:
-    """Return whether a path leads into the language model; true if it is all of the model.
+def language_model_paths(model: nn.Module) -> Callable[[str], bool]:
+    """Return a predicate of paths: whether one leads into the language model.
+
+    It is true of every path of a model that is not multimodal.
 
     Args:
-        model: that has the path.
-        path: of a module or parameter.
+        model: that has the paths, of modules or parameters.
     """
     language = language_path(model)
-    return language is None or f"{path}.".startswith(f"{language}.")
+    return lambda path: language is None or f"{path}.".startswith(f"{language}.")
 
 
 def _configs(model: nn.Module) -> tuple[Any, Any]:

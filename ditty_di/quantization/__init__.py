@@ -19,7 +19,7 @@ from ditty_di.dtypes import dtype_name
 from ditty_di.models.coverage import left_out
 from ditty_di.models.heads import head_of
 from ditty_di.models.stacked import fused_weights, is_linear
-from ditty_di.models.towers import in_language_model
+from ditty_di.models.towers import language_model_paths
 from ditty_di.quantization.experts import Int8Experts, NF4Experts
 from ditty_di.quantization.int8_linear import Int8Linear
 from ditty_di.quantization.linear import require_bitsandbytes
@@ -157,9 +157,10 @@ def _replace(
         make: returns the layer for one of `torch.nn.Linear`.
         make_experts: returns the module for a fused weight; None leaves these.
     """
+    is_inside = language_model_paths(model)
 
     def is_chosen(path: str) -> bool:
-        within = in_language_model(model, path) or _named(path, include)
+        within = is_inside(path) or _named(path, include)
         return within and not _named(path, skip) and not head_of(model, f"{path}.weight")
 
     linear_layers = [

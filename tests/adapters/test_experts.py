@@ -23,7 +23,7 @@ from ditty_di.runtime import Runtime
 from ditty_di.training.setup import setup_model
 from tests.adapters.cases import lora
 from tests.checkpoint import ranks
-from tests.models.families import CAUSAL, EXPERTS, config
+from tests.models.families import CAUSAL, EXPERTS, RARE, config
 from tests.models.test_experts import unpacked
 from tests.models.test_families import TOKENS, save
 from tests.models.test_hugging_face import tokenizer
@@ -125,6 +125,23 @@ def test_all_linear_names_the_experts_and_leaves_the_router(bases):
     named = lora(target_parameters=["mlp.gate.weight"])
     model = causal_lm.from_pretrained(bases / "qwen2_moe", adapter=named)
     assert sum("mlp.gate." in name for name in trained(model)) == 4
+
+
+@pytest.mark.parametrize(
+    "name, router, beside",
+    [
+        ("dbrx", "ffn.router.layer", "out_proj"),
+        ("jetmoe", "router.layer", "self_attention.kv_proj"),
+        ("phimoe", "mlp.router", "q_proj"),
+        ("afmoe", "mlp.router.gate", "q_proj"),
+    ],
+)
+def test_routers_that_are_linear_layers_have_no_adapter(name, router, beside):
+    changes = {**CAUSAL, **RARE}[name]
+    model = causal_lm.from_config(config(name, changes), adapter=lora())
+    assert any(f".{router}." in f"{path}." for path, _ in model.named_modules())
+    assert not any(f".{router}." in path for path in trained(model))
+    assert any(f"{beside}.lora_A" in path for path in trained(model))
 
 
 @pytest.mark.parametrize(

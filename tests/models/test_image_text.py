@@ -33,7 +33,7 @@ from ditty_di.export.load import open_model
 from ditty_di.isolation import rehearse
 from ditty_di.losses import CrossEntropyLoss
 from ditty_di.models import image_text, processor
-from ditty_di.models.towers import in_language_model, language_path
+from ditty_di.models.towers import language_model_paths, language_path
 from ditty_di.models.weights import materialize
 from ditty_di.parallelize.compose import parallelize
 from ditty_di.parallelize.data_parallel import shard
@@ -194,7 +194,7 @@ def test_the_gradients_of_a_step_are_those_of_a_hand_written_loop(cases, family,
     found = step_gradients(case.model().train(), batches, runtime)
     expected = by_hand(case.stock().train(), batches)
     assert_same(found, expected)
-    tower = [name for name in found if not in_language_model(case.model(), name)]
+    tower = [name for name in found if not language_model_paths(case.model())(name)]
     assert any(found[name].abs().max() > 0 for name in tower)
     alone = by_hand(case.stock().train(), [case.batch(2)])
     assert all(alone[name].abs().max() == 0 for name in tower if "lm_head" not in name)
@@ -235,7 +235,7 @@ def test_a_part_can_be_frozen_by_name_and_the_tower_is_not_quantized(cases, fami
     } == {True}
     small = image_text.from_pretrained(case.base, quantize=nf4)
     packed = [path for path, layer in small.named_modules() if hasattr(layer, "qweight")]
-    assert packed and all(in_language_model(small, path) for path in packed)
+    assert packed and all(language_model_paths(small)(path) for path in packed)
     more = image_text.from_pretrained(case.base, quantize=partial(nf4, include=[tower]))
     assert any(hasattr(m, "qweight") for path, m in more.named_modules() if f".{tower}." in path)
     with pytest.raises(ValueError, match=r"no parameter .* its parts are .*model\."):
@@ -334,7 +334,7 @@ def test_two_ranks_with_fsdp2_give_the_gradients_of_one(cases, family):
     (found, wrapped), _ = ranks.run(sharded_gradients, 2, case.base, batches, num_valid, ())
     expected = by_hand(case.stock().train(), flat)
     assert_same({name: torch.from_numpy(g) for name, g in found.items()}, expected, rtol=1e-4)
-    assert any(not in_language_model(case.model(), path) for path in wrapped)
+    assert any(not language_model_paths(case.model())(path) for path in wrapped)
 
 
 def train(case, folder, steps, **options):
