@@ -56,7 +56,7 @@ def _validate(
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
 ) -> None:
-    """Raise ValueError for a base that is none, and for heads that do not divide a width."""
+    """Raise ValueError for an invalid base, and for heads that do not divide a width."""
     own = (hidden_size, intermediate_size, num_attention_heads, num_key_value_heads)
     widths = {name: n for name, n in zip(WIDTHS, own, strict=True) if n is not None}
     _require_heads("", widths)
@@ -78,11 +78,11 @@ def _require_heads(prefix: str, widths: Mapping[str, int]) -> None:
     hidden, _, heads, kv_heads = (widths.get(name) for name in WIDTHS)
     if hidden and heads and hidden % heads:
         raise ValueError(
-            f"{prefix}num_attention_heads={heads}: hidden_size={hidden} is no multiple of it"
+            f"{prefix}num_attention_heads={heads}: hidden_size={hidden} is not a multiple of it"
         )
     if heads and kv_heads and heads % kv_heads:
         raise ValueError(
-            f"{prefix}num_key_value_heads={kv_heads}: num_attention_heads={heads} is no multiple "
+            f"{prefix}num_key_value_heads={kv_heads}: num_attention_heads={heads} is not a multiple "
             f"of it"
         )
 

@@ -38,7 +38,7 @@ class Routing(NamedTuple):
 class RouterRecorder:
     """Records the routing of the newest forward pass of a model, layer by layer.
 
-    Copies of the model share it. What a block computes again in the backward pass is not recorded.
+    Copies of the model share it. Recomputation in the backward pass is not recorded.
 
     Args:
         model: the model, whose routers get hooks. Those of a pipeline stage are recorded alone.

@@ -1,4 +1,4 @@
-"""Metrics of a whole validation, which are no mean over its batches: F1, recall of a search.
+"""Metrics of a whole validation that are not means over its batches: F1, recall of a search.
 
 A metric is any object with two methods. `rows(output, batch)` returns what is kept of a batch,
 tensors by name with one row for each example that counts. `compute(rows)` returns the metrics of

@@ -334,7 +334,7 @@ def test_other_models_and_folders_in_use_are_refused(theirs, tmp_path):
         wrong = about(tmp_path / "llama") | {"num_key_value_heads": 2}
         own = written(tmp_path / "own", wrong, tensors(tmp_path / "llama"))
         convert(own, str(tmp_path / "out"), to_dolomite)
-    with pytest.raises(ValueError, match=r"no checkpoint of dolomite-engine"):
+    with pytest.raises(ValueError, match=r"not a checkpoint of dolomite-engine"):
         empty = written(tmp_path / "empty", config, {"a": torch.zeros(1)})
         convert(empty, str(tmp_path / "out"), to_hugging_face)
     with pytest.raises(ValueError, match=r"to=.*: it exists already"):

@@ -107,7 +107,7 @@ def test_the_base_is_a_llama():
         ({**BASE, "vocab_size": 32}, {}, r"base\.vocab_size: a base differs"),
         ({**BASE, "hidden_size": 66}, {}, r"base\.num_attention_heads=4: hidden_size=66"),
         ({**BASE, "hidden_size": 0}, {}, r"base\.hidden_size=0: write a number of at least 1"),
-        (BASE, {"hidden_size": 66}, r"^num_attention_heads=4: hidden_size=66 is no multiple"),
+        (BASE, {"hidden_size": 66}, r"^num_attention_heads=4: hidden_size=66 is not a multiple"),
         (BASE, {"num_key_value_heads": 3}, r"^num_key_value_heads=3: num_attention_heads=4"),
     ],
 )
