@@ -65,7 +65,7 @@ def to_hugging_face(
     if attention is None or mlp is None:
         raise ValueError(
             "the files have no transformer.h.0.attn.c_attn.weight and mlp.c_fc.weight (or "
-            "sequence_mixer, mlp_block), so this is not a checkpoint of dolomite-engine or lm-engine"
+            "sequence_mixer, mlp_block), so it is not a checkpoint of dolomite-engine or lm-engine"
         )
     moe = len(stored.shape(f"transformer.h.0.{mlp}.c_fc.weight")) == 3
     entries, alternate = from_either(config, moe)

@@ -82,8 +82,8 @@ def _require_heads(prefix: str, widths: Mapping[str, int]) -> None:
         )
     if heads and kv_heads and heads % kv_heads:
         raise ValueError(
-            f"{prefix}num_key_value_heads={kv_heads}: num_attention_heads={heads} is not a multiple "
-            f"of it"
+            f"{prefix}num_key_value_heads={kv_heads}: num_attention_heads={heads} is not a "
+            f"multiple of it"
         )
 
 
