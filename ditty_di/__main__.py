@@ -67,10 +67,10 @@ def start(arguments: Sequence[str], launcher: Callable[[str], int] | None = None
 
         from ditty_di.cli import composing
         from ditty_di.cli.job import execute
-        from ditty_di.launch import sweep
+        from ditty_di.sweeps import parallel
 
         if command.sweep:
-            return sweep.run(command)
+            return parallel.run(command)
         return composing.run(command, lambda config: execute(config, command, launcher)) or 0
     except (KeyboardInterrupt, BrokenPipeError):
         raise

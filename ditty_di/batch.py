@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditty_di.config.targets import did_you_mean
+from ditty_di.messages import did_you_mean
 
 
 class MissingKey(KeyError):
@@ -168,3 +168,18 @@ class Batch:
             return self.context
         own = {"original_batch": (self.inputs, self.labels), "target": self.labels}
         return Context({**own, **self.context})
+
+
+def document_starts(position_ids: Tensor) -> Tensor:
+    """Return where documents begin, bool; both `[rows, length]`.
+
+    A row begins with one, and so does each position that is not the previous one plus 1.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    return starts
+
+
+def document_index(position_ids: Tensor) -> Tensor:
+    """Return the number of each token's document within its row; both `[rows, length]`."""
+    return document_starts(position_ids).cumsum(1) - 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 def first_of(items: Iterable[object], limit: int = 3) -> str:
@@ -15,3 +17,21 @@ def first_of(items: Iterable[object], limit: int = 3) -> str:
     names = [str(item) for item in items]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def closest(word: str, known: Iterable[Any], cutoff: float = 0.6) -> str | None:
+    """Return the name most like `word`, or None.
+
+    Args:
+        word: the name that does not exist.
+        known: the names that do; only texts count.
+        cutoff: smallest similarity, from 0 to 1.
+    """
+    names = [name for name in known if isinstance(name, str)]
+    return next(iter(difflib.get_close_matches(word, names, 1, cutoff)), None)
+
+
+def did_you_mean(word: str, known: Iterable[Any], cutoff: float = 0.6) -> str:
+    """Return `; did you mean 'x'?` with the `closest` name, or nothing when none is close."""
+    near = closest(word, known, cutoff)
+    return "" if near is None else f"; did you mean {near!r}?"

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ditty_di.launch.warm import ARROW_WITHOUT_THREAD
+from ditty_di.sweeps.warm import ARROW_WITHOUT_THREAD
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +31,7 @@ os.environ.setdefault(*ARROW_WITHOUT_THREAD)
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
-        *("tests.checkpoint.cases", "ditty_di.training.trainer", "ditty_di.launch.warm_imports"),
+        *("tests.checkpoint.cases", "ditty_di.training.trainer", "ditty_di.sweeps.warm_imports"),
         *("ditty_di.tasks.generate", "ditty_di.tasks.evaluate", "ditty_di.tasks.export"),
         *("ditty_di.models.pretrained", "ditty_di.api", "ditty_di.diffusion", "datasets"),
     ]

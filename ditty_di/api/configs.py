@@ -16,7 +16,7 @@ import ditty_di.compat  # noqa: F401
 from torchtitan.distributed import ParallelDims
 
 from ditty_di import adapters, quantization
-from ditty_di.config.targets import did_you_mean
+from ditty_di.messages import did_you_mean
 from ditty_di.parallelize.data_parallel import shard
 
 

@@ -8,9 +8,9 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from ditty_di.config.targets import did_you_mean
 from ditty_di.data import CausalCollate, LengthGroupedSampler, Loader
 from ditty_di.data.operations import Operation, prepare
+from ditty_di.messages import did_you_mean
 from ditty_di.protocols import DataLoaderFactory
 
 

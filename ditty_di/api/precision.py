@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ditty_di.config.targets import did_you_mean
+from ditty_di.messages import did_you_mean
 from ditty_di.precision import float8
 from ditty_di.precision.autocast import autocast
 from ditty_di.protocols import ModelTransform

@@ -12,8 +12,8 @@ from ditty_di.callbacks.base import Callback
 from ditty_di.data.options import at_least
 from ditty_di.io import read_json, write_json
 from ditty_di.launch.rundir import RunDirectory
-from ditty_di.launch.study import this_trial
 from ditty_di.protocols import Training
+from ditty_di.sweeps.study import this_trial
 
 log = logging.getLogger(__name__)
 

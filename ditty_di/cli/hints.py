@@ -17,7 +17,8 @@ from ditty_di.cli.overrides import key_of, without
 from ditty_di.config import ConfigError, flatten
 from ditty_di.config.errors import prefixes
 from ditty_di.config.suggest import suggest
-from ditty_di.config.targets import did_you_mean, locate
+from ditty_di.config.targets import locate
+from ditty_di.messages import did_you_mean
 
 
 def explain(error: Exception, command: Command) -> str:

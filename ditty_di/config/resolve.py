@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ditty_di.config.errors import ConfigError, Path, Problem, dotted
 from ditty_di.config.provenance import Provenance, Setting
-from ditty_di.config.targets import did_you_mean
+from ditty_di.messages import did_you_mean
 
 _NAME = r"""[^\\{}()\[\]:.$\s'"]+"""
 _REFERENCE = re.compile(  # ${a.b}, ${a[0]}, ${.sibling}, ${..uncle}

@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from ditty_di.config import suggest
-from ditty_di.config.targets import SPECIAL, did_you_mean
+from ditty_di.config.targets import SPECIAL
+from ditty_di.messages import did_you_mean
 
 
 class Slot(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from ditty_di.config.errors import prefixes
-from ditty_di.config.targets import closest, did_you_mean
+from ditty_di.messages import closest, did_you_mean
 
 _DATA = yaml.safe_load(Path(__file__).with_name("synonyms.yaml").read_text("utf-8"))
 #: Names of other trainers -> keys that mean the same here, best first.

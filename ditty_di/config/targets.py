@@ -6,19 +6,19 @@ Knows Python callables only: nothing here has seen a configuration, and nothing 
 from __future__ import annotations
 
 import builtins
-import difflib
 import gc
 import importlib
 import pkgutil
 import re
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
 from ditty_di.config.policy import REASON, identities, is_hidden, is_refused, is_refused_callable
+from ditty_di.messages import did_you_mean
 
 #: The keys of a node that are no arguments: (whether a value is right, what to write instead).
 SPECIAL: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -41,24 +41,6 @@ _WINDOWS_MODULES = {"msilib", "msvcrt", "nt", "winreg", "winsound"}
 
 class TargetError(Exception):
     """A target that cannot be imported, or that a configuration may not name."""
-
-
-def closest(word: str, known: Iterable[Any], cutoff: float = 0.6) -> str | None:
-    """Return the name most like `word`, or None.
-
-    Args:
-        word: the name that does not exist.
-        known: the names that do; only texts count.
-        cutoff: smallest similarity, from 0 to 1.
-    """
-    names = [name for name in known if isinstance(name, str)]
-    return next(iter(difflib.get_close_matches(word, names, 1, cutoff)), None)
-
-
-def did_you_mean(word: str, known: Iterable[Any], cutoff: float = 0.6) -> str:
-    """Return `; did you mean 'x'?` with the `closest` name, or nothing when none is close."""
-    near = closest(word, known, cutoff)
-    return "" if near is None else f"; did you mean {near!r}?"
 
 
 @contextmanager

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ditty_di.config.targets import did_you_mean
 from ditty_di.contracts.grammar import DTYPES, MAX_RANK, Contract, ContractError, Entry
 from ditty_di.contracts.stages import LOADER, LOSS, MODEL, POST, PRE, Stage
+from ditty_di.messages import did_you_mean
 
 #: What the trainer writes into every context.
 INITIAL = Contract.parse(

@@ -6,8 +6,7 @@ from typing import Any
 
 from ditty_di.config.errors import ConfigError, Problem, keys
 from ditty_di.contracts.check import Report, examine
-from ditty_di.contracts.stages import POST, PRE, Stage, argument, is_node, pipeline
-from ditty_di.processors.workflow import SPLIT_SEQUENCES
+from ditty_di.contracts.stages import POST, PRE, SPLIT_SEQUENCES, Stage, argument, is_node, pipeline
 from ditty_di.protocols import CALLBACK_METHODS
 
 

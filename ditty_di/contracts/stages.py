@@ -29,6 +29,11 @@ from ditty_di.config.targets import SPECIAL, TargetError, locate
 from ditty_di.contracts.grammar import Contract, as_contract
 
 LOADER, PRE, MODEL, POST, LOSS = "loader", "preprocessor", "model", "postprocessor", "loss"
+#: Refusal of processors beside context parallelism.
+SPLIT_SEQUENCES = """\
+with runtime.cp > 1 each rank has a part of every sequence, and what processors make of a whole \
+batch cannot be split; use cp=1"""
+
 _WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

@@ -13,11 +13,11 @@ from typing import Any
 from filelock import FileLock
 
 from ditty_di.config import View
-from ditty_di.config.targets import did_you_mean
 from ditty_di.data.cache import cache_folder, counted, fingerprint
 from ditty_di.data.files import as_record
 from ditty_di.data.sources import RecordDataset
 from ditty_di.data.tokenization.documents import DocumentError, Reading
+from ditty_di.messages import did_you_mean
 from ditty_di.protocols import early_checks
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ditty_di.isolation.positions import document_starts
+from ditty_di.batch import document_starts
 
 #: Arguments about several documents in a row, which a row of one document has no use for.
 _BORDERS = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditty_di.batch import document_index
 from ditty_di.isolation.documents import DocumentRows
-from ditty_di.isolation.positions import document_index
 
 #: Takes `position_ids` `[rows, length]` and a configuration; returns the inputs to add, or None
 #: where the form does not apply to the configuration.

@@ -12,21 +12,6 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 
-def document_starts(position_ids: Tensor) -> Tensor:
-    """Return where documents begin, bool; both `[rows, length]`.
-
-    A row begins with one, and so does each position that is not the previous one plus 1.
-    """
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids.diff(dim=1) != 1
-    return starts
-
-
-def document_index(position_ids: Tensor) -> Tensor:
-    """Return the number of each token's document within its row; both `[rows, length]`."""
-    return document_starts(position_ids).cumsum(1) - 1
-
-
 def positions_of(sample: Mapping[str, Any]) -> Tensor:
     """Return the position of each token in its document, `[rows, length]`.
 

@@ -12,7 +12,7 @@ import ditty_di.models.modeling  # noqa: F401
 # isort: split
 from transformers import AutoModelForImageTextToText
 
-from ditty_di.isolation.positions import document_index
+from ditty_di.batch import document_index
 from ditty_di.models.hugging_face import builders
 
 

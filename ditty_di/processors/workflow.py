@@ -28,9 +28,6 @@ NUM_VALID_CHANGED = """\
 a postprocessor has changed the number of valid elements that the loss counts, from {before} to \
 {now}. It is summed over the optimizer step before the model runs, so target, ignored labels and \
 mask must be written by a preprocessor"""
-SPLIT_SEQUENCES = """\
-with runtime.cp > 1 each rank has a part of every sequence, and what processors make of a whole \
-batch cannot be split; use cp=1"""
 
 
 class Processors:

@@ -16,13 +16,14 @@ from torch import nn
 from ditty_di.checkpoint import states
 from ditty_di.checkpoint.model_state import ModelState, model_states
 from ditty_di.compat import sum_gradients_on_gloo
+from ditty_di.contracts.stages import SPLIT_SEQUENCES
 from ditty_di.data.content import DataContent
 from ditty_di.losses.plain import as_loss
 from ditty_di.losses.routing import warn_unused
 from ditty_di.models.coverage import summary
 from ditty_di.models.weights import is_meta, materialize, on_meta, uninitialized
 from ditty_di.parallelize.pipeline import ModelParts, PipelineLoss, TorchSchedule
-from ditty_di.processors.workflow import SPLIT_SEQUENCES, Processors
+from ditty_di.processors.workflow import Processors
 from ditty_di.protocols import (
     Checkpointer,
     CheckpointerFactory,

@@ -1,6 +1,6 @@
 """Kill processes of a training on two ranks at random, and compare where it ends with one that
-was left alone: `python -m tests.launch.chaos --kills 30 --steps 400`. With `--elastic` each rank is
-on a host of its own (`chaos_hosts.py`).
+was left alone: `python -m tests.launch.chaos --kills 30 --steps 400`. With `--hosts` or `--elastic`
+each rank is on a host of its own (`chaos_hosts.py`).
 
 The launcher starts the ranks again after one was killed; a launcher that was killed or stopped is
 started again from here. Exit code 0 when the final states are equal bit for bit, nothing survived a
@@ -370,16 +370,17 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--workers", type=int, default=1, help="data loader processes of a rank")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hosts", action="store_true", help="on two hosts that are killed, too")
     parser.add_argument("--elastic", action="store_true", help="on two hosts, 2 -> 1 -> 2 ranks")
     parser.add_argument("--folder", type=Path, help="new; a temporary one without it")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder = folder.absolute()
     numbers = {k: getattr(arguments, k) for k in ("kills", "steps", "seed")}
-    if arguments.elastic:
+    if arguments.hosts or arguments.elastic:
         from tests.launch import chaos_hosts
 
-        wrong = chaos_hosts.run(folder, **numbers)
+        wrong = chaos_hosts.run(folder, elastic=arguments.elastic, **numbers)
     else:
         wrong = run(folder, workers=arguments.workers, **numbers)
     for line in wrong:

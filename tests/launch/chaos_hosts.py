@@ -1,7 +1,8 @@
 """Chaos on two hosts with one rank each: hosts are killed or cut off, and come back.
 
-The world sizes go 2 -> 1 -> 2 with each loss, and the end is compared with an undisturbed run on
-two ranks. One rank adds gradients in another order, so it is equal within 1e-6, not to the bit.
+The end is compared with an undisturbed run on two ranks. Where the run waits for the host, it is
+equal to the bit. Where it is elastic, world sizes go 2 -> 1 -> 2 with each loss: one rank adds
+gradients in another order, so it is equal within 1e-6.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.launch.chaos import Chaos, state
+from tests.launch.chaos import Chaos, differences, state
 from tests.launch.hosts import Hosts
 
 TOLERANCE = 1e-6
 LAUNCHER = """
   rdzv_endpoint: {address}:29400
-  min_nodes: 1
+  min_nodes: {least}
   max_nodes: 2
   nproc: 1
   max_restarts: 1000
@@ -34,8 +35,8 @@ KILLS = [("killed", 1), ("cut off", 1), ("rank killed", 1), ("killed", 0), ("ran
 class Wild:
     """The disturbed run."""
 
-    def __init__(self, chaos: Chaos, hosts: Hosts) -> None:
-        self.chaos, self.hosts = chaos, hosts
+    def __init__(self, chaos: Chaos, hosts: Hosts, elastic: bool) -> None:
+        self.chaos, self.hosts, self.elastic = chaos, hosts, elastic
         self.commands: dict[int, subprocess.Popen] = {}
 
     def start(self, n: int) -> None:
@@ -77,7 +78,7 @@ class Wild:
             self.commands[n].wait()
         else:
             self.hosts.link(n, "down")
-        if n:
+        if n and self.elastic:
             self.wait(3)  # alone
         hold = self.chaos.folder / "hold"  # or the run would be over while the host starts
         hold.touch()
@@ -107,17 +108,16 @@ def largest_difference(a: Any, b: Any) -> float:
     return abs(a - b) if isinstance(a, int | float) else 0.0
 
 
-def run(folder: Path, *, kills: int, steps: int, seed: int = 0) -> list[str]:
+def run(folder: Path, *, kills: int, steps: int, seed: int = 0, elastic: bool = True) -> list[str]:
     """Return what went wrong, and print what happens."""
     wrong: list[str] = []
     with Hosts(2, folder) as hosts:
-        launcher = LAUNCHER.format(address=hosts.address(0))
-        chaos = Chaos(
-            folder, steps, 0, seed, choice="torchrun", launcher=launcher, random_rows=False
-        )
+        launcher = LAUNCHER.format(address=hosts.address(0), least=1 if elastic else 2)
+        options = {"choice": "torchrun", "launcher": launcher, "random_rows": not elastic}
+        chaos = Chaos(folder, steps, 0, seed, **options)
         if code := chaos.start("+experiment=chaos", "run=calm", *ALONE).wait():
             return [f"the undisturbed run ended with exit code {code}; see {folder}/output.log"]
-        wild = Wild(chaos, hosts)
+        wild = Wild(chaos, hosts, elastic)
         wild.start(0)
         wild.start(1)
         print("   #  step  host   accident", flush=True)
@@ -143,6 +143,8 @@ def run(folder: Path, *, kills: int, steps: int, seed: int = 0) -> list[str]:
     found = {key: largest_difference(states[0][key], states[1][key]) for key in states[0]}
     worst = max(found.values(), default=float("inf"))
     print(f"largest difference from the undisturbed run: {worst:.2e}", flush=True)
+    if not elastic:
+        wrong += [f"the final states differ at {d}" for d in differences(*states)]
     if not worst <= TOLERANCE:
         wrong += [f"{key} differs by {value:.2e}" for key, value in found.items() if value]
     return wrong

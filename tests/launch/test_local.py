@@ -108,7 +108,7 @@ def test_a_signal_that_comes_twice_is_one_request_and_the_grace_ends(folder: Fol
 
 
 def test_starting_a_run_imports_no_torch() -> None:
-    modules = "ditty_di.launch.sweep, ditty_di.launch.torchrun, ditty_di.launch.worker"
+    modules = "ditty_di.sweeps.parallel, ditty_di.launch.torchrun, ditty_di.launch.worker"
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from ditty_di.config import ConfigError
 from ditty_di.io import write_json
 from ditty_di.launch.rundir import RunDirectory
-from ditty_di.launch.study import FOLDER, STUDY, optuna
-from ditty_di.launch.sweep import ParallelJobs, folder_of, hydra_section
+from ditty_di.sweeps.parallel import ParallelJobs, folder_of, hydra_section
+from ditty_di.sweeps.study import FOLDER, STUDY, optuna
 
 
 class OptunaSweep(Sweeper):

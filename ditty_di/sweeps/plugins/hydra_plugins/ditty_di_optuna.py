@@ -2,11 +2,11 @@
 
 from hydra.core.config_store import ConfigStore
 
-from ditty_di.launch.optuna_sweep import OptunaSweep
+from ditty_di.sweeps.optuna_sweep import OptunaSweep
 
 
 class Optuna(OptunaSweep):
-    """See `ditty_di.launch.optuna_sweep.OptunaSweep`."""
+    """See `ditty_di.sweeps.optuna_sweep.OptunaSweep`."""
 
 
 # hydra-optuna-sweeper, where it is installed, registers a choice of this name, whose fields Hydra

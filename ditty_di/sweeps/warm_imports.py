@@ -6,7 +6,7 @@ import os
 
 from ditty_di.config.targets import locate
 from ditty_di.console import quiet_imports
-from ditty_di.launch.warm import TARGETS
+from ditty_di.sweeps.warm import TARGETS
 
 _ALWAYS = ("ditty_di.cli.composing", "ditty_di.cli.job", "ditty_di.launch.worker")
 

@@ -20,7 +20,7 @@ from ditty_di.io import write_text
 from ditty_di.launch import jobs as launch_jobs
 from ditty_di.launch.signals import StopSignals
 from ditty_di.launch.slurm import REQUEUE, header
-from ditty_di.launch.sweep import JobsLauncher, SweepJob
+from ditty_di.sweeps.parallel import JobsLauncher, SweepJob
 
 _POLL_SECONDS = 15.0
 

@@ -68,7 +68,7 @@ class WarmJobs:
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             os.environ.setdefault(*ARROW_WITHOUT_THREAD)
-            context.set_forkserver_preload(["ditty_di.launch.warm_imports"])
+            context.set_forkserver_preload(["ditty_di.sweeps.warm_imports"])
         waiting = enumerate(commands)
         more = True
         with self.signals:

@@ -30,7 +30,7 @@ from ditty_di.cli.overrides import argument, quoted
 from ditty_di.config import ConfigError, Graph
 from ditty_di.launch.local import visible_gpus
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
-from ditty_di.launch.warm import TARGETS, WarmJobs
+from ditty_di.sweeps.warm import TARGETS, WarmJobs
 
 #: Columns that are left out where no job has a value.
 _OPTIONAL = ("step", "tokens_per_second")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ditty_di.launch.sweep import ParallelJobs
+from ditty_di.sweeps.parallel import ParallelJobs
 from tests import warm
 from tests.toy import Folder, wait_for
 

@@ -1,7 +1,7 @@
 """Hydra finds plugins in packages named `hydra_plugins`, wherever they are on the path."""
 
-from ditty_di.launch.job_array import JobArray
+from ditty_di.sweeps.job_array import JobArray
 
 
 class SlurmJobArray(JobArray):
-    """See `ditty_di.launch.job_array.JobArray`."""
+    """See `ditty_di.sweeps.job_array.JobArray`."""
