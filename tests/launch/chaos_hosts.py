@@ -27,7 +27,7 @@ LAUNCHER = """
   max_restarts: 1000
   rdzv_conf: {{last_call_timeout: 2, keep_alive_interval: 1, join_timeout: 120, read_timeout: 10}}
 """
-ALONE = ("launcher.rdzv_endpoint=null", "launcher.max_nodes=1", "launcher.nproc=2")
+ALONE = ("rdzv_endpoint=null", "min_nodes=1", "max_nodes=1", "nproc=2")
 #: What happens to which host. Host 0 keeps the rendezvous: without it the other one waits.
 KILLS = [("killed", 1), ("cut off", 1), ("rank killed", 1), ("killed", 0), ("rank killed", 0)]
 
@@ -51,6 +51,10 @@ class Wild:
         """For each start of the ranks that host 0 has seen, how many there were."""
         return [int(n) for n in re.findall(r"machine \d of \d, (\d) ranks", self.hosts.log(0))]
 
+    def waits(self, n: int) -> int:
+        """How often a host has waited for the other one, or for itself to be let in."""
+        return self.hosts.log(n).count("waiting for")
+
     def wait(self, steps: int, seconds: float = 240.0) -> None:
         """Wait for some more steps."""
         target = min(self.chaos.step() + steps, self.chaos.steps)
@@ -67,7 +71,7 @@ class Wild:
     def lose(self, how: str, n: int) -> None:
         """Let one host have an accident, and bring it back some steps later."""
         self.chaos.down()
-        count = len(self.starts())
+        count, waits = len(self.starts()), self.waits(0)
         if how == "rank killed":  # the command lives, and starts it again
             lines = (self.chaos.wild / ".lock").read_text()
             (pid,) = re.findall(rf'"rank \d", "pid": (\d+), "host": "host{n}"', lines)[-1:]
@@ -78,18 +82,21 @@ class Wild:
             self.commands[n].wait()
         else:
             self.hosts.link(n, "down")
-        if n and self.elastic:
-            self.wait(3)  # alone
-        hold = self.chaos.folder / "hold"  # or the run would be over while the host starts
-        hold.touch()
-        said = self.hosts.log(n).count("waiting for")
+        hold = self.chaos.folder / "hold"
+        if self.elastic:
+            self.wait(3 * (n > 0))  # alone
+            hold.touch()  # or the run would be over while the host starts
+        else:
+            while how == "cut off" and self.waits(0) == waits and not self.over():
+                time.sleep(0.05)
+        waits, begun = self.waits(n), len(self.starts())
         if how == "killed":
             self.start(n)
         else:
             self.hosts.link(n, "up")
-        while self.hosts.log(n).count("waiting for") == said and not self.commands[n].poll():
+        while (self.waits(n), len(self.starts())) == (waits, begun) and not self.over():
             time.sleep(0.05)
-        hold.unlink()
+        hold.unlink(missing_ok=True)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not self.over():
             if len(self.starts()) > count and self.starts()[-1] == 2:
@@ -115,7 +122,9 @@ def run(folder: Path, *, kills: int, steps: int, seed: int = 0, elastic: bool = 
         launcher = LAUNCHER.format(address=hosts.address(0), least=1 if elastic else 2)
         options = {"choice": "torchrun", "launcher": launcher, "random_rows": not elastic}
         chaos = Chaos(folder, steps, 0, seed, **options)
-        if code := chaos.start("+experiment=chaos", "run=calm", *ALONE).wait():
+        if code := chaos.start(
+            "+experiment=chaos", "run=calm", *(f"launcher.{option}" for option in ALONE)
+        ).wait():
             return [f"the undisturbed run ended with exit code {code}; see {folder}/output.log"]
         wild = Wild(chaos, hosts, elastic)
         wild.start(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ class _Writing:
 
     def __init__(self, job: Job, part: Part, receipt: Receipt, stack: ExitStack) -> None:
         self.job, self.part, self.receipt, self.stack = job, part, receipt, stack
-        self.tokenizer = Tokenizer.from_file(str(job.tokenizer))
+        self.tokenizer = _open(job.tokenizer, job.key)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = job.split_special_tokens
@@ -248,6 +249,12 @@ class _Writing:
             opened = IndexWriter.open(prefix, self.dtype)
             self.writers[split] = self.stack.enter_context(opened)
         return self.writers[split]
+
+
+@lru_cache(maxsize=1)
+def _open(file: Path, key: str) -> Tokenizer:
+    """Return the tokenizer of a `Job`, which the parts of a process share."""
+    return Tokenizer.from_file(str(file))
 
 
 def separator_of(tokenizer: Tokenizer, eos: int) -> str:
