@@ -1363,3 +1363,35 @@ def test_a_rehearsal_builds_through_the_graph_and_warns() -> None:
     cfg["rows"]["path"] = {"_target_": f"{HERE}.Explodes"}
     with pytest.raises(ConfigError, match=r"rows\.path: .*Explodes raised AssertionError"):
         Graph(cfg).rehearse("top")
+
+
+class Polygon:
+    """Says before it is built why it cannot be, and when it is."""
+
+    def __init__(self, *, sides: int) -> None:
+        if sides < 3:
+            raise ValueError(f"sides={sides}: write at least 3")
+
+    @staticmethod
+    def rehearse(build: Callable[[str], Any]) -> list[str]:
+        Polygon(sides=build("sides"))
+        return []
+
+
+class Drawing:
+    def __init__(self, *, shape: Any) -> None:
+        self.shape = shape
+
+    @staticmethod
+    def rehearse(build: Callable[[str], Any]) -> list[str]:
+        build("shape")
+        return []
+
+
+def test_a_node_that_another_cannot_build_says_why_once() -> None:
+    shape = {"_target_": f"{HERE}.Polygon", "sides": 2}
+    drawing = {"_target_": f"{HERE}.Drawing", "shape": "${shape}"}
+    with pytest.raises(ConfigError) as error:
+        Graph({"shape": shape, "drawing": drawing}).rehearse("drawing")
+    (problem,) = error.value.problems
+    assert str(problem).endswith("Polygon: sides=2: write at least 3")

@@ -197,6 +197,7 @@ class Graph(Configuration):
             ConfigError: all problems at once.
         """
         problems: list[Problem] = []
+        raised: dict[Problem, str] = {}
         warnings: list[str] = []
         for key, described in self.nodes(root).items():
             node = self.find(key)
@@ -204,10 +205,18 @@ class Graph(Configuration):
                 if rehearsal := early.rehearsal(self.locate(described.target)):
                     build = functools.partial(self._known_argument, known, key, node)
                     warnings += [f"{key}: {line}" for line in rehearsal(build) or ()]
+            except BuildError as error:
+                problems += error.problems
+                raised |= dict.fromkeys(error.problems, str(error.__cause__))
             except ConfigError as error:
                 problems += error.problems
             except Exception as error:
                 problems += self.complaint(node, described.target, error).problems
+        # What a node cannot be built for is often what its own rehearsal has said.
+        said = [problem.message for problem in problems if problem not in raised]
+        for problem, cause in raised.items():
+            if any(cause in message for message in said):
+                problems = [other for other in problems if other != problem]
         if problems:
             raise ConfigError(dict.fromkeys(problems))
         return list(dict.fromkeys(warnings))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ditty_di.export.adapter import AdapterExport
+from ditty_di.export.folder import validate
 from ditty_di.export.full import HuggingFaceExport, SafetensorsExport
 from ditty_di.export.gather import only_part
 
@@ -30,6 +31,8 @@ class AutoExport:
         processor: of a vision-language model, written beside the weights; None for other models.
     """
 
+    validate = staticmethod(validate)
+
     def __init__(
         self,
         tokenizer: Any,
@@ -45,6 +48,7 @@ class AutoExport:
         license: str | None = None,
         processor: Any = None,
     ) -> None:
+        self.validate(dtype=dtype, max_shard_size=max_shard_size)
         publication: dict[str, Any] = {
             "run": run,
             "push_to": push_to,

@@ -9,8 +9,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.serialization._base import parse_size_to_int
 from transformers.utils import logging
 
+from ditty_di.dtypes import dtype_by_name
 from ditty_di.io import fsync_tree
 
 #: Record in every exported folder: kind, base, dtype, logit_diff, and the repository to upload to.
@@ -33,6 +35,28 @@ def replaced_whole(path: Path) -> Iterator[Path]:
         path.rename(old)
     new.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def validate(*, dtype: str | None = None, max_shard_size: str | None = None) -> None:
+    """Raise ValueError for an unknown dtype, or a size that is not one.
+
+    Args:
+        dtype: name in torch; None is not checked.
+        max_shard_size: such as `5GB`; None is not checked.
+    """
+    if dtype is not None:
+        dtype_by_name(dtype)
+    if max_shard_size is None:
+        return
+    try:
+        size = parse_size_to_int(str(max_shard_size))
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(
+            f"max_shard_size={max_shard_size}: not a size; write a number and KB, MB, GB or TB, "
+            f"such as 5GB"
+        )
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

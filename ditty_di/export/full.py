@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ditty_di.dtypes import dtype_name
 from ditty_di.export.base import Export, published_as, require_writable
-from ditty_di.export.folder import quiet, replaced_whole
+from ditty_di.export.folder import quiet, replaced_whole, validate
 from ditty_di.export.gather import gathered, only_part, saved
 from ditty_di.fqn import canonical_fqn
 from ditty_di.io import is_first_rank
@@ -44,12 +44,14 @@ class HuggingFaceExport(Export):
 
     #: Further entries of `export.json`, and of the card (`card.write_card`).
     about: ClassVar[dict[str, str]] = {}
+    validate = staticmethod(validate)
 
     dtype: str | None = None
     max_shard_size: str = "5GB"
 
     def check(self, model: Any) -> None:
         """Raise ValueError for a model that is not an unchanged model of transformers."""
+        self.validate(dtype=self.dtype, max_shard_size=self.max_shard_size)
         _require_exportable(model)
         _match(_bare(model), {canonical_fqn(name): t for name, t in saved(model)})
 
@@ -86,7 +88,10 @@ class SafetensorsExport:
         dtype: name in torch, for the floating-point values; None keeps each tensor's own.
     """
 
+    validate = staticmethod(validate)
+
     def __init__(self, path: str, *, dtype: str | None = None) -> None:
+        self.validate(dtype=dtype)
         self.path, self.dtype = Path(path).expanduser(), dtype
 
     def prepare(self, model_parts: list[nn.Module]) -> None:

@@ -18,6 +18,7 @@ from ditty_di.dtypes import dtype_by_name
 from ditty_di.export import logit_diff
 from ditty_di.export.adapter import adapter_file, write_adapter
 from ditty_di.export.base import Export, published_as
+from ditty_di.export.folder import validate
 from ditty_di.export.full import save_model
 from ditty_di.export.gather import gathered, only_part
 from ditty_di.export.load import on_base
@@ -61,6 +62,8 @@ class MergedExport(Export):
         ValueError: a model without adapters, or with pipeline stages.
     """
 
+    validate = staticmethod(validate)
+
     base: str | None = None
     revision: str | None = None
     dtype: str = "bfloat16"
@@ -83,7 +86,7 @@ class MergedExport(Export):
                 "export: adapters are merged into language models only; write them alone, with the "
                 "head that was trained beside them (export=adapter)"
             )
-        dtype_by_name(self.dtype, "export.dtype")
+        self.validate(dtype=self.dtype, max_shard_size=self.max_shard_size)
         self._rows(model)
         if is_first_rank():
             ModelFiles(config["base_model_name_or_path"], config["revision"]).config()

@@ -55,6 +55,9 @@ class DocumentRows:
     def follow(self, position_ids: Tensor | None) -> None:
         """Set the documents of the coming call of the model, and of its recomputation.
 
+        How many rows a layer is called with, and how long they are, depends on the positions, so
+        they are copied to the host: the one point where a micro-batch waits for the device.
+
         Args:
             position_ids: `[rows, length]`; None leaves the layers' calls as they are.
         """
@@ -62,26 +65,28 @@ class DocumentRows:
         if position_ids is None:
             return
         rows, length = position_ids.shape
-        first = document_starts(position_ids).flatten()
+        device = position_ids.device
+        first = document_starts(position_ids.cpu()).flatten()
         starts = first.nonzero().flatten()  # [documents]
         ends = torch.cat([starts[1:], starts.new_tensor([rows * length])])
         lengths = ends - starts
         # Documents of more than half the length of the longest, of more than a quarter, ...
         halvings = torch.floor(torch.log2(lengths.max() / lengths))
         document = first.cumsum(0) - 1  # [rows * length]
-        offset = torch.arange(rows * length, device=first.device) - starts[document]
-        self._groups, self._back, at = [], torch.empty_like(document), 0
+        offset = torch.arange(rows * length) - starts[document]
+        groups, back, at = [], torch.empty_like(document), 0
         for number in halvings.unique():
             group = (halvings == number).nonzero().flatten()  # [documents]
             longest = int(lengths[group].max())
-            steps = torch.arange(longest, device=first.device)
             last = lengths[group, None] - 1
-            self._groups.append(starts[group, None] + torch.minimum(steps, last))
+            groups.append(starts[group, None] + torch.minimum(torch.arange(longest), last))
             row = torch.full_like(starts, -1)
-            row[group] = torch.arange(len(group), device=first.device)
+            row[group] = torch.arange(len(group))
             inside = row[document] >= 0
-            self._back[inside] = at + row[document[inside]] * longest + offset[inside]
+            back[inside] = at + row[document[inside]] * longest + offset[inside]
             at += len(group) * longest
+        self._groups = [group.to(device, non_blocking=True) for group in groups]
+        self._back = back.to(device, non_blocking=True)
         self._shape = (rows, length)
 
     def _by_document(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

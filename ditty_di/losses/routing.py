@@ -14,11 +14,13 @@ from ditty_di.batch import Batch
 from ditty_di.losses.base import Loss
 from ditty_di.losses.composite import CompositeLoss, named_losses
 from ditty_di.models.routers import (
+    NO_CHOICE,
     NO_ROUTERS,
     RECORDER,
     RouterRecorder,
     Routing,
     record_routers,
+    router_without_choice,
     routers,
 )
 from ditty_di.protocols import Loss as AnyLoss
@@ -49,6 +51,8 @@ def routers_fit(parts: Any, degrees: Any) -> list[str]:
         return [NO_ROUTERS.format(model=name)]
     if getattr(getattr(parts.model, "config", None), "is_encoder_decoder", False):
         return [TWO_STACKS.format(model=name)]
+    if (router := router_without_choice(parts.model)) is not None:
+        return [NO_CHOICE.format(name=router)]
     pipeline = getattr(parts.pipeline_fn, "func", parts.pipeline_fn)
     in_stages = hasattr(pipeline, "stage_losses") and getattr(parts.loss_fn, "of_stage", None)
     whole = {"tp": degrees.tp, "pp": 1 if in_stages else degrees.pp}

@@ -28,10 +28,12 @@ from transformers.core_model_loading import (
 )
 
 from ditty_di.messages import first_of
+from ditty_di.models.coverage import within_block
 from ditty_di.models.deferred import Deferred, deferred
 from ditty_di.models.files import ModelFiles
 from ditty_di.models.mxfp4 import converters as mxfp4_converters
 from ditty_di.models.safetensors import Index, Safetensors
+from ditty_di.models.stacked import fused_weights
 from ditty_di.models.weights import own_class
 
 log = logging.getLogger(__name__)
@@ -297,6 +299,24 @@ def _require_all_experts(files: ModelFiles, names: Names, model: Any) -> None:
                 _require_experts(name, group, model)
             except ValueError as error:
                 raise ValueError(f"model: {files.path}: {name}: {error}") from None
+    _require_fused(files, names, model)
+
+
+def _require_fused(files: ModelFiles, names: Names, model: Any) -> None:
+    """Raise ValueError where the files have fused experts, but not those of a layer, or others."""
+    weights = {path: getattr(owner, name).shape for path, owner, name in fused_weights(model)}
+    kinds = {within_block(name) for name in names.groups}
+    lacking = [path for path in weights if path not in names.groups and within_block(path) in kinds]
+    if lacking:
+        raise ValueError(f"model: {files.path}: the files lack {first_of(lacking, 4)}")
+    plain = {path: group for path, group in names.groups.items() if group.converter is None}
+    if not weights.keys() & plain.keys():
+        return
+    stored = Safetensors(files.weights())
+    for path in weights.keys() & plain.keys():
+        there, wanted = list(stored.shape(_stored_name(plain[path]))), list(weights[path])
+        if there != wanted:
+            raise ValueError(f"model: {files.path}: {path}: {there} there, {wanted} in the model")
 
 
 def untie(model: Any, names: Iterable[str]) -> None:

@@ -26,6 +26,7 @@ from ditty_di.models.conversion import fit_to_files, kept_in_float32, require_ex
 from ditty_di.models.files import ModelFiles
 from ditty_di.models.mxfp4 import is_mxfp4
 from ditty_di.models.pretrained import Pretrained
+from ditty_di.models.routers import require_enough_experts
 from ditty_di.models.weights import InitModule, hugging_face, initialize, own_tensors
 from ditty_di.protocols import ModelTransform, early_checks
 
@@ -437,6 +438,7 @@ def _build_on_meta(
             f"transformers takes {other.config._attn_implementation}"
         ) from None
     _match_from_pretrained(model, parameter_dtype)
+    require_enough_experts(model)
     return model
 
 

@@ -11,14 +11,21 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ditty_di.models.stacked import fused_weights
+from ditty_di.models.weights import is_meta, on_meta
 
 NO_ROUTERS = """\
 loss_fn: {model} has no router that transformers records (router_logits), so there is nothing to \
 balance; write loss=causal_lm, or loss=chunked"""
 NO_CHOICE = """\
-loss: the router {name} does not return the experts of each token (integers [tokens, experts of a \
-token]), so its load is not known; write loss=causal_lm"""
+loss_fn: the router {name} does not choose the experts of each token (what does is outside of it), \
+so their load is not known; write loss=causal_lm, or loss=chunked"""
+TOO_MANY = """\
+model: num_experts_per_tok={wanted} is not possible with {experts} experts; write 1 to {experts}"""
 
 
 class Routing(NamedTuple):
@@ -59,7 +66,8 @@ class RouterRecorder:
         if not found:
             raise ValueError(NO_ROUTERS.format(model=type(model).__name__))
         for layer, (name, router, index) in enumerate(found):
-            router.register_forward_hook(partial(self._record, layer, name, index))
+            record = partial(self._record, layer, name, index)
+            router.register_forward_hook(record, with_kwargs=True)
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end)
 
@@ -82,17 +90,94 @@ class RouterRecorder:
     def _end(self, *ignored: Any) -> None:
         self._running = False
 
-    def _record(
-        self, layer: int, name: str, index: int, router: nn.Module, args: Any, output: Any
-    ) -> None:
+    def _record(self, layer: int, name: str, index: int, router: nn.Module, *call: Any) -> None:
+        # Also while a block is recomputed: then it has to call the same operations again.
+        chosen = chosen_experts(router, *call)
         if not self._running:
             return
-        logits = output[index]
-        tensors = (x for x in output if isinstance(x, Tensor) and x.dim() == 2)
-        chosen = next((x for x in tensors if not x.is_floating_point()), None)
         if chosen is None:
             raise ValueError(NO_CHOICE.format(name=name))
-        self._routings.append(Routing(layer, logits.flatten(0, -2), chosen))
+        logits = call[-1][index].flatten(0, -2)
+        self._routings.append(Routing(layer, logits, chosen))
+
+
+class _TopK(TorchFunctionMode):
+    """Keeps the indices of the last `topk` within the context."""
+
+    indices: Tensor | None = None
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.topk, Tensor.topk):
+            self.indices = result.indices
+        return result
+
+
+def chosen_experts(router: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+    """Return the experts of each token, `[tokens, experts of a token]`, or None if unknown.
+
+    A router that keeps its choice to itself (JetMoE's, Llama 4's) is run again to see it.
+
+    Args:
+        router: called with `args` and `kwargs`.
+        args: of the call.
+        kwargs: of the call.
+        output: what it has returned.
+    """
+    if isinstance(output, Tensor):  # logits alone
+        return None
+    tensors = [value for value in output if isinstance(value, Tensor) and value.dim() == 2]
+    returned = next((value for value in tensors if not value.is_floating_point()), None)
+    if returned is not None:
+        return returned
+    with torch.no_grad(), _TopK() as last:
+        router.forward(*args, **kwargs)
+    return last.indices
+
+
+class _Reached(Exception):
+    """The first router has run; `args[0]` are the experts that it chose."""
+
+
+def router_without_choice(model: nn.Module) -> str | None:
+    """Return the path of the first router of a model if the experts that it chooses are not known.
+
+    The layers before it run on meta, where these and the router can.
+
+    Args:
+        model: as for `record_routers`.
+    """
+    model = model if is_meta(model) else on_meta(model)
+    name, router, _ = next(routers(model))
+
+    def stop(*call: Any) -> None:
+        raise _Reached(chosen_experts(*call))
+
+    hook = router.register_forward_hook(stop, with_kwargs=True, prepend=True)
+    ids = torch.zeros(1, 8, dtype=torch.int64, device="meta")
+    # With one of their own, transformers' models do not look at values to make the mask.
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool, device="meta")
+    try:
+        with torch.no_grad():
+            model(ids, attention_mask=mask)
+    except _Reached as reached:
+        return name if reached.args[0] is None else None
+    except Exception:  # it needs values, or other inputs: the first step tells
+        return None
+    finally:
+        hook.remove()
+    return None
+
+
+def require_enough_experts(model: nn.Module) -> None:
+    """Raise ValueError if a token goes to more experts than a model of transformers has."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    wanted = getattr(config, "num_experts_per_tok", None)
+    counts: Any = {owner.num_experts for _, owner, _ in fused_weights(model)}
+    if isinstance(wanted, int) and counts and not 1 <= wanted <= min(counts):
+        raise ValueError(TOO_MANY.format(wanted=wanted, experts=min(counts)))
 
 
 #: Attribute of a model: its `RouterRecorder`.

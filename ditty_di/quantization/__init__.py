@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ditty_di.dtypes import dtype_name
 from ditty_di.models.coverage import left_out
 from ditty_di.models.heads import head_of
+from ditty_di.models.routers import router_layers, routers
 from ditty_di.models.stacked import fused_weights, is_linear
 from ditty_di.models.towers import language_model_paths
 from ditty_di.quantization.experts import Int8Experts, NF4Experts
@@ -46,8 +47,8 @@ def nf4(
         model: changed in place.
         skip: layers and experts to leave, by a part of their path (`lm_head`, `experts`) or its end
             (`mlp.gate`).
-        include: layers outside the language model of a multimodal model to quantize too, likewise
-            (`vision_tower`).
+        include: layers outside the language model of a multimodal model, and routers of experts, to
+            quantize too, likewise (`vision_tower`, `router`).
         block_size: weights that share a scale.
         double_quant: scales of 8 bits, 0.52 bytes a weight.
         kernels: "torch", "bitsandbytes", or "auto": bitsandbytes' where it is installed, on CUDA,
@@ -153,14 +154,14 @@ def _replace(
     Args:
         model: changed in place.
         skip: what to leave.
-        include: what to replace outside the language model of a multimodal model.
+        include: what to replace of towers beside a language model, and of routers.
         make: returns the layer for one of `torch.nn.Linear`.
         make_experts: returns the module for a fused weight; None leaves these.
     """
-    is_inside = language_model_paths(model)
+    is_inside, choosing = language_model_paths(model), router_layers(model)
 
     def is_chosen(path: str) -> bool:
-        within = is_inside(path) or _named(path, include)
+        within = (is_inside(path) and path not in choosing) or _named(path, include)
         return within and not _named(path, skip) and not head_of(model, f"{path}.weight")
 
     linear_layers = [
@@ -177,7 +178,11 @@ def _replace(
     taken = [linear.weight for _, linear in linear_layers]
     rest, fused = left_out(model, [*taken, *(getattr(owner, n) for _, owner, n in experts)])
     text = f" and {len(experts)} weights of fused experts" if experts else ""
-    text += f", skipped {list(skip)}" + (f"; left out: {rest}" if rest else "")
+    text += f", skipped {list(skip)}"
+    paths = [f"{path}." for path, _ in linear_layers]
+    left = sum(not any(p.startswith(f"{path}.") for p in paths) for path, _, _ in routers(model))
+    others = ", ".join(filter(None, [f"{left} routers" if left else "", rest]))
+    text += f"; left out: {others}" if others else ""
     if fused and not make_experts:
         text += f"; {' and '.join(fused)} hold several matrices in one parameter, which "
         text += "quantize=nf4 and quantize=int8 quantize"

@@ -13,6 +13,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from ditty_di.export.folder import replaced_whole
+from ditty_di.export.folder import validate as validate_files
 from ditty_di.io import is_first_rank, write_json
 from ditty_di.models.deferred import Deferred
 from ditty_di.models.files import INDEX, ModelFiles
@@ -30,7 +31,14 @@ COPIED = (
 Conversion = Callable[[Mapping[str, Any], Safetensors], tuple[dict[str, Any], dict[str, Deferred]]]
 
 
-def _validate(*, path: Any = None, to: Any = None, revision: str | None = None) -> None:
+def _validate(
+    *,
+    path: Any = None,
+    to: Any = None,
+    revision: str | None = None,
+    max_shard_size: str | None = None,
+) -> None:
+    validate_files(max_shard_size=max_shard_size)
     if isinstance(path, str):
         try:
             ModelFiles(path, revision)
@@ -70,7 +78,7 @@ def convert(
     """
     if not is_first_rank():
         return {}
-    _validate(path=path, to=to, revision=revision)
+    _validate(path=path, to=to, revision=revision, max_shard_size=max_shard_size)
     files, folder = ModelFiles(path, revision), Path(to).expanduser()
     config = json.loads(files.config().read_text(encoding="utf-8"))
     try:

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ditty_di.export import HuggingFaceExport, SafetensorsExport
+from ditty_di.config import ConfigError, Graph
+from ditty_di.export import AutoExport, HuggingFaceExport, MergedExport, SafetensorsExport
 from ditty_di.tasks.export import export
 from ditty_di.tasks.loading import ready
 from tests import warm
@@ -54,6 +55,24 @@ def test_dtype_and_shards(tokenizer, model, tmp_path):
         assert theirs.dtype == torch.bfloat16 and torch.equal(theirs, ours.bfloat16())
     assert {p.dtype for p in model.parameters()} == {torch.float32}, "the model itself is as it was"
     assert model.config.use_cache is False
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bf16"}, r"dtype=bf16: not a dtype; write float32, bfloat16"),
+        ({"max_shard_size": "5 gigs"}, r"max_shard_size=5 gigs: not a size; write a number and KB"),
+        ({"max_shard_size": "0GB"}, r"max_shard_size=0GB: not a size"),
+    ],
+)
+@pytest.mark.parametrize("kind", [HuggingFaceExport, MergedExport, AutoExport])
+def test_a_wrong_dtype_or_size_of_files_is_found_before_the_training(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind.validate(**options)
+    name = f"{kind.__module__}.{kind.__name__}"
+    node = {"_target_": name, "tokenizer": None, "path": "export", **options}
+    with pytest.raises(ConfigError, match=message):
+        Graph({"export": node}).check("export")
 
 
 def test_an_export_is_replaced_by_a_whole_one_only(tokenizer, model, tmp_path):

@@ -26,13 +26,13 @@ from ditty_di.models.causal_lm import from_config
 from ditty_di.models.dense_moe import DenseMoEConfig
 from ditty_di.models.routers import routers
 from ditty_di.models.weights import hugging_face, initialize, materialize
-from ditty_di.parallelize.activation_checkpointing import full
+from ditty_di.parallelize.activation_checkpointing import full, selective
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.parallelize.fits import Degrees, Parts, fits
 from ditty_di.parallelize.stages import split
 from ditty_di.training.setup import prepare_model
 from ditty_di.training.validation import Validator
-from tests.models.families import CAUSAL, config
+from tests.models.families import CAUSAL, RARE, config
 from tests.models.tiny import CPU
 
 BALANCE, Z, INFORMATION = 0.5, 0.25, 0.75
@@ -41,6 +41,8 @@ FAMILIES = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "olmoe", "deepseek_v3", "gpt_oss"),
     "qwen3_next",
 )
+#: Whose routers do not return the experts that they choose.
+SILENT = ("jetmoe", "llama4_text")
 
 
 def filled(model):
@@ -93,9 +95,16 @@ def used_of(labels):
 def by_hand(model, rows, *, information=0.0):
     """Cross-entropy and router losses of rows that the model sees one by one."""
     seen = []
+
+    def see(router, args, output, *, index):
+        logits = output[index]
+        two_dimensional = (x for x in output if x is not logits and getattr(x, "ndim", 0) == 2)
+        chosen = [x for x in two_dimensional if not x.is_floating_point()]
+        seen.append((logits, chosen[0] if chosen else logits.topk(2).indices))
+
     hooks = [
-        module.register_forward_hook(lambda m, args, output: seen.append(output))
-        for _, module, _ in routers(model)
+        module.register_forward_hook(partial(see, index=index))
+        for _, module, index in routers(model)
     ]
     ce, labels, routed, tokens = 0.0, 0, [0.0, 0.0, 0.0], 0
     for inputs, targets in rows:
@@ -105,7 +114,7 @@ def by_hand(model, rows, *, information=0.0):
         labels += int((targets != -100).sum())
         used = used_of(targets)
         tokens += used
-        for router_logits, _, chosen in seen if used else ():
+        for router_logits, chosen in seen if used else ():
             found = router_losses(router_logits, chosen, slice(used))
             routed = [a + b / len(seen) for a, b in zip(routed, found, strict=True)]
     for hook in hooks:
@@ -149,7 +158,7 @@ def assert_same(found, expected, **tolerance):
 # -- the same numbers as by hand -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [*FAMILIES, *SILENT])
 def test_gradients_of_every_parameter_are_those_of_a_loop_by_hand(kind):
     model, rows = moe(kind), documents(2)
     expected = by_hand(model, rows, information=INFORMATION)
@@ -303,13 +312,17 @@ def test_a_validation_has_the_loss_of_the_tokens_alone(runtime):
 # -- the model ------------------------------------------------------------------------------------
 
 
-def test_copies_of_the_model_are_recorded_and_what_is_computed_again_is_not(runtime):
-    model, rows = moe(), documents()
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text"])
+@pytest.mark.parametrize("checkpointing", [full, selective])
+def test_copies_of_the_model_are_recorded_and_what_is_computed_again_is_not(
+    runtime, kind, checkpointing
+):
+    model, rows = moe(kind), documents()
     expected = by_hand(model, rows)
     gradient = gradients(expected, model)
     model, loss_fn = loss_of(model)
     copied = copy.deepcopy(model)
-    shard(copied, parallel_dims=runtime.parallel_dims, activation_checkpointing=full)
+    shard(copied, parallel_dims=runtime.parallel_dims, activation_checkpointing=checkpointing)
     found, _ = run(copied, loss_fn, [PaddedCollate()([row]) for row in rows])
     torch.testing.assert_close(found, expected)
     recomputed = gradients(found, copied)
@@ -368,6 +381,20 @@ def test_a_model_without_routers_and_layouts_that_split_rows_or_layers_are_refus
     caplog.clear()
     prepare_model(experts, None, loss_fn)
     assert not caplog.text
+
+
+def test_a_router_whose_choice_is_not_known_is_refused_before_the_first_step():
+    loss_fn = RoutedLoss(CrossEntropyLoss(output="logits"))
+    for kind in ("dbrx", *SILENT, "kimi_linear"):
+        model = from_config(config(kind, (CAUSAL | RARE)[kind]))
+        found = fits(Parts(model, loss_fn), Degrees())
+        assert len(found) == (kind == "dbrx"), kind
+        assert fits(Parts(prepare_model(model, None, loss_fn), loss_fn), Degrees()) == found
+    model = from_config(config("dbrx", CAUSAL["dbrx"]))
+    (sentence,) = fits(Parts(filled(model), loss_fn), Degrees())
+    assert sentence.startswith(
+        "loss_fn: the router transformer.blocks.0.ffn.router does not choose"
+    )
 
 
 @pytest.mark.parametrize("name", ["balance", "z", "information"])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ditty_di import Runtime, Trainer
+from ditty_di.config import ConfigError, Graph
 from ditty_di.data.loader import Loader
 from ditty_di.export import HuggingFaceExport
 from ditty_di.fqn import base_fqn
@@ -150,6 +151,29 @@ def test_files_without_an_expert_are_refused_before_anything_is_read(
     base = rewritten(bases / "mixtral", tmp_path / "base", change, **settings)
     with pytest.raises(ValueError, match=message):
         causal_lm.from_pretrained(base)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_fused_files_without_those_of_a_layer_or_of_other_sizes_are_refused_as_well(
+    bases, tmp_path, kind
+):
+    fused = tmp_path / "fused"
+    plain = AutoModelForCausalLM.from_pretrained(bases / kind)
+    plain.save_pretrained(fused, save_original_format=False)
+    assert causal_lm.from_pretrained(fused)
+    name, experts = "model.layers.1.mlp.experts.down_proj", plain.config.num_local_experts
+    base = rewritten(
+        fused, tmp_path / "lacking", lambda t: {n: v for n, v in t.items() if n != name}
+    )
+    with pytest.raises(ValueError, match=rf"the files lack {name}$"):
+        causal_lm.from_pretrained(base)
+    base = rewritten(fused, tmp_path / "more", dict, num_local_experts=experts + 1)
+    message = rf"experts\.\w+: \[{experts}, .*\] there, \[{experts + 1}, .*\] in the model"
+    with pytest.raises(ValueError, match=message):
+        causal_lm.from_pretrained(base)
+    node = {"_target_": "ditty_di.models.causal_lm.from_pretrained", "path": str(base)}
+    with pytest.raises(ConfigError, match=message):  # as `task=check` does it
+        Graph({"model": node}).rehearse("model")
 
 
 # -- gradients ------------------------------------------------------------------------------------

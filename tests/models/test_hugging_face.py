@@ -262,6 +262,11 @@ def test_what_quantization_and_adapters_leave_out_is_told_before_anything_is_bui
     lora["target_modules"] = ["q_porj"]
     with pytest.raises(ConfigError, match=r"q_porj"):
         Graph({"model": node}).rehearse("model")
+    for number in (0, 5):
+        node["config"]["num_experts_per_tok"] = number
+        message = rf"num_experts_per_tok={number} is not possible with 4 experts; write 1 to 4"
+        with pytest.raises(ConfigError, match=message):
+            Graph({"model": node}).rehearse("model")
 
 
 def test_a_model_that_cannot_be_built_is_told_before_anything_is(tmp_path):

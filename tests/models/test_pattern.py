@@ -1,8 +1,10 @@
 """Kinds of layers from a pattern."""
 
 import pytest
+import yaml
 from transformers import OlmoHybridConfig, Qwen3NextConfig
 
+from ditty_di.cli.searchpath import conf_dir
 from ditty_di.models.pattern import layer_kinds
 
 
@@ -20,6 +22,18 @@ def test_a_pattern_repeats_over_the_layers():
 def test_configurations_of_transformers_accept_it(kind):
     types = layer_kinds("DDDA", num_hidden_layers=8)
     assert kind(num_hidden_layers=8, layer_types=types).layer_types == types
+
+
+def test_the_shipped_hybrid_takes_no_letter_that_its_model_has_no_layers_for():
+    """A Qwen3-Next leaves out the attention of other kinds without a word."""
+    node = yaml.safe_load((conf_dir() / "model/hybrid_tiny.yaml").read_text())["config"]
+    kinds = node["layer_types"]["kinds"]
+    assert layer_kinds("DA", num_hidden_layers=2, kinds=kinds) == [kinds["D"], kinds["A"]]
+    for letter in "SCE":
+        with pytest.raises(
+            ValueError, match=rf"unknown letter {letter}; write A \(full_attention\), D"
+        ):
+            layer_kinds(f"D{letter}", num_hidden_layers=2, kinds=kinds)
 
 
 WRONG = {

@@ -13,10 +13,12 @@ from torch import nn
 
 from ditty_di.models import causal_lm
 from ditty_di.models.pretrained import Pretrained
+from ditty_di.models.routers import routers
 from ditty_di.models.weights import hugging_face, initialize, materialize, uninitialized
 from ditty_di.quantization import bitsandbytes_int8, bitsandbytes_nf4, int8, nf4
 from ditty_di.quantization.int8_linear import Int8Linear
 from tests.checkpoint import ranks
+from tests.models.families import CAUSAL, RARE, config
 from tests.models.tiny import CPU, TOKENS, fill, llama, logits, save_llama
 from tests.toy import REPOSITORY
 
@@ -74,6 +76,30 @@ def test_adapters_train_beside_it_after_an_evaluation(tmp_path, name):
     model.train()
     model(TOKENS).logits.square().sum().backward()
     assert embedding.grad.norm() > 0, "the gradient does not go through the quantized layers"
+
+
+@pytest.mark.parametrize("kind", ["dbrx", "jetmoe", "afmoe", "mixtral"])
+@pytest.mark.parametrize("name", ["nf4", "int8", "bnb_nf4"])
+def test_routers_are_left_out_unless_named(kind, name, caplog):
+    """Linear layers in three of the families; in Mixtral they have a parameter of their own."""
+    pytest.importorskip("bitsandbytes")
+    quantize, made = {**OURS, **THEIRS}[name], config(kind, (CAUSAL | RARE)[kind])
+
+    def build(**options):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            model = causal_lm.from_config(made, quantize=partial(quantize, **options))
+        (text,) = (m for m in caplog.messages if m.startswith("quantized"))
+        found = [router for _, router, _ in routers(model)]
+        packed = [m for router in found for m in router.modules() if hasattr(m, "fill_from")]
+        return len(found), len(packed), text
+
+    count, packed, text = build()
+    assert count and not packed
+    assert f"; left out: {count} routers" in text
+    count, packed, text = build(include=["router"])
+    assert packed == (0 if kind == "mixtral" else count)
+    assert ("routers" in text) == (kind == "mixtral")
 
 
 def test_random_values_for_a_model_without_files():
