@@ -37,7 +37,7 @@ def label_names(
         value = record.get(label_key) if isinstance(record, Mapping) else None
         found = {_label_name(label) for label in (value if isinstance(value, list) else [value])}
         bad = bad or None in found
-        names |= found - {None}  # type: ignore[operator]
+        names |= {name for name in found if name is not None}
         options.require(
             len(names) <= limit,
             f'{where}: more than {limit} different labels in "{label_key}"; is it the right field?',
