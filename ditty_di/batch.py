@@ -79,17 +79,25 @@ class Context(dict[str, Any]):
             A new context. Other values are the same objects; a tensor that occurs twice is moved
             once.
         """
-        device, moved = torch.device(device), {}
+        return self._moved(torch.device(device), _mover(device, non_blocking))
 
-        def move(tensor: Tensor) -> Tensor:
-            if id(tensor) not in moved:
-                moved[id(tensor)] = tensor.to(device, non_blocking=non_blocking)
-            return moved[id(tensor)]
-
+    def _moved(self, device: torch.device, move: Callable[[Tensor], Tensor]) -> Context:
         context = Context({key: _map_tensors(move, value) for key, value in self.items()})
         if "device" in self:
             context["device"] = device
         return context
+
+
+def _mover(device: torch.device | str, non_blocking: bool) -> Callable[[Tensor], Tensor]:
+    """Return a function that moves each tensor once."""
+    moved: dict[int, Tensor] = {}
+
+    def move(tensor: Tensor) -> Tensor:
+        if id(tensor) not in moved:
+            moved[id(tensor)] = tensor.to(device, non_blocking=non_blocking)
+        return moved[id(tensor)]
+
+    return move
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -151,16 +159,15 @@ class Batch:
         Args:
             device: target device; copies to an accelerator do not block the host.
         """
-        non_blocking = device.type != "cpu"
-
-        def move(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(device, non_blocking=non_blocking)
-            return value
-
-        inputs = {name: move(value) for name, value in self.inputs.items()}
-        context = self.context and self.context.to(device, non_blocking)
-        return Batch(inputs, move(self.labels), context, self.num_valid, self.checks)
+        # Inputs and context share tensors: pixels are on the device once.
+        move = _mover(device, device.type != "cpu")
+        inputs = {
+            name: move(value) if isinstance(value, Tensor) else value
+            for name, value in self.inputs.items()
+        }
+        labels = move(self.labels) if isinstance(self.labels, Tensor) else self.labels
+        context = self.context and self.context._moved(device, move)
+        return Batch(inputs, labels, context, self.num_valid, self.checks)
 
     def full_context(self) -> Context:
         """Return the context with `target` and `original_batch`, also without processors."""

@@ -80,7 +80,7 @@ def _problems(graph: Graph, root: str, nproc: int) -> list[Problem]:
     if total >= 1 and rows >= 1 and not total % rows and total % (rows * ranks):
         found.append(
             f"global_batch_size={total} is not a multiple of {ranks} ranks x {rows} rows "
-            "(data.loader.micro_batch_size) a micro-batch"
+            f"(data.loader.micro_batch_size) a micro-batch; write global_batch_size={rows * ranks}"
         )
     where = graph.where("launcher.nproc")
     return [Problem("launcher.nproc", message, where) for message in found]

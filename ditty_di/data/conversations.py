@@ -23,6 +23,13 @@ IDENTIFIERS = ("tool_call_id", "name", "id")
 _RESERVED = {"messages", "conversations", "self", "kwargs"}
 _RESERVED |= set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
+#: What to do about parts of another type.
+_HINTS = {
+    "image_url": ': write {"type": "image", "path": ...}',
+    "video": ": videos are not read; leave the example out, or give frames of it as images",
+}
+_NO_IMAGES = _HINTS | dict.fromkeys(("image", "image_url"), " (data=image_text reads images)")
+
 _CALLS = '[{"type": "function", "function": {"name": ..., "arguments": ...}}]'
 
 Message = dict[str, Any]
@@ -206,8 +213,11 @@ def _part(part: Any, where: str, images: bool) -> dict[str, str]:
         return {"type": "image", "path": str(path)}
     named = f"of type {kind!r}" if kind != "text" else "without text"
     is_text = kind == "text" and isinstance(part.get("text"), str)
-    hint = " (data=image_text reads images)" if kind == "image" else ""
-    require(is_text, f"{where} has a part {named}; only parts of text can be learned from{hint}")
+    readable, hint = (
+        ("parts of text and images", _HINTS) if images else ("parts of text", _NO_IMAGES)
+    )
+    text = f"{where} has a part {named}; only {readable} can be learned from"
+    require(is_text, f"{text}{hint.get(str(kind), '')}")
     return {"type": "text", "text": part["text"]}
 
 

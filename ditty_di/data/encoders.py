@@ -29,21 +29,26 @@ def label_names(
         limit: Largest number of labels.
 
     Raises:
-        ValueError: No record has a label, or there are too many different ones.
+        ValueError: No record has a label, all have the same, or there are too many different ones.
     """
     names: set[str] = set()
+    bad = False
     for where, record in records:
         value = record.get(label_key) if isinstance(record, Mapping) else None
-        for label in value if isinstance(value, list) else [value]:
-            if (name := _label_name(label)) is not None:
-                names.add(name)
+        found = {_label_name(label) for label in (value if isinstance(value, list) else [value])}
+        bad = bad or None in found
+        names |= {name for name in found if name is not None}
         options.require(
             len(names) <= limit,
             f'{where}: more than {limit} different labels in "{label_key}"; is it the right field?',
         )
     options.require(bool(names), f'no record has a label in "{label_key}"')
-    numbers = all(name.removeprefix("-").isdecimal() for name in names)
-    return sorted(names, key=int) if numbers else sorted(names)
+    options.require(
+        len(names) > 1 or bad,
+        f'all training records have the label "{min(names)}" in "{label_key}": a classifier needs '
+        f"records of two or more; is it the right field?",
+    )
+    return sorted(names, key=int) if all(map(_is_number, names)) else sorted(names)
 
 
 def _label_name(label: Any) -> str | None:
@@ -134,16 +139,27 @@ class _Labels:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
         self._numbers = {name: number for number, name in enumerate(self.names)}
+        self._text = [name for name in self.names if not _is_number(name)]
 
     def number(self, label: Any, key: str) -> int:
         """Return the number of a label; raise ValueError if it is not a known one."""
         name = _label_name(label)
         options.require(name is not None, f'"{key}" is {label!r}, neither text nor an integer')
+        if isinstance(label, int) and self._text:
+            known = _listed(self._text)
+            raise ValueError(f'"{key}" is {label!r}, a number, and other labels are text: {known}')
         if name not in self._numbers:
-            more = ", ..." if len(self.names) > _SHOWN else ""
-            known = ", ".join(self.names[:_SHOWN]) + more
+            known = _listed(self.names)
             raise ValueError(f'"{key}" is {label!r}, which no training record has: {known}')
         return self._numbers[name]
+
+
+def _is_number(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 class LabeledTexts(_Encoder):

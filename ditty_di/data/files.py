@@ -52,6 +52,8 @@ in a list (.jsonl, .json), or rows of .csv, .tsv or .parquet, each of them also 
 text to train on use data=text data.corpus.path=..."""
 _BOM = b"\xef\xbb\xbf"
 _HEAD = 200  # bytes by which a file's format is checked
+#: Rows of a table that are in memory at a time, which may have images.
+ROWS_AT_ONCE = 100
 
 #: Pairs (position in the file, value). A value that cannot be read is the `ValueError` that says
 #: why. The position is "line 3", "line 3, item 2" of a JSON list, or "row 3" of a Parquet file,
@@ -366,19 +368,24 @@ def _parquet(file: AnyFile) -> Values:
     try:
         with parquet_file(file) as table:
             names = class_names(datasets.Features.from_arrow_schema(table.schema_arrow))
-            rows = (row for batch in table.iter_batches(1000) for row in batch.to_pylist())
+            rows = (row for batch in table.iter_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
                 yield f"row {number}", with_names(row, names)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{file} is not a Parquet file that can be read: {error}") from error
 
 
-def class_names(features: Any) -> dict[str, Callable[[int], str]]:
-    """Return the class label columns of a `datasets.Features`, with a function to their names."""
-    return {k: f.int2str for k, f in features.items() if hasattr(f, "int2str")}
+def class_names(features: Any) -> dict[str, Callable[[Any], str]]:
+    """Return the columns of class labels, or of lists of them, with a function to their names.
+
+    Args:
+        features: `datasets.Features`.
+    """
+    labels = {key: getattr(feature, "feature", feature) for key, feature in features.items()}
+    return {key: label.int2str for key, label in labels.items() if hasattr(label, "int2str")}
 
 
-def with_names(row: dict[str, Any], names: dict[str, Callable[[int], str]]) -> dict[str, Any]:
+def with_names(row: dict[str, Any], names: dict[str, Callable[[Any], str]]) -> dict[str, Any]:
     """Return the row with class labels as names, or None for hidden labels (-1).
 
     Objects lose their None values: Arrow gives every object of a column the keys of all others.
@@ -389,8 +396,14 @@ def with_names(row: dict[str, Any], names: dict[str, Callable[[int], str]]) -> d
     """
     row = {key: _without_nulls(value) for key, value in row.items()}
     for key, convert in names.items():
-        row[key] = None if row[key] is None or row[key] < 0 else convert(row[key])
+        row[key] = _named(row[key], convert)
     return row
+
+
+def _named(value: Any, convert: Callable[[Any], str]) -> Any:
+    if isinstance(value, list):
+        return [_named(label, convert) for label in value]
+    return None if value is None or value < 0 else convert(value)
 
 
 def _without_nulls(value: Any) -> Any:

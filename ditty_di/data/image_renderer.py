@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from ditty_di.data.audit import Encoded
 from ditty_di.data.cache import fingerprint
 from ditty_di.data.chat_template import ChatTemplate
-from ditty_di.data.conversations import Conversation, paths_of
+from ditty_di.data.conversations import Conversation, holds, paths_of, text_of
 from ditty_di.data.files import folder_of
-from ditty_di.data.images import IMAGES, Images, given_images
+from ditty_di.data.images import IMAGES, ImageFiles, Images, given_images
 from ditty_di.data.options import require
 from ditty_di.data.renderer import Renderer
 from ditty_di.data.templates import ChatRenderer
@@ -24,6 +25,9 @@ from ditty_di.data.templates import ChatRenderer
 _GIVEN = ("image", IMAGES)
 #: Key of a caption: the answer of a record that has an image and no input.
 _CAPTION = "text"
+#: In the text, the place of an image that is given beside it.
+_MARKER = "<image>"
+_VIDEOS = {"video", "videos"}
 
 
 class ImageTemplate(ChatTemplate):
@@ -54,10 +58,11 @@ class ImageRenderer(Renderer):
 
     A turn of a conversation has images as parts of its content, `{"type": "image", "path": ...}`.
     Images beside the turns, `"image": "x.png"` or `"images": [...]`, take the places of parts
-    without a path, or else stand before the first turn of the user. Beside an input and an output
-    they make a conversation of two turns; beside a `text` alone that is the answer. Paths are
-    relative to the folder of the file that the record is in, else to the working folder. Records
-    without images are read as `Renderer` does.
+    without a path, or of markers `<image>` in the text, or else stand before the first turn of the
+    user. Beside an input and an output they make a conversation of two turns; beside a `text` alone
+    that is the answer. Paths are relative to the folder of the file that the record is in, else to
+    the working folder. Images inside the records, as a column of `datasets.Image` has them, are
+    unpacked into the cache. Records without images are read as `Renderer` does.
 
     The tokens of an image are those that the processor makes of it, and never in the loss. An
     example that would lose some to `max_tokens` is an error.
@@ -65,6 +70,8 @@ class ImageRenderer(Renderer):
     Args:
         tokenizer: The processor's.
         processor: Of the model (`ditty_di.models.processor`).
+        cache_dir: Cache folder of images inside the records; None: `$DITTY_DI_CACHE`, or
+            `~/.cache/ditty_di`.
         **options: As for `Renderer`.
 
     Raises:
@@ -72,10 +79,15 @@ class ImageRenderer(Renderer):
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, processor: Any, **options: Any
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        processor: Any,
+        cache_dir: str | os.PathLike[str] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(tokenizer, **options)
-        self.images = Images(processor)
+        self.images, self._files = Images(processor), ImageFiles(cache_dir)
         self.chat_format = replace(self.chat_format, images=True)
         self.never_learned = self.images.token_ids
 
@@ -84,7 +96,7 @@ class ImageRenderer(Renderer):
         return fingerprint(super().fingerprint(), self.images.fingerprint())
 
     def resolved(self, record: Any, folder: Path | None) -> Any:
-        """Return the record with the paths of its images in full.
+        """Return the record with full paths in place of its images.
 
         Args:
             record: Or the error in its place.
@@ -94,10 +106,10 @@ class ImageRenderer(Renderer):
             return record
         whole = dict(record)
         for key in _GIVEN:
-            if isinstance(value := record.get(key), str):
-                whole[key] = _in_folder(value, folder)
-            elif isinstance(value, list):
-                whole[key] = [_in_folder(path, folder) for path in value]
+            if isinstance(value := record.get(key), list):
+                whole[key] = [self._files.path(image, folder) for image in value]
+            elif value is not None:
+                whole[key] = self._files.path(value, folder)
         for key in self.chat_format.keys_of(record):
             if isinstance(turns := record[key], list):
                 whole[key] = [self._resolved_turn(turn, folder) for turn in turns]
@@ -111,7 +123,7 @@ class ImageRenderer(Renderer):
         for part in content:
             if isinstance(part, Mapping) and part.get("type") == "image":
                 names = [name for name in ("path", "image") if name in part]
-                part = {**part, **{name: _in_folder(part[name], folder) for name in names}}
+                part = {**part, **{name: self._files.path(part[name], folder) for name in names}}
             parts.append(part)
         return {**turn, self.chat_format.content_key: parts}
 
@@ -175,7 +187,14 @@ class ImageRenderer(Renderer):
         Raises:
             ValueError: Images that have no place.
         """
-        if not isinstance(record, Mapping) or not (paths := given_images(record)):
+        if not isinstance(record, Mapping):
+            return record
+        for key in sorted(_VIDEOS - self._ignored):
+            text = (
+                f'"{key}": videos are not read; leave the example out, or give frames as "images"'
+            )
+            require(not holds(record.get(key)), text)
+        if not (paths := given_images(record)):
             return record
         form = self.chat_format
         rest = {key: value for key, value in record.items() if key not in _GIVEN}
@@ -184,8 +203,16 @@ class ImageRenderer(Renderer):
         key, content_key = keys[0], form.content_key
         require(isinstance(rest[key], list), f'"{key}" must be a list of objects beside images')
         turns = [dict(turn) if isinstance(turn, Mapping) else turn for turn in rest[key]]
+        said = [turn for turn in turns if isinstance(turn, dict)]
+        marked = _markers(turn.get(content_key) for turn in said)
+        _check_markers(marked, paths)
         empty = [part for turn in turns for part in _empty_parts(turn, content_key)]
-        if empty:
+        if marked:
+            given = iter(paths)
+            for turn in said:
+                if _markers([turn.get(content_key)]):
+                    turn[content_key] = _at_markers(turn[content_key], given)
+        elif empty:
             text = f"{len(empty)} parts are images without a path, and {len(paths)} images given"
             require(len(empty) == len(paths), text)
             given = iter(paths)
@@ -197,7 +224,6 @@ class ImageRenderer(Renderer):
                     ]
         else:
             names = {"user"} | {own for own, role in (form.roles or {}).items() if role == "user"}
-            said = (turn for turn in turns if isinstance(turn, dict))
             first = next((turn for turn in said if turn.get(form.role_key) in names), None)
             if first is None:
                 raise ValueError("an image is given, and no turn of the user to put it in")
@@ -219,7 +245,10 @@ class ImageRenderer(Renderer):
             if answered:
                 answer, read = parts[1](record), read | parts[1].keys_read(record)
         own = {role: name for name, role in (form.roles or {}).items()}  # the records' names
-        contents = {"user": _with_images(paths, question), "assistant": answer}
+        marked = _markers([question])
+        _check_markers(marked, paths)
+        asked = _at_markers(question, iter(paths)) if marked else _with_images(paths, question)
+        contents = {"user": asked, "assistant": answer}
         turns = [
             {form.role_key: own.get(role, role), form.content_key: content}
             for role, content in contents.items()
@@ -237,16 +266,38 @@ ImageRenderer.__signature__ = inspect.Signature([*_NAMED, *_OPTIONS])  # type: i
 _NO_ANSWER = 'an image has neither "messages", "input" and "output", nor "text" beside it'
 
 
-def _in_folder(path: Any, folder: Path | None) -> Any:
-    return str((folder or Path()).absolute() / path) if isinstance(path, str) else path
-
-
 def _with_images(paths: Sequence[str], content: Any) -> list[Any]:
     """Return a content with images before it."""
     images: list[Any] = [{"type": "image", "path": path} for path in paths]
     if isinstance(content, list):
         return [*images, *content]
     return [*images, {"type": "text", "text": content}] if content else images
+
+
+def _markers(contents: Iterable[Any]) -> int:
+    """Return the number of markers in contents."""
+    return sum(text_of(content).count(_MARKER) for content in contents)
+
+
+def _check_markers(markers: int, paths: Sequence[str]) -> None:
+    images = f"{len(paths)} image{'s' * (len(paths) != 1)}"
+    text = f"the text has {markers} markers {_MARKER} for {images}; write as many, or none"
+    require(markers in (0, len(paths)), text)
+
+
+def _at_markers(content: Any, paths: Iterator[str]) -> list[Any]:
+    """Return a content with the next images in place of its markers."""
+    found: list[Any] = []
+    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+        if not (text := text_of([part])):
+            found.append(part)
+            continue
+        first, *rest = text.split(_MARKER)
+        pieces: list[Any] = [{"type": "text", "text": first}]
+        for piece in rest:
+            pieces += [{"type": "image", "path": next(paths)}, {"type": "text", "text": piece}]
+        found += [one for one in pieces if one.get("text", True)]
+    return found
 
 
 def _is_empty(part: Any) -> bool:

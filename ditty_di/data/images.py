@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ditty_di.data.cache import fingerprint
+from ditty_di.data.cache import cache_folder, fingerprint
 from ditty_di.data.options import require
+from ditty_di.io import replacing
 from ditty_di.protocols import LoadedBatch
 
 #: Key of a row: paths of its images, in the order of their tokens.
@@ -22,6 +28,8 @@ _KINDS = ("mm_token_type_ids", "token_type_ids")
 _TEXT = {"input_ids", "attention_mask", "text_replacement_offsets", *_KINDS}
 _PLACEHOLDERS_KEPT = 1024
 _BLANK = (32, 32)  # pixels of the image that a batch without images gets
+_URL = re.compile(r"data:|\w+://")
+_NAME_SHOWN = 60  # characters of a URL in a message
 
 
 def read_image(path: str) -> Image.Image:
@@ -33,6 +41,9 @@ def read_image(path: str) -> Image.Image:
     Raises:
         ValueError: there is no such file, or it cannot be read.
     """
+    named = path if len(path) <= _NAME_SHOWN else f"{path[:_NAME_SHOWN]}..."
+    text = f"the image {named} is a URL: download it, and write the path of the file"
+    require(_URL.match(path) is None, text)
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -93,7 +104,7 @@ class Images:
         require(
             found == len(paths),
             f"the chat template renders {found} image placeholders {self.token} for {len(paths)} "
-            f"images",
+            f"image{'s' * (len(paths) != 1)}: give each an image",
         )
         replaced = [self._placeholder(path) for path in paths]
         starts = [sum(map(len, parts[: n + 1])) + n * len(self.token) for n in range(found)]
@@ -266,13 +277,57 @@ def _without_images(rows: Sequence[Any]) -> list[Any]:
 def given_images(record: Mapping[str, Any]) -> list[str]:
     """Return the paths under `image` (one, or a list) and `images` of a record.
 
+    Args:
+        record: with paths in place of images (`ImageFiles.path`).
+
     Raises:
-        ValueError: something else than paths.
+        ValueError: something else.
     """
     found: list[str] = []
     for key in ("image", IMAGES):
         value = record.get(key)
         for path in value if isinstance(value, list) else [value] if value is not None else []:
-            require(isinstance(path, str) and bool(path), f'"{key}" must be the path of a file')
+            text = f'"{key}" must be an image: the path of a file, or a column of the type Image'
+            require(isinstance(path, str) and bool(path), text)
             found.append(path)
     return found
+
+
+class ImageFiles:
+    """Find the files of images in records; those inside the records are unpacked into the cache.
+
+    Args:
+        cache_dir: cache folder; None: `$DITTY_DI_CACHE`, or `~/.cache/ditty_di`.
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
+        self._folder = cache_folder(cache_dir).absolute() / IMAGES
+
+    def path(self, image: Any, folder: Path | None) -> Any:
+        """Return the path of an image's file; any other value as it is.
+
+        Args:
+            image: a path, the bytes of a file, an image of Pillow, or `{"bytes": ..., "path": ...}`
+                as the type `datasets.Image` stores them.
+            folder: that paths are relative to; None: the working folder.
+        """
+        if isinstance(image, Mapping) and (image.get("bytes") or image.get("path")):
+            image = image.get("bytes") or image["path"]
+        if isinstance(image, Image.Image):
+            stream = io.BytesIO()
+            ImageOps.exif_transpose(image).convert("RGB").save(stream, "PNG")
+            image = stream.getvalue()
+        if isinstance(image, bytes):
+            return self._unpacked(image)
+        if not isinstance(image, str) or _URL.match(image):
+            return image
+        return str((folder or Path()).absolute() / image)
+
+    def _unpacked(self, data: bytes) -> str:
+        name = hashlib.sha256(data).hexdigest()[:32]  # equal images are one file
+        file = self._folder / name[:2] / name
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as temporary:
+                temporary.write_bytes(data)
+        return str(file)

@@ -17,7 +17,7 @@ from ditty_di.data.cache import fingerprint
 from ditty_di.data.conversations import ChatFormat, Conversation, holds, is_turns, paths_of
 from ditty_di.data.templates import ASSISTANT_TURNS, ChatRenderer, PromptTemplate
 from ditty_di.data.token_spans import Markers, TokenSpans, special_tokens_around
-from ditty_di.data.tokens import eos_id, tokenizer_fingerprint
+from ditty_di.data.tokenizer import eos_id, tokenizer_fingerprint
 
 # Raise it when the same records and options would give other ids.
 _FORMAT = 4

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ditty_di.data import options
 from ditty_di.data.cache import fingerprint
 from ditty_di.data.files import (
     COMPRESSED,
     READERS,
+    ROWS_AT_ONCE,
     as_record,
     class_names,
     has_several,
@@ -348,8 +350,15 @@ def _of_dataset(name: str, found: Any) -> _Source:
 
 def _records_of_dataset(name: str, dataset: Any) -> RecordDataset:
     names = class_names(dataset.features)
+
+    def read() -> Iterator[tuple[str, Any]]:
+        # As Arrow has them, not decoded: images stay bytes and paths.
+        tables = dataset.with_format("arrow").iter(ROWS_AT_ONCE)
+        rows = (row for table in tables for row in table.to_pylist())
+        return ((f"{name}, row {i}", with_names(row, names)) for i, row in enumerate(rows))
+
     return RecordDataset(
-        lambda: ((f"{name}, row {i}", with_names(row, names)) for i, row in enumerate(dataset)),
+        read,
         lambda: fingerprint(dataset._fingerprint, repr(dataset.features)),
         f"no records: the dataset {name} has no rows",
     )
@@ -374,4 +383,13 @@ def _hash(record: Any) -> int:
     return content_hash(_canonical(record))
 
 
-_canonical = partial(json.dumps, sort_keys=True, default=str)
+def _text_of(value: Any) -> str:
+    """Return a text of a value that JSON has not, which is the same for equal bytes and images."""
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, Image.Image):
+        return f"{value.mode} {value.size} {_text_of(value.tobytes())}"
+    return str(value)
+
+
+_canonical = partial(json.dumps, sort_keys=True, default=_text_of)

@@ -15,7 +15,7 @@ from ditty_di.data.splits import content_hash
 from ditty_di.data.stream import Address, StatefulIterable, Streamed, iterated_alone
 from ditty_di.data.tokenization.long_documents import pieces
 from ditty_di.data.tokenization.sample import Sample
-from ditty_di.data.tokenizer import eos_id, tokenizer_fingerprint
+from ditty_di.data.tokenizer import document_end_id, tokenizer_fingerprint
 from ditty_di.data.windows import WindowRows
 
 _SPLITS = ("train", "validation")
@@ -88,7 +88,7 @@ class StreamedText(Streamed):
         self._row = WindowRows(seq_len, documents, pad_id, ignore_index)
         self.seq_len, self.contract = seq_len, self.contract_for(documents=documents)
         self.split, self.validation_fraction, self.text_key = split, validation_fraction, text_key
-        self.eos = eos_id(tokenizer, "documents")
+        self.eos = document_end_id(tokenizer)
         self._tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -275,10 +275,11 @@ class _Reader:
 
     def examples(self, records: Iterable[tuple[str, Any]]) -> Iterator[tuple[Encoded, np.ndarray]]:
         """Yield the usable examples with their loss masks `[tokens]`."""
-        for chunk in chunks(records, _RECORDS_AT_ONCE):
+        resolved = self.renderer.resolved  # before records come together: images may be in them
+        with_paths = ((at, resolved(record, folder_of(at))) for at, record in records)
+        for chunk in chunks(with_paths, _RECORDS_AT_ONCE):
             self.total += len(chunk)
-            resolved = self.renderer.resolved
-            encoded = self.renderer([resolved(record, folder_of(at)) for at, record in chunk])
+            encoded = self.renderer([record for _, record in chunk])
             for (where, record), examples in zip(chunk, encoded, strict=True):
                 for example in examples:
                     if isinstance(example, ValueError):

@@ -170,6 +170,20 @@ def eos_id(tokenizer: PreTrainedTokenizerBase, what: str) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that ends a document: EOS, or the separator of encoders such as BERT.
+
+    Args:
+        tokenizer: The tokenizer.
+
+    Raises:
+        ValueError: The tokenizer has neither.
+    """
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        return int(tokenizer.sep_token_id)
+    return eos_id(tokenizer, "documents")
+
+
 def id_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
     """Return the smaller of uint16 and uint32 that holds the tokenizer's ids."""
     return np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")

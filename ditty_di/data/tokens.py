@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ditty_di.data import options
 from ditty_di.data.cache import build_once, cache_folder, chunks, counted, fingerprint
 from ditty_di.data.content import array_digest
-from ditty_di.data.tokenizer import eos_id, id_dtype, tokenizer_fingerprint
+from ditty_di.data.tokenizer import document_end_id, id_dtype, tokenizer_fingerprint
 from ditty_di.data.windows import JOINED_CONTRACT, WindowRows
 
 _DOCUMENTS_AT_ONCE = 1000
@@ -46,7 +46,7 @@ def tokenize(
         ValueError: No documents, or a tokenizer without EOS.
     """
     options.require(bool(documents), "no documents to tokenize: this split of the corpus is empty")
-    eos, dtype = eos_id(tokenizer, "documents"), id_dtype(tokenizer)
+    eos, dtype = document_end_id(tokenizer), id_dtype(tokenizer)
     # The number is the format's: raise it when the same input would give other tokens.
     key = fingerprint(
         fingerprint(*documents), tokenizer_fingerprint(tokenizer), f"1 {split_special_tokens}"

@@ -16,7 +16,15 @@ from torch import nn
 import ditty_di.models.modeling  # noqa: F401
 
 # isort: split
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from ditty_di.adapters.values import initialize as initialize_adapters
@@ -31,6 +39,14 @@ from ditty_di.models.weights import InitModule, hugging_face, initialize, own_te
 from ditty_di.protocols import ModelTransform, early_checks
 
 SPECIAL_TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id")
+
+#: Choices of the group `model` that open a folder, to name in a message.
+_CHOICES = (
+    (AutoModelForCausalLM, "hf_causal_lm"),
+    (AutoModelForSeq2SeqLM, "hf_seq2seq"),
+    (AutoModelForMaskedLM, "hf_masked_lm"),
+    (AutoModelForImageTextToText, "hf_image_text"),
+)
 
 #: What `from_config` accepts as an architecture.
 Config = PretrainedConfig | Mapping[str, Any] | Callable[..., PretrainedConfig]
@@ -88,6 +104,7 @@ def builders(
         if files is not None:
             require_experts(files, model)
         model.head_task = head_task
+        _freeze(model, build("freeze") or ())
         for name in ("quantize", "adapter"):  # they log what they leave out
             transform = build(name)
             model = model if transform is None else transform(model)
@@ -119,7 +136,8 @@ def builders(
         Args:
             config: a configuration of transformers; or its class, a partial of it, or a mapping
                 with `model_type`, which take what they leave out from `tokenizer`: `vocab_size`,
-                the pad, eos and bos ids (None means none), and `max_position_embeddings`.
+                the pad, eos and bos ids, and `max_position_embeddings`. An id `..._token_id` that
+                is None means none; other entries that are None are left out.
             attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None leaves the choice
                 to transformers: `sdpa`, or `eager` for models without it.
             dtype: of the parameters, a name in torch. Rotary frequencies stay float32.
@@ -314,7 +332,7 @@ def _make_config(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> Pret
         make: Any = type(AutoConfig.for_model(given.pop("model_type")))
     else:
         given, make = dict(getattr(config, "keywords", {})), getattr(config, "func", config)
-    given = {k: v for k, v in given.items() if v is not None or k in SPECIAL_TOKENS}
+    given = {k: v for k, v in given.items() if v is not None or k.endswith("_token_id")}
     taken: dict[str, Any] = {}
     if tokenizer is not None:
         taken = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
@@ -413,10 +431,11 @@ def _build_on_meta(
     auto_class: Any, config: PretrainedConfig, dtype: str, attn_implementation: str | None
 ) -> Any:
     if type(config) not in auto_class._model_mapping:
+        others = [name for other, name in _CHOICES if type(config) in other._model_mapping]
+        build_it = f", or build this one with model={' or '.join(others)}" if others else ""
         raise ValueError(
             f"model: transformers has no model of type {config.model_type!r} for its "
-            f"{auto_class.__name__}; give the folder of another model, or build this one with its "
-            f"own class (model=hf_image_text for models that read images)"
+            f"{auto_class.__name__}; give another model{build_it}"
         )
     parameter_dtype = dtype_by_name(dtype, "model.dtype")
 

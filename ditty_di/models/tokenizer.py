@@ -35,8 +35,8 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see `ModelFiles`.
-        ValueError: no tokenizer there, or one without an end-of-sequence token, which a model
-            needs to learn where to stop.
+        ValueError: no tokenizer there, or one without an end-of-sequence token (or the separator
+            of encoders such as BERT), which a model needs to learn where to stop.
     """
     ModelFiles(path, revision).find("tokenizer_config.json")  # has the clearer error messages
     try:
@@ -44,7 +44,7 @@ def from_pretrained(
     except (OSError, ValueError, KeyError) as error:
         first = next(iter(str(error).splitlines()), "")
         raise ValueError(f"tokenizer: there is none in {path}: {first}") from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:  # BERT's ends in [SEP]
         raise ValueError(
             f"tokenizer: that of {path} has no end-of-sequence token; name one of its tokens with "
             f"a tokenizer_config.json that has eos_token"

@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -242,17 +243,28 @@ def initialize(
     seed = run_seed() if seed is None else seed
     init_module = init(model)
     done: set[int] = set()
+    owners: dict[int, nn.Module] = {}  # of a tied tensor the first module that has it
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), module)
     with torch.no_grad(), torch.random.fork_rng([device] if device.type != "cpu" else []):
         for path, unit, whole_tree in _units(model):
             modules = list(unit.modules()) if whole_tree else [unit]
             names = {id(m): name for name, m in unit.named_modules(prefix=path)}
-            with unsharded(modules, done):
+            children = [] if whole_tree else list(unit.children())
+            # What a unit writes into children that have their values is dropped, and done below.
+            with unsharded(modules, done), swapped(children, partial(_dropped, done)):
                 for module in reversed(modules):
                     torch.manual_seed(derived_seed(seed, canonical_fqn(names[id(module)])))
                     init_module(module)
             for name, child in [] if whole_tree else unit.named_children():
                 torch.manual_seed(derived_seed(seed, canonical_fqn(f"{path}>{name}")))
-                _init_child(unit, child, init_module)
+                own = [p for p in child.parameters(recurse=False) if owners[id(p)] is child]
+                _init_child(unit, child, own, init_module)
+
+
+def _dropped(done: set[int], tensor: Tensor) -> Tensor | None:
+    return _uninitialized_like(tensor) if id(tensor) in done else None
 
 
 def _units(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
@@ -265,13 +277,17 @@ def _units(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, b
     yield path, model, False
 
 
-def _init_child(parent: nn.Module, child: nn.Module, init_module: InitModule) -> None:
+def _init_child(
+    parent: nn.Module, child: nn.Module, parameters: list[nn.Parameter], init_module: InitModule
+) -> None:
     """Apply what a parent's initialization writes into a child, as T5's does to its embedding.
 
     The child's own parameters are unsharded for it, one child after another, and everything else
-    is on meta: so the values do not depend on the sharding.
+    is on meta: so the values do not depend on the sharding. What the parent writes into a head that
+    is tied to the embedding is left out (ModernBERT, a third of the embedding's deviation):
+    transformers ties them afterwards.
     """
-    wholes = {id(p): _uninitialized_like(p) for p in child.parameters(recurse=False)}
+    wholes = {id(p): _uninitialized_like(p) for p in parameters}
     if not wholes:
         return
 
@@ -281,7 +297,7 @@ def _init_child(parent: nn.Module, child: nn.Module, init_module: InitModule) ->
 
     with swapped(parent.modules(), replacement):
         init_module(parent)
-    for parameter in child.parameters(recurse=False):
+    for parameter in parameters:
         whole = wholes[id(parameter)]
         if not _is_uninitialized(whole):
             local(parameter).copy_(whole[slices(parameter)])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ditty_di.messages import first_of
 from ditty_di.models.skipped import Skipped, SkippedTable, first_argument
+from ditty_di.models.towers import towers
 from ditty_di.models.weights import initializer, is_meta, materialize, transformers_model
 from ditty_di.parallelize.data_parallel import has_parameters, repeated_blocks
 from ditty_di.seed import preserved_rng
@@ -81,6 +82,11 @@ def read_decoder(model: nn.Module) -> Decoder:
             f"{type(base).__name__} has an encoder and a decoder, and stages are cut from one list "
             f"of blocks"
         )
+    elif towers(model):
+        decoder.problems.append(
+            "a model that reads images has a tower beside its language model, and stages are cut "
+            "from one list of blocks; write runtime.pp=1"
+        )
     else:
         decoder.problems += _needs_all_blocks(model, config)
         outside, own = _around(model, blocks)
@@ -102,8 +108,8 @@ def _needs_all_blocks(model: nn.Module, config: Any) -> Iterator[str]:
             )
     if getattr(model, "head_task", None) == "SEQ_CLS":
         yield (
-            "a classifier of texts finds the last token of each row by its id, and the last stage "
-            "gets hidden states; use runtime.pp=1"
+            "a classifier of texts cannot be cut into stages: its head finds the last token of a "
+            "row by the token ids, which only the first stage gets; write runtime.pp=1"
         )
     adapters = getattr(model, "peft_config", {})
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):

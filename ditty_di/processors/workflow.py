@@ -78,11 +78,12 @@ class Processors:
             epoch: see `ditty_di.batch.Context`, as for the other arguments.
             step: optimizer step, from 1.
             total_steps: number of optimizer steps.
-            device: device that the batch is moved to first.
+            device: device that the batch is moved to first, for preprocessors; without any it
+                stays where it is, so that micro-batches need not be on the device all at once.
             model: the trained module.
 
         Returns:
-            A batch with context on the device, or None when a preprocessor rejects it.
+            A batch with context, or None when a preprocessor rejects it.
 
         Raises:
             TypeError: a processor returned something other than `(batch, ctx)`.
@@ -90,7 +91,7 @@ class Processors:
         """
         if not self._active:
             return batch
-        batch = batch.to(device)
+        batch = batch.to(device) if self.preprocessors else batch
         inputs, labels = batch.inputs, batch.labels
         ctx = Context(
             batch.context,

@@ -31,7 +31,7 @@ from ditty_di.data.tokenization.progress import progress
 from ditty_di.data.tokenization.ranks import wait_for_others
 from ditty_di.data.tokenization.sample import TextSample, report
 from ditty_di.data.tokenization.sources import Source, all_sources
-from ditty_di.data.tokenizer import eos_id, tokenizer_fingerprint
+from ditty_di.data.tokenizer import document_end_id, tokenizer_fingerprint
 from ditty_di.io import write_json
 from ditty_di.protocols import early_checks
 
@@ -168,7 +168,7 @@ class _Tokenization:
             folder=self.folder,
             tokenizer=self.folder / "tokenizer" / "tokenizer.json",
             key="",
-            eos=eos_id(tokenizer, "documents"),
+            eos=document_end_id(tokenizer),
             vocab_size=len(tokenizer),
             reading=self.reading,
             validation_fraction=validation_fraction,

@@ -7,6 +7,7 @@ all of them, of all batches and ranks. `ditty_di.training.validation.Validator` 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,8 +19,13 @@ from ditty_di.processors.outputs import predicted
 from ditty_di.protocols import Loss
 from ditty_di.runtime import Runtime
 
+log = logging.getLogger(__name__)
+
 #: Similarities that are in memory at a time.
 _PIECE = 1 << 24
+_ALL_FOUND = """\
+the validation set has %d pairs, among which %s would always be 1 and is left out: write smaller \
+numbers as k of the metric, or hold out more pairs (data.validation_fraction)"""
 
 
 class ValidationMetric(Protocol):
@@ -78,11 +84,71 @@ class ClassificationScores:
         return {"accuracy": float(accuracy_score(labels, classes)), "f1": float(f1)}
 
 
+class EntityScores:
+    """Precision, recall and F1 of entities in BIO labels, by nervaluate (extra `[examples]`).
+
+    An entity is found if its type, its first and its last word are right, as in CoNLL-2003 (Tjong
+    Kim Sang and De Meulder 2003, arXiv:cs/0306050). An `I-` without the `B-` of its type before it
+    begins an entity. There are no scores of labels in another scheme.
+
+    Args:
+        labels: names of the classes, in the order of their numbers.
+        output_index: the logits `[rows, seq, classes]` in the output: a position, or a name.
+        ignore_index: label value that does not count.
+    """
+
+    def __init__(
+        self, labels: Sequence[str], *, output_index: int | str = 0, ignore_index: int = -100
+    ) -> None:
+        self.labels, self.output_index, self.ignore_index = list(labels), output_index, ignore_index
+        parts = [label.partition("-") for label in self.labels if label != "O"]
+        self._types = sorted({kind for _, _, kind in parts})
+        self.are_bio = all(prefix in ("B", "I") and kind for prefix, _, kind in parts) and any(
+            prefix == "B" for prefix, _, _ in parts
+        )
+        if not self.are_bio:
+            return
+        try:
+            import nervaluate  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "validator.metrics: F1 of entities is nervaluate's: pip install "
+                "'ditty_di[examples]', or leave EntityScores out of data.validate.metrics"
+            ) from error
+
+    def rows(self, output: Any, batch: Batch, /) -> dict[str, Tensor]:
+        """Return labels and predicted classes, and which of them begin a row, `[valid labels]`."""
+        valid = batch.target != self.ignore_index  # [rows, seq]
+        classes = predicted(output, self.output_index).argmax(-1)
+        first = valid & (valid.cumsum(1) == 1)
+        found = {"label": batch.target, "predicted": classes, "first": first}
+        return {name: tensor[valid] for name, tensor in found.items()}
+
+    def compute(self, rows: Mapping[str, Tensor], /) -> dict[str, float]:
+        """Return `entity_precision`, `entity_recall` and `entity_f1`; {} unless labels are BIO."""
+        if not self.are_bio:
+            return {}
+        from nervaluate.evaluator import Evaluator
+
+        ends = rows["first"].nonzero().flatten()[1:]
+
+        def tags(name: str) -> list[list[str]]:
+            parts = torch.tensor_split(rows[name], ends)
+            return [[self.labels[number] for number in part.tolist()] for part in parts]
+
+        found = Evaluator(tags("label"), tags("predicted"), self._types, loader="list").evaluate()
+        scores = found["overall"]["strict"]
+        return {
+            f"entity_{name}": float(getattr(scores, name)) for name in ("precision", "recall", "f1")
+        }
+
+
 class Recall:
     """How often the positive of an anchor is among the k most similar of the whole validation set.
 
-    The output is that of `ditty_di.losses.InfoNCELoss`: anchors, then their positives, which are
-    the candidates.
+    A k above the number of candidates, with which it would always be found, is left out with a
+    warning. The output is that of `ditty_di.losses.InfoNCELoss`: anchors, then their positives,
+    which are the candidates.
 
     Args:
         k: numbers of candidates that are looked at.
@@ -126,7 +192,9 @@ class Recall:
             for some, least in zip(anchors.split(piece), own.split(piece), strict=True)
         ]
         rank = torch.cat(better)  # candidates that are more similar than the positive, [rows]
-        return {f"recall@{k}": float((rank < k).double().mean()) for k in self.k}
+        if all_found := [k for k in self.k if k > len(rank)]:
+            log.warning(_ALL_FOUND, len(rank), ", ".join(f"recall@{k}" for k in all_found))
+        return {f"recall@{k}": float((rank < k).double().mean()) for k in self.k if k <= len(rank)}
 
 
 class Collected:

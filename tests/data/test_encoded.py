@@ -50,6 +50,8 @@ def test_labels_are_those_of_the_records_in_a_fixed_order():
     assert names("b", "a", "b") == ["a", "b"]
     assert names(10, 9, 0) == names("10", "9", "0") == ["0", "9", "10"]
     assert names(["B-x", "O"], ["O"]) == ["B-x", "O"]
+    with pytest.raises(ValueError, match='all training records have the label "x" in "label"'):
+        label_names(in_memory([{"label": "x"}] * 3))
     with pytest.raises(ValueError, match='no record has a label in "label"'):
         names(None, "")
     with pytest.raises(ValueError, match='example 2: more than 2 different labels in "label"'):
@@ -88,6 +90,7 @@ def test_bad_lines_are_named_all_together_with_file_and_line(tmp_path, cache_dir
             {"text": " ", "label": "no"},
             {"label": "no"},
             {"text": "a", "label": 1.5},
+            {"text": "a", "label": 3},
         ],
     )
     encode = LabeledTexts(tokenizer, LABELS)
@@ -95,12 +98,13 @@ def test_bad_lines_are_named_all_together_with_file_and_line(tmp_path, cache_dir
         EncodedDataset(rows, encode, cache_dir=cache_dir)
     file = tmp_path / "rows.jsonl"
     assert str(error.value).splitlines() == [
-        "5 of 6 records cannot be used:",
+        "6 of 7 records cannot be used:",
         f'{file}:2: no "label"',
         f"{file}:3: \"label\" is 'maybe', which no training record has: no, yes",
         f'{file}:4: "text" is empty',
         f'{file}:5: no "text"',
         f'{file}:6: "label" is 1.5, neither text nor an integer',
+        f'{file}:7: "label" is 3, a number, and other labels are text: no, yes',
     ]
     # task=check finds them too, without encoding everything.
     with pytest.raises(ValueError, match=r"rows.jsonl:2"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 import torch
 
@@ -98,6 +99,86 @@ def test_images_stand_where_the_record_says(processor, folder, record, question,
     assert renderer.prompt_images(asked) == list(example.images)
 
 
+@pytest.mark.parametrize("stored", ["saved", "rows.parquet", "memory"])
+def test_images_inside_a_data_set_are_unpacked_into_the_cache(
+    processor, folder, tmp_path, monkeypatch, stored
+):
+    """As the Hub's have them: a column of images, one or several a row, by their bytes."""
+    monkeypatch.setenv("DITTY_DI_CACHE", str(tmp_path / "cache"))
+    read = [tiny.Image.open(folder / "sub" / f"{n}.png").copy() for n in range(3)]
+    rows = [
+        {"images": [read[0], read[1]], "input": "a b", "output": " one"},
+        {"images": [read[2]], "input": "c", "output": " two"},
+        {"images": [read[0]], "input": "c", "output": " three"},
+    ]
+    if stored == "memory":
+        source = in_memory(rows)
+        assert in_memory(rows).fingerprint() == source.fingerprint()
+    else:
+        features = datasets.Features(
+            {
+                "images": datasets.List(datasets.Image()),
+                "input": datasets.Value("string"),
+                "output": datasets.Value("string"),
+            }
+        )
+        made = datasets.Dataset.from_list(rows, features=features)
+        made.save_to_disk(tmp_path / "saved")
+        made.to_parquet(tmp_path / "rows.parquet")
+        source = records(tmp_path / stored, validation_fraction=0)
+    renderer = ImageRenderer(processor.tokenizer, processor=processor)
+    examples = TokenizedDataset(source, renderer)
+    paths = [examples[row][0]["images"] for row in range(3)]
+    assert [len(own) for own in paths] == [2, 1, 1] and paths[2] == paths[0][:1]
+    for path, n in zip([*paths[0], *paths[1], *paths[2]], (0, 1, 2, 0), strict=True):
+        assert read_image(path).tobytes() == read_image(str(folder / "sub" / f"{n}.png")).tobytes()
+    files = [file for file in (tmp_path / "cache" / "images").rglob("*") if file.is_file()]
+    assert len(files) == 3, "equal images once"
+
+
+def test_a_column_of_one_image_and_images_in_turns(processor, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DITTY_DI_CACHE", str(tmp_path))
+    raw = (folder / "sub" / "1.png").read_bytes()
+    path = str(folder / "sub" / "0.png")
+    renderer = ImageRenderer(processor.tokenizer, processor=processor)
+    for image in ({"bytes": raw, "path": "name.png"}, {"bytes": None, "path": path}, raw):
+        for record in (
+            {"image": image, "input": "a", "output": " b"},
+            {"messages": turns([PART | {"image": image}, ASK], " b")},
+        ):
+            ((example,),) = renderer([renderer.resolved(record, None)])
+            (found,) = example.images
+            assert found == path or found.startswith(str(tmp_path / "images"))
+
+
+def test_the_same_part_of_images_is_held_out_each_time(folder):
+    rows = [{"image": tiny.Image.open(folder / "sub" / f"{n % 3}.png"), "n": n} for n in range(40)]
+    again = [row | {"image": row["image"].copy()} for row in rows]
+    assert in_memory(rows).fingerprint() == in_memory(again).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "record, question",
+    [
+        ({"image": "0.png", "input": "a <image> b", "output": " one"}, f"a {IMAGE} b"),
+        (
+            {"images": ["0.png", "1.png"], "messages": turns("<image> a <image>", " one")},
+            f"{IMAGE} a {IMAGE}",
+        ),
+        (
+            {"image": "0.png", "messages": turns([{"type": "text", "text": "a <image>"}], " one")},
+            f"a {IMAGE}",
+        ),
+    ],
+)
+def test_markers_in_the_text_are_the_places_of_images_beside_it(
+    processor, folder, record, question
+):
+    renderer = ImageRenderer(processor.tokenizer, processor=processor)
+    ((example,),) = renderer([renderer.resolved(record, folder / "sub")])
+    assert texts(processor, example)[0] == f"{USER}{question}{ASSISTANT}one <end>"
+
+
 def test_each_answer_alone_has_the_images_before_it(processor, folder):
     paths = [str(folder / "sub" / f"{n}.png") for n in range(2)]
     messages = turns([PART | {"path": paths[0]}], " one", [PART | {"path": paths[1]}, ASK], " two")
@@ -136,7 +217,33 @@ def test_generation_tags_mark_answers_behind_images(processor, folder):
             {"image": "half.png", "input": "a", "output": "b"},
             "half.png cannot be read: .*truncated",
         ),
-        ({"image": 3, "input": "a", "output": "b"}, '"image" must be the path of a file'),
+        ({"image": 3, "input": "a", "output": "b"}, '"image" must be an image'),
+        (
+            {"image": "https://x.org/0.png", "input": "a", "output": "b"},
+            "0.png is a URL: download it, and write the path of the file",
+        ),
+        (
+            {"image": "data:image/png;base64," + "A" * 5000, "input": "a", "output": "b"},
+            r"data:image/png;base64,A{1,60}\.\.\. is a URL: .{,60}$",
+        ),
+        (
+            {"image": {"path": "9.png"}, "input": "a", "output": "b"},
+            "9.png does not exist",
+        ),
+        ({"image": {"width": 3}, "input": "a", "output": "b"}, '"image" must be an image'),
+        ({"video": "x.mp4", "input": "a", "output": "b"}, '"video": videos are not read'),
+        (
+            {"messages": turns([{"type": "video", "path": "x.mp4"}, ASK], "b")},
+            "a part of type 'video'; .*videos are not read",
+        ),
+        (
+            {"messages": turns([{"type": "image_url", "image_url": {"url": "0.png"}}], "b")},
+            r"type 'image_url'; .*write {\"type\": \"image\", \"path\": ...}",
+        ),
+        (
+            {"images": ["0.png"], "messages": turns("<image> a <image>", "b")},
+            "the text has 2 markers <image> for 1 image",
+        ),
         ({"image": "0.png"}, 'neither "messages", "input" and "output", nor "text"'),
         ({"images": ["0.png"], "messages": turns([PART, PART], "b")}, "2 parts .* and 1 images"),
         ({"messages": turns([PART], "b")}, 'has an image without the "path" of a file'),

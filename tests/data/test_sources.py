@@ -239,6 +239,22 @@ def test_hugging_face_datasets_and_the_names_of_their_labels(tmp_path):
     assert again[0] == again[1] != records(tmp_path / "one").fingerprint()
 
 
+def test_names_of_labels_in_lists(tmp_path):
+    import datasets
+
+    tag = datasets.ClassLabel(names=["O", "B-PER"])
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "tags": datasets.List(tag)}
+    )
+    rows = {"tokens": [["in", "Ann"], ["x"]], "tags": [[0, 1], [-1]]}
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    dataset.save_to_disk(tmp_path / "saved")
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    for path in (tmp_path / "saved", tmp_path / "rows.parquet"):
+        found = [record["tags"] for _, record in records(path, validation_fraction=0)]
+        assert found == [["O", "B-PER"], [None]]
+
+
 def test_examples_in_memory_and_to_debug_with():
     assert inputs(in_memory(numbered(1, 2))) == ["1", "2"]
     assert in_memory(numbered(1)).fingerprint() != in_memory(numbered(2)).fingerprint()

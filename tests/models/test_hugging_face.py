@@ -278,6 +278,11 @@ def test_a_model_that_cannot_be_built_is_told_before_anything_is(tmp_path):
         ({"path": "/nowhere/at/all"}, r"model\.path.*there is no folder /nowhere/at/all"),
         ({"attn_implementation": "sdpa"}, r"model\.attn_implementation.*Bloom.*=null"),
         ({"revision": "v1"}, r"a folder and has no revisions"),
+        ({"freeze": ["tower"]}, r"model\.freeze has 'tower', but no parameter .* its parts are"),
+        (
+            {"_target_": "ditty_di.models.masked_lm.from_pretrained"},
+            r"'bloom' for its AutoModelForMaskedLM; .* build this one with model=hf_causal_lm",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             Graph({"model": {**node, **changes}}).rehearse("model")

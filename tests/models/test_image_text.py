@@ -39,6 +39,7 @@ from ditty_di.parallelize.compose import parallelize
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.parallelize.fits import Degrees, Parts, fits
 from ditty_di.parallelize.pipeline import ModelParts
+from ditty_di.parallelize.stages import split
 from ditty_di.quantization import nf4
 from ditty_di.runtime import Runtime
 from ditty_di.training.step import TrainStep
@@ -394,9 +395,15 @@ def test_an_export_opens_in_stock_with_its_processor_and_equal_logits(cases, fam
     assert torch.equal(logits(stock, inputs), logits(adapted, inputs))
 
 
-def test_tensor_and_context_parallelism_are_refused(cases):
-    model = image_text.from_pretrained(cases["gemma3"].base)
-    parts = Parts(model, CrossEntropyLoss(output="logits"), parallelize)
+@FAMILIES
+def test_every_parallelism_that_splits_the_model_is_refused_in_a_sentence(cases, family):
+    model = image_text.from_pretrained(cases[family].base)
+    parts = Parts(model, CrossEntropyLoss(output="logits"), parallelize, split)
+    (said,) = fits(parts, Degrees(pp=2))
+    assert said == (
+        "runtime.pp=2: a model that reads images has a tower beside its language model, and stages "
+        "are cut from one list of blocks; write runtime.pp=1"
+    )
     for name in ("tp", "cp"):
         problems = fits(parts, Degrees(**{name: 2}))
         assert any(f"write runtime.{name}=1" in text and "tower" in text for text in problems)

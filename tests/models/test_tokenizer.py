@@ -3,6 +3,7 @@
 import pytest
 
 from ditty_di.data import train_bpe
+from ditty_di.data.tokenizer import document_end_id
 from ditty_di.models.tokenizer import end_of_turn_ids, from_pretrained, user_turn
 
 
@@ -41,6 +42,11 @@ def test_what_cannot_be_used_is_named(folder, tmp_path):
     tokenizer.save_pretrained(tmp_path / "endless")
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         from_pretrained(str(tmp_path / "endless"))
+    tokenizer.add_special_tokens({"sep_token": "[SEP]"})  # as BERT's, which has no other end
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    found = from_pretrained(str(tmp_path / "encoder"))
+    assert found.eos_token_id is None
+    assert document_end_id(found) == found.sep_token_id == found.convert_tokens_to_ids("[SEP]")
 
 
 CHATML = (

@@ -3,8 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+)
 
+from ditty_di.models import masked_lm
 from ditty_di.models.causal_lm import from_config
 from ditty_di.models.weights import (
     hugging_face,
@@ -16,6 +23,8 @@ from ditty_di.models.weights import (
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 64, "bos_token_id": None, "eos_token_id": None}
+
+NO_TOKENS = dict.fromkeys(f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep"))
 
 
 def llama(tie: bool = False, **changes):
@@ -73,6 +82,20 @@ def test_parents_that_initialise_their_children_have_the_last_word():
     model = filled(from_config(config), init=hugging_face)
     projection = model.transformer.h[0].attn.c_proj.weight
     assert projection.std().item() == pytest.approx(0.02 / (2 * 8) ** 0.5, rel=0.1)
+
+
+def test_a_head_that_is_tied_begins_as_the_embedding():
+    """ModernBERT's initialization writes smaller values into the head, and then ties it."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2}
+    config = ModernBertConfig(vocab_size=500, num_hidden_layers=8, **sizes, **NO_TOKENS)
+    model = masked_lm.from_config(config)
+    materialize(model, torch.device("cpu"))
+    model.default_weights(model, device=torch.device("cpu"))
+    assert model.decoder.weight is model.model.embeddings.tok_embeddings.weight
+    stock = ModernBertForMaskedLM(config)
+    for path in ("decoder", "head.dense"):
+        found, expected = (m.get_submodule(path).weight.std().item() for m in (model, stock))
+        assert found == pytest.approx(expected, rel=0.05)
 
 
 def test_rotary_frequencies_are_those_of_a_model_made_the_usual_way():

@@ -80,6 +80,18 @@ def test_without_processors_a_batch_is_what_it_was():
     assert Processors(postprocessors=[Flip()])
 
 
+def test_without_preprocessors_a_batch_is_moved_in_its_turn_and_each_tensor_once():
+    """The pixels of all micro-batches of a step would fill the device."""
+    meta, known = torch.device("meta"), {"epoch": 0, "step": 1, "total_steps": 9, "model": None}
+    found = Processors(postprocessors=[Flip()]).prepare(batch(), device=meta, **known)
+    assert not found.labels.is_meta and not any(x.is_meta for x in found.inputs.values())
+    moved = found.to(meta)
+    assert moved.inputs["mask"].is_meta and moved.labels is moved.context["target"]
+    assert moved.inputs["mask"] is moved.context["forward_kwargs"]["mask"]
+    assert moved.inputs["input"] is moved.context["original_batch"][0]["input"]
+    assert Processors([Double()]).prepare(batch(), device=meta, **known).inputs["input"].is_meta
+
+
 @pytest.mark.parametrize("rejection", [None, (None, Context())])
 def test_a_rejected_batch_goes_no_further(rejection):
     seen = []

@@ -29,7 +29,7 @@ from ditty_di.models import encoder, masked_lm, sequence_classification, token_c
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.processors import Pooling
 from ditty_di.runtime import Runtime
-from ditty_di.training.metrics import ClassificationScores, Recall
+from ditty_di.training.metrics import ClassificationScores, EntityScores, Recall
 from ditty_di.training.trainer import Trainer
 from ditty_di.training.validation import Validator
 from tests.checkpoint import ranks
@@ -221,6 +221,33 @@ def test_f1_is_that_of_all_rows_and_not_a_mean_of_batches():
     assert found["accuracy"] == pytest.approx(
         float((logits.argmax(-1) == labels)[valid].float().mean())
     )
+
+
+def test_entities_count_if_type_and_both_ends_are_right():
+    """By hand: three predicted, four there, one of them found."""
+    pytest.importorskip("nervaluate")
+    names = ["B-LOC", "B-PER", "I-LOC", "I-PER", "O"]
+    there = [["B-PER", "I-PER", "O", "B-LOC"], ["B-LOC", "B-LOC", "O"]]
+    found = [["B-PER", "O", "O", "B-LOC"], ["O", "I-PER", "O"]]
+    labels = torch.full((2, 6), -100)
+    logits = torch.zeros(2, 6, len(names))
+    for row, (tags, guesses) in enumerate(zip(there, found, strict=True)):
+        for word, (tag, guess) in enumerate(zip(tags, guesses, strict=True), start=1):
+            labels[row, word] = names.index(tag)
+            logits[row, word, names.index(guess)] = 1
+    metric = EntityScores(names)
+    kept = [metric.rows(logits[n : n + 1], Batch({}, labels[n : n + 1])) for n in (0, 1)]
+    rows = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
+    expected = {"entity_precision": 1 / 3, "entity_recall": 1 / 4, "entity_f1": 2 / 7}
+    assert metric.compute(rows) == pytest.approx(expected)
+    assert EntityScores(["name", "number"]).compute(rows) == {}
+    assert EntityScores(["O", "PLACE"]).compute(rows) == {}
+
+
+def test_recall_among_fewer_pairs_than_k_is_left_out_with_a_warning(caplog):
+    rows = dict.fromkeys(("anchor", "positive"), torch.eye(4))
+    assert Recall(k=(1, 4, 10)).compute(rows) == {"recall@1": 1.0, "recall@4": 1.0}
+    assert "4 pairs, among which recall@10 would always be 1" in caplog.text
 
 
 def test_recall_counts_positives_that_are_among_the_first(monkeypatch):

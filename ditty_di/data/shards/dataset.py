@@ -20,7 +20,7 @@ from ditty_di.data.pooled import PooledSampler
 from ditty_di.data.shards.files import OpenFiles
 from ditty_di.data.shards.find import ShardPath, find_shards
 from ditty_di.data.shards.remote import RemoteShard, fetch_ahead, require_pool
-from ditty_di.data.tokens import eos_id, tokenizer_fingerprint
+from ditty_di.data.tokens import document_end_id, tokenizer_fingerprint
 from ditty_di.data.windows import JOINED_CONTRACT, WindowRows
 from ditty_di.protocols import LoadedBatch
 
@@ -91,7 +91,7 @@ class Shards:
         #: Makes the row of a window.
         self.row = WindowRows(seq_len, documents, pad_id, ignore_index)
         self.contract = self.contract_for(documents=documents)
-        eos = eos_id(tokenizer, "documents") if tokenizer is not None else None
+        eos = document_end_id(tokenizer) if tokenizer is not None else None
         shards, self.manifest = find_shards(path, split, eos, cache)
         self.vocab_size = None if tokenizer is None else len(tokenizer)
         if self.manifest is not None:
