@@ -7,10 +7,9 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditty_di.batch import Batch
+from ditty_di.batch import Batch, document_index
 from ditty_di.losses.base import Loss
 from ditty_di.losses.composite import CompositeLoss, named_losses
 from ditty_di.models.routers import (
@@ -321,8 +320,7 @@ def _documents(batch: Batch) -> Tensor | None:
     positions = batch.inputs.get("position_ids")
     if not isinstance(positions, Tensor) or positions.shape != batch.inputs["input"].shape[:2]:
         return None
-    begins = positions.diff(dim=1) != 1
-    return F.pad(begins, (1, 0)).cumsum(1)
+    return document_index(positions)
 
 
 def _sequences(batch: Batch) -> tuple[Tensor, int]:

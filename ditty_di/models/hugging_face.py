@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -17,7 +16,6 @@ import ditty_di.models.modeling  # noqa: F401
 
 # isort: split
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
@@ -25,20 +23,23 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from ditty_di.adapters.values import initialize as initialize_adapters
 from ditty_di.dtypes import dtype_by_name
 from ditty_di.models import generation
+from ditty_di.models.configuration import (
+    SPECIAL_TOKENS,
+    Config,
+    fit_to_tokenizer,
+    make_config,
+    read_config,
+)
 from ditty_di.models.conversion import fit_to_files, kept_in_float32, require_experts
 from ditty_di.models.files import ModelFiles
-from ditty_di.models.mxfp4 import is_mxfp4
 from ditty_di.models.pretrained import Pretrained
 from ditty_di.models.routers import require_enough_experts
 from ditty_di.models.weights import InitModule, hugging_face, initialize, own_tensors
 from ditty_di.protocols import ModelTransform, early_checks
-
-SPECIAL_TOKENS = ("pad_token_id", "eos_token_id", "bos_token_id")
 
 #: Choices of the group `model` that open a folder, to name in a message.
 _CHOICES = (
@@ -47,9 +48,6 @@ _CHOICES = (
     (AutoModelForMaskedLM, "hf_masked_lm"),
     (AutoModelForImageTextToText, "hf_image_text"),
 )
-
-#: What `from_config` accepts as an architecture.
-Config = PretrainedConfig | Mapping[str, Any] | Callable[..., PretrainedConfig]
 
 
 def builders(
@@ -82,14 +80,14 @@ def builders(
     def rehearse_config(build: Callable[[str], Any]) -> list[str]:
         config = build("config")
         if not isinstance(config, PretrainedConfig):
-            config = _make_config(config, build("tokenizer"))
+            config = make_config(config, build("tokenizer"))
         return rehearse_build(config, build)
 
     def rehearse_pretrained(build: Callable[[str], Any]) -> list[str]:
         path = build("path")
         try:
             files = ModelFiles(path, build("revision"))
-            config = _read_config(files, {})
+            config = read_config(files, {})
         except OSError as error:
             raise ValueError(f"path={path}: {error}") from None
         # The headers of a folder's files are read, and nothing of the hub's.
@@ -161,7 +159,7 @@ def builders(
         given = isinstance(config, PretrainedConfig)
         return _build(
             auto_class,
-            config if given else _make_config(config, tokenizer),  # type: ignore[arg-type]
+            config if given else make_config(config, tokenizer),  # type: ignore[arg-type]
             special_tokens=SPECIAL_TOKENS if given else (),
             attn_implementation=attn_implementation,
             dtype=dtype,
@@ -223,7 +221,7 @@ def builders(
         files = ModelFiles(path, revision)
         return _build(
             auto_class,
-            _read_config(files, changes),
+            read_config(files, changes),
             attn_implementation=attn_implementation,
             dtype=dtype,
             tokenizer=tokenizer,
@@ -269,7 +267,7 @@ def _build(
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
         part.use_cache = False
-    _fit_to_tokenizer(config, tokenizer, pad_vocab_to_multiple_of, special_tokens)
+    fit_to_tokenizer(config, tokenizer, pad_vocab_to_multiple_of, special_tokens)
     if labels is not None:
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: number for number, name in enumerate(labels)}
@@ -313,83 +311,6 @@ def _freeze(model: nn.Module, names: Sequence[str]) -> None:
             )
         for parameter in chosen:
             parameter.requires_grad_(False)
-
-
-# -- configurations -------------------------------------------------------------------------------
-
-
-def _make_config(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
-    """Build a configuration; what is left out of it is taken from the tokenizer.
-
-    Args:
-        config: a class, a partial of one, or a mapping with `model_type`.
-        tokenizer: None leaves transformers' defaults.
-    """
-    if isinstance(config, Mapping):
-        given = dict(config)
-        if "model_type" not in given:
-            raise ValueError("config: a mapping needs model_type, such as model_type: llama")
-        make: Any = type(AutoConfig.for_model(given.pop("model_type")))
-    else:
-        given, make = dict(getattr(config, "keywords", {})), getattr(config, "func", config)
-    given = {k: v for k, v in given.items() if v is not None or k.endswith("_token_id")}
-    taken: dict[str, Any] = {}
-    if tokenizer is not None:
-        taken = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
-        taken["vocab_size"] = len(tokenizer)
-        if tokenizer.model_max_length < LARGE_INTEGER:  # else it has no limit
-            taken["max_position_embeddings"] = tokenizer.model_max_length
-    if isinstance(text := given.get("text_config"), Mapping):  # of a multimodal model
-        given["text_config"] = {**taken, **text}
-    aliases = getattr(make, "attribute_map", {})
-    known = inspect.signature(make).parameters
-    for name, value in taken.items():
-        own = aliases.get(name, name)
-        if own in known and not {name, own} & given.keys():
-            given[own] = value
-    return make(*getattr(config, "args", ()), **given)
-
-
-def _read_config(files: ModelFiles, changes: Mapping[str, Any]) -> PretrainedConfig:
-    """Return the configuration of a pretrained model, with some entries changed.
-
-    Raises:
-        FileNotFoundError, PermissionError, ConnectionError: see `ModelFiles`.
-        ValueError: the weights are quantized already, other than in MXFP4.
-    """
-    folder = files.config().parent
-    config = AutoConfig.from_pretrained(folder, **changes)
-    # As if transformers had been given the same path: model cards and adapters name it.
-    config.name_or_path = files.path
-    if files.folder is None:
-        config._commit_hash = folder.name
-    if is_mxfp4(config):
-        del config.quantization_config  # dequantized while they are read
-    elif getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"model: the weights of {files.path} are quantized already; give the model that they "
-            f"were made from, and let `quantize` do it"
-        )
-    return config
-
-
-def _fit_to_tokenizer(
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    pad_vocab_to_multiple_of: int | None,
-    special_tokens: Sequence[str],
-) -> None:
-    """Grow the vocabulary to the tokenizer's, and set those special tokens that are None."""
-    text: Any = config.get_text_config()
-    if tokenizer is not None:
-        text.vocab_size = max(text.vocab_size, len(tokenizer))
-        for name in special_tokens:
-            if getattr(text, name, None) is None:
-                setattr(text, name, getattr(tokenizer, name))
-    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = text.pad_token_id
-    if pad_vocab_to_multiple_of is not None:
-        text.vocab_size += -text.vocab_size % pad_vocab_to_multiple_of
 
 
 # -- early checks ---------------------------------------------------------------------------------
