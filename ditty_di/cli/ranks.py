@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ditty_di.config import ConfigError, Graph, Problem
 from ditty_di.launch.local import gpu_count
 
@@ -78,9 +80,12 @@ def _problems(graph: Graph, root: str, nproc: int) -> list[Problem]:
         )
     # The trainer itself reports rows that are wrong on one rank.
     if total >= 1 and rows >= 1 and not total % rows and total % (rows * ranks):
+        other = f"global_batch_size={rows * ranks}"
+        if not total % ranks:  # smaller micro-batches leave the numbers as they are
+            other = f"data.loader.micro_batch_size={math.gcd(total // ranks, rows)}"
         found.append(
             f"global_batch_size={total} is not a multiple of {ranks} ranks x {rows} rows "
-            f"(data.loader.micro_batch_size) a micro-batch; write global_batch_size={rows * ranks}"
+            f"(data.loader.micro_batch_size) a micro-batch; write {other}"
         )
     where = graph.where("launcher.nproc")
     return [Problem("launcher.nproc", message, where) for message in found]

@@ -297,3 +297,8 @@ def test_ranks_count_over_all_machines(tmp_path: Path) -> None:
     check = ("task=check", "launcher=slurm", "launcher.dry_run=true", "task.rehearse=false")
     done = warm.run(["-m", "ditty_di", *check, "launcher.nodes=3"], cwd=tmp_path)
     assert "global_batch_size=16 is not a multiple of 3 ranks" in done.stderr, done.stderr
+    done = warm.run(
+        ["-m", "ditty_di", *check, "launcher.nodes=2", "data.loader.micro_batch_size=16"],
+        cwd=tmp_path,
+    )
+    assert "write data.loader.micro_batch_size=8" in done.stderr, done.stderr
