@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ditty_di.fqn import base_fqn, canonical_fqn
-from ditty_di.seed import derived_seed, run_seed
+from ditty_di.seed import derived_seed, run_seed, seed_torch
 
 #: Initializes one module.
 InitModule = Callable[[nn.Module], None]
@@ -248,10 +248,11 @@ def initialize(
             names = {id(m): name for name, m in unit.named_modules(prefix=path)}
             with unsharded(modules, done):
                 for module in reversed(modules):
-                    torch.manual_seed(derived_seed(seed, canonical_fqn(names[id(module)])))
+                    name = canonical_fqn(names[id(module)])
+                    seed_torch(derived_seed(seed, name), device)
                     init_module(module)
             for name, child in [] if whole_tree else unit.named_children():
-                torch.manual_seed(derived_seed(seed, canonical_fqn(f"{path}>{name}")))
+                seed_torch(derived_seed(seed, canonical_fqn(f"{path}>{name}")), device)
                 _init_child(unit, child, init_module)
 
 
