@@ -8,6 +8,12 @@ import sys
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """Put files with slow tests first: one that starts last keeps a single worker busy."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def own_process_group():
     """A file begins without a process group and a run's seed: a trainer not closed leaves both."""

@@ -41,8 +41,10 @@ def test_a_module_that_is_there_already_stays(library):
 
 def test_a_trainer_and_a_model_import_no_library_that_they_do_not_call():
     code = (
-        "import sys, ditty_di.training.trainer, ditty_di.models.causal_lm; "
-        "unwanted = {'datasets', 'pandas', 'scipy.optimize', 'tensorboard', 'torchao'}; "
+        "import sys, ditty_di.training.trainer; "
+        "unwanted = {'transformers'} & set(sys.modules); "
+        "import ditty_di.models.causal_lm; "
+        "unwanted |= {'datasets', 'pandas', 'scipy.optimize', 'tensorboard', 'torchao'}; "
         "sys.exit(', '.join(unwanted & set(sys.modules)) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -27,7 +27,7 @@ from ditty_di.models.weights import (
     torch_reset,
     transformers_model,
 )
-from ditty_di.seed import derived_seed, run_seed
+from ditty_di.seed import derived_seed, run_seed, seed_torch
 
 
 def initialize(
@@ -61,13 +61,13 @@ def initialize(
                 left -= own
                 own -= _init_from_base(layer, path)
                 if own:
-                    torch.manual_seed(derived_seed(seed, canonical_fqn(path)))
+                    seed_torch(derived_seed(seed, canonical_fqn(path)), device)
                     with _whole(model, own):
                         _reset(layer, path, peft_model(model).peft_config[NAME])
-        _init_copies(model, left, seed)
+        _init_copies(model, left, seed, device)
 
 
-def _init_copies(model: nn.Module, names: set[str], seed: int) -> None:
+def _init_copies(model: nn.Module, names: set[str], seed: int, device: torch.device) -> None:
     """Initialize a new head, and modules that are trained whole and that the base lacks.
 
     Of the latter the originals too. A head may be new without adapters.
@@ -81,7 +81,7 @@ def _init_copies(model: nn.Module, names: set[str], seed: int) -> None:
         )
     init = hugging_face if transformers_model(model)[1] is not None else torch_reset
     for path, own in _by_module(names).items():
-        torch.manual_seed(derived_seed(seed, base_fqn(path)))
+        seed_torch(derived_seed(seed, base_fqn(path)), device)
         with _whole(model, own):
             init(model)(model.get_submodule(path))
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ditty_di.fqn import base_fqn, canonical_fqn
-from ditty_di.seed import derived_seed, run_seed
+from ditty_di.seed import derived_seed, run_seed, seed_torch
 
 #: Initializes one module.
 InitModule = Callable[[nn.Module], None]
@@ -255,10 +255,11 @@ def initialize(
             # What a unit writes into children that have their values is dropped, and done below.
             with unsharded(modules, done), swapped(children, partial(_dropped, done)):
                 for module in reversed(modules):
-                    torch.manual_seed(derived_seed(seed, canonical_fqn(names[id(module)])))
+                    name = canonical_fqn(names[id(module)])
+                    seed_torch(derived_seed(seed, name), device)
                     init_module(module)
             for name, child in [] if whole_tree else unit.named_children():
-                torch.manual_seed(derived_seed(seed, canonical_fqn(f"{path}>{name}")))
+                seed_torch(derived_seed(seed, canonical_fqn(f"{path}>{name}")), device)
                 own = [p for p in child.parameters(recurse=False) if owners[id(p)] is child]
                 _init_child(unit, child, own, init_module)
 

@@ -89,7 +89,8 @@ def test_a_resumed_run_draws_the_same_noise_and_keeps_its_averages(runtime, tmp_
 @pytest.mark.slow
 def test_the_experiment_draws_digits_that_a_classifier_recognizes(tmp_path):
     run = tmp_path / "run"
-    warm.ditty_di(tmp_path, "+experiment=diffusion", "logger=quiet", f"run={run}")
+    enough = ("max_steps=600", "export.samples=200")
+    warm.ditty_di(tmp_path, "+experiment=diffusion", "logger=quiet", f"run={run}", *enough)
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["recognized"] >= 0.85

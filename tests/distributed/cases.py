@@ -151,9 +151,11 @@ def make_trainer(
     return trainer, recorder
 
 
-def train(folder: Path | None, **options: Any) -> list[float]:
+def train(folder: Path | None, *, stance: str = "force_eager", **options: Any) -> list[float]:
+    """Losses, and a digest of all parameters; torchao's step is slow to compile."""
     trainer, recorder = make_trainer(folder, **options)
-    trainer.train()
+    with torch.compiler.set_stance(stance):
+        trainer.train()
     trainer.close()
     losses = trainer.runtime.broadcast(recorder.losses())
     digest = sum(float(_whole(p).double().abs().sum()) for p in trainer.model_parts[0].parameters())
@@ -200,6 +202,28 @@ def resumed_runs(folder: Path, source: str, layout: str) -> dict[str, list[float
     return out
 
 
+class Lookup(nn.Module):
+    """A language model whose two matrices have one shape, which is compiled once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 128)
+        self.head = nn.Linear(128, VOCAB, bias=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(input))
+
+
+def compiled_runs(folder: Path) -> dict[str, list[float]]:
+    """Steps of AdamW8bit as torchao compiles them and not, by the stance of the compiler."""
+    found = {}
+    for stance in ("default", "force_eager"):
+        torch.manual_seed(0)
+        slots = {"model": Lookup(), "loss_fn": CrossEntropyLoss(), "weights": None}
+        found[stance] = train(None, stance=stance, optimizer_name="AdamW8bit", max_steps=4, **slots)
+    return found
+
+
 def cases() -> dict[str, Callable[..., Any]]:
     from tests.distributed.agreement import agreement
     from tests.distributed.measuring import measured
@@ -207,7 +231,16 @@ def cases() -> dict[str, Callable[..., Any]]:
     from tests.distributed.processing import piped, processing, rejecting
     from tests.planning.cases import peaks, planned
 
-    found = (whole_runs, resumed_runs, agreement, pipelined, processing, rejecting, piped)
+    found = (
+        whole_runs,
+        resumed_runs,
+        compiled_runs,
+        agreement,
+        pipelined,
+        processing,
+        rejecting,
+        piped,
+    )
     found += (planned, peaks, measured)
     return {case.__name__: case for case in found}
 

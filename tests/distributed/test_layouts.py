@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 
+from tests.checkpoint.ranks import MEMORY
 from tests.distributed.cases import RESUME_AT, STEPS, VARIANTS
 from tests.distributed.launch import launch
 
@@ -11,22 +15,26 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs():
     """All trainings of this file: whole ones on 1 and 2 ranks, then resumed ones."""
-    folder = tmp_path_factory.mktemp("layouts")
-    one, two = folder / "one", folder / "two"
-    one.mkdir(), two.mkdir()
-    whole = {
-        1: launch("whole_runs", 1, one, layouts=["fsdp"]),
-        2: launch("whole_runs", 2, two, layouts=["fsdp", "ddp"]),
-    }
-    resumed = {
-        (start, ranks): launch(
-            "resumed_runs", ranks, folder, source=str({1: one, 2: two}[start]), layout="fsdp"
-        )
-        for start in (1, 2)
-        for ranks in (1, 2)
-    }
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        one, two = Path(folder, "one"), Path(folder, "two")
+        one.mkdir(), two.mkdir()
+        whole = {
+            1: launch("whole_runs", 1, one, layouts=["fsdp"]),
+            2: launch("whole_runs", 2, two, layouts=["fsdp", "ddp"]),
+        }
+        resumed = {
+            (start, ranks): launch(
+                "resumed_runs",
+                ranks,
+                Path(folder),
+                source=str({1: one, 2: two}[start]),
+                layout="fsdp",
+            )
+            for start in (1, 2)
+            for ranks in (1, 2)
+        }
     return whole, resumed
 
 
@@ -70,3 +78,9 @@ def test_resuming_on_another_layout(runs, start, ranks, name):
     # 8-bit Adam to the neighbouring one of its 256 values, and the loss by more than such a bit.
     bound = 1e-5 if "8bit" in name else 1e-6
     assert losses == pytest.approx(expected, rel=bound, abs=bound)
+
+
+def test_steps_of_8_bits_that_are_compiled_train_as_the_others(tmp_path):
+    found = launch("compiled_runs", 2, tmp_path)
+    compiled, eager = found["default"], found["force_eager"]
+    assert compiled[:4] == pytest.approx(eager[:4], abs=1e-4) and eager[0] - eager[3] > 0.01

@@ -420,7 +420,7 @@ def test_the_experiment_learns_to_name_digits_and_answers_about_a_picture(tmp_pa
         done = warm.run(["-m", "ditty_di", *arguments], cwd=tmp_path, env=env)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
-    run("+experiment=vision_language", "run=run")
+    run("+experiment=vision_language", "run=run", "max_steps=200")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["validation/exact_match"] > 0.9
 

@@ -139,6 +139,7 @@ class Variant:
         packed: two documents a row.
         length: tokens of a row.
         accumulation: micro-batches of an optimizer step.
+        steps: of the optimizer, as few as lower the loss.
         transforms: of the model, by slot.
         loss: of logits at an output.
         options: arguments of the parallelize function.
@@ -148,6 +149,7 @@ class Variant:
     packed: bool = False
     length: int = 32
     accumulation: int = 1
+    steps: int = 5
     transforms: dict[str, Any] = field(default_factory=dict)
     loss: Callable[..., Any] = losses.CrossEntropyLoss
     options: dict[str, Any] = field(default_factory=dict)
@@ -186,8 +188,10 @@ VARIANTS: dict[str, Variant] = {
     "chunked loss": Variant(loss=lambda output: losses.LinearCrossEntropyLoss(chunk_tokens=20)),
     "plain loss": Variant(loss=mean_over_tokens),
     "LoRA": Variant(pretrained=True, transforms={"adapter": lora}),
-    "LoRA on NF4": Variant(pretrained=True, transforms={"adapter": lora, "quantize": _NF4}),
-    "LoRA on NF4 beside experts": Variant(pretrained=True, transforms=_BESIDE_EXPERTS),
+    "LoRA on NF4": Variant(
+        pretrained=True, steps=8, transforms={"adapter": lora, "quantize": _NF4}
+    ),
+    "LoRA on NF4 beside experts": Variant(pretrained=True, steps=10, transforms=_BESIDE_EXPERTS),
     "LoRA on int8": Variant(
         pretrained=True, transforms={"adapter": lora, "quantize": quantization.int8}
     ),
