@@ -252,7 +252,7 @@ def moved(model, base):
     [
         ({"path": "taken"}, r"export\.path=.*taken is a file"),
         ({"path": "taken/export"}, r"export\.path=.*cannot be written"),
-        ({"dtype": "float3"}, r"export\.dtype=float3: not a dtype"),
+        ({"dtype": "float3"}, r"^dtype=float3: not a dtype"),
         ({"base": "nowhere/at/all"}, "there is no folder"),
     ],
     ids=str,

@@ -47,6 +47,7 @@ def test_it_gives_no_text(folder):
 
 
 def test_a_bad_line_is_found_before_anything_is_trained(folder):
-    (folder / "bad.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b"}\n')
+    good = [json.dumps({"text": f"{n}", "label": n % 2}) for n in range(8)]
+    (folder / "bad.jsonl").write_text("\n".join([good[0], '{"text": "b"}', *good[1:]]) + "\n")
     code, said = run(folder, *SMALL[:1], "data.path=bad.jsonl", "task=check")
     assert code and 'bad.jsonl:2: no "label"' in said and "Traceback" not in said
