@@ -1395,3 +1395,18 @@ def test_a_node_that_another_cannot_build_says_why_once() -> None:
         Graph({"shape": shape, "drawing": drawing}).rehearse("drawing")
     (problem,) = error.value.problems
     assert str(problem).endswith("Polygon: sides=2: write at least 3")
+
+
+class Silent:
+    """Cannot be built, and does not say why."""
+
+    def __init__(self) -> None:
+        raise ValueError
+
+
+def test_a_cause_without_words_hides_no_other_problem() -> None:
+    wordless = {"_target_": f"{HERE}.Drawing", "shape": {"_target_": f"{HERE}.Silent"}}
+    nodes = {"_target_": f"{HERE}.Polygon", "sides": 2}, wordless
+    with pytest.raises(ConfigError) as error:
+        Graph({"all": list(nodes)}).rehearse("all")
+    assert [problem.key for problem in error.value.problems] == ["all.0.sides", "all.1.shape"]

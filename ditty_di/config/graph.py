@@ -214,9 +214,11 @@ class Graph(Configuration):
                 problems += self.complaint(node, described.target, error).problems
         # What a node cannot be built for is often what its own rehearsal has said.
         said = [problem.message for problem in problems if problem not in raised]
-        for problem, cause in raised.items():
-            if any(cause in message for message in said):
-                problems = [other for other in problems if other != problem]
+        problems = [
+            problem
+            for problem in problems
+            if not (cause := raised.get(problem)) or not any(cause in text for text in said)
+        ]
         if problems:
             raise ConfigError(dict.fromkeys(problems))
         return list(dict.fromkeys(warnings))

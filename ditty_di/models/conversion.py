@@ -309,12 +309,12 @@ def _require_fused(files: ModelFiles, names: Names, model: Any) -> None:
     lacking = [path for path in weights if path not in names.groups and within_block(path) in kinds]
     if lacking:
         raise ValueError(f"model: {files.path}: the files lack {first_of(lacking, 4)}")
-    plain = {path: group for path, group in names.groups.items() if group.converter is None}
-    if not weights.keys() & plain.keys():
+    plain = {path: g for path, g in names.groups.items() if path in weights and not g.converter}
+    if not plain or files.folder is None:  # shapes on the hub would cost a download
         return
     stored = Safetensors(files.weights())
-    for path in weights.keys() & plain.keys():
-        there, wanted = list(stored.shape(_stored_name(plain[path]))), list(weights[path])
+    for path, group in plain.items():
+        there, wanted = list(stored.shape(_stored_name(group))), list(weights[path])
         if there != wanted:
             raise ValueError(f"model: {files.path}: {path}: {there} there, {wanted} in the model")
 

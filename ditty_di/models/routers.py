@@ -2,7 +2,7 @@
 
 The model returns what it always does. Which modules are routers is transformers' own table
 (`_can_record_outputs`), by which it collects `router_logits`; the experts that a token goes to are
-taken from the router and not computed again.
+those that the router has chosen, whatever its rule is.
 """
 
 from __future__ import annotations

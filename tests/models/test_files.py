@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from ditty_di.models.files import ModelFiles
 from ditty_di.models.safetensors import Safetensors
@@ -113,6 +114,33 @@ def test_names_of_tensors_need_no_download_of_weights(model, tmp_path):
     assert answers == [["", ["w1", "w2"]], ["", ["w1", "w2"]]]
     assert not list((tmp_path / "cache").glob("hub/models--user--sharded/**/*.safetensors"))
     assert names(again[0]) == ["model.safetensors"] and again[1] == answers[1]
+
+
+def test_a_mixture_of_the_hub_is_built_without_a_download_of_its_fused_experts(tmp_path):
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+    )
+    fused = tmp_path / "fused"
+    MixtralForCausalLM(config).save_pretrained(fused, save_original_format=False)
+    build = "from ditty_di.models import causal_lm; causal_lm.from_pretrained('user/fused')"
+    with hub({"user/fused": fused}) as (endpoint, _):
+        done = subprocess.run(
+            [sys.executable, "-c", build],
+            env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache")},
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "cache").glob("hub/**/config.json"))
+    assert not list((tmp_path / "cache").glob("hub/**/*.safetensors"))
 
 
 def test_what_the_hub_refuses_is_said_in_one_sentence(model, tmp_path):

@@ -20,7 +20,7 @@ from ditty_di.data.pooled import PooledSampler
 from ditty_di.data.shards.files import OpenFiles
 from ditty_di.data.shards.find import ShardPath, find_shards
 from ditty_di.data.shards.remote import RemoteShard, fetch_ahead, require_pool
-from ditty_di.data.tokens import document_end_id, tokenizer_fingerprint
+from ditty_di.data.tokenizer import document_end_id, tokenizer_fingerprint
 from ditty_di.data.windows import JOINED_CONTRACT, WindowRows
 from ditty_di.protocols import LoadedBatch
 
