@@ -15,6 +15,7 @@ from ditty_di.data.splits import content_hash
 from ditty_di.data.stream import Address, StatefulIterable, Streamed, iterated_alone
 from ditty_di.data.tokenization.long_documents import pieces
 from ditty_di.data.tokenization.sample import Sample
+from ditty_di.data.tokenization.words import WordEncoder
 from ditty_di.data.tokenizer import document_end_id, tokenizer_fingerprint
 from ditty_di.data.windows import WindowRows
 
@@ -89,9 +90,10 @@ class StreamedText(Streamed):
         self.seq_len, self.contract = seq_len, self.contract_for(documents=documents)
         self.split, self.validation_fraction, self.text_key = split, validation_fraction, text_key
         self.eos = document_end_id(tokenizer)
-        self._tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        own = copy.deepcopy(tokenizer.backend_tokenizer)
+        own.no_truncation()
+        own.no_padding()
+        self._encode = WordEncoder(own, self.eos)
         self._digest = tokenizer_fingerprint(tokenizer)[:12]
 
     def identity(self) -> dict[str, Any]:
@@ -157,9 +159,7 @@ class StreamedText(Streamed):
                 documents += 1
                 ids = list[int]()
                 for piece in pieces(BytesIO(data).read, _PIECE):
-                    texts = [piece.text]
-                    (made,) = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-                    ids += made.ids
+                    ids += self._encode([piece.text])[0]
                 yield found, np.array([*ids, self.eos], np.int32)
 
 

@@ -36,7 +36,7 @@ from _here import environment
 
 from ditty_di.data import train_bpe
 from ditty_di.data.python_code import python_code, python_docs
-from ditty_di.data.tokenization import Pool, TextFiles
+from ditty_di.data.tokenization import Pool, TextFiles, part
 from ditty_di.tasks.tokenize import tokenize
 
 BATCH = 256  # documents that others encode at once
@@ -95,6 +95,7 @@ class Contenders:
     def ditty_di(self) -> None:
         source = TextFiles(self.source)
         folder, engine = str(self.fresh() / "shards"), Pool(workers=1)
+        part.encoder_of.cache_clear()  # it would know the words from the turn before
         tokenize(self.tokenizer, folder, source, engine=engine, report_mb=0)
 
     def datatrove(self) -> None:
@@ -226,7 +227,7 @@ def peak_memory(contenders: Contenders, megabytes: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--megabytes", type=float, default=8, help="of text")
+    parser.add_argument("--megabytes", type=float, default=11, help="of text, repeated above 11")
     parser.add_argument("--vocab-size", type=int, default=16384, help="of the tokenizer")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
     parser.add_argument("--long", type=float, default=64, help="MB of the longest document")

@@ -22,8 +22,9 @@ from ditty_di.data.splits import content_hash
 from ditty_di.data.tokenization import DocumentError, Pool, TextFiles
 from ditty_di.data.tokenization.documents import Reading
 from ditty_di.data.tokenization.finish import UnfinishedError
-from ditty_di.data.tokenization.part import Job, run_part, separator_of
+from ditty_di.data.tokenization.part import Job, run_part
 from ditty_di.data.tokenization.plan import plan
+from ditty_di.data.tokenization.words import separator_of
 from ditty_di.data.tokens import tokenizer_fingerprint
 from ditty_di.models.auto import tokenizer as auto_tokenizer
 from ditty_di.tasks.tokenize import tokenize
