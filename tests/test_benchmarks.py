@@ -23,13 +23,12 @@ def test_the_gpu_benchmark_runs_its_cases_at_toy_size(tmp_path):
         "--json",
         str(tmp_path / "gpu.json"),
     ]
-    # An environment of its own: what it compiles was once linked otherwise after other tests, and
-    # was then found in a cache that all share.
+    # An environment of its own, where torchao's step is not compiled, which takes a minute.
     env = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     done = subprocess.run(
         [*command, *more],
         cwd=ROOT,
-        env={**env, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")},
+        env={**env, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
         capture_output=True,
         text=True,
         timeout=600,
@@ -45,7 +44,7 @@ def test_the_gpu_benchmark_runs_its_cases_at_toy_size(tmp_path):
 @pytest.mark.slow
 def test_the_benchmark_of_layouts_trains_all_of_them_alike(tmp_path):
     report = tmp_path / "layouts.json"
-    tiny = ["--tiny", "--ranks", "2", "4", "--steps", "4", "--warm-up", "1", "--rounds", "1"]
+    tiny = ["--tiny", "--ranks", "2", "--steps", "4", "--warm-up", "1", "--rounds", "1"]
     done = subprocess.run(
         [sys.executable, "launch/benchmarks/layouts.py", *tiny, "--json", str(report)],
         cwd=ROOT,

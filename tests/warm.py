@@ -16,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from ditty_di.launch import processes
 from ditty_di.sweeps.warm import ARROW_WITHOUT_THREAD
 
 ROOT = Path(__file__).parents[1]
@@ -147,11 +149,63 @@ def _finish(started: Sequence[Forked], timeout: float) -> list[subprocess.Comple
     ]
 
 
+class _Rank:
+    """A rank that is forked from the command that starts it, with the interface of `Popen`."""
+
+    def __init__(self, args: list[str], env: dict[str, str], **options: Any) -> None:
+        self.args, self.returncode = args, None
+        sys.stdout.flush(), sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code: Any = 1
+            try:
+                os.setsid()
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_DFL)
+                for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+                    if isinstance(file := options[name], int):
+                        os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+                    elif file is not None:
+                        os.dup2(file.fileno(), descriptor)
+                _execute(args[1:], env)
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code if isinstance(code, int) else 1)
+
+    def poll(self, options: int = os.WNOHANG) -> int | None:
+        if self.returncode is None and (ended := os.waitpid(self.pid, options))[0]:
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self.returncode
+
+    def wait(self) -> int | None:
+        return self.poll(0)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _popen(args: list[str], **options: Any) -> Any:
+    own = [sys.executable, "-m", "ditty_di.launch"]
+    return (_Rank if args[:3] == own else subprocess.Popen)(args, **options)
+
+
 def _become(arguments: list[str], cwd: Path, env: dict[str, str], streams: list[Path]) -> None:
     """Run the program in this process, as `python` would."""
     for descriptor, file in enumerate(streams, 1):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     os.chdir(cwd)
+    processes.subprocess = SimpleNamespace(Popen=_popen)  # type: ignore[assignment]
+    _execute(arguments, env)
+
+
+def _execute(arguments: list[str], env: dict[str, str]) -> None:
+    cwd = Path.cwd()
     os.environ.clear()
     os.environ.update(env)
     tempfile.tempdir = None  # the server may have looked it up
