@@ -170,6 +170,7 @@ class Recall:
     ) -> None:
         self.validate(k=k)
         self.k, self.cosine, self.ignore_index = tuple(k), cosine, ignore_index
+        self._told = False
 
     def rows(self, output: Tensor, batch: Batch, /) -> dict[str, Tensor]:
         """Return the embeddings of anchors and positives, float32 `[rows, features]`."""
@@ -192,7 +193,8 @@ class Recall:
             for some, least in zip(anchors.split(piece), own.split(piece), strict=True)
         ]
         rank = torch.cat(better)  # candidates that are more similar than the positive, [rows]
-        if all_found := [k for k in self.k if k > len(rank)]:
+        if (all_found := [k for k in self.k if k > len(rank)]) and not self._told:
+            self._told = True  # not at each validation
             log.warning(_ALL_FOUND, len(rank), ", ".join(f"recall@{k}" for k in all_found))
         return {f"recall@{k}": float((rank < k).double().mean()) for k in self.k if k <= len(rank)}
 
