@@ -96,7 +96,7 @@ def mosaic(folder: Path, tokens: np.ndarray, lengths: np.ndarray, rows: int) -> 
         for row in range(rows):
             writer.write({"tokens": tokens[row * SEQ : row * SEQ + SEQ + 1]})
     data = StreamingDataset(local=str(folder / "mds"), batch_size=1, shuffle=False)
-    return lambda row: data[row]["tokens"].astype(np.int64)
+    return lambda row: data[row]["tokens"]
 
 
 def readers(folder: Path, rows: int) -> dict[str, Reader]:

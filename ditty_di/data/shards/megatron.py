@@ -199,6 +199,7 @@ class MegatronIndex:
                 known = ", ".join(f"{number} ({dtype})" for number, dtype in TOKEN_TYPES.items())
                 raise ValueError(f"{path}: byte 17: token type {kind}, expected one of {known}")
             self.dtype, self.documents = TOKEN_TYPES[kind], marks - 1
+            self._size = self.dtype.itemsize
             positions = HEADER.size + 4 * self.sequences
             table = positions + 8 * self.sequences
             end = table + 8 * marks
@@ -230,18 +231,19 @@ class MegatronIndex:
             stop: the token behind the last one.
             origin: what the results are relative to.
         """
-        size = self.dtype.itemsize
-        first = bisect_left(self.positions, start * size)
-        last = self._next(stop * size, first)
+        # Written out: it is a third of the time that reading a row takes.
+        size, positions, marks = self._size, self.positions, self.marks
+        first, end = bisect_left(positions, start * size), stop * size
+        last = bisect_left(positions, end, first, near := min(first + _NEAR, self.sequences))
+        if last == near:
+            last = bisect_left(positions, end, near)
         # The documents that begin with one of these sequences.
         low = self._document(first)
         high = self._document(last, low)
         if high - low <= _FEW:
-            marks, positions = self.marks, self.positions
-            found = [positions[marks[n]] // size - origin for n in range(low, high)]
-            return np.array(found, np.int64)
-        begins = np.frombuffer(self.positions[first:last], "<i8")
-        return begins[np.frombuffer(self.marks[low:high], "<i8") - first] // size - origin
+            return np.array([positions[n] // size - origin for n in marks[low:high]], np.int64)
+        begins = np.frombuffer(positions[first:last], "<i8")
+        return begins[np.frombuffer(marks[low:high], "<i8") - first] // size - origin
 
     def _document(self, sequence: int, first: int = 0) -> int:
         """Return the first document that begins with a sequence or a later one."""
@@ -251,12 +253,6 @@ class MegatronIndex:
         if same and marks[sequence - 1] < sequence:
             return sequence
         return bisect_left(marks, sequence, first)
-
-    def _next(self, position: int, first: int) -> int:
-        """Return the first sequence from `first` on at a position or behind it, a near one."""
-        near = min(first + _NEAR, self.sequences)
-        found = bisect_left(self.positions, position, first, near)
-        return found if found < near else bisect_left(self.positions, position, near)
 
 
 def add_suffix(prefix: Path, suffix: str) -> Path:
