@@ -118,7 +118,8 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     if leaves_none and code == 0:
         shutil.rmtree(run.path)
     elif of_its_own:
-        _print_next_steps(run, result, text="tokenizer" in graph.nodes("task"))
+        text = "tokenizer" in graph.nodes("task") and result.get("gives_text", True)
+        _print_next_steps(run, result, text=text)
     return code
 
 

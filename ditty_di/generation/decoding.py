@@ -96,6 +96,12 @@ class Decode(Protocol):
         ...
 
 
+def gives_text(model: Any) -> bool:
+    """Return whether a model can continue a text: not a classifier or encoder of transformers."""
+    stock: Any = getattr(model, "get_base_model", lambda: model)()
+    return not hasattr(stock, "can_generate") or stock.can_generate()
+
+
 def is_seq2seq(model: Any) -> bool:
     """Return whether prompts go to an encoder, and answers come from a decoder.
 

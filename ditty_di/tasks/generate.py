@@ -21,6 +21,7 @@ from ditty_di.generation.decoding import (
     Decode,
     Options,
     end_ids,
+    gives_text,
     hugging_face,
     is_seq2seq,
     plain,
@@ -147,8 +148,8 @@ def generate(
     if not is_first_rank():
         return {}
     _validate(prompt=prompt, prompts=prompts, batch_size=batch_size)
-    stock: Any = getattr(model, "get_base_model", lambda: model)()
-    if hasattr(stock, "can_generate") and not stock.can_generate():
+    if not gives_text(model):
+        stock: Any = getattr(model, "get_base_model", lambda: model)()
         raise ValueError(_NO_TEXT.format(kind=type(stock).__name__))
     seq2seq = is_seq2seq(model)
     options = Options(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ditty_di.export.gather import whole_models
+from ditty_di.generation.decoding import gives_text
 from ditty_di.launch.rundir import RunDirectory
 from ditty_di.training.trainer import Trainer
 
@@ -33,7 +34,7 @@ def train(
 
     Returns:
         The trainer's `status` ("finished" or "preempted"), `step`, `objective`, ..., and the
-        export's result.
+        export's result; `gives_text` false where `task=generate` has nothing to do.
     """
     if prepare := getattr(export, "prepare", None):
         # Fail before the training, not after it.
@@ -47,6 +48,8 @@ def train(
             RunDirectory(run).adopt()
 
     result = trainer.train(restored=restored)
+    if not gives_text(trainer.model_parts[0]):
+        result["gives_text"] = False
     if file is not None:
         _write_about(file, trainer.dataloader)
     if trainer.runtime.rank == 0:

@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
     (path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     code, said = run(path, *SMALL, "adapter=null", "max_steps=2", "run=RUN")
     assert code == 0, said
+    assert "task=export" not in said and "task=generate" not in said, "it could not answer"
     return path
 
 
