@@ -116,11 +116,14 @@ def separator_of(tokenizer: Tokenizer, eos: int) -> str:
 def cut_of(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """Return where a text can be cut and each part be encoded alone; None if nowhere.
 
+    None also where the tokenizer itself does not divide a text into words (Llama 2, Gemma): it
+    encodes a long text faster than its words.
+
     No entry of the vocabulary may have a cut inside, so that nothing is merged across one; and a
     text with all pairs of printable ASCII characters must have the ids of its parts, so that
     neither normalization nor the division into words looks across one.
     """
-    if getattr(tokenizer.model, "dropout", None):
+    if getattr(tokenizer.model, "dropout", None) or not _divides(tokenizer):
         return None
     added = tokenizer.get_added_tokens_decoder().values()
     merged = set(tokenizer.get_vocab(with_added_tokens=False)) - {t.content for t in added}
@@ -140,6 +143,14 @@ def cut_of(tokenizer: Tokenizer) -> re.Pattern[str] | None:
         if ids(chain.from_iterable(map(pattern.split, probes))) == wanted:
             return pattern
     return None
+
+
+def _divides(tokenizer: Tokenizer) -> bool:
+    text = "a b"
+    if tokenizer.normalizer:
+        text = tokenizer.normalizer.normalize_str(text)
+    divide = tokenizer.pre_tokenizer
+    return divide is not None and len(divide.pre_tokenize_str(text)) > 1
 
 
 def _probes() -> list[str]:

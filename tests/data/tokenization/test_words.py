@@ -50,13 +50,13 @@ def wordpiece(tokenizer):
     return trainers.WordPieceTrainer(vocab_size=200, special_tokens=["[UNK]"])
 
 
-def made(model, trainer, pre_tokenizer=None, normalizer=None, also=(), corpus=TEXT):
+def made(model, trainer, pre_tokenizer=None, normalizer=None, also=(), corpus=(TEXT,)):
     tokenizer = Tokenizer(model)
     if pre_tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizer
     if normalizer:
         tokenizer.normalizer = normalizer
-    tokenizer.train_from_iterator([corpus], trainer(tokenizer))
+    tokenizer.train_from_iterator(corpus, trainer(tokenizer))
     tokenizer.add_special_tokens([AddedToken(EOS, normalized=False)])
     for token in also:
         tokenizer.add_tokens([token])
@@ -103,6 +103,16 @@ TOKENIZERS = {
             normalizer=normalizers.Sequence(
                 [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
             ),
+        ),
+        1,
+    ),
+    "gemma": (
+        lambda: made(
+            models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True),
+            bpe,
+            Split(" ", "merged_with_previous"),
+            normalizers.Replace(" ", "▁"),
+            corpus=["It", "is", "a", "word", "that", "ends", "here"],
         ),
         1,
     ),
