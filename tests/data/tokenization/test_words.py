@@ -112,7 +112,7 @@ TOKENIZERS = {
             bpe,
             Split(" ", "merged_with_previous"),
             normalizers.Replace(" ", "▁"),
-            corpus=["It", "is", "a", "word", "that", "ends", "here"],
+            corpus=["It", "is", "a", "word", *map(chr, range(33, 127))],
         ),
         1,
     ),
