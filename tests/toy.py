@@ -114,7 +114,7 @@ class Folder:
         """(standard output, standard error) of a command that ends with `code`."""
         process = self.start(*arguments, **started)
         try:
-            out, err = process.communicate(timeout=90)
+            out, err = process.communicate(timeout=240)
         except subprocess.TimeoutExpired:
             process.kill()
             raise

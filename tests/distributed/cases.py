@@ -27,7 +27,7 @@ from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime
 from ditty_di.training.trainer import Trainer
 
-STEPS, RESUME_AT, VOCAB, ROWS = 14, 6, 64, 16
+STEPS, RESUME_AT, VOCAB, ROWS = 20, 8, 64, 16
 
 
 class Recorder:

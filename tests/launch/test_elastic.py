@@ -38,7 +38,7 @@ def starts(run: Path) -> list[str]:
 
 def end(*commands: Any, code: int = 0) -> list[str]:
     """What the commands printed on standard error, once all have ended with `code`."""
-    told = [command.communicate(timeout=90) for command in commands]
+    told = [command.communicate(timeout=240) for command in commands]
     assert [command.returncode for command in commands] == [code] * len(commands), told
     return [err for _, err in told]
 
