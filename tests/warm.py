@@ -44,7 +44,8 @@ class Forked:
     """`python ARGUMENTS` in a forked process, with the interface of `subprocess.Popen`.
 
     Arguments are `-m module ...`, `-c code ...` or `script.py ...`, and `-P` before them. Output
-    goes to `log`, or is returned by `communicate`.
+    goes to `log`, or is returned by `communicate`. With `fork_ranks` the ranks that a command
+    starts are forked from it: only where nothing is killed.
     """
 
     def __init__(
@@ -53,10 +54,12 @@ class Forked:
         cwd: str | os.PathLike,
         env: Mapping[str, str],
         log: Path | None = None,
+        fork_ranks: bool = False,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._streams = [log or Path(self._folder.name) / name for name in ("out", "err")]
-        args = ([*map(str, arguments)], Path(cwd).absolute(), dict(env), self._streams)
+        folder = Path(cwd).absolute()
+        args = ([*map(str, arguments)], folder, dict(env), self._streams, fork_ranks)
         self._process = context.Process(target=_become, args=args)
         # Otherwise the child would import the test process's __main__.
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
@@ -101,7 +104,8 @@ def run(
 ) -> subprocess.CompletedProcess:
     """Run `python ARGUMENTS` to its end."""
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return _finish([Forked(arguments, cwd, {**os.environ, **own, **(env or {})})], timeout)[0]
+    everything = {**os.environ, **own, **(env or {})}
+    return _finish([Forked(arguments, cwd, everything, fork_ranks=True)], timeout)[0]
 
 
 def ditty_di(folder: str | os.PathLike, *arguments: Any) -> str:
@@ -195,12 +199,15 @@ def _popen(args: list[str], **options: Any) -> Any:
     return (_Rank if args[:3] == own else subprocess.Popen)(args, **options)
 
 
-def _become(arguments: list[str], cwd: Path, env: dict[str, str], streams: list[Path]) -> None:
+def _become(
+    arguments: list[str], cwd: Path, env: dict[str, str], streams: list[Path], fork_ranks: bool
+) -> None:
     """Run the program in this process, as `python` would."""
     for descriptor, file in enumerate(streams, 1):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
     os.chdir(cwd)
-    processes.subprocess = SimpleNamespace(Popen=_popen)  # type: ignore[assignment]
+    if fork_ranks:
+        processes.subprocess = SimpleNamespace(Popen=_popen)  # type: ignore[assignment]
     _execute(arguments, env)
 
 

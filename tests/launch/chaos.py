@@ -4,7 +4,7 @@ each rank is on a host of its own (`chaos_hosts.py`).
 
 The launcher starts the ranks again after one was killed; a launcher that was killed or stopped is
 started again from here. Exit code 0 when the final states are equal bit for bit, nothing survived a
-kill by more than fifteen seconds, and no second process ever got into the folder. Linux only.
+kill by more than five seconds, and no second process ever got into the folder. Linux only.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from typing import Any
 
 from tests.toy import REPOSITORY, Forked
 
-#: Of what a killed process leaves behind. Less than a second on an idle machine.
-SURVIVAL_SECONDS = 15.0
+SURVIVAL_SECONDS = 5.0
 
 MODULE = """
 DROPOUT, NOISE = {dropout}, {noise}
