@@ -44,7 +44,7 @@ def test_the_gpu_benchmark_runs_its_cases_at_toy_size(tmp_path):
 @pytest.mark.slow
 def test_the_benchmark_of_layouts_trains_all_of_them_alike(tmp_path):
     report = tmp_path / "layouts.json"
-    tiny = ["--tiny", "--ranks", "2", "--steps", "4", "--warm-up", "1", "--rounds", "1"]
+    tiny = ["--tiny", "--ranks", "2", "4", "--steps", "4", "--warm-up", "1", "--rounds", "1"]
     done = subprocess.run(
         [sys.executable, "launch/benchmarks/layouts.py", *tiny, "--json", str(report)],
         cwd=ROOT,

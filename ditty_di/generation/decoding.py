@@ -96,10 +96,10 @@ class Decode(Protocol):
         ...
 
 
-def gives_text(model: Any) -> bool:
-    """Return whether a model can continue a text: not a classifier or encoder of transformers."""
+def textless(model: Any) -> str:
+    """Return the class of a model of transformers that continues no text, of any other one ""."""
     stock: Any = getattr(model, "get_base_model", lambda: model)()
-    return not hasattr(stock, "can_generate") or stock.can_generate()
+    return "" if getattr(stock, "can_generate", lambda: True)() else type(stock).__name__
 
 
 def is_seq2seq(model: Any) -> bool:

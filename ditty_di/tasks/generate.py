@@ -21,11 +21,11 @@ from ditty_di.generation.decoding import (
     Decode,
     Options,
     end_ids,
-    gives_text,
     hugging_face,
     is_seq2seq,
     plain,
     positions,
+    textless,
 )
 from ditty_di.generation.prompts import PromptRenderer, Prompts, read_prompts
 from ditty_di.io import is_first_rank, replacing
@@ -148,9 +148,8 @@ def generate(
     if not is_first_rank():
         return {}
     _validate(prompt=prompt, prompts=prompts, batch_size=batch_size)
-    if not gives_text(model):
-        stock: Any = getattr(model, "get_base_model", lambda: model)()
-        raise ValueError(_NO_TEXT.format(kind=type(stock).__name__))
+    if kind := textless(model):
+        raise ValueError(_NO_TEXT.format(kind=kind))
     seq2seq = is_seq2seq(model)
     options = Options(
         max_new_tokens=max_new_tokens,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ditty_di.export.gather import whole_models
-from ditty_di.generation.decoding import gives_text
+from ditty_di.generation.decoding import textless
 from ditty_di.launch.rundir import RunDirectory
 from ditty_di.training.trainer import Trainer
 
@@ -48,7 +48,7 @@ def train(
             RunDirectory(run).adopt()
 
     result = trainer.train(restored=restored)
-    if not gives_text(trainer.model_parts[0]):
+    if textless(trainer.model_parts[0]):
         result["gives_text"] = False
     if file is not None:
         _write_about(file, trainer.dataloader)

@@ -32,8 +32,7 @@ class TokenFile:
 
     def __init__(self, path: Path, dtype: np.dtype, tokens: int, offset: int = 0) -> None:
         self.path, self.dtype, self.tokens, self.offset = path, dtype, tokens, offset
-        self._size = dtype.itemsize
-        found, expected = path.stat().st_size, offset + tokens * self._size
+        found, expected = path.stat().st_size, offset + tokens * dtype.itemsize
         if found != expected:
             raise ValueError(
                 f"{path}: {found} bytes, expected {expected} for {tokens} tokens of {dtype}: "
@@ -43,7 +42,8 @@ class TokenFile:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the ids at positions `start` to `stop - 1`."""
-        first, wanted = self.offset + start * self._size, (stop - start) * self._size
+        size = self.dtype.itemsize
+        first, wanted = self.offset + start * size, (stop - start) * size
         data = os.pread(self._descriptor, wanted, first)
         if len(data) != wanted:
             raise ValueError(f"{self.path}: byte {first + len(data)}: the file ends early")

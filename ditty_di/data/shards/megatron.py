@@ -199,7 +199,6 @@ class MegatronIndex:
                 known = ", ".join(f"{number} ({dtype})" for number, dtype in TOKEN_TYPES.items())
                 raise ValueError(f"{path}: byte 17: token type {kind}, expected one of {known}")
             self.dtype, self.documents = TOKEN_TYPES[kind], marks - 1
-            self._size = self.dtype.itemsize
             positions = HEADER.size + 4 * self.sequences
             table = positions + 8 * self.sequences
             end = table + 8 * marks
@@ -232,7 +231,7 @@ class MegatronIndex:
             origin: what the results are relative to.
         """
         # Written out: it is a third of the time that reading a row takes.
-        size, positions, marks = self._size, self.positions, self.marks
+        size, positions, marks = self.dtype.itemsize, self.positions, self.marks
         first, end = bisect_left(positions, start * size), stop * size
         last = bisect_left(positions, end, first, near := min(first + _NEAR, self.sequences))
         if last == near:

@@ -10,11 +10,12 @@ import random
 import re
 import string
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import chain, filterfalse, product
 
 from tokenizers import AddedToken, Tokenizer
 
-#: Words that are remembered at most, some 60 MB.
+#: Words that are remembered, some 70 MB; then all are forgotten.
 _REMEMBERED = 1 << 18
 #: Characters of the longest of them: longer ones hardly recur.
 _LONG = 32
@@ -51,10 +52,22 @@ class WordEncoder:
 
     def __init__(self, tokenizer: Tokenizer, eos: int) -> None:
         self.tokenizer, self.eos = tokenizer, eos
-        self.separator = separator_of(tokenizer, eos)
-        self.cut = cut_of(tokenizer) if self.separator else None
-        self._whole = _whole(tokenizer, self.cut) if self.cut else None
         self._known: dict[str, Sequence[int]] = {}
+
+    # Found with the first text: they take a tenth of a second.
+    @cached_property
+    def separator(self) -> str:
+        """Text of EOS if it separates texts, else ""."""
+        return separator_of(self.tokenizer, self.eos)
+
+    @cached_property
+    def cut(self) -> re.Pattern[str] | None:
+        """Where a text is cut into words; None if it is not."""
+        return cut_of(self.tokenizer) if self.separator else None
+
+    @cached_property
+    def _whole(self) -> re.Pattern[str] | None:
+        return _whole(self.tokenizer, self.cut) if self.cut else None
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text."""
@@ -119,8 +132,8 @@ def cut_of(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     None also where the tokenizer itself does not divide a text into words (Llama 2, Gemma): it
     encodes a long text faster than its words.
 
-    No entry of the vocabulary may have a cut inside, so that nothing is merged across one; and a
-    text with all pairs of printable ASCII characters must have the ids of its parts, so that
+    No entry of the vocabulary may have a cut inside, so that nothing is merged across one; and
+    texts with all pairs of kinds of ASCII characters must have the ids of their parts, so that
     neither normalization nor the division into words looks across one.
     """
     if getattr(tokenizer.model, "dropout", None) or not _divides(tokenizer):
@@ -146,6 +159,7 @@ def cut_of(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 
 
 def _divides(tokenizer: Tokenizer) -> bool:
+    """Return whether a text is divided at spaces before it is encoded."""
     text = "a b"
     if tokenizer.normalizer:
         text = tokenizer.normalizer.normalize_str(text)
