@@ -67,10 +67,13 @@ def start(arguments: Sequence[str], launcher: Callable[[str], int] | None = None
 
         from ditty_di.cli import composing
         from ditty_di.cli.job import execute
+        from ditty_di.config import ConfigError
         from ditty_di.sweeps import parallel
 
-        if command.sweep:
-            return parallel.run(command)
+        if composing.asks_for_sweep(command):
+            if launcher is not None:
+                raise ConfigError(torchrun.refused_sweep(arguments))
+            return parallel.run(command if command.sweep else parse([*arguments, "--multirun"]))
         return composing.run(command, lambda config: execute(config, command, launcher)) or 0
     except (KeyboardInterrupt, BrokenPipeError):
         raise

@@ -34,6 +34,9 @@ DEFAULT_EXPERIMENT = "pretrain"
 # not count either: a run folder may be of unknown origin.
 _ONCE = ("run", "resume", "load", "allow_targets")
 
+#: Hydra's options for which it runs no job of the configuration that is composed.
+_PRINTING = ("cfg", "info", "hydra_help", "shell_completion", "experimental_rerun")
+
 
 @dataclass
 class Command:
@@ -43,7 +46,8 @@ class Command:
         options: Hydra's own options, such as `--cfg job`.
         overrides: all that Hydra composes: a stored run's own first, then those typed now.
         config_name: name of the primary configuration file, without `.yaml`.
-        config_dirs: folders given with `--config-dir`.
+        config_dirs: folders given with `--config-dir` or `--config-path`.
+        only_prints: whether an option, such as `--cfg job`, only asks Hydra to print something.
         sweep: whether several jobs are run, one for each combination of values.
         run: the directory given as `run=`.
         earlier: whether that directory holds a run already.
@@ -56,6 +60,7 @@ class Command:
     overrides: list[str] = field(default_factory=list)
     config_name: str = "config"
     config_dirs: list[str] = field(default_factory=list)
+    only_prints: bool = False
     sweep: bool = False
     run: RunDirectory | None = None
     earlier: bool = False
@@ -88,10 +93,11 @@ def parse(arguments: Sequence[str]) -> Command:
     options = list(arguments)
     for override in parsed.overrides:
         options.remove(override)
-    for flag in ("--config-dir", "-cd", "--config-name", "-cn"):
+    for flag in ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn"):
         options = _drop(options, flag)
     sweep = parsed.multirun or value_of(parsed.overrides, "hydra.mode") == "MULTIRUN"
-    config_dirs = [str(Path(parsed.config_dir).absolute())] if parsed.config_dir else []
+    given = (parsed.config_dir, parsed.config_path)
+    config_dirs = [str(Path(folder).absolute()) for folder in given if folder]
     groups = functools.partial(_groups, config_dirs)
     config_name = parsed.config_name or "config"
 
@@ -112,6 +118,7 @@ def parse(arguments: Sequence[str]) -> Command:
         as_typed=dict(zip(overrides, parsed.overrides, strict=True)),
         config_name=config_name,
         config_dirs=config_dirs,
+        only_prints=any(vars(parsed)[option] for option in _PRINTING),
         sweep=sweep,
     )
     chosen_config = parsed.config_name is not None

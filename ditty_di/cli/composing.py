@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import hydra
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize_config_dir, version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -46,6 +50,27 @@ def register(command: Command) -> None:
     Plugins.instance().register(UserFolders)
 
 
+def asks_for_sweep(command: Command) -> bool:
+    """Return whether a command is a sweep: by an option, or by `hydra.mode` in a user's file.
+
+    A file makes no sweep of a run that is named (`run=`), as every job of a sweep is.
+
+    Raises:
+        ConfigError: a user's file or override gives Hydra an unsafe target to call before any job.
+    """
+    register(command)
+    if not (
+        any("hydra" in o for o in command.overrides) or searchpath.user_dirs(command.config_dirs)
+    ):
+        return command.sweep
+    single = [o for o in without(command.overrides, "allow_targets") if not is_sweep(o)]
+    config = composed(command.config_name, single, return_hydra_config=True)
+    if config is None:
+        return command.sweep
+    _check_targets_of_hydra(config, command)
+    return command.sweep or (command.run is None and config.hydra.mode == RunMode.MULTIRUN)
+
+
 def run(command: Command, job: Callable[[DictConfig], Any]) -> Any:
     """Compose a command's configuration and call `job` with it, once for each job of a sweep.
 
@@ -56,29 +81,47 @@ def run(command: Command, job: Callable[[DictConfig], Any]) -> Any:
         Exception: whatever went wrong, in Hydra or in `job`.
     """
     register(command)
-    if any("hydra" in o for o in command.overrides) or searchpath.user_dirs(command.config_dirs):
-        _check_targets_of_hydra(command)
+    folder = str(searchpath.conf_dir())
+    if command.only_prints:
+        return _print(command, folder, job)
     outcome: dict[str, Any] = {}
-    wanted = os.environ.get(_FULL_ERROR)
 
     def called_by_hydra(config: DictConfig) -> Any:
         try:
-            with _variable(_FULL_ERROR, wanted):  # as it was, for the processes that a job starts
-                outcome["returned"] = job(config)
+            outcome["returned"] = job(config)
         except Exception as error:  # Hydra would print it
             outcome["raised"] = error
         return outcome.get("returned")
 
-    before = sys.argv
-    sys.argv = [before[0], *command.hydra_arguments]
+    # As hydra.main does, which would compose the configuration once more to learn the mode.
+    version.setbase("1.3")
+    app = Hydra.create_main_hydra2("ditty_di", create_config_search_path(folder))
+    start, mode = (app.multirun, "MULTIRUN") if command.sweep else (app.run, "RUN")
     try:
-        with _variable(_FULL_ERROR, "1"):  # otherwise Hydra prints errors and exits by itself
-            hydra.main(str(searchpath.conf_dir()), command.config_name, "1.3")(called_by_hydra)()
+        start(
+            config_name=command.config_name,
+            task_function=called_by_hydra,
+            overrides=[*command.overrides, f"hydra.mode={mode}"],
+        )
     finally:
-        sys.argv = before
+        GlobalHydra.instance().clear()
     if "raised" in outcome:
         raise outcome["raised"]
     return outcome.get("returned")
+
+
+def _print(command: Command, folder: str, job: Callable[[DictConfig], Any]) -> None:
+    """Let Hydra's own command line do what an option such as `--cfg job` asks for."""
+    before = sys.argv, os.environ.get(_FULL_ERROR)
+    sys.argv = [before[0][0], *command.hydra_arguments]
+    os.environ[_FULL_ERROR] = "1"  # otherwise Hydra prints errors and exits by itself
+    try:
+        hydra.main(folder, command.config_name, "1.3")(job)()
+    finally:
+        sys.argv = before[0]
+        del os.environ[_FULL_ERROR]
+        if before[1] is not None:
+            os.environ[_FULL_ERROR] = before[1]
 
 
 def composed(config_name: str, overrides: list[str], **options: Any) -> DictConfig | None:
@@ -90,17 +133,13 @@ def composed(config_name: str, overrides: list[str], **options: Any) -> DictConf
         return None
 
 
-def _check_targets_of_hydra(command: Command) -> None:
+def _check_targets_of_hydra(config: DictConfig, command: Command) -> None:
     """Refuse unsafe targets that Hydra would call before any job; raise ConfigError.
 
     Those are nodes below `hydra`, such as callbacks, and the factories of its logging.
     """
     given = value_of(command.overrides, "allow_targets") or ""
     allowed = [name.strip(" '\"") for name in given.strip("[]").split(",")]
-    single = [o for o in without(command.overrides, "allow_targets") if not is_sweep(o)]
-    config = composed(command.config_name, single, return_hydra_config=True)
-    if config is None:
-        return
     problems = []
     for key, written in _called(OmegaConf.to_container(config.hydra), "hydra"):
         target = written
@@ -127,17 +166,3 @@ def _called(value: Any, key: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for n, below in enumerate(value):
             yield from _called(below, f"{key}[{n}]")
-
-
-@contextmanager
-def _variable(name: str, value: str | None) -> Iterator[None]:
-    """Set an environment variable, or unset it with None, for a while."""
-    before = os.environ.pop(name, None)
-    if value is not None:
-        os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
-        if before is not None:
-            os.environ[name] = before

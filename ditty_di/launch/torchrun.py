@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -59,7 +58,7 @@ def run(arguments: Sequence[str], start: Callable[..., int]) -> int:
 
     code = 1
     try:
-        code = _refuse_sweep(arguments) or start(arguments, launch)
+        code = start(arguments, launch)
     finally:
         # Unless a run directory was sent. Only now: a rank that exits makes torchrun end rank 0,
         # which has to print its message first.
@@ -67,13 +66,10 @@ def run(arguments: Sequence[str], start: Callable[..., int]) -> int:
     return code
 
 
-def _refuse_sweep(arguments: Sequence[str]) -> int:
-    if not {"--multirun", "-m", "hydra.mode=MULTIRUN"} & set(arguments):
-        return 0
-    print(
+def refused_sweep(arguments: Sequence[str]) -> str:
+    """Return the message for a sweep that was started under torchrun."""
+    return (
         "a sweep starts the ranks of its jobs by itself; instead of torchrun, type: "
         f"python -m ditty_di {shlex.join(arguments)} "
-        f"launcher.nproc={os.environ.get('LOCAL_WORLD_SIZE', 'N')}",
-        file=sys.stderr,
+        f"launcher.nproc={os.environ.get('LOCAL_WORLD_SIZE', 'N')}"
     )
-    return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
@@ -63,7 +65,7 @@ def run(command: Command) -> int:
     """
     Results.folder = None
     JobsLauncher.command = command
-    sys.path.append(str(Path(__file__).with_name("plugins")))  # where Hydra finds its subclass
+    _register_plugins()
     failure: Exception | None = None
     try:
         composing.run(command, lambda config: job(command))
@@ -78,6 +80,20 @@ def run(command: Command) -> int:
         print(f"the sweep ended early: {failure}", file=sys.stderr)
         return 1
     return 0 if all(row["status"] in GOOD_STATUSES for row in rows) else 1
+
+
+def _register_plugins() -> None:
+    """Register our launchers and the sweeper with Hydra, which takes plugins of this package only.
+
+    Its own search through that package has ended when a command turns out to be a sweep.
+    """
+    folder = Path(__file__).with_name("plugins")
+    sys.path.append(str(folder))
+    for file in folder.glob("hydra_plugins/*.py"):
+        module = importlib.import_module(f"hydra_plugins.{file.stem}")
+        for plugin in vars(module).values():
+            if isinstance(plugin, type) and plugin.__module__ == module.__name__:
+                Plugins.instance().register(plugin)
 
 
 def job(command: Command) -> float | None:

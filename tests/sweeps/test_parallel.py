@@ -50,6 +50,21 @@ def test_a_failed_job_does_not_end_the_sweep_and_is_marked(folder: Folder) -> No
     assert "did you mean run=swept/0?" in err
 
 
+def test_a_file_that_sets_hydras_mode_is_a_sweep(folder: Folder) -> None:
+    file = folder.path / "conf/experiment/several.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(
+        "# @package _global_\n"
+        "hydra: {mode: MULTIRUN, sweep: {dir: swept}, sweeper: {params: {value: '2,1'}}}\n"
+    )
+    folder("experiment=several")
+    assert [(r["job"], r["changed"]) for r in rows(folder)] == [("1", "value=1"), ("0", "value=2")]
+    out, _ = folder("run=swept/0")  # one of its jobs is one run
+    assert "rank 0 says 2" in out
+    folder("experiment=several", "hydra.mode=RUN", "run=alone")
+    assert (folder.path / "alone/result.json").exists()
+
+
 def test_jobs_that_do_not_even_start_are_rows_too(folder: Folder) -> None:
     folder.task("die")
     out, _ = folder(*SWEEP, "task=finish,die", "note='a, b'", code=1)
