@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.toy import REPOSITORY, Folder, result, wait_for
+from tests.toy import MODULE, REPOSITORY, Folder, result, wait_for
 
 
 @pytest.fixture
@@ -119,6 +119,40 @@ def test_a_failing_job_is_one_message_with_its_node_and_no_stack(folder: Folder)
 
     _, err = folder("task.bad=1.0", "debug=true", "task=finish", "run=other", code=1)
     assert "Traceback" in err
+
+
+def test_what_a_job_leaves_open_is_written_when_the_process_ends(folder: Folder) -> None:
+    folder.write(
+        "leaves.py",
+        """
+        import atexit
+        import weakref
+
+        class Cycle:
+            def __init__(self):
+                self.me = self
+
+            def __del__(self):
+                open("finalized", "w").write("cycle")
+
+        kept = open("kept", "w")  # by its module
+
+        def task():
+            kept.write("not flushed")
+            Cycle()
+            weakref.finalize(task, lambda: open("weak", "w").write("finalize"))
+            atexit.register(lambda: kept.write(", then at exit"))
+            return {}
+        """,
+    )
+    folder.write("conf/task/leave.yaml", "_target_: leaves.task")
+    folder("task=leave", command=MODULE)
+    written = {name: (folder.path / name).read_text() for name in ("kept", "finalized", "weak")}
+    assert written == {
+        "kept": "not flushed, then at exit",
+        "finalized": "cycle",
+        "weak": "finalize",
+    }
 
 
 def test_two_runs_of_the_same_second_get_two_directories(folder: Folder) -> None:

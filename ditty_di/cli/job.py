@@ -24,6 +24,7 @@ from ditty_di.console import quiet, status
 from ditty_di.io import write_json, write_text
 from ditty_di.launch import jobs
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
+from ditty_di.launch.worker import collect_garbage
 
 Launcher = Callable[[str], int]
 
@@ -66,6 +67,7 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     works_on_graph = OmegaConf.select(config, "task._partial_")
     if works_on_graph and OmegaConf.select(config, "task.run") is None:
         plain.check("task")  # other tasks than check go on with an unread key
+        collect_garbage()
         plain.build("task")(graph)
         return 0
 
@@ -76,6 +78,7 @@ def execute(config: DictConfig, command: Command, launcher: Launcher | None = No
     graph.check("task", "launcher")
     if "trainer" in graph.nodes("task") and (problems := ranks.problems(graph)):
         raise ConfigError(problems)
+    collect_garbage()
     of_its_own = resumes or not command.earlier
     target = None if launcher else graph.locate(config.launcher._target_)
     submits = jobs.is_job(target)

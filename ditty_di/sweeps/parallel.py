@@ -32,6 +32,7 @@ from ditty_di.cli.overrides import argument, quoted
 from ditty_di.config import ConfigError, Graph
 from ditty_di.launch.local import visible_gpus
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
+from ditty_di.launch.worker import collect_garbage
 from ditty_di.sweeps.warm import TARGETS, WarmJobs
 
 #: Columns that are left out where no job has a value.
@@ -67,6 +68,7 @@ def run(command: Command) -> int:
     JobsLauncher.command = command
     _register_plugins()
     failure: Exception | None = None
+    collect_garbage()
     try:
         composing.run(command, lambda config: job(command))
     except KeyboardInterrupt:
