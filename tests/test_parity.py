@@ -34,20 +34,13 @@ def padded(rows: list[list[int]], *, shift: bool) -> tuple[torch.Tensor, torch.T
 
 
 def model(adapter: bool) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+    from tests.models.tiny import llama
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        use_cache=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    made = LlamaForCausalLM(config)
+    size = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64}
+    made = LlamaForCausalLM(llama(**size, max_position_embeddings=64, use_cache=False))
     if not adapter:
         return made
     import peft

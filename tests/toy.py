@@ -127,6 +127,23 @@ class Folder:
         return run
 
 
+def measured(
+    name: str, *options: str, report: Path, env: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
+    """What a benchmark of launch/benchmarks reports in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, f"launch/benchmarks/{name}.py", *options, "--json", str(report)],
+        cwd=REPOSITORY,
+        env={**env, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(report.read_text())
+
+
 def result(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text())
 

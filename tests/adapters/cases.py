@@ -11,7 +11,7 @@ import torch
 import torch._dynamo  # imported by the first DTensor operation otherwise, in every rank
 from peft import LoraConfig
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from ditty_di import adapters, quantization
 from ditty_di.checkpoint import Checkpointer
@@ -21,6 +21,7 @@ from ditty_di.models.weights import materialize, uninitialized
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime
 from tests.distributed import cases as distributed
+from tests.models import tiny
 
 CPU = torch.device("cpu")
 STEPS, RESUME_AT = distributed.STEPS, distributed.RESUME_AT
@@ -28,17 +29,9 @@ STEPS, RESUME_AT = distributed.STEPS, distributed.RESUME_AT
 
 def save_base(folder: Path, *, seed: int = 0, tie: bool = False, layers: int = 2) -> str:
     """A tiny Llama with random values, as `save_pretrained` writes it."""
-    config = LlamaConfig(
-        vocab_size=distributed.VOCAB,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tie,
-        bos_token_id=None,
-        eos_token_id=None,
+    size = {"vocab_size": distributed.VOCAB, "hidden_size": 128, "intermediate_size": 192}
+    config = tiny.llama(
+        **size, num_hidden_layers=layers, max_position_embeddings=64, tie_word_embeddings=tie
     )
     torch.manual_seed(seed)
     LlamaForCausalLM(config).save_pretrained(folder)

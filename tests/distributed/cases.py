@@ -26,6 +26,7 @@ from ditty_di.optim.schedules import cosine
 from ditty_di.parallelize.data_parallel import shard
 from ditty_di.runtime import Runtime
 from ditty_di.training.trainer import Trainer
+from tests.models import tiny
 
 STEPS, RESUME_AT, VOCAB, ROWS = 20, 8, 64, 16
 
@@ -75,22 +76,16 @@ class Ragged(torch.utils.data.Dataset):
 
 
 def tiny_llama(dropout: float = 0.0, tie: bool = True) -> nn.Module:
-    from transformers import LlamaConfig
 
     return from_config(
-        LlamaConfig(
+        tiny.llama(
             vocab_size=VOCAB,
             # Every matrix is 8-bit in AdamW8bit (4096 elements) also as one of two shards.
             hidden_size=128,
             intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             max_position_embeddings=64,
             tie_word_embeddings=tie,
             attention_dropout=dropout,
-            bos_token_id=None,
-            eos_token_id=None,
         )
     )
 

@@ -10,19 +10,14 @@ DEVICE = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+    from tests.models.tiny import llama
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.5,
-        eos_token_id=None,
-        pad_token_id=None,
-        bos_token_id=None,
+    size = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64}
+    config = llama(
+        **size, num_attention_heads=2, max_position_embeddings=2048, initializer_range=0.5
     )
     return LlamaForCausalLM(config).eval()
 

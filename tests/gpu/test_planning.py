@@ -32,20 +32,11 @@ ROWS, SEQ = 4, 1024
 
 def model(adapter=None):
     """A model of 0.2 billion parameters, whose step takes gigabytes: workspaces count little."""
-    from transformers import LlamaConfig
+    from tests.models.tiny import llama
 
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=12,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        max_position_embeddings=SEQ,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    size = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8}
+    config = llama(**size, **heads, num_hidden_layers=12, max_position_embeddings=SEQ)
     return from_config(config, adapter=adapter)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,18 +131,24 @@ def test_a_signal_before_the_training_loop_ends_a_single_rank(folder: Folder) ->
     assert result(folder.path / "mine")["status"] == "interrupted"
 
 
+def started(folder: Folder, task: str, nproc: int) -> Any:
+    """A launched task whose ranks have said in `run=mine` that they are ready."""
+    task = folder.task(task, ready="${run}/ready")
+    process = folder.start(task, f"launcher.nproc={nproc}", "run=mine")
+    ready = [folder.path / f"mine/ready-{rank}" for rank in range(nproc)]
+    wait_for(*ready, process=process)
+    time.sleep(0.2)  # until what is in the files is whole
+    return process
+
+
 def pids(run: Path, *ranks: int) -> list[int]:
     return [int(pid) for rank in ranks for pid in (run / f"ready-{rank}").read_text().split()]
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_killing_the_launcher_leaves_nothing_behind(folder: Folder, nproc: int) -> None:
-    task = folder.task("forks", ready="${run}/ready")
-    process = folder.start(task, f"launcher.nproc={nproc}", "run=mine")
-    mine = folder.path / "mine"
-    wait_for(*(mine / f"ready-{rank}" for rank in range(nproc)), process=process)
-    time.sleep(0.2)  # until what is in the files is whole
-    children = [pid for pid in pids(mine, *range(nproc)) if pid != process.pid]
+    process = started(folder, "forks", nproc)
+    children = [pid for pid in pids(folder.path / "mine", *range(nproc)) if pid != process.pid]
     process.kill()
     process.wait()
     assert all(gone(pid, seconds=5) for pid in children)
@@ -150,10 +157,7 @@ def test_killing_the_launcher_leaves_nothing_behind(folder: Folder, nproc: int) 
 
 
 def test_killing_a_rank_ends_the_others_and_its_own_children(folder: Folder) -> None:
-    process = folder.start(folder.task("forks", ready="${run}/ready"), TWO, "run=mine")
-    mine = folder.path / "mine"
-    wait_for(mine / "ready-0", mine / "ready-1", process=process)
-    time.sleep(0.2)
+    process, mine = started(folder, "forks", 2), folder.path / "mine"
     children = pids(mine, 0, 1)
     os.kill(children[2], signal.SIGKILL)  # rank 1
     assert all(gone(pid, seconds=5) for pid in children)
@@ -165,11 +169,7 @@ def test_killing_a_rank_ends_the_others_and_its_own_children(folder: Folder) -> 
 
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_sigterm_to_every_process_and_again_is_a_preemption(folder: Folder, nproc: int) -> None:
-    task = folder.task("until_asked", ready="${run}/ready")
-    process = folder.start(task, f"launcher.nproc={nproc}", "run=mine")
-    mine = folder.path / "mine"
-    wait_for(*(mine / f"ready-{rank}" for rank in range(nproc)), process=process)
-    time.sleep(0.2)
+    process, mine = started(folder, "until_asked", nproc), folder.path / "mine"
     everyone = {process.pid, *pids(mine, *range(nproc))}
     for _ in range(2):
         for pid in everyone:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
+
+from tests.toy import REPOSITORY
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GATED, PRIVATE = "meta/gated", "somebody/private"
@@ -127,3 +132,22 @@ def hub(models: dict[str, Path], breaks: Iterable[str] = ()) -> Iterator[tuple[s
     finally:
         server.shutdown()
         server.server_close()
+
+
+def asked(code: str, questions: Sequence[Any], **environment: str) -> list[Any]:
+    """The answers that a program prints as JSON behind `ANSWERS`, in a fresh process.
+
+    huggingface_hub reads the hub's address, HF_ENDPOINT, when it is imported.
+    """
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | environment
+    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(questions)],
+        env=env,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.partition("ANSWERS")[2])

@@ -15,7 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from ditty_di.models.files import ModelFiles
 from ditty_di.models.safetensors import Safetensors
-from tests.models.hub_server import COMMIT, GATED, PRIVATE, TOKEN, hub
+from tests.models.hub_server import COMMIT, GATED, PRIVATE, TOKEN, asked, hub
 from tests.toy import REPOSITORY
 
 #: Run with the hub's address in the environment: huggingface_hub reads that when it is imported.
@@ -38,19 +38,7 @@ print("ANSWERS" + json.dumps(answers))
 
 def ask(cache, endpoint, *questions, **environment):
     """What `ModelFiles(path, revision).<method>()` does, for each of the questions."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), **environment}
-    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, json.dumps(questions)],
-        env=env,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.partition("ANSWERS")[2])
+    return asked(ASK, questions, HF_ENDPOINT=endpoint, HF_HOME=str(cache), **environment)
 
 
 @pytest.fixture

@@ -49,19 +49,15 @@ def lora(model: nn.Module) -> nn.Module:
 def llama(
     *, tie: bool = True, adapt: bool = False, packed: bool = False, **options: Any
 ) -> nn.Module:
-    from transformers import LlamaConfig
+    from tests.models.tiny import llama
 
-    config = LlamaConfig(
+    config = llama(
         vocab_size=66 if adapt else 64,  # 66 rows are not the same on four ranks
         hidden_size=128,
         intermediate_size=96,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=tie,
-        bos_token_id=None,
-        eos_token_id=None,
     )
     transforms = {
         "quantize": partial(quantization.nf4, block_size=16) if packed else None,

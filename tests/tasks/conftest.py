@@ -27,18 +27,16 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="session")
 def build(tokenizer):
     """Builds the model on meta."""
-    from transformers import LlamaConfig
+    from tests.models.tiny import llama
 
-    config = LlamaConfig(
+    config = llama(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=96,
         initializer_range=0.5,
         tie_word_embeddings=True,
-        bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tests.models.hub_server import COMMIT, hub
-from tests.toy import REPOSITORY
+from tests.models.hub_server import COMMIT, asked, hub
 
 #: huggingface_hub reads the hub's address when it is imported: a fresh process for each question.
 ASK = """
@@ -40,20 +35,8 @@ print("ANSWERS" + json.dumps(answers))
 
 
 def ask(home, endpoint, *questions, **environment):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hub"), **environment}
-    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
-    env |= {"DITTY_DI_CACHE": str(home / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, json.dumps(questions)],
-        env=env,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.partition("ANSWERS")[2])
+    where = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hub"), "HF_HUB_DISABLE_XET": "1"}
+    return asked(ASK, questions, DITTY_DI_CACHE=str(home / "cache"), **where, **environment)
 
 
 @pytest.fixture
