@@ -68,7 +68,8 @@ def asks_for_sweep(command: Command) -> bool:
     if config is None:
         return command.sweep
     _check_targets_of_hydra(config, command)
-    return command.sweep or (command.run is None and config.hydra.mode == RunMode.MULTIRUN)
+    alone = command.run is not None or command.only_prints
+    return command.sweep or (config.hydra.mode == RunMode.MULTIRUN and not alone)
 
 
 def run(command: Command, job: Callable[[DictConfig], Any]) -> Any:

@@ -61,6 +61,8 @@ def test_a_file_that_sets_hydras_mode_is_a_sweep(folder: Folder) -> None:
     assert [(r["job"], r["changed"]) for r in rows(folder)] == [("1", "value=1"), ("0", "value=2")]
     out, _ = folder("run=swept/0")  # one of its jobs is one run
     assert "rank 0 says 2" in out
+    out, _ = folder("experiment=several", "--cfg", "hydra", "--package", "hydra.mode")
+    assert out.strip() == "RunMode.MULTIRUN"
     folder("experiment=several", "hydra.mode=RUN", "run=alone")
     assert (folder.path / "alone/result.json").exists()
 
