@@ -211,6 +211,11 @@ MISTAKES = [
         "optimizer.optimizer.eps",
         "'+optimizer.optimizer.eps=-1'|: +opt",
     ),
+    (
+        "+experiment=full batching.sampler={_target_:ditty_di.data.WeightedSampler,_partial_:true}",
+        "batching.sampler._target_",
+        "it needs 'weights', and its slot calls SamplerFactory",
+    ),
     ("trainer.contracts=foo", "'trainer.contracts=foo'", "write static, runtime"),
     ("+export.foo=1", "'+export.foo=1': export.foo", "'foo' is not a parameter"),
     ("name=../../esc", "'name=../../esc': name", "without '..'"),
