@@ -19,6 +19,18 @@ def first_of(items: Iterable[object], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def too_low(least: float, **values: float | None) -> list[str]:
+    """Return what is wrong with the values that are below a minimum.
+
+    Args:
+        least: the minimum.
+        **values: by name; None was not given.
+    """
+    bound = f"must be at least {least}" if least else "must not be negative"
+    given = {name: value for name, value in values.items() if value is not None}
+    return [f"{name}={value} {bound}" for name, value in given.items() if value < least]
+
+
 def closest(word: str, known: Iterable[Any], cutoff: float = 0.6) -> str | None:
     """Return the name most like `word`, or None.
 

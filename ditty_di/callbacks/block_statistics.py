@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
@@ -19,6 +18,7 @@ from ditty_di.fqn import canonical_fqn
 from ditty_di.models.weights import local
 from ditty_di.parallelize.data_parallel import repeated_blocks
 from ditty_di.protocols import Training
+from ditty_di.runtime import gathered
 
 log = logging.getLogger(__name__)
 
@@ -141,12 +141,8 @@ class BlockStatistics(Callback):
         """Return the metrics over all ranks; collective."""
         mine = {name: {k: float(v) for k, v in one.items()} for name, one in self._sums.items()}
         self._sums = defaultdict(dict)
-        everyone: list[Any] = [mine]
-        if dist.get_world_size() > 1:
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
         total: dict[str, dict[str, float]] = {}
-        for of_rank in everyone:
+        for of_rank in gathered(mine):
             for name, sums in of_rank.items():
                 into = total.setdefault(name, {})
                 for key, value in sums.items():

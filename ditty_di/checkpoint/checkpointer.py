@@ -26,12 +26,14 @@ from ditty_di.checkpoint.serialization import Entries, leaves, pack, shown, to_s
 from ditty_di.checkpoint.staging import Staging
 from ditty_di.checkpoint.together import Together, without_stacks
 from ditty_di.checkpoint.writing import Writer
+from ditty_di.config.early import validated
 from ditty_di.data.remote import is_url
 from ditty_di.protocols import Stateful
 
 log = logging.getLogger(__name__)
 
 
+@validated
 class Checkpointer:
     """Sharded, atomic checkpoints through `torch.distributed.checkpoint`.
 
@@ -85,13 +87,13 @@ class Checkpointer:
             mirror: URL of the copies.
         """
         wrong = [
-            f"checkpoint.{name}={value}: use 1 or more, or null for no limit"
-            for name, value in (("save_interval", save_interval), ("keep_latest_k", keep_latest_k))
-            if value is not None and value < 1
-        ]
-        wrong += [
-            f"checkpoint.{name}={value}: use 1 or more, or null for none"
-            for name, value in (("keep_every", keep_every), ("keep_best", keep_best))
+            f"checkpoint.{name}={value}: use 1 or more, or null for {null}"
+            for name, value, null in (
+                ("save_interval", save_interval, "no limit"),
+                ("keep_latest_k", keep_latest_k, "no limit"),
+                ("keep_every", keep_every, "none"),
+                ("keep_best", keep_best, "none"),
+            )
             if value is not None and value < 1
         ]
         if save_every_minutes is not None and not save_every_minutes > 0:
@@ -123,15 +125,6 @@ class Checkpointer:
         async_save: bool = False,
         load: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
-        self.validate(
-            folder=folder,
-            save_interval=save_interval,
-            save_every_minutes=save_every_minutes,
-            keep_latest_k=keep_latest_k,
-            keep_every=keep_every,
-            keep_best=keep_best,
-            mirror=mirror,
-        )
         names = [*states, *rank_states]
         if odd := [name for name in names if "." in name or names.count(name) > 1]:
             raise ValueError(f"checkpointer: state names must be unique and without dots: {odd}")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import yaml
@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from ditty_di.config import Graph
 from ditty_di.io import read_json, write_json, write_text
 from ditty_di.launch.rundir import RunDirectory
+from ditty_di.messages import too_low
 
 #: Files of a run directory from which a start on a machine that does not see it makes a new one.
 CONFIG_FILES = ("config.yaml", "resolved.yaml", "sources.json", "overrides.yaml")
@@ -30,27 +31,24 @@ CONFIG_FILES = ("config.yaml", "resolved.yaml", "sources.json", "overrides.yaml"
 _TAKE_OVER_SECONDS = 120.0
 #: Of the rendezvous store, on machines that belong to the job alone.
 _PORT = 29500
+_POLL_SECONDS = 15.0
 _UNKNOWN_JOB = re.compile(r"(?i)invalid job id|not ?found")
 
 
 class Job(abc.ABC):
     """Base of launchers that write a job file and submit it with a scheduler's own program.
 
-    Args:
-        dry_run: print the job file and the command that would submit it, and do nothing else.
-
     Attributes:
         file: name of the job file in the run directory.
         program: program that submits it.
         scheduler: name of the scheduler in messages.
+        dry_run: print the job file and the command that would submit it, and do nothing else.
     """
 
     file: ClassVar[str]
     program: ClassVar[str]
     scheduler: ClassVar[str]
-
-    def __init__(self, dry_run: bool) -> None:
-        self.dry_run = dry_run
+    dry_run: bool
 
     @abc.abstractmethod
     def content(self, run: RunDirectory, config_dir: Path) -> str:
@@ -176,6 +174,18 @@ def state(command: Sequence[str]) -> str | None:
     return " ".join(done.stdout.split())
 
 
+def wait(command: Sequence[str]) -> None:
+    """Return when a job has ended.
+
+    Args:
+        command: as for `state`.
+    """
+    pause = 1.0
+    while state(command) != "":
+        time.sleep(pause)
+        pause = min(pause * 1.2, _POLL_SECONDS)
+
+
 def pending(run: RunDirectory) -> str | None:
     """Return a sentence about a job that has a run and waits or runs, None if none is known.
 
@@ -213,12 +223,7 @@ def refuse(
         dry_run: whether it is not needed.
         **counts: numbers that must be at least 1; None was not given.
     """
-    wrong = [
-        f"{name}={value} must be at least 1"
-        for name, value in counts.items()
-        if value is not None and value < 1
-    ]
-    wrong += problems
+    wrong = [*too_low(1, **counts), *problems]
     if not dry_run and shutil.which(program) is None:
         wrong.append(
             f"dry_run=false, and the program {program} is not on this machine: run the command "
@@ -288,6 +293,11 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 
 
 _Dumper.add_representer(str, _represent_text)
+
+
+def path_below(runs: str, run: RunDirectory) -> PurePosixPath:
+    """Return where a run is on machines that have it below a folder of runs of their own."""
+    return PurePosixPath(runs, run.path.parent.name, run.path.name)
 
 
 def manifest(*documents: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,17 +176,14 @@ class Local:
             run.write_result(result | more | {"seconds": time.time() - started})
         return int(any(codes))  # 1 if rank 0 has written a result that is not good
 
-    def group(self, run: RunDirectory, children: Children) -> AbstractContextManager[Group]:
-        """Return a context in which the ranks run.
+    @contextmanager
+    def group(self, run: RunDirectory, children: Children) -> Iterator[Group]:
+        """Yield which ranks run within the context.
 
         Args:
             run: the run directory.
             children: what runs the ranks.
         """
-        return self._alone()
-
-    @contextmanager
-    def _alone(self) -> Iterator[Group]:
         nproc = self.ranks_here()
         with reserved_port() as port:
             yield Group(nproc, nproc, ("localhost", port))

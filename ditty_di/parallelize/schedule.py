@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map_only
 from ditty_di.compat import forward_only, run_micro_batches
 from ditty_di.fqn import canonical_fqn
 from ditty_di.models.weights import local
+from ditty_di.runtime import gathered
 from ditty_di.seed import preserved_rng
 
 log = logging.getLogger(__name__)
@@ -277,7 +278,6 @@ class StageSchedule:
 
     def _run_first_stage(self, ids: Tensor, keywords: dict[str, Any]) -> tuple[Any, torch.dtype]:
         """Return the last dimensions and the dtype of hidden states, on all ranks."""
-        found: list[Any] = [None] * dist.get_world_size(self.group)
         own = None
         if self.stages.first is not None:
             with torch.no_grad(), preserved_rng(self.device):
@@ -291,8 +291,7 @@ class StageSchedule:
                     f"runtime.pp: the first stage makes {list(hidden.shape)} of inputs "
                     f"{list(ids.shape)}; hidden states must be [rows, length, ...]"
                 )
-        dist.all_gather_object(found, own, group=self.group)
-        self._hidden = next(one for one in found if one is not None)
+        self._hidden = next(one for one in gathered(own, self.group) if one is not None)
         return self._hidden
 
     def _sum_tied_gradients(self) -> None:
