@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from ditty_di.callbacks.base import Callback
+from ditty_di.callbacks.base import Observer
 from ditty_di.fqn import canonical_fqn
 from ditty_di.models.weights import local
 from ditty_di.parallelize.data_parallel import repeated_blocks
@@ -23,7 +23,7 @@ from ditty_di.runtime import gathered
 log = logging.getLogger(__name__)
 
 
-class BlockStatistics(Callback):
+class BlockStatistics(Observer):
     """Log gradient norms, update ratios and activation statistics of each block, now and then.
 
     A block is one of the model's repeated blocks, as `parallelize` finds them, or else a module
@@ -54,8 +54,8 @@ class BlockStatistics(Callback):
 
     def __init__(self, interval: int = 100, *, updates: bool = True) -> None:
         self.validate(interval=interval)
+        super().__init__()
         self.interval, self.updates = interval, updates
-        self._hooks: list[Any] = []
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._before: dict[str, list[Tensor]] = {}
         #: By block, then statistic: sums over this rank's shards or batches, shapes [].
@@ -68,18 +68,10 @@ class BlockStatistics(Callback):
             trainer: the trainer.
         """
         if self._hooks:
-            self._remove()
+            self._remove_hooks()
             trainer.metrics_processor.log(trainer.step, self._gather())
         if (trainer.step + 1) % self.interval == 0:
             self._observe(trainer)
-
-    def on_train_end(self, trainer: Training) -> None:
-        """Stop observing.
-
-        Args:
-            trainer: the trainer.
-        """
-        self._remove()
 
     def _observe(self, trainer: Training) -> None:
         self._parameters, self._sums = defaultdict(list), defaultdict(dict)
@@ -153,11 +145,6 @@ class BlockStatistics(Callback):
             for name, sums in total.items()
             for statistic, value in _statistics(sums).items()
         }
-
-    def _remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._before = [], {}
 
 
 def _statistics(sums: dict[str, float]) -> dict[str, float]:

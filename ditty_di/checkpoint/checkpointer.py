@@ -22,12 +22,13 @@ from ditty_di.checkpoint.manifest import CheckpointError
 from ditty_di.checkpoint.mirror import Mirror
 from ditty_di.checkpoint.remote import require_url
 from ditty_di.checkpoint.retention import Retention
-from ditty_di.checkpoint.serialization import Entries, leaves, pack, shown, to_save
+from ditty_di.checkpoint.serialization import Entries, leaves, pack, to_save
 from ditty_di.checkpoint.staging import Staging
 from ditty_di.checkpoint.together import Together, without_stacks
 from ditty_di.checkpoint.writing import Writer
 from ditty_di.config.early import validated
 from ditty_di.data.remote import is_url
+from ditty_di.messages import first_of
 from ditty_di.protocols import Stateful
 
 log = logging.getLogger(__name__)
@@ -300,7 +301,7 @@ class Checkpointer:
         own = self._rank_states_to_load(checkpoint.manifest.world_size)
         self._ranks.do(doing, lambda: plan.prepare(self._wanted(self.states), own))
         if unclaimed := plan.unclaimed(self._ranks.group):
-            problem = f"the checkpoint has what this run does not: {shown(unclaimed)}"
+            problem = f"the checkpoint has what this run does not: {first_of(unclaimed, 5)}"
             raise CheckpointError(f"{doing}: {problem}")
         with without_stacks(doing, "; move it away to go on from the one before"):
             checkpoint.read(plan.targets, group=self._ranks.group)

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ditty_di.checkpoint.serialization import insert, require_same, shown
+from ditty_di.checkpoint.serialization import insert, require_same
 from ditty_di.fqn import canonical_fqn
+from ditty_di.messages import first_of
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class OptimizerState:
         if unknown := [key for key in owned if saved[key] is not None and key not in live]:
             raise ValueError(
                 f"the checkpoint has state that {type(self.optimizer).__name__} does not keep: "
-                f"{shown(unknown)}{hint}"
+                f"{first_of(unknown, 5)}{hint}"
             )
         require_same(live, saved, hint=hint)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ditty_di.config import BuildError, ConfigError, Graph
 from ditty_di.launch.rundir import RunDirectory
+from ditty_di.messages import causes
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _INSTALLED = tuple(
@@ -137,9 +138,7 @@ def describe(error: BaseException, graph: Graph | None, rank: int, kills: str) -
         rank: this rank; named when there are several.
         kills: `how_killed(...)`.
     """
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
+    chain = list(causes(error))
     failure: dict[str, Any] = {"status": "failed", "traceback": traceback.format_exc()}
     if isinstance(error, KeyboardInterrupt):
         return failure | {"status": "interrupted", "error": str(error) or "Ctrl-C"}

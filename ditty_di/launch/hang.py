@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from ditty_di.launch.failure import is_own, relative
 from ditty_di.launch.rundir import RunDirectory
+from ditty_di.messages import causes
 
 _TIMEOUT = re.compile(r"(?i)timed ?out|timeout")
 _MILLISECONDS = re.compile(r"(?i)(?:waiting|after|ran for) (\d+) ?(?:ms|milliseconds)")
@@ -103,10 +104,8 @@ def is_communication(error: BaseException) -> bool:
     Args:
         error: what a rank raised.
     """
-    chain: BaseException | None = error
-    while chain is not None and not isinstance(chain, RuntimeError):
-        chain = chain.__cause__ or chain.__context__
-    return chain is not None and _collective(error) is not None
+    failed = any(isinstance(one, RuntimeError) for one in causes(error))
+    return failed and _collective(error) is not None
 
 
 def diagnose(error: BaseException, run: RunDirectory, rank: int) -> dict[str, Any]:
@@ -163,13 +162,9 @@ def diagnose(error: BaseException, run: RunDirectory, rank: int) -> dict[str, An
 
 def _collective(error: BaseException) -> str | None:
     """Return the innermost function of torch.distributed on the stacks of an error's chain."""
-    chain: BaseException | None = error
-    called: list[str] = []
-    while chain is not None:
-        for frame, _ in traceback.walk_tb(chain.__traceback__):
-            if _COLLECTIVES in frame.f_code.co_filename and frame.f_code.co_name not in _WRAPPERS:
-                called.append(frame.f_code.co_name)
-        chain = chain.__cause__ or chain.__context__
+    frames = (frame for one in causes(error) for frame, _ in traceback.walk_tb(one.__traceback__))
+    codes = [frame.f_code for frame in frames if _COLLECTIVES in frame.f_code.co_filename]
+    called = [code.co_name for code in codes if code.co_name not in _WRAPPERS]
     return called[-1] if called else None
 
 

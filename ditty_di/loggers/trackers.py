@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import time
 from abc import ABC, abstractmethod
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ class Tracker(ABC):
         **options: passed to the tracker.
     """
 
-    #: Its package; each class has a `validate` that looks for it.
+    #: Its package; the `validate` of each class raises ValueError where it is not installed.
     package = ""
+
+    def __init_subclass__(cls) -> None:
+        cls.validate = staticmethod(partial(_require, cls))  # type: ignore[attr-defined]
 
     def __init__(self, folder: str, **options: Any) -> None:
         self.folder = Path(folder)
@@ -124,11 +128,6 @@ class WandB(Tracker):
 
     package = "wandb"
 
-    @staticmethod
-    def validate() -> None:
-        """Raise ValueError if wandb is not installed."""
-        _require(WandB)
-
     def _open(self, known: str | None) -> tuple[Any, str, int | None]:
         import wandb
 
@@ -170,11 +169,6 @@ class MLflow(Tracker):
     """
 
     package = "mlflow"
-
-    @staticmethod
-    def validate() -> None:
-        """Raise ValueError if mlflow is not installed."""
-        _require(MLflow)
 
     def __init__(
         self,
@@ -226,11 +220,6 @@ class Trackio(Tracker):
     """
 
     package = "trackio"
-
-    @staticmethod
-    def validate() -> None:
-        """Raise ValueError if trackio is not installed."""
-        _require(Trackio)
 
     def __init__(self, folder: str, *, name: str = "run", **options: Any) -> None:
         super().__init__(folder, **options)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -21,8 +20,6 @@ from ditty_di.launch import jobs as launch_jobs
 from ditty_di.launch.signals import StopSignals
 from ditty_di.launch.slurm import REQUEUE, header
 from ditty_di.sweeps.parallel import JobsLauncher, SweepJob
-
-_POLL_SECONDS = 15.0
 
 
 class JobArray(JobsLauncher):
@@ -119,11 +116,8 @@ class JobArray(JobsLauncher):
                 if job.run_directory.path.is_dir():
                     job.run_directory.stop.touch()
 
-        pause, waits = 1.0, ["squeue", "--noheader", "--format=%T", f"--jobs={array}"]
         with StopSignals(ask) as signals:
-            while launch_jobs.state(waits) != "":
-                time.sleep(pause)
-                pause = min(pause * 1.2, _POLL_SECONDS)
+            launch_jobs.wait(["squeue", "--noheader", "--format=%T", f"--jobs={array}"])
         objectives = [self._ended(job, f"{array}_{n}", folder) for n, job in enumerate(jobs)]
         if signals.first is not None:
             raise KeyboardInterrupt

@@ -30,6 +30,7 @@ from ditty_di.cli.overrides import argument, quoted
 from ditty_di.config import ConfigError, Graph
 from ditty_di.launch.local import visible_gpus
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
+from ditty_di.messages import columns
 from ditty_di.sweeps.warm import TARGETS, WarmJobs
 
 #: Columns that are left out where no job has a value.
@@ -304,23 +305,18 @@ def table(folder: Path) -> list[dict[str, Any]]:
         differing = [o for o in overrides if counts[o] < len(jobs) or len(jobs) == 1]
         rows.append(row | {"changed": shlex.join(differing)})
     rows.sort(key=_rank)
-    columns = ["job", "changed", *_COLUMNS[1:3], *more, *_COLUMNS[3:]]
-    rows = [dict.fromkeys(columns) | row for row in rows]
+    names = ["job", "changed", *_COLUMNS[1:3], *more, *_COLUMNS[3:]]
+    rows = [dict.fromkeys(names) | row for row in rows]
     (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     print(f"\nbest first; the same table in {folder}/results.csv and results.json")
     print(f"as a page: python -m ditty_di task=report {argument('run', str(folder))}")
-    shown = [
-        c for c in columns[:-1] if c not in _OPTIONAL or any(row[c] is not None for row in rows)
-    ]
-    cells = [[_cell(row[column]) for column in shown] for row in rows]
-    cells.insert(0, [column.replace("_", " ") for column in shown])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip())
+    shown = [c for c in names[:-1] if c not in _OPTIONAL or any(row[c] is not None for row in rows)]
+    heads = [column.replace("_", " ") for column in shown]
+    print(columns([heads, *([_cell(row[column]) for column in shown] for row in rows)]))
     for row in rows:
         if row["error"]:
             print(f"job {row['job']}: {row['error'].splitlines()[0]}")
