@@ -19,6 +19,13 @@ def first_of(items: Iterable[object], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def readable(size: float) -> str:
+    """Return a number of bytes for people: `1.2 GB`."""
+    units = [(10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")]
+    factor, unit = next(((f, u) for f, u in units if size >= f), (1, "bytes"))
+    return f"{size / factor:.1f} {unit}" if factor > 1 else f"{size:.0f} bytes"
+
+
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Return rows of cells as lines whose columns stand below each other.
 

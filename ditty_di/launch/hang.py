@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ditty_di.launch.failure import is_own, relative
+from ditty_di.launch.processes import repeating
 from ditty_di.launch.rundir import RunDirectory
 from ditty_di.messages import causes
 
@@ -68,23 +68,17 @@ def stacks_on_request(run: RunDirectory) -> Iterator[None]:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         yield  # every rank is on this machine
         return
-    request, over = _request(run), threading.Event()
+    request = _request(run)
     seen = _changed_at(request)
 
-    def watch() -> None:
+    def look() -> None:
         nonlocal seen
-        while not over.wait(_WATCH_SECONDS):
-            if (now := _changed_at(request)) != seen:
-                seen = now
-                os.kill(os.getpid(), signal.SIGUSR1)
+        if (now := _changed_at(request)) != seen:
+            seen = now
+            os.kill(os.getpid(), signal.SIGUSR1)
 
-    thread = threading.Thread(target=watch, daemon=True, name="stacks on request")
-    thread.start()
-    try:
+    with repeating(look, _WATCH_SECONDS):  # no longer: without a handler it would end the process
         yield
-    finally:
-        over.set()
-        thread.join()  # without a handler the signal would end the process
 
 
 def _request(run: RunDirectory) -> Path:

@@ -113,40 +113,18 @@ class Job(abc.ABC):
             self.command(file), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
         )
         if done.returncode:
-            self.refused(run, done.stdout)
+            sys.stderr.write(done.stdout)
+            message = f"{self.program} did not take the job; its message is above"
+            run.write_result({"status": "failed", "error": message})
+            print(f"failed: {message}", file=sys.stderr)
             return done.returncode
-        self.submitted(run, done.stdout)
-        return 0
-
-    def submitted(self, run: RunDirectory, output: str) -> str:
-        """Note which job has the run, and print what to type next.
-
-        Args:
-            run: the run directory.
-            output: what the scheduler's program printed.
-
-        Returns:
-            The job's identifier.
-        """
-        job = self.job_id(run, output)
+        job = self.job_id(run, done.stdout)
         write_json(run.job, {"id": job})
         print(f"{self.scheduler} job {job} has the run {run}")
         for what, how in self.hints(run, job).items():
             print(f"  {what:23} {how}")
         sys.stdout.flush()
-        return job
-
-    def refused(self, run: RunDirectory, output: str) -> None:
-        """Write the result of a run that the scheduler did not take.
-
-        Args:
-            run: the run directory.
-            output: what the scheduler's program printed beside its error.
-        """
-        sys.stderr.write(output)
-        message = f"{self.program} did not take the job; its message is above"
-        run.write_result({"status": "failed", "error": message})
-        print(f"failed: {message}", file=sys.stderr)
+        return 0
 
     def state(self, job: str) -> str | None:
         """Return the state of a job that waits or runs, "" once it has ended, None if not known.

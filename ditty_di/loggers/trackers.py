@@ -14,6 +14,11 @@ from ditty_di.io import read_json, write_json
 from ditty_di.loggers.loggers import missing
 
 
+def _require(tracker: type[Tracker]) -> None:
+    if find_spec(tracker.package) is None:
+        raise ValueError(missing(tracker.__name__, tracker.package))
+
+
 class Tracker(ABC):
     """A run of an experiment tracker that a resumed training goes on with.
 
@@ -245,8 +250,3 @@ class Trackio(Tracker):
 
     def _finish(self) -> None:
         self._run.finish()
-
-
-def _require(tracker: type[Tracker]) -> None:
-    if find_spec(tracker.package) is None:
-        raise ValueError(missing(tracker.__name__, tracker.package))

@@ -134,16 +134,8 @@ class TorchSchedule:
 
     def run(self, inputs: list[dict[str, Any]], *, backward: bool) -> list[Tensor] | None:
         """Run micro-batches; see `StageSchedule.run`."""
-        losses: list[Tensor] | None = [] if self.has_last_stage else None
-        run_micro_batches(
-            self.schedule,
-            backward=backward,
-            arg_mbs=[(one["input"],) for one in inputs] if self.has_first_stage else None,
-            kwarg_mbs=[{k: v for k, v in one.items() if k != "input"} for one in inputs],
-            target_mbs=list(torch.arange(len(inputs)).split(1)) if self.has_last_stage else None,
-            losses=losses,
-        )
-        return losses
+        ends = {"first": self.has_first_stage, "last": self.has_last_stage}
+        return run_micro_batches(self.schedule, inputs, backward=backward, **ends)
 
 
 @dataclass

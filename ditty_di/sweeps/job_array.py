@@ -118,7 +118,11 @@ class JobArray(JobsLauncher):
 
         with StopSignals(ask) as signals:
             launch_jobs.wait(["squeue", "--noheader", "--format=%T", f"--jobs={array}"])
-        objectives = [self._ended(job, f"{array}_{n}", folder) for n, job in enumerate(jobs)]
+        objectives = []
+        for n, job in enumerate(jobs):
+            log = f"{folder}/slurm-{array}_{n}.log"
+            lost = f"Slurm job {array}_{n} ended without a result; see {log}"
+            objectives.append(job.record(0, lost))
         if signals.first is not None:
             raise KeyboardInterrupt
         return objectives
@@ -138,15 +142,6 @@ class JobArray(JobsLauncher):
             cases="\n".join(cases),
             requeue=REQUEUE,
         )
-
-    @staticmethod
-    def _ended(job: SweepJob, name: str, folder: Path) -> float | None:
-        result = job.run_directory.read_result()
-        if result is None:
-            job.run_directory.path.mkdir(parents=True, exist_ok=True)
-            error = f"Slurm job {name} ended without a result; see {folder}/slurm-{name}.log"
-            job.run_directory.write_result({"status": "failed", "error": error})
-        return job.record(0)
 
 
 _SCRIPT = r"""#!/bin/bash

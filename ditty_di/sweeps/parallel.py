@@ -89,7 +89,8 @@ def job(command: Command) -> float | None:
     """
     config = HydraConfig.get()
     objectives: list[float | None] = []
-    _run([SweepJob(config, command)], [{}], lambda number, objective: objectives.append(objective))
+    jobs = [(0, SweepJob(config, command))]
+    _run(jobs, [{}], lambda number, objective: objectives.append(objective))
     return objectives[0]
 
 
@@ -131,12 +132,17 @@ class SweepJob:
         options = ["--config-name", command.config_name, *folders, *search]
         self.arguments = [*options, *self.overrides, run_option]
 
-    def record(self, code: int) -> float | None:
-        """Add the ended job to the sweep's list; return its objective, None if it failed."""
+    def record(self, code: int, lost: str | None = None) -> float | None:
+        """Add the ended job to the sweep's list; return its objective, None if it failed.
+
+        Args:
+            code: exit code of its process, minus the signal's number if one killed it.
+            lost: the error of a job without a result; None names the exit code.
+        """
         result = self.run_directory.read_result()
         if result is None or (code and result["status"] in GOOD_STATUSES):
             how = f"exit code {code}" if code >= 0 else signal.strsignal(-code)
-            result = {"status": "failed", "error": f"the job's process ended with {how}"}
+            result = {"status": "failed", "error": lost or f"the job's process ended with {how}"}
             self.run_directory.path.mkdir(parents=True, exist_ok=True)
             self.run_directory.write_result(result)
         line = {"folder": str(self.run_directory), "overrides": self.overrides}
@@ -146,29 +152,33 @@ class SweepJob:
 
 
 def _run(
-    jobs: Iterable[SweepJob],
+    jobs: Iterable[tuple[int, SweepJob]],
     slots: Sequence[dict[str, str]],
     ended: Callable[[int, float | None], None],
 ) -> None:
     """Run jobs, as many at once as there are slots.
 
     Args:
-        jobs: the next one is taken when a slot is free.
+        jobs: with their numbers; the next one is taken when a slot is free.
         slots: environment variables of the jobs in each slot.
-        ended: called with the position of a job and its objective as it ends.
+        ended: called with the number of a job and its objective as it ends.
 
     Raises:
         KeyboardInterrupt: the sweep was asked to stop.
     """
-    started: list[SweepJob] = []
+    started: list[tuple[int, SweepJob]] = []
 
     def commands() -> Iterable[list[str]]:
-        for job in jobs:
-            started.append(job)
+        for number, job in jobs:
+            started.append((number, job))
             yield job.arguments
 
+    def end(position: int, code: int) -> None:
+        number, job = started[position]
+        ended(number, job.record(code))
+
     runner = WarmJobs(slots)
-    runner.run(commands(), lambda number, code: ended(number, started[number].record(code)))
+    runner.run(commands(), end)
     if runner.signals.first is not None:
         raise KeyboardInterrupt
 
@@ -266,14 +276,8 @@ class ParallelJobs(JobsLauncher):
         ended: Callable[[int, float | None], None],
     ) -> None:
         """Run jobs, each asked for as soon as there is room for it; see `JobsLauncher.run`."""
-        numbers: list[int] = []
-
-        def composed() -> Iterable[SweepJob]:
-            for number, overrides in jobs:
-                numbers.append(number)
-                yield self.composed(number, overrides)
-
-        _run(composed(), self.slots, lambda n, objective: ended(numbers[n], objective))
+        composed = ((number, self.composed(number, overrides)) for number, overrides in jobs)
+        _run(composed, self.slots, ended)
 
 
 def table(folder: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,6 @@ from ditty_di.data.tokenization.finish import (
     missing,
     require_space,
 )
-from ditty_di.data.tokenization.hub import readable
 from ditty_di.data.tokenization.part import Job, Receipt, Totals, run_part
 from ditty_di.data.tokenization.plan import Part, part_size, plan, settings_of
 from ditty_di.data.tokenization.progress import progress
@@ -33,6 +32,7 @@ from ditty_di.data.tokenization.sample import TextSample, report
 from ditty_di.data.tokenization.sources import Source, all_sources
 from ditty_di.data.tokenizer import document_end_id, tokenizer_fingerprint
 from ditty_di.io import write_json
+from ditty_di.messages import readable
 from ditty_di.protocols import early_checks
 
 _REMOTE_FOLDER = """\
