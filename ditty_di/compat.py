@@ -98,10 +98,7 @@ def _set_timeout() -> None:
     if not hasattr(torch.distributed, "set_timeout"):
         from torch.distributed.distributed_c10d import _set_pg_timeout
 
-        def set_timeout(timeout: Any, group: Any = None) -> None:
-            _set_pg_timeout(timeout, group)
-
-        vars(torch.distributed)["set_timeout"] = set_timeout
+        vars(torch.distributed)["set_timeout"] = _set_pg_timeout
 
 
 def _data_parallel_mesh_dims() -> None:

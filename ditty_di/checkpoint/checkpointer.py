@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -225,15 +225,12 @@ class Checkpointer:
         """
         doing = f"preparing to save into {self.folder}"
 
-        def values() -> Iterator[Any]:
-            for state in self.states.values():
-                yield from (value for _, value in leaves(state.state_dict()))
+        def size() -> int:
+            every = (leaf for state in self.states.values() for leaf in leaves(state.state_dict()))
+            return self._writer.size_of(value for _, value in every)
 
         # In the training's group: a rank that hangs as its states read rows is missed soon.
-        sizes = self._ranks.do(
-            doing, lambda: self._writer.size_of(values()), group=dist.group.WORLD
-        )
-        needed = sum(sizes) + also
+        needed = sum(self._ranks.do(doing, size, group=dist.group.WORLD)) + also
         self._ranks.on_rank_0(doing, lambda: space.require(self.folder, needed))
 
     def maybe_wait_for_staging(self) -> None:

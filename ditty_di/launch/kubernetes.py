@@ -92,7 +92,7 @@ class Kubernetes(jobs.Job):
         ]
         if not mounted:
             wrong.append("volumes=null: the run directory must be on one; write {/runs: CLAIM}")
-        elif runs is not None and not _volume_of(runs, mounted):
+        elif runs is not None and not any(map(PurePosixPath(runs).is_relative_to, mounted)):
             wrong.append(f"runs={runs}: is on none of the volumes ({', '.join(mounted)})")
         wrong += too_low(0, grace_seconds=grace_seconds, max_restarts=max_restarts)
         jobs.refuse(
@@ -208,9 +208,3 @@ class Kubernetes(jobs.Job):
                 "replicatedJobs": [{"name": "ranks", "replicas": 1, "template": {"spec": job}}],
             }
         }
-
-
-def _volume_of(path: str, mounted: Sequence[str]) -> str | None:
-    """Return the mount path that holds a path, None when none does."""
-    parents = {str(p) for p in (PurePosixPath(path), *PurePosixPath(path).parents)}
-    return next((p for p in mounted if str(PurePosixPath(p)) in parents), None)
