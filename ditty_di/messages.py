@@ -56,6 +56,12 @@ def too_low(least: float, **values: float | None) -> list[str]:
     return [f"{name}={value} {bound}" for name, value in given.items() if value < least]
 
 
+def refuse(problems: Iterable[str]) -> None:
+    """Raise ValueError with all problems, a line for each, if there are any."""
+    if text := "\n".join(problems):
+        raise ValueError(text)
+
+
 def closest(word: str, known: Iterable[Any], cutoff: float = 0.6) -> str | None:
     """Return the name most like `word`, or None.
 

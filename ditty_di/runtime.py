@@ -17,7 +17,7 @@ import ditty_di.compat as compat
 from ditty_di.config.early import validated
 from ditty_di.console import LAUNCHED
 from ditty_di.launch.signals import StopSignals, announce
-from ditty_di.messages import too_low
+from ditty_di.messages import refuse, too_low
 from ditty_di.seed import set_run_seed
 
 # isort: split
@@ -88,8 +88,7 @@ class Runtime:
             for name, value in (("init_timeout", init_timeout), ("train_timeout", train_timeout))
             if not value > 0
         ]
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        refuse(wrong)
 
     def __init__(
         self,

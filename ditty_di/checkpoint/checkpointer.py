@@ -28,7 +28,7 @@ from ditty_di.checkpoint.together import Together, without_stacks
 from ditty_di.checkpoint.writing import Writer
 from ditty_di.config.early import validated
 from ditty_di.data.remote import is_url
-from ditty_di.messages import first_of
+from ditty_di.messages import first_of, refuse
 from ditty_di.protocols import Stateful
 
 log = logging.getLogger(__name__)
@@ -108,8 +108,7 @@ class Checkpointer:
             )
         if mirror is not None and (problem := require_url("checkpoint.mirror", mirror)):
             wrong.append(problem)
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        refuse(wrong)
 
     def __init__(
         self,

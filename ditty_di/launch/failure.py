@@ -6,7 +6,6 @@ import functools
 import os
 import re
 import sys
-import sysconfig
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,11 +15,9 @@ from typing import Any
 from ditty_di.config import BuildError, ConfigError, Graph
 from ditty_di.launch.rundir import RunDirectory
 from ditty_di.messages import causes
+from ditty_di.origins import is_installed
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
-_INSTALLED = tuple(
-    str(Path(sysconfig.get_path(name))) + os.sep for name in ("stdlib", "purelib", "platlib")
-)
 _FILE = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+)', re.M)
 _WORKER = re.compile(r"^Caught \w+ in DataLoader worker process \d+\.\n", re.M)
 #: Causes of a failure beside the names of exceptions; see `describe`.
@@ -202,7 +199,8 @@ def is_own(file: str) -> bool:
     Args:
         file: absolute path of a source file.
     """
-    return not file.startswith(("<", _PACKAGE, *_INSTALLED)) and "site-packages" not in file
+    own = not (file.startswith(("<", _PACKAGE)) or is_installed(file))
+    return own and "site-packages" not in file
 
 
 def relative(file: str) -> str:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -23,7 +23,6 @@ from omegaconf import OmegaConf
 from ditty_di.config import Graph
 from ditty_di.io import read_json, write_json, write_text
 from ditty_di.launch.rundir import RunDirectory
-from ditty_di.messages import too_low
 
 #: Files of a run directory from which a start on a machine that does not see it makes a new one.
 CONFIG_FILES = ("config.yaml", "resolved.yaml", "sources.json", "overrides.yaml")
@@ -190,25 +189,14 @@ def is_job(target: object) -> bool:
     return isinstance(target, type) and issubclass(target, Job)
 
 
-def refuse(
-    problems: Iterable[str] = (), *, program: str, dry_run: bool, **counts: int | None
-) -> None:
-    """Raise ValueError with all that is wrong with a launcher's arguments.
-
-    Args:
-        problems: what is wrong, each `argument=value ...`.
-        program: program that submits; looked for unless `dry_run`.
-        dry_run: whether it is not needed.
-        **counts: numbers that must be at least 1; None was not given.
-    """
-    wrong = [*too_low(1, **counts), *problems]
-    if not dry_run and shutil.which(program) is None:
-        wrong.append(
-            f"dry_run=false, and the program {program} is not on this machine: run the command "
-            "where it is; launcher.dry_run=true shows here what would be submitted"
-        )
-    if wrong:
-        raise ValueError("\n".join(wrong))
+def missing(program: str, dry_run: bool) -> list[str]:
+    """Return that the program which submits is not on this machine, unless it is not needed."""
+    if dry_run or shutil.which(program) is not None:
+        return []
+    return [
+        f"dry_run=false, and the program {program} is not on this machine: run the command "
+        "where it is; launcher.dry_run=true shows here what would be submitted"
+    ]
 
 
 def ranks_script(

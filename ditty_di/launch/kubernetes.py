@@ -13,7 +13,7 @@ from typing import Any
 from ditty_di.config.early import validated
 from ditty_di.launch import jobs
 from ditty_di.launch.rundir import RunDirectory
-from ditty_di.messages import too_low
+from ditty_di.messages import refuse, too_low
 
 _CONFIG_DIR = "/etc/ditty_di"
 #: Longest name of a JobSet whose pods' names, which append to it, are still DNS labels.
@@ -87,7 +87,8 @@ class Kubernetes(jobs.Job):
     ) -> None:
         """Raise ValueError for arguments out of range, and when `kubectl` is missing."""
         mounted = list(volumes or ())
-        wrong = [
+        wrong = too_low(1, nodes=nodes, nproc=nproc, gpus_per_node=gpus_per_node)
+        wrong += [
             f"volumes.{path}: a mount path begins with /" for path in mounted if path[:1] != "/"
         ]
         if not mounted:
@@ -95,14 +96,7 @@ class Kubernetes(jobs.Job):
         elif runs is not None and not any(map(PurePosixPath(runs).is_relative_to, mounted)):
             wrong.append(f"runs={runs}: is on none of the volumes ({', '.join(mounted)})")
         wrong += too_low(0, grace_seconds=grace_seconds, max_restarts=max_restarts)
-        jobs.refuse(
-            wrong,
-            program="kubectl",
-            dry_run=dry_run,
-            nodes=nodes,
-            nproc=nproc,
-            gpus_per_node=gpus_per_node,
-        )
+        refuse([*wrong, *jobs.missing("kubectl", dry_run)])
 
     def __post_init__(self) -> None:
         slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")

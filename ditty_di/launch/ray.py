@@ -17,7 +17,7 @@ from ditty_di.launch import jobs, worker
 from ditty_di.launch.failure import report
 from ditty_di.launch.rundir import RunDirectory
 from ditty_di.launch.signals import StopSignals, announce
-from ditty_di.messages import too_low
+from ditty_di.messages import refuse, too_low
 
 
 @validated
@@ -65,8 +65,7 @@ class Ray:
             wrong.append(f"max_restarts={max_restarts} must be at least 0")
         if not dry_run and importlib.util.find_spec("ray") is None:
             wrong.append("_target_: needs the package ray: pip install 'ditty_di[ray]'")
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        refuse(wrong)
 
     def _setup(self, run: RunDirectory) -> dict[str, dict[str, Any]]:
         """Return the arguments of what is called, by its name in Ray."""

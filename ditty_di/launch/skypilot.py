@@ -11,6 +11,7 @@ from typing import Any
 from ditty_di.config.early import validated
 from ditty_di.launch import jobs
 from ditty_di.launch.rundir import RunDirectory
+from ditty_di.messages import refuse, too_low
 
 _CONFIG_DIR = "~/ditty_di_run"  # replaced by every launch
 
@@ -70,14 +71,14 @@ class SkyPilot(jobs.Job):
         dry_run: bool = False,
     ) -> None:
         """Raise ValueError for arguments out of range, and when `sky` is missing."""
-        wrong = []
+        wrong = too_low(1, nodes=nodes, nproc=nproc)
         if not PurePosixPath(runs).is_absolute():
             wrong.append(f"runs={runs}: write an absolute path")
         if accelerators is not None and "accelerators" in (resources or {}):
             wrong.append(f"accelerators={accelerators} are in launcher.resources too")
         if workdir is not None and not Path(workdir).is_dir():
             wrong.append(f"workdir={workdir}: there is no such folder")
-        jobs.refuse(wrong, program="sky", dry_run=dry_run, nodes=nodes, nproc=nproc)
+        refuse([*wrong, *jobs.missing("sky", dry_run)])
 
     def content(self, run: RunDirectory, config_dir: Path) -> str:
         """Return the task; see `Job.content`."""

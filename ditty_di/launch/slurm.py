@@ -15,7 +15,7 @@ from ditty_di.io import read_json
 from ditty_di.launch import jobs
 from ditty_di.launch.failure import exit_code, report
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
-from ditty_di.messages import too_low
+from ditty_di.messages import refuse, too_low
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 
@@ -98,7 +98,8 @@ class Slurm(jobs.Job):
         dry_run: bool = False,
     ) -> None:
         """Raise ValueError for arguments out of range, and when `sbatch` is missing."""
-        wrong = []
+        counts = {"nodes": nodes, "nproc": nproc, "gpus_per_node": gpus_per_node}
+        wrong = too_low(1, **counts, cpus_per_task=cpus_per_task)
         if time is not None and not _TIME.fullmatch(time):
             wrong.append(f"time={time!r}: write minutes, H:MM:SS or D-HH:MM:SS")
         if gpus_per_node is not None and nproc > gpus_per_node > 0:
@@ -106,15 +107,7 @@ class Slurm(jobs.Job):
         if container and prefix:
             wrong.append(f"prefix={prefix!r}: give a container by `container` or by `prefix`")
         wrong += too_low(0, signal_seconds=signal_seconds, max_restarts=max_restarts)
-        jobs.refuse(
-            wrong,
-            program="sbatch",
-            dry_run=dry_run,
-            nodes=nodes,
-            nproc=nproc,
-            gpus_per_node=gpus_per_node,
-            cpus_per_task=cpus_per_task,
-        )
+        refuse([*wrong, *jobs.missing("sbatch", dry_run)])
 
     def __post_init__(self) -> None:
         interpreter = self.python or ("python" if self.container else sys.executable)

@@ -28,19 +28,15 @@ class Logger(Protocol):
 
     def start(self, *, step: int, max_steps: int) -> None:
         """Start before the first value; `step` is the restored step, 0 in a new run."""
-        ...
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write the metrics of a step."""
-        ...
 
     def text(self, step: int, name: str, text: str) -> None:
         """Write a text of a step."""
-        ...
 
     def close(self) -> None:
         """Flush and close."""
-        ...
 
 
 class MetricsProcessor:

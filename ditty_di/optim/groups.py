@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ditty_di.messages import first_of
+from ditty_di.messages import first_of, refuse
 from ditty_di.optim import trial
 from ditty_di.protocols import early_checks
 from ditty_di.runtime import gathered
@@ -118,9 +118,7 @@ def _rate(lr: float | None) -> dict[str, float]:
 
 
 def _validate_grouped(*, optimizer: Any = None, lr: Any = None) -> None:
-    wrong = trial.complaints(optimizer, "optimizer.", **_rate(lr))
-    if wrong:
-        raise ValueError("\n".join(wrong))
+    refuse(trial.complaints(optimizer, "optimizer.", **_rate(lr)))
 
 
 @early_checks(validate=_validate_grouped)

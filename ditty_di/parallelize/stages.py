@@ -24,6 +24,7 @@ import ditty_di.compat  # noqa: F401
 from torchtitan.distributed import ParallelDims
 
 from ditty_di.fqn import canonical_fqn
+from ditty_di.messages import refuse
 from ditty_di.models.skipped import Skipped, first_argument
 from ditty_di.models.weights import transformers_model
 from ditty_di.parallelize.decoder import Decoder, instead_of, read_decoder
@@ -203,8 +204,7 @@ def _unfit_zero_bubble(options: dict[str, Any], degrees: Degrees) -> list[str]:
 
 
 def _per_rank(options: dict[str, Any]) -> int:
-    several = several_stages_a_rank(options["schedule"])
-    return (options["stages_per_rank"] or 2) if several else 1
+    return (options["stages_per_rank"] or 2) if several_stages_a_rank(options["schedule"]) else 1
 
 
 # -- split ----------------------------------------------------------------------------------------
@@ -249,8 +249,8 @@ def split(
     """
     options = {"schedule": schedule, "stages_per_rank": stages_per_rank, "layers": layers}
     mesh, decoder = parallel_dims.get_mesh("pp"), read_decoder(model)
-    if problems := decoder.problems or _too_few(decoder, options, mesh.size()):
-        raise ValueError("\n".join(f"runtime.pp={mesh.size()}: {one}" for one in problems))
+    problems = decoder.problems or _too_few(decoder, options, mesh.size())
+    refuse(f"runtime.pp={mesh.size()}: {problem}" for problem in problems)
     total = mesh.size() * _per_rank(options)
     shares = shares_of(len(decoder.blocks), total, layers)
     mine = stages_of_rank(schedule, mesh.get_local_rank(), mesh.size(), total)

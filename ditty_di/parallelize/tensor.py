@@ -30,6 +30,7 @@ import ditty_di.compat  # noqa: F401
 # isort: split
 from torchtitan.distributed import ParallelDims
 
+from ditty_di.messages import refuse
 from ditty_di.models.weights import slices
 from ditty_di.parallelize.collectives import Sequence, shared, summed
 from ditty_di.parallelize.fits import Degrees, Parts
@@ -62,8 +63,7 @@ def tensor_parallel(model: nn.Module, /, *, parallel_dims: ParallelDims) -> None
     """
     mesh = parallel_dims.get_mesh("tp")
     plan = read_plan(model, expert_parallel=parallel_dims.ep_enabled)
-    if problems := misfits(model, plan, mesh.size()):
-        raise ValueError("\n".join(problems))
+    refuse(misfits(model, plan, mesh.size()))
     sequence = Sequence(mesh)
     _distribute(model, plan, mesh)
     for layer in plan.rows.values():

@@ -19,6 +19,7 @@ from ditty_di.io import write_text
 from ditty_di.launch import jobs as launch_jobs
 from ditty_di.launch.signals import StopSignals
 from ditty_di.launch.slurm import REQUEUE, header
+from ditty_di.messages import refuse, too_low
 from ditty_di.sweeps.parallel import JobsLauncher, SweepJob
 
 
@@ -63,7 +64,8 @@ class JobArray(JobsLauncher):
         setup: Sequence[str] = (),
         signal_seconds: int = 120,
     ) -> None:
-        launch_jobs.refuse(program="sbatch", dry_run=False, jobs=jobs, gpus=gpus, cpus=cpus)
+        wrong = too_low(1, jobs=jobs, gpus=gpus, cpus=cpus)
+        refuse([*wrong, *launch_jobs.missing("sbatch", dry_run=False)])
         self.jobs, self.setup_lines = jobs, setup
         self.sbatch = {
             "job-name": "sweep",
