@@ -6,12 +6,12 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ditty_di.callbacks.base import Observer
+from ditty_di.io import read_text
 from ditty_di.protocols import Training
 
 GIB = 1 << 30
@@ -72,8 +72,7 @@ def allocated(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    pages = Path("/proc/self/statm")
-    if pages.exists():
-        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if pages := read_text("/proc/self/statm").split():
+        return int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     return peak if sys.platform == "darwin" else peak * 1024

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from ditty_di.config import BuildError, ConfigError, Graph
+from ditty_di.io import read_text
 from ditty_di.launch.rundir import RunDirectory
 from ditty_di.messages import causes
 from ditty_di.origins import is_installed
@@ -102,11 +103,7 @@ def oom_kills() -> int | None:
 
     Counted for this machine and its containers (`/proc/vmstat`); None where that is not available.
     """
-    try:
-        counters = Path("/proc/vmstat").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^oom_kill (\d+)", counters, re.M)
+    found = re.search(r"^oom_kill (\d+)", read_text("/proc/vmstat"), re.M)
     return int(found[1]) if found else None
 
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from ditty_di.io import read_text
 from ditty_di.launch.failure import is_own, relative
 from ditty_di.launch.processes import repeating
 from ditty_di.launch.rundir import RunDirectory
@@ -169,11 +170,7 @@ def _stack_of(pid: int, log: Path) -> Stack:
     """
     stack = _ask(pid, log)
     if stack and stack[0][0].endswith(_WAITING_FOR_A_CHILD):
-        try:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        except OSError:
-            return stack
-        for child in children:
+        for child in read_text(f"/proc/{pid}/task/{pid}/children").split():
             inner = _ask(int(child), log)
             if any(is_own(file) for file, _, _ in inner):
                 return inner
@@ -227,9 +224,8 @@ def _appended(log: Path, begin: int, deadline: float) -> Stack:
 
 def _handles_usr1(pid: int) -> bool:
     """Return whether SIGUSR1 is handled, which would kill otherwise. Assumed off Linux."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
+    status = read_text(f"/proc/{pid}/status")
+    if not status:
         return not Path("/proc/self/status").exists()
     caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.M)
     return bool(caught and int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1)

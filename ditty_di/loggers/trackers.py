@@ -116,8 +116,8 @@ class Tracker(ABC):
     @abstractmethod
     def _log_text(self, step: int, name: str, text: str) -> None: ...
 
-    @abstractmethod
-    def _finish(self) -> None: ...
+    def _finish(self) -> None:
+        self._run.finish()
 
 
 class WandB(Tracker):
@@ -154,9 +154,6 @@ class WandB(Tracker):
         import wandb
 
         self._run.log({"step": step, name: wandb.Html(f"<pre>{html.escape(text)}</pre>")})
-
-    def _finish(self) -> None:
-        self._run.finish()
 
 
 class MLflow(Tracker):
@@ -247,6 +244,3 @@ class Trackio(Tracker):
         import trackio
 
         self._run.log({name: trackio.Markdown(f"```\n{text}\n```")}, step=step)
-
-    def _finish(self) -> None:
-        self._run.finish()

@@ -28,6 +28,7 @@ from ditty_di.cli import composing
 from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import argument, quoted
 from ditty_di.config import ConfigError, Graph
+from ditty_di.io import read_text
 from ditty_di.launch.local import visible_gpus
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
 from ditty_di.messages import columns
@@ -289,9 +290,8 @@ def table(folder: Path) -> list[dict[str, Any]]:
     Returns:
         The rows.
     """
-    try:
-        lines = (folder / "jobs.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    lines = read_text(folder / "jobs.jsonl").splitlines()
+    if not lines:
         return []
     # A sweep that was started again in its folder has run its jobs again.
     jobs = {entry["folder"]: entry["overrides"] for entry in map(json.loads, lines)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,25 +163,24 @@ class _Tokenization:
         on_error: str,
     ) -> None:
         """Make the folder, which has the tokenizer."""
-        self.digest = tokenizer_fingerprint(tokenizer)
+        self.digest, eos = tokenizer_fingerprint(tokenizer), document_end_id(tokenizer)
+        settings = self.settings(
+            tokenizer=self.digest,
+            eos=eos,
+            validation_fraction=validation_fraction,
+            split_special_tokens=split_special_tokens,
+        )
         self.job = Job(
             folder=self.folder,
             tokenizer=self.folder / "tokenizer" / "tokenizer.json",
-            key="",
-            eos=document_end_id(tokenizer),
+            key=begin(self.folder, settings),
+            eos=eos,
             vocab_size=len(tokenizer),
             reading=self.reading,
             validation_fraction=validation_fraction,
             split_special_tokens=split_special_tokens,
             on_error=on_error,
         )
-        settings = self.settings(
-            tokenizer=self.digest,
-            eos=self.job.eos,
-            validation_fraction=validation_fraction,
-            split_special_tokens=split_special_tokens,
-        )
-        self.job = replace(self.job, key=begin(self.folder, settings))
         build_once(self.folder / "tokenizer", tokenizer.save_pretrained)
 
     def run(
