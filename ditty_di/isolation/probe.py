@@ -23,6 +23,7 @@ from ditty_di.data.images import Images
 from ditty_di.isolation.forms import FORMS, DocumentInputs
 from ditty_di.isolation.positions import position_limit, positions_of
 from ditty_di.models.evaluation import evaluating
+from ditty_di.replaced import replaced
 from ditty_di.seed import preserved_rng
 
 log = logging.getLogger(__name__)
@@ -347,13 +348,10 @@ def _high_precision_linears(module: nn.Module) -> Iterator[None]:
         and part.weight.is_floating_point()
         and "forward" not in vars(part)
     ]
-    try:
+    with ExitStack() as stack:
         for part in changed:
-            vars(part)["forward"] = partial(_multiply, part)
+            stack.enter_context(replaced(vars(part), "forward", partial(_multiply, part)))
         yield
-    finally:
-        for part in changed:
-            del vars(part)["forward"]
 
 
 def _multiply(part: nn.Linear, x: Tensor) -> Tensor:

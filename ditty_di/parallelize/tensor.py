@@ -41,6 +41,7 @@ from ditty_di.parallelize.tensor_plan import (
     lora_pairs,
     read_plan,
 )
+from ditty_di.replaced import replaced
 
 #: Runs a module's forward pass: `(module, forward, args, kwargs)`.
 Around = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -287,13 +288,10 @@ def _some_rows(
     """Look up the tokens whose rows this rank has, and sum up over the ranks."""
     (ids,) = args
     elsewhere = (ids < rows.start) | (ids >= rows.stop)
-    own, padding = vars(table), table.padding_idx
+    padding: Any = table.padding_idx  # its row gets no gradient
     here = padding is not None and rows.start <= padding < rows.stop
-    own["padding_idx"] = padding - rows.start if here else None  # its row gets no gradient
-    try:
+    with replaced(vars(table), "padding_idx", padding - rows.start if here else None):
         found = forward((ids - rows.start).masked_fill(elsewhere, 0))
-    finally:
-        own["padding_idx"] = padding
     return summed(found.masked_fill(elsewhere[..., None], 0.0), mesh)
 
 
