@@ -150,9 +150,7 @@ class Head:
     def gather(self) -> None:
         """Unshard parameters that FSDP has freed after the forward pass."""
         for module in (self.model, self.projection):
-            unshard: Any = getattr(module, "unshard", None)
-            if unshard is not None:
-                unshard()
+            getattr(module, "unshard", lambda: None)()
 
 
 @dataclass(eq=False)
