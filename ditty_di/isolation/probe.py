@@ -319,10 +319,8 @@ class _Probe:
 
 def _with_images(images: Images, documents: list[Tensor]) -> dict[str, Any]:
     """Return one row of documents with an image each."""
-    ids, positions = (
-        torch.cat(documents)[None],
-        torch.cat([torch.arange(len(d)) for d in documents]),
-    )
+    ids = torch.cat(documents)[None]
+    positions = torch.cat([torch.arange(len(document)) for document in documents])
     inputs = {"input": ids, "position_ids": positions[None]}
     blank = [images.blank] * len(documents)
     return inputs | varlen_arguments(positions[None]) | images.inputs(ids, blank)

@@ -122,10 +122,8 @@ class SweepJob:
     """A job of a sweep, from Hydra's own section of its configuration."""
 
     def __init__(self, config: Any, command: Command) -> None:
-        self.run_directory, self.sweep_folder = (
-            RunDirectory(folder_of(config)),
-            Path(config.sweep.dir),
-        )
+        self.run_directory = RunDirectory(folder_of(config))
+        self.sweep_folder = Path(config.sweep.dir)
         self.overrides = list(config.overrides.task)
         folders = [option for path in command.config_dirs for option in ("--config-dir", path)]
         search = [o for o in config.overrides.hydra if o.startswith("hydra.searchpath=")]
