@@ -98,10 +98,7 @@ def _set_timeout() -> None:
     if not hasattr(torch.distributed, "set_timeout"):
         from torch.distributed.distributed_c10d import _set_pg_timeout
 
-        def set_timeout(timeout: Any, group: Any = None) -> None:
-            _set_pg_timeout(timeout, group)
-
-        vars(torch.distributed)["set_timeout"] = set_timeout
+        vars(torch.distributed)["set_timeout"] = _set_pg_timeout
 
 
 def _data_parallel_mesh_dims() -> None:
@@ -301,29 +298,42 @@ def sum_gradients_on_gloo(model: torch.nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def run_micro_batches(schedule: Any, *, backward: bool, **micro_batches: Any) -> None:
-    """Run a pipeline schedule on lists of micro-batches.
+def run_micro_batches(
+    schedule: Any, inputs: list[dict[str, Any]], *, backward: bool, first: bool, last: bool
+) -> list[torch.Tensor] | None:
+    """Run a pipeline schedule on micro-batches, and return their losses; None without a last stage.
 
-    Obsolete from torch 2.14: `step` and `eval` take these arguments there.
+    Obsolete from torch 2.14: `step` and `eval` take lists of micro-batches there.
 
     Args:
-        schedule: torch's.
+        schedule: torch's, whose loss gets the number of a micro-batch, `[1]`, as the target.
+        inputs: arguments of the model for each micro-batch; `"input"` is the positional one.
         backward: whether gradients are computed.
-        **micro_batches: arguments of `_step_microbatches`.
+        first: whether this rank has the first stage.
+        last: whether this rank has the last stage.
     """
+    losses: list[torch.Tensor] | None = [] if last else None
+    micro_batches = {
+        "arg_mbs": [(one["input"],) for one in inputs] if first else None,
+        "kwarg_mbs": [{k: v for k, v in one.items() if k != "input"} for one in inputs],
+        "target_mbs": list(torch.arange(len(inputs)).split(1)) if last else None,
+        "losses": losses,
+        "return_outputs": False,
+    }
     if PIPELINE_TAKES_MICROBATCHES:
         run = schedule.step if backward else schedule.eval
-        run(**micro_batches, return_outputs=False)
-        return
+        run(**micro_batches)
+        return losses
     before, schedule._has_backward = schedule._has_backward, backward
     single = isinstance(schedule, PipelineScheduleSingle)
     try:
         for stage in [schedule._stage] if single else schedule._stages:
             stage.has_backward = backward
             stage.clear_runtime_states()
-        schedule._step_microbatches(**micro_batches, return_outputs=False)
+        schedule._step_microbatches(**micro_batches)
     finally:
         schedule._has_backward = before
+    return losses
 
 
 def forward_only(schedule: Any) -> None:

@@ -93,30 +93,25 @@ class Tee:
     print_above: ClassVar[Callable[[str], None] | None] = None
 
     def __init__(self, console: TextIO | None, file: TextIO | None) -> None:
-        self._console = console
+        self.console = console
         self._file = file
         self._line = ""
         self._unfinished = ""
 
     def write(self, text: str) -> int:
         """Write text to both; return its length."""
-        if self._console is not None:
+        if self.console is not None:
             try:
                 self._show(text)
             except OSError:
-                self._console = None
+                self.console = None
         return self.log(text)
 
-    @property
-    def console(self) -> TextIO | None:
-        """The stream that text is shown on."""
-        return self._console
-
     def _show(self, text: str) -> None:
-        assert self._console is not None
+        assert self.console is not None
         above = Tee.print_above
-        if above is None or not self._console.isatty():
-            self._console.write(self._unfinished + text)
+        if above is None or not self.console.isatty():
+            self.console.write(self._unfinished + text)
             self._unfinished = ""
             return
         *done, self._unfinished = (self._unfinished + text).split("\n")
@@ -144,18 +139,18 @@ class Tee:
 
     def flush(self) -> None:
         """Flush the console."""
-        if self._console is not None:
+        if self.console is not None:
             try:
-                self._console.flush()
+                self.console.flush()
             except OSError:
-                self._console = None
+                self.console = None
 
     def isatty(self) -> bool:
         """Return whether the console is a terminal."""
-        return self._console is not None and self._console.isatty()
+        return self.console is not None and self.console.isatty()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._console if self._console is not None else sys.__stdout__, name)
+        return getattr(self.console if self.console is not None else sys.__stdout__, name)
 
 
 def _last_drawn(line: str) -> str:

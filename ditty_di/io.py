@@ -54,6 +54,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(json_value(value), indent=2) + "\n")
 
 
+def read_text(path: str | Path) -> str:
+    """Return the content of a text file, with `?` for what is not UTF-8; "" if it cannot be read.
+
+    Args:
+        path: the file.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file, None when it is missing or not valid JSON.
 

@@ -19,8 +19,13 @@ def _installed() -> tuple[str, ...]:
     return tuple(os.path.realpath(path) + os.sep for path in sorted(found))
 
 
+def is_installed(file: str) -> bool:
+    """Return whether a source file is of Python or of an installed package."""
+    return os.path.realpath(file).startswith(_installed())
+
+
 def is_users_own(obj: Any) -> bool:
     """Return whether a class or function was defined in a file outside of installed packages."""
     module = sys.modules.get(getattr(obj, "__module__", None) or "")
     file = getattr(module, "__file__", None)
-    return file is not None and not os.path.realpath(file).startswith(_installed())
+    return file is not None and not is_installed(file)

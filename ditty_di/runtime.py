@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 
 import ditty_di.compat as compat
+from ditty_di.config.early import validated
 from ditty_di.console import LAUNCHED
 from ditty_di.launch.signals import StopSignals, announce
+from ditty_di.messages import refuse, too_low
 from ditty_di.seed import set_run_seed
 
 # isort: split
@@ -25,6 +27,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_module, device_type
 
 
+@validated
 class Runtime:
     """Rank, device, mesh and seeds of this process, and whether it was asked to stop.
 
@@ -74,13 +77,7 @@ class Runtime:
                 f"runtime.spmd_backend={spmd_backend!r} does not work on torch "
                 f"{torch.__version__}; use {works}, or torch 2.14 or newer"
             )
-        wrong = [] if seed >= 0 else [f"seed={seed} must not be negative"]
-        degrees = {"cp": cp, "tp": tp, "pp": pp, "ep": ep, "threads": threads}
-        wrong += [
-            f"{name}={value} must be at least 1"
-            for name, value in degrees.items()
-            if value is not None and value < 1
-        ]
+        wrong = [*too_low(0, seed=seed), *too_low(1, cp=cp, tp=tp, pp=pp, ep=ep, threads=threads)]
         wrong += [
             f"{name}={value} must be at least 1, or -1 for what the world size leaves"
             for name, value in (("dp_replicate", dp_replicate), ("dp_shard", dp_shard))
@@ -91,8 +88,7 @@ class Runtime:
             for name, value in (("init_timeout", init_timeout), ("train_timeout", train_timeout))
             if not value > 0
         ]
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        refuse(wrong)
 
     def __init__(
         self,
@@ -110,19 +106,6 @@ class Runtime:
         train_timeout: float = 100.0,
         threads: int | None = None,
     ) -> None:
-        self.validate(
-            seed=seed,
-            dp_replicate=dp_replicate,
-            dp_shard=dp_shard,
-            cp=cp,
-            tp=tp,
-            pp=pp,
-            ep=ep,
-            threads=threads,
-            spmd_backend=spmd_backend,
-            init_timeout=init_timeout,
-            train_timeout=train_timeout,
-        )
         if threads is not None:
             torch.set_num_threads(threads)
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -237,10 +220,8 @@ class Runtime:
         """
         if self.world_size == 1:
             return [value]
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, (self.dp_rank, value))
         of_ranks: dict[int, Any] = {}
-        for rank, other in found:
+        for rank, other in gathered((self.dp_rank, value)):
             of_ranks[rank] = of_ranks.get(rank) or other
         return [of_ranks[rank] for rank in sorted(of_ranks)]
 
@@ -276,12 +257,21 @@ class Runtime:
         if self.device.type != "cpu":
             default = dist.Backend.default_device_backend_map[self.device.type]
             backend = f"cpu:gloo,{self.device.type}:{default}"
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=limit)
-        else:
-            dist.init_process_group(
-                backend, timeout=limit, store=dist.HashStore(), rank=0, world_size=1
-            )
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        where = {} if "WORLD_SIZE" in os.environ else alone
+        dist.init_process_group(backend, timeout=limit, **where)
+
+
+def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the values of all ranks of a process group, on each of them.
+
+    Args:
+        value: any object that can be pickled.
+        group: None is that of all ranks.
+    """
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def seed_everything(seed: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ditty_di.optim import constant, grouped
 from ditty_di.parallelize import activation_checkpointing
 from ditty_di.processors import PostProcessor, PreProcessor, Processors
 from ditty_di.protocols import Loss, OptimizerFactory
+from ditty_di.replaced import replaced
 from ditty_di.tasks.train import train
 
 #: The 8-bit AdamW of each `optim_backend`, imported when it is used.
@@ -213,7 +214,8 @@ class Pipeline:
             ValueError, CheckpointError, HubError: components that do not fit, before the first
                 step.
         """
-        with _hub_token(self.hf_hub_token):
+        token = self.hf_hub_token
+        with nullcontext() if token is None else replaced(os.environ, "HF_TOKEN", token):
             self.trainer, exporter = self.compose()
             self.result = train(self.trainer, exporter)
         return self.trainer.model_parts[0]
@@ -332,16 +334,3 @@ class Pipeline:
                 f"ditty_di.export.push_folder(path, 'user/name')"
             )
         return export.SafetensorsExport(path)
-
-
-@contextmanager
-def _hub_token(token: str | None) -> Iterator[None]:
-    """Set the environment variable that huggingface_hub reads."""
-    before = os.environ.get("HF_TOKEN")
-    os.environ.update({} if token is None else {"HF_TOKEN": token})
-    try:
-        yield
-    finally:
-        if token is not None:
-            del os.environ["HF_TOKEN"]
-            os.environ.update({} if before is None else {"HF_TOKEN": before})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cache, partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ class TokenizerFactory:
     """
 
     def __init__(self, load: Callable[[], PreTrainedTokenizerBase]) -> None:
-        self._load = load
+        self._load = cache(load)
 
     @classmethod
     def from_pretrained(cls, path: str, **options: Any) -> TokenizerFactory:
@@ -44,14 +44,10 @@ class TokenizerFactory:
         """
         return cls(lambda: tokenizer)
 
-    @cached_property
-    def _built(self) -> PreTrainedTokenizerBase:
-        return self._load()
-
     def build(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer.
 
         Raises:
             ValueError: there is no such tokenizer, or it has no end-of-sequence token.
         """
-        return self._built
+        return self._load()

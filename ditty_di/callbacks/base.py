@@ -70,6 +70,26 @@ class Callback:
         return ""
 
 
+class Observer(Callback):
+    """Base of callbacks that observe the training by hooks on modules and the optimizer."""
+
+    def __init__(self) -> None:
+        self._hooks: list[Any] = []
+
+    def on_train_end(self, trainer: Training) -> None:
+        """Stop observing.
+
+        Args:
+            trainer: the trainer.
+        """
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
 class Callbacks:
     """A trainer's callbacks by name, in their order.
 

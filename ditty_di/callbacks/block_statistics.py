@@ -9,21 +9,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from ditty_di.callbacks.base import Callback
+from ditty_di.callbacks.base import Observer
 from ditty_di.fqn import canonical_fqn
 from ditty_di.models.weights import local
 from ditty_di.parallelize.data_parallel import repeated_blocks
 from ditty_di.protocols import Training
+from ditty_di.runtime import gathered
 
 log = logging.getLogger(__name__)
 
 
-class BlockStatistics(Callback):
+class BlockStatistics(Observer):
     """Log gradient norms, update ratios and activation statistics of each block, now and then.
 
     A block is one of the model's repeated blocks, as `parallelize` finds them, or else a module
@@ -54,8 +54,8 @@ class BlockStatistics(Callback):
 
     def __init__(self, interval: int = 100, *, updates: bool = True) -> None:
         self.validate(interval=interval)
+        super().__init__()
         self.interval, self.updates = interval, updates
-        self._hooks: list[Any] = []
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._before: dict[str, list[Tensor]] = {}
         #: By block, then statistic: sums over this rank's shards or batches, shapes [].
@@ -68,18 +68,10 @@ class BlockStatistics(Callback):
             trainer: the trainer.
         """
         if self._hooks:
-            self._remove()
+            self._remove_hooks()
             trainer.metrics_processor.log(trainer.step, self._gather())
         if (trainer.step + 1) % self.interval == 0:
             self._observe(trainer)
-
-    def on_train_end(self, trainer: Training) -> None:
-        """Stop observing.
-
-        Args:
-            trainer: the trainer.
-        """
-        self._remove()
 
     def _observe(self, trainer: Training) -> None:
         self._parameters, self._sums = defaultdict(list), defaultdict(dict)
@@ -141,12 +133,8 @@ class BlockStatistics(Callback):
         """Return the metrics over all ranks; collective."""
         mine = {name: {k: float(v) for k, v in one.items()} for name, one in self._sums.items()}
         self._sums = defaultdict(dict)
-        everyone: list[Any] = [mine]
-        if dist.get_world_size() > 1:
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
         total: dict[str, dict[str, float]] = {}
-        for of_rank in everyone:
+        for of_rank in gathered(mine):
             for name, sums in of_rank.items():
                 into = total.setdefault(name, {})
                 for key, value in sums.items():
@@ -157,11 +145,6 @@ class BlockStatistics(Callback):
             for name, sums in total.items()
             for statistic, value in _statistics(sums).items()
         }
-
-    def _remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._before = [], {}
 
 
 def _statistics(sums: dict[str, float]) -> dict[str, float]:

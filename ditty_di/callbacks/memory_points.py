@@ -6,18 +6,18 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ditty_di.callbacks.base import Callback
+from ditty_di.callbacks.base import Observer
+from ditty_di.io import read_text
 from ditty_di.protocols import Training
 
 GIB = 1 << 30
 
 
-class MemoryPoints(Callback):
+class MemoryPoints(Observer):
     """Log once what this rank's memory holds after the model, forward, backward and the update.
 
     The metrics, in GiB and with the first report: `memory/model_gib` (the model and whatever else
@@ -27,8 +27,8 @@ class MemoryPoints(Callback):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._points: dict[str, float] = {}
-        self._hooks: list[Any] = []
         self._device = torch.device("cpu")
 
     def on_train_start(self, trainer: Training) -> None:
@@ -52,21 +52,8 @@ class MemoryPoints(Callback):
         if "update" not in self._points:
             return {}
         found, self._points = self._points, {}
-        self._remove()
+        self._remove_hooks()
         return {f"memory/{name}_gib": size for name, size in found.items()}
-
-    def on_train_end(self, trainer: Training) -> None:
-        """Watch no longer.
-
-        Args:
-            trainer: the trainer.
-        """
-        self._remove()
-
-    def _remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
     def _note(self, name: str) -> Callable[..., None]:
         def note(*ignored: Any) -> None:
@@ -85,8 +72,7 @@ def allocated(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    pages = Path("/proc/self/statm")
-    if pages.exists():
-        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if pages := read_text("/proc/self/statm").split():
+        return int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     return peak if sys.platform == "darwin" else peak * 1024

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ditty_di.callbacks.base import Callback
+from ditty_di.config.early import validated
 from ditty_di.data.options import at_least
 from ditty_di.generation.decoding import end_ids, is_seq2seq, positions
 from ditty_di.generation.sampling import continuations, logits_of, prompt_ids
@@ -25,6 +26,7 @@ LINE_BREAK = "\\n"
 _LABEL_CHARS = 100
 
 
+@validated
 class SampleText(Callback):
     """Generate continuations of `prompts` after every validation, for the loggers.
 
@@ -73,12 +75,6 @@ class SampleText(Callback):
         max_chars: int = 400,
         logits_of: Callable[[Any], Tensor] = logits_of,
     ) -> None:
-        self.validate(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            max_chars=max_chars,
-        )
         self.tokenizer, self.prompts = tokenizer, list(prompts)
         self.max_new_tokens, self.temperature, self.top_k = max_new_tokens, temperature, top_k
         self.seed, self.echo, self.logits_of = seed, echo, logits_of

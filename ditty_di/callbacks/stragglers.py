@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from ditty_di.callbacks.base import Callback
+from ditty_di.callbacks.base import Observer
 from ditty_di.protocols import Training
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 PARTS = ("data", "forward", "optimizer")
 
 
-class Stragglers(Callback):
+class Stragglers(Observer):
     """Compare the ranks' own work in each step that is reported.
 
     Measured are loading data, the forward pass and the update. In a step all ranks take the same
@@ -52,9 +52,9 @@ class Stragglers(Callback):
 
     def __init__(self, factor: float = 1.2) -> None:
         self.validate(factor=factor)
+        super().__init__()
         self.factor = factor
         self._trainer: Training | None = None
-        self._hooks: list[Any] = []
         self._spans: dict[str, list[tuple[Any, Any]]] = {}
         self._began = self._data = 0.0
         self._found: tuple[int, str] | None = None
@@ -74,7 +74,7 @@ class Stragglers(Callback):
         Args:
             trainer: the trainer.
         """
-        self._stop()
+        self._remove_hooks()
         if self._trainer is None or not trainer.metrics_processor.should_log(trainer.step + 1):
             return
         self._spans = {"forward": [], "optimizer": []}
@@ -86,14 +86,6 @@ class Stragglers(Callback):
         self._watch("optimizer", before, after)
         self._began, self._data = self._now(), math.fsum(self._metrics.data_loading_times)
 
-    def on_train_end(self, trainer: Training) -> None:
-        """Stop measuring.
-
-        Args:
-            trainer: the trainer.
-        """
-        self._stop()
-
     def get_metrics(self) -> dict[str, float]:
         """Compare the ranks in the step that was measured, if one was."""
         if not self._hooks or self._trainer is None:
@@ -101,7 +93,7 @@ class Stragglers(Callback):
         took = self._now() - self._began
         data = math.fsum(self._metrics.data_loading_times) - self._data
         own = [data, self._seconds("forward"), self._seconds("optimizer")]
-        self._stop()
+        self._remove_hooks()
         runtime = self._trainer.runtime
         table = torch.zeros(runtime.world_size, len(own) + 1, dtype=torch.float64)
         table[runtime.rank] = torch.tensor([*own, max(took - math.fsum(own), 0.0)])
@@ -178,11 +170,6 @@ class Stragglers(Callback):
             return math.fsum(end - start for start, end in spans)
         spans[-1][1].synchronize()
         return math.fsum(start.elapsed_time(end) for start, end in spans) / 1000
-
-    def _stop(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
 
 def _local_modules(module: nn.Module) -> list[nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -22,16 +22,19 @@ from ditty_di.checkpoint.manifest import CheckpointError
 from ditty_di.checkpoint.mirror import Mirror
 from ditty_di.checkpoint.remote import require_url
 from ditty_di.checkpoint.retention import Retention
-from ditty_di.checkpoint.serialization import Entries, leaves, pack, shown, to_save
+from ditty_di.checkpoint.serialization import Entries, leaves, pack, to_save
 from ditty_di.checkpoint.staging import Staging
 from ditty_di.checkpoint.together import Together, without_stacks
 from ditty_di.checkpoint.writing import Writer
+from ditty_di.config.early import validated
 from ditty_di.data.remote import is_url
+from ditty_di.messages import first_of, refuse
 from ditty_di.protocols import Stateful
 
 log = logging.getLogger(__name__)
 
 
+@validated
 class Checkpointer:
     """Sharded, atomic checkpoints through `torch.distributed.checkpoint`.
 
@@ -85,13 +88,13 @@ class Checkpointer:
             mirror: URL of the copies.
         """
         wrong = [
-            f"checkpoint.{name}={value}: use 1 or more, or null for no limit"
-            for name, value in (("save_interval", save_interval), ("keep_latest_k", keep_latest_k))
-            if value is not None and value < 1
-        ]
-        wrong += [
-            f"checkpoint.{name}={value}: use 1 or more, or null for none"
-            for name, value in (("keep_every", keep_every), ("keep_best", keep_best))
+            f"checkpoint.{name}={value}: use 1 or more, or null for {null}"
+            for name, value, null in (
+                ("save_interval", save_interval, "no limit"),
+                ("keep_latest_k", keep_latest_k, "no limit"),
+                ("keep_every", keep_every, "none"),
+                ("keep_best", keep_best, "none"),
+            )
             if value is not None and value < 1
         ]
         if save_every_minutes is not None and not save_every_minutes > 0:
@@ -105,8 +108,7 @@ class Checkpointer:
             )
         if mirror is not None and (problem := require_url("checkpoint.mirror", mirror)):
             wrong.append(problem)
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        refuse(wrong)
 
     def __init__(
         self,
@@ -123,15 +125,6 @@ class Checkpointer:
         async_save: bool = False,
         load: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
-        self.validate(
-            folder=folder,
-            save_interval=save_interval,
-            save_every_minutes=save_every_minutes,
-            keep_latest_k=keep_latest_k,
-            keep_every=keep_every,
-            keep_best=keep_best,
-            mirror=mirror,
-        )
         names = [*states, *rank_states]
         if odd := [name for name in names if "." in name or names.count(name) > 1]:
             raise ValueError(f"checkpointer: state names must be unique and without dots: {odd}")
@@ -231,15 +224,12 @@ class Checkpointer:
         """
         doing = f"preparing to save into {self.folder}"
 
-        def values() -> Iterator[Any]:
-            for state in self.states.values():
-                yield from (value for _, value in leaves(state.state_dict()))
+        def size() -> int:
+            every = (leaf for state in self.states.values() for leaf in leaves(state.state_dict()))
+            return self._writer.size_of(value for _, value in every)
 
         # In the training's group: a rank that hangs as its states read rows is missed soon.
-        sizes = self._ranks.do(
-            doing, lambda: self._writer.size_of(values()), group=dist.group.WORLD
-        )
-        needed = sum(sizes) + also
+        needed = sum(self._ranks.do(doing, size, group=dist.group.WORLD)) + also
         self._ranks.on_rank_0(doing, lambda: space.require(self.folder, needed))
 
     def maybe_wait_for_staging(self) -> None:
@@ -307,7 +297,7 @@ class Checkpointer:
         own = self._rank_states_to_load(checkpoint.manifest.world_size)
         self._ranks.do(doing, lambda: plan.prepare(self._wanted(self.states), own))
         if unclaimed := plan.unclaimed(self._ranks.group):
-            problem = f"the checkpoint has what this run does not: {shown(unclaimed)}"
+            problem = f"the checkpoint has what this run does not: {first_of(unclaimed, 5)}"
             raise CheckpointError(f"{doing}: {problem}")
         with without_stacks(doing, "; move it away to go on from the one before"):
             checkpoint.read(plan.targets, group=self._ranks.group)

@@ -13,7 +13,6 @@ leaves whole checkpoints and leftovers with a leading dot.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import shutil
 import warnings
@@ -301,10 +300,8 @@ def commit(temporary: Path, folder: Path, manifest: Manifest) -> Path:
     digests = {n: manifest.digests.get(n) or digest_of(temporary / n) for n in manifest.files}
     manifest = replace(manifest, digests=digests)
     manifest = replace(manifest, digest=manifest.own_digest())
-    with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(manifest.dump())
-        file.flush()
-        os.fsync(file.fileno())
+    (temporary / MANIFEST).write_text(manifest.dump(), encoding="utf-8")
+    fsync(temporary / MANIFEST)
     fsync(temporary)
     return rename(temporary, folder, manifest.step)
 

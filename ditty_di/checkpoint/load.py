@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from ditty_di.checkpoint.folder import Checkpoint
 from ditty_di.checkpoint.restricted import loads
-from ditty_di.checkpoint.serialization import KeyPath, insert, key_of, leaves, shown
+from ditty_di.checkpoint.serialization import KeyPath, insert, key_of, leaves
+from ditty_di.messages import first_of
 from ditty_di.protocols import Stateful
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class LoadPlan:
         if names:
             switches = " ".join(f"load.{name}=false" for name, keys in missing.items() if keys)
             raise ValueError(
-                f"the checkpoint does not have {shown(names)}; {switches} starts without"
+                f"the checkpoint does not have {first_of(names, 5)}; {switches} starts without"
             )
 
     def _add(self, name: str, state: Stateful, saved: dict[str, Tensor | None]) -> list[str]:
@@ -88,7 +89,7 @@ class LoadPlan:
             if fits and there is not None and there.dtype != value.dtype:
                 cast.append(f"{name}.{key} ({there.dtype} -> {value.dtype})")
         if cast:
-            log.warning("these are cast while they are loaded: %s", shown(cast))
+            log.warning("these are cast while they are loaded: %s", first_of(cast, 5))
         for key, there in saved.items():
             if prepare_load is not None and there is not None:
                 self._claims[f"{name}.{key}"] = key in targets

@@ -15,8 +15,8 @@ from ditty_di.checkpoint.folder import Checkpoint
 from ditty_di.checkpoint.manifest import CheckpointError
 from ditty_di.checkpoint.model_state import ModelState, base_shown, require_base
 from ditty_di.checkpoint.restricted import loads
-from ditty_di.checkpoint.serialization import shown
 from ditty_di.fqn import canonical_fqn
+from ditty_di.messages import first_of
 from ditty_di.models.skipped import skipped_paths
 from ditty_di.models.weights import local
 from ditty_di.protocols import WeightsFn
@@ -54,11 +54,11 @@ def load_model(path: str | Path, model: nn.Module) -> int:
     if beyond and has_base:
         raise CheckpointError(
             f"{checkpoint.path} does not fit the model: it has adapters that the model does not: "
-            f"{shown(beyond)}; build the model with the same `adapter`"
+            f"{first_of(beyond, 5)}; build the model with the same `adapter`"
         )
     _load_state(checkpoint, "model", ModelState([model], frozen=not has_base))
     if beyond:
-        log.warning("%s has what the model does not: %s", checkpoint.path, shown(beyond))
+        log.warning("%s has what the model does not: %s", checkpoint.path, first_of(beyond, 5))
     return checkpoint.step
 
 

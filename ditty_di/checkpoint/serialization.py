@@ -10,7 +10,7 @@ dict that holds a sharded tensor is split into its items. On disk an entry is ca
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ditty_di.checkpoint.restricted import loads
+from ditty_di.messages import first_of
 
 KeyPath = tuple[Any, ...]
 Entries = dict[str, Tensor | bytes]
@@ -130,23 +131,11 @@ def require_same(
         for key, there in saved.items()
         if key in live and there is not None and there.dim() and _shape(there) != _shape(live[key])
     ]
-    problems = [f"the checkpoint does not have {shown(missing)}"] if missing else []
+    problems = [f"the checkpoint does not have {first_of(missing, 5)}"] if missing else []
     if reshaped:
-        problems.append(f"it has other shapes of {shown(reshaped)}")
+        problems.append(f"it has other shapes of {first_of(reshaped, 5)}")
     if problems:
         raise ValueError("; ".join(problems) + hint)
-
-
-def shown(names: Iterable[str], first: int = 5) -> str:
-    """Return the first few names, and how many more there are.
-
-    Args:
-        names: the names.
-        first: how many are named.
-    """
-    names = list(names)
-    more = f" and {len(names) - first} more" if len(names) > first else ""
-    return ", ".join(names[:first]) + more
 
 
 def _shape(value: Any) -> str:

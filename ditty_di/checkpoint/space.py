@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import shutil
@@ -14,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ditty_di.checkpoint.manifest import CheckpointError
+from ditty_di.io import fsync
+from ditty_di.messages import readable
 
 # ENOSPC and EDQUOT, as Python and C++ spell them, and EFBIG. torch's writer does not pass on the
 # system's message: it only reports a file that is shorter than it should be.
@@ -58,17 +59,15 @@ def require(folder: Path, needed: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with probe.open("wb") as file:
-                file.write(b"ditty_di")
-                file.flush()
-                os.fsync(file.fileno())
+            probe.write_bytes(b"ditty_di")
+            fsync(probe)
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
     if (free := shutil.disk_usage(folder).free) < needed:
         raise CheckpointError(
-            f"{folder} has too little room: needs about {shown(needed)}, {shown(free)} free"
+            f"{folder} has too little room: needs about {readable(needed)}, {readable(free)} free"
         )
 
 
@@ -84,7 +83,7 @@ def explained(problem: str, folder: Path, needed: int) -> str | None:
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     except OSError:
         return None
-    room = f"needs about {shown(needed)}, {shown(free)} free"
+    room = f"needs about {readable(needed)}, {readable(free)} free"
     if _FULL.search(problem) or (_CUT_SHORT.search(problem) and free < needed):
         return f"no space left: {room} ({problem})"
     if _CUT_SHORT.search(problem):
@@ -93,16 +92,3 @@ def explained(problem: str, folder: Path, needed: int) -> str | None:
             f"may be what ends it ({problem})"
         )
     return None
-
-
-def shown(size: float) -> str:
-    """Return a size as `12.3 MB`.
-
-    Args:
-        size: bytes.
-    """
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

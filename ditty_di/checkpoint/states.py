@@ -12,7 +12,7 @@ import copy
 import inspect
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -22,13 +22,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ditty_di.checkpoint.serialization import insert, require_same, shown
+from ditty_di.checkpoint.serialization import insert, require_same
 from ditty_di.fqn import canonical_fqn
+from ditty_di.messages import first_of
 
 log = logging.getLogger(__name__)
 
 #: The key under which a schedule's state has the learning rates of the next update.
 _RATES = "next_rates"
+#: Options of a parameter group that are not saved with the optimizer: names, and what belongs to
+#: the schedule, which `SchedulerState` saves.
+_NOT_SAVED = ("params", "param_names", "lr", "initial_lr")
 
 
 class OptimizerState:
@@ -40,17 +44,13 @@ class OptimizerState:
 
     Args:
         optimizer: its groups have `param_names` (it was built from (name, parameter) pairs).
-        scheduled: options that belong to the schedule, and are saved by `SchedulerState`.
 
     Raises:
         ValueError: a group without `param_names`.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, *, scheduled: Iterable[str] = ("lr", "initial_lr")
-    ) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._not_saved = {"params", "param_names", *scheduled}
         for group in optimizer.param_groups:
             if len(group.get("param_names", ())) != len(group["params"]):
                 raise ValueError(
@@ -95,7 +95,7 @@ class OptimizerState:
         if unknown := [key for key in owned if saved[key] is not None and key not in live]:
             raise ValueError(
                 f"the checkpoint has state that {type(self.optimizer).__name__} does not keep: "
-                f"{shown(unknown)}{hint}"
+                f"{first_of(unknown, 5)}{hint}"
             )
         require_same(live, saved, hint=hint)
 
@@ -123,7 +123,7 @@ class OptimizerState:
                         _assign(group, option, value)
 
     def _options(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in group.items() if key not in self._not_saved}
+        return {key: value for key, value in group.items() if key not in _NOT_SAVED}
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.optimizer.param_groups:

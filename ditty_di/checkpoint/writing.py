@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ditty_di.checkpoint.together import Together, without_stacks
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Writer:
     """Write checkpoints into a folder, and remove those that no rule keeps.
 
@@ -38,18 +40,12 @@ class Writer:
         copy_ahead: bytes that are copied from the device before they are written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        ranks: Together,
-        *,
-        keep: Retention,
-        damaged: dict[Path, str],
-        mirror: Mirror | None = None,
-        copy_ahead: int = 0,
-    ) -> None:
-        self.folder, self.ranks, self.keep, self.damaged = folder, ranks, keep, damaged
-        self.mirror, self.copy_ahead = mirror, copy_ahead
+    folder: Path
+    ranks: Together
+    keep: Retention
+    damaged: dict[Path, str]
+    mirror: Mirror | None = None
+    copy_ahead: int = 0
 
     def size_of(self, values: Iterable[Any]) -> int:
         """Return the bytes that this rank writes.

@@ -25,10 +25,10 @@ from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import is_sweep, value_of, without
 from ditty_di.config import ConfigError, Problem
 from ditty_di.config.targets import TargetError, locate
+from ditty_di.replaced import replaced
 
 # Launchers and sweepers, which Hydra takes from its plugins only, and what it logs with.
 _OF_HYDRA = ("hydra_plugins.", "hydra._internal.core_plugins.", "logging.FileHandler")
-_FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 class UserFolders(SearchPathPlugin):
@@ -113,16 +113,10 @@ def run(command: Command, job: Callable[[DictConfig], Any]) -> Any:
 
 def _print(command: Command, folder: str, job: Callable[[DictConfig], Any]) -> None:
     """Let Hydra's own command line do what an option such as `--cfg job` asks for."""
-    before = sys.argv, os.environ.get(_FULL_ERROR)
-    sys.argv = [before[0][0], *command.hydra_arguments]
-    os.environ[_FULL_ERROR] = "1"  # otherwise Hydra prints errors and exits by itself
-    try:
+    arguments = [sys.argv[0], *command.hydra_arguments]
+    # Otherwise Hydra prints errors and exits by itself.
+    with replaced(vars(sys), "argv", arguments), replaced(os.environ, "HYDRA_FULL_ERROR", "1"):
         hydra.main(folder, command.config_name, "1.3")(job)()
-    finally:
-        sys.argv = before[0]
-        del os.environ[_FULL_ERROR]
-        if before[1] is not None:
-            os.environ[_FULL_ERROR] = before[1]
 
 
 def composed(config_name: str, overrides: list[str], **options: Any) -> DictConfig | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 _BEGINS_WITH_NAME = re.compile(r"[A-Za-z_][\w.]*(?:=|:\s)")
 _NAME = re.compile(r"([A-Za-z_][\w.]*)=|^([A-Za-z_][\w.]*):\s|(?<=: )([A-Za-z_]\w*) must")
 _SCALAR_ANNOTATION = re.compile(r"(int|float|bool|str|None|[ |])+")
+
+_Class = TypeVar("_Class", bound=type)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,29 @@ def validate(view: View) -> None:
         ):
             check(**{n: view.arguments[n] for n, p in parameters.items() if _fits(p, view)})
             return
+
+
+def validated(cls: _Class) -> _Class:
+    """Let the constructor of a class first call the static method `validate` of that class.
+
+    A decorator. The constructor gives `validate` those of its arguments that have the same name.
+    """
+    made: Any = cls
+    construct, signature = made.__init__, inspect.signature(made.__init__)
+    names = inspect.signature(made.validate).parameters.keys() & signature.parameters.keys()
+
+    @functools.wraps(construct)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            given = signature.bind(self, *args, **kwargs)
+        except TypeError:  # the constructor itself raises it with a better message
+            return construct(self, *args, **kwargs)
+        given.apply_defaults()
+        made.validate(**{name: given.arguments[name] for name in names})
+        return construct(self, *args, **kwargs)
+
+    made.__init__ = checked
+    return cls
 
 
 def rehearsal(target: Callable[..., Any]) -> Callable[..., list[str]] | None:

@@ -25,7 +25,6 @@ class Prediction(Protocol):
             signal: scale of the sample in x_t.
             scale: scale of the noise in x_t.
         """
-        ...
 
     def split(self, output: Tensor, x_t: Tensor, signal: Tensor, scale: Tensor, /) -> Parts:
         """Return the (x_0, noise) of `x_t` that the model's output implies.
@@ -36,7 +35,6 @@ class Prediction(Protocol):
             signal: scale of the sample in x_t.
             scale: scale of the noise in x_t.
         """
-        ...
 
 
 class Epsilon:

@@ -31,7 +31,6 @@ class Sampler(Protocol):
             x: standard normal noise `[batch, ...]`.
             noise: for samplers that add some in each step.
         """
-        ...
 
 
 class DDIM:

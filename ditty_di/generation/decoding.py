@@ -93,7 +93,6 @@ class Decode(Protocol):
             prompts: token ids.
             options: how to continue.
         """
-        ...
 
 
 def textless(model: Any) -> str:

@@ -26,7 +26,6 @@ class PromptRenderer(Protocol):
         Args:
             record: of a file of prompts.
         """
-        ...
 
 
 class Prompts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from ditty_di.data.images import Images
 from ditty_di.isolation.forms import FORMS, DocumentInputs
 from ditty_di.isolation.positions import position_limit, positions_of
 from ditty_di.models.evaluation import evaluating
+from ditty_di.replaced import replaced
 from ditty_di.seed import preserved_rng
 
 log = logging.getLogger(__name__)
@@ -83,13 +84,7 @@ class Isolation:
         if batch is None:
             log.warning("%s: packed rows are not probed, for the data has one token", self.name)
             return
-        with (
-            torch.no_grad(),
-            evaluating([self.module, *self.modules]),
-            preserved_rng(self.device),
-            _eager(),
-            ExitStack() as stack,
-        ):
+        with self._probing(), ExitStack() as stack:
             self._measure(batch)
             if self.agree(self._coupling > 0):
                 # Quantization by the scale of a whole tensor (float8) couples all tokens, which
@@ -118,12 +113,7 @@ class Isolation:
             NotIsolated: an image's tokens are not seen as they are alone.
         """
         documents = images.blank_documents()
-        with (
-            torch.no_grad(),
-            evaluating([self.module, *self.modules]),
-            preserved_rng(self.device),
-            _eager(),
-        ):
+        with self._probing():
             alone = [self._outputs(_with_images(images, [ids])) for ids in documents]
             together = self._outputs(_with_images(images, documents))
         error, scale = 0.0, max((float(t.abs().max()) for t in together), default=0.0)
@@ -137,6 +127,15 @@ class Isolation:
                 f"{self.name}: documents with images differ in a packed row from each alone (by "
                 f"{error:.2g}); use batching=padded or length_grouped"
             )
+
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        """Leave the state of the training as it is, and compile nothing for the probe's shapes."""
+        compiles = "torch._dynamo" in sys.modules
+        eager = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+        modules = [self.module, *self.modules]
+        with torch.no_grad(), evaluating(modules), preserved_rng(self.device), eager:
+            yield
 
     def _choose(self, batch: _Probe) -> str | None:
         """Return the first form that works, with its hook registered; None if nothing is seen."""
@@ -320,10 +319,8 @@ class _Probe:
 
 def _with_images(images: Images, documents: list[Tensor]) -> dict[str, Any]:
     """Return one row of documents with an image each."""
-    ids, positions = (
-        torch.cat(documents)[None],
-        torch.cat([torch.arange(len(d)) for d in documents]),
-    )
+    ids = torch.cat(documents)[None]
+    positions = torch.cat([torch.arange(len(document)) for document in documents])
     inputs = {"input": ids, "position_ids": positions[None]}
     blank = [images.blank] * len(documents)
     return inputs | varlen_arguments(positions[None]) | images.inputs(ids, blank)
@@ -338,15 +335,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(list(leaf.values()))
 
 
-def _eager() -> AbstractContextManager[Any]:
-    """Run compiled layers eagerly: compiling for the probe's shapes would be wasted."""
-    return (
-        torch.compiler.set_stance("force_eager")
-        if "torch._dynamo" in sys.modules
-        else nullcontext()
-    )
-
-
 @contextmanager
 def _high_precision_linears(module: nn.Module) -> Iterator[None]:
     """Let linear layers that quantize a floating weight multiply by the weight as it is."""
@@ -358,13 +346,10 @@ def _high_precision_linears(module: nn.Module) -> Iterator[None]:
         and part.weight.is_floating_point()
         and "forward" not in vars(part)
     ]
-    try:
+    with ExitStack() as stack:
         for part in changed:
-            vars(part)["forward"] = partial(_multiply, part)
+            stack.enter_context(replaced(vars(part), "forward", partial(_multiply, part)))
         yield
-    finally:
-        for part in changed:
-            del vars(part)["forward"]
 
 
 def _multiply(part: nn.Linear, x: Tensor) -> Tensor:

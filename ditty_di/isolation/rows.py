@@ -58,8 +58,8 @@ def check_rows(
         return
     dataset = getattr(loader, "dataset", None)
     check_positions(isolation.module, isolation.config, dataset, sample, name=isolation.name)
-    packs = getattr(getattr(loader, "collate_fn", None), "packs_documents", False)
-    if packs or holds_several(sample):
+    collate = getattr(loader, "collate_fn", None)
+    if getattr(collate, "packs_documents", False) or holds_several(sample):
         split = SequenceSplit.of([isolation.module])
         if runtime.parallel_dims.cp_enabled and split is None:
             raise NotIsolated(
@@ -70,7 +70,8 @@ def check_rows(
             _ensure_of_stages(isolation, sample)
         else:
             isolation.ensure(sample)
-            if (images := _images_of(loader)) is not None:
+            images: Images | None = getattr(collate, "images", None)
+            if images is not None:
                 isolation.ensure_images(images)
         if split is not None and isolation.added is not None:
             raise NotIsolated(
@@ -125,12 +126,6 @@ def _sample(loader: Any) -> dict[str, Any] | None:
         log.debug("no sample of the loader's rows: %r", error)
         return None
     return found if isinstance(found, dict) else None
-
-
-def _images_of(loader: Any) -> Images | None:
-    """Return what reads the images of a loader's rows; None for rows without."""
-    found: Images | None = getattr(getattr(loader, "collate_fn", None), "images", None)
-    return found
 
 
 def isolation_of(

@@ -18,6 +18,7 @@ from signal import Signals
 from typing import Any
 
 from ditty_di.config import ConfigError
+from ditty_di.config.early import validated
 from ditty_di.console import status
 from ditty_di.launch.failure import report
 from ditty_di.launch.local import Group, Local, reserved_port
@@ -26,6 +27,7 @@ from ditty_di.launch.rendezvous import Rendezvous, Round, watching
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
 
 
+@validated
 class Torchrun(Local):
     """Run the ranks of several machines; the same command is typed on each.
 
@@ -106,15 +108,6 @@ class Torchrun(Local):
         rdzv_conf: dict[str, Any] | None = None,
         dry_run: bool = False,
     ) -> None:
-        self.validate(
-            rdzv_endpoint=rdzv_endpoint,
-            rdzv_id=rdzv_id,
-            min_nodes=min_nodes,
-            max_nodes=max_nodes,
-            nproc=nproc,
-            max_restarts=max_restarts,
-            grace_seconds=grace_seconds,
-        )
         super().__init__(nproc, grace_seconds, max_restarts, dry_run)
         self.nodes = (max_nodes if min_nodes is None else min_nodes, max_nodes)
         self.rendezvous = Rendezvous(

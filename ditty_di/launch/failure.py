@@ -6,7 +6,6 @@ import functools
 import os
 import re
 import sys
-import sysconfig
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,12 +13,12 @@ from types import FrameType
 from typing import Any
 
 from ditty_di.config import BuildError, ConfigError, Graph
+from ditty_di.io import read_text
 from ditty_di.launch.rundir import RunDirectory
+from ditty_di.messages import causes
+from ditty_di.origins import is_installed
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
-_INSTALLED = tuple(
-    str(Path(sysconfig.get_path(name))) + os.sep for name in ("stdlib", "purelib", "platlib")
-)
 _FILE = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+)', re.M)
 _WORKER = re.compile(r"^Caught \w+ in DataLoader worker process \d+\.\n", re.M)
 #: Causes of a failure beside the names of exceptions; see `describe`.
@@ -104,11 +103,7 @@ def oom_kills() -> int | None:
 
     Counted for this machine and its containers (`/proc/vmstat`); None where that is not available.
     """
-    try:
-        counters = Path("/proc/vmstat").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^oom_kill (\d+)", counters, re.M)
+    found = re.search(r"^oom_kill (\d+)", read_text("/proc/vmstat"), re.M)
     return int(found[1]) if found else None
 
 
@@ -137,9 +132,7 @@ def describe(error: BaseException, graph: Graph | None, rank: int, kills: str) -
         rank: this rank; named when there are several.
         kills: `how_killed(...)`.
     """
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
+    chain = list(causes(error))
     failure: dict[str, Any] = {"status": "failed", "traceback": traceback.format_exc()}
     if isinstance(error, KeyboardInterrupt):
         return failure | {"status": "interrupted", "error": str(error) or "Ctrl-C"}
@@ -203,7 +196,8 @@ def is_own(file: str) -> bool:
     Args:
         file: absolute path of a source file.
     """
-    return not file.startswith(("<", _PACKAGE, *_INSTALLED)) and "site-packages" not in file
+    own = not (file.startswith(("<", _PACKAGE)) or is_installed(file))
+    return own and "site-packages" not in file
 
 
 def relative(file: str) -> str:

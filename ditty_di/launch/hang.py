@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -20,8 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from ditty_di.io import read_text
 from ditty_di.launch.failure import is_own, relative
+from ditty_di.launch.processes import repeating
 from ditty_di.launch.rundir import RunDirectory
+from ditty_di.messages import causes
 
 _TIMEOUT = re.compile(r"(?i)timed ?out|timeout")
 _MILLISECONDS = re.compile(r"(?i)(?:waiting|after|ran for) (\d+) ?(?:ms|milliseconds)")
@@ -67,23 +69,17 @@ def stacks_on_request(run: RunDirectory) -> Iterator[None]:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
         yield  # every rank is on this machine
         return
-    request, over = _request(run), threading.Event()
+    request = _request(run)
     seen = _changed_at(request)
 
-    def watch() -> None:
+    def look() -> None:
         nonlocal seen
-        while not over.wait(_WATCH_SECONDS):
-            if (now := _changed_at(request)) != seen:
-                seen = now
-                os.kill(os.getpid(), signal.SIGUSR1)
+        if (now := _changed_at(request)) != seen:
+            seen = now
+            os.kill(os.getpid(), signal.SIGUSR1)
 
-    thread = threading.Thread(target=watch, daemon=True, name="stacks on request")
-    thread.start()
-    try:
+    with repeating(look, _WATCH_SECONDS):  # no longer: without a handler it would end the process
         yield
-    finally:
-        over.set()
-        thread.join()  # without a handler the signal would end the process
 
 
 def _request(run: RunDirectory) -> Path:
@@ -103,10 +99,8 @@ def is_communication(error: BaseException) -> bool:
     Args:
         error: what a rank raised.
     """
-    chain: BaseException | None = error
-    while chain is not None and not isinstance(chain, RuntimeError):
-        chain = chain.__cause__ or chain.__context__
-    return chain is not None and _collective(error) is not None
+    failed = any(isinstance(one, RuntimeError) for one in causes(error))
+    return failed and _collective(error) is not None
 
 
 def diagnose(error: BaseException, run: RunDirectory, rank: int) -> dict[str, Any]:
@@ -163,13 +157,9 @@ def diagnose(error: BaseException, run: RunDirectory, rank: int) -> dict[str, An
 
 def _collective(error: BaseException) -> str | None:
     """Return the innermost function of torch.distributed on the stacks of an error's chain."""
-    chain: BaseException | None = error
-    called: list[str] = []
-    while chain is not None:
-        for frame, _ in traceback.walk_tb(chain.__traceback__):
-            if _COLLECTIVES in frame.f_code.co_filename and frame.f_code.co_name not in _WRAPPERS:
-                called.append(frame.f_code.co_name)
-        chain = chain.__cause__ or chain.__context__
+    frames = (frame for one in causes(error) for frame, _ in traceback.walk_tb(one.__traceback__))
+    codes = [frame.f_code for frame in frames if _COLLECTIVES in frame.f_code.co_filename]
+    called = [code.co_name for code in codes if code.co_name not in _WRAPPERS]
     return called[-1] if called else None
 
 
@@ -180,11 +170,7 @@ def _stack_of(pid: int, log: Path) -> Stack:
     """
     stack = _ask(pid, log)
     if stack and stack[0][0].endswith(_WAITING_FOR_A_CHILD):
-        try:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        except OSError:
-            return stack
-        for child in children:
+        for child in read_text(f"/proc/{pid}/task/{pid}/children").split():
             inner = _ask(int(child), log)
             if any(is_own(file) for file, _, _ in inner):
                 return inner
@@ -238,9 +224,8 @@ def _appended(log: Path, begin: int, deadline: float) -> Stack:
 
 def _handles_usr1(pid: int) -> bool:
     """Return whether SIGUSR1 is handled, which would kill otherwise. Assumed off Linux."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
+    status = read_text(f"/proc/{pid}/status")
+    if not status:
         return not Path("/proc/self/status").exists()
     caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.M)
     return bool(caught and int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1)

@@ -13,8 +13,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import yaml
@@ -30,27 +30,24 @@ CONFIG_FILES = ("config.yaml", "resolved.yaml", "sources.json", "overrides.yaml"
 _TAKE_OVER_SECONDS = 120.0
 #: Of the rendezvous store, on machines that belong to the job alone.
 _PORT = 29500
+_POLL_SECONDS = 15.0
 _UNKNOWN_JOB = re.compile(r"(?i)invalid job id|not ?found")
 
 
 class Job(abc.ABC):
     """Base of launchers that write a job file and submit it with a scheduler's own program.
 
-    Args:
-        dry_run: print the job file and the command that would submit it, and do nothing else.
-
     Attributes:
         file: name of the job file in the run directory.
         program: program that submits it.
         scheduler: name of the scheduler in messages.
+        dry_run: print the job file and the command that would submit it, and do nothing else.
     """
 
     file: ClassVar[str]
     program: ClassVar[str]
     scheduler: ClassVar[str]
-
-    def __init__(self, dry_run: bool) -> None:
-        self.dry_run = dry_run
+    dry_run: bool
 
     @abc.abstractmethod
     def content(self, run: RunDirectory, config_dir: Path) -> str:
@@ -115,40 +112,18 @@ class Job(abc.ABC):
             self.command(file), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
         )
         if done.returncode:
-            self.refused(run, done.stdout)
+            sys.stderr.write(done.stdout)
+            message = f"{self.program} did not take the job; its message is above"
+            run.write_result({"status": "failed", "error": message})
+            print(f"failed: {message}", file=sys.stderr)
             return done.returncode
-        self.submitted(run, done.stdout)
-        return 0
-
-    def submitted(self, run: RunDirectory, output: str) -> str:
-        """Note which job has the run, and print what to type next.
-
-        Args:
-            run: the run directory.
-            output: what the scheduler's program printed.
-
-        Returns:
-            The job's identifier.
-        """
-        job = self.job_id(run, output)
+        job = self.job_id(run, done.stdout)
         write_json(run.job, {"id": job})
         print(f"{self.scheduler} job {job} has the run {run}")
         for what, how in self.hints(run, job).items():
             print(f"  {what:23} {how}")
         sys.stdout.flush()
-        return job
-
-    def refused(self, run: RunDirectory, output: str) -> None:
-        """Write the result of a run that the scheduler did not take.
-
-        Args:
-            run: the run directory.
-            output: what the scheduler's program printed beside its error.
-        """
-        sys.stderr.write(output)
-        message = f"{self.program} did not take the job; its message is above"
-        run.write_result({"status": "failed", "error": message})
-        print(f"failed: {message}", file=sys.stderr)
+        return 0
 
     def state(self, job: str) -> str | None:
         """Return the state of a job that waits or runs, "" once it has ended, None if not known.
@@ -174,6 +149,18 @@ def state(command: Sequence[str]) -> str | None:
     if done.returncode:  # the scheduler has forgotten the job, or cannot be reached
         return "" if _UNKNOWN_JOB.search(done.stderr) else None
     return " ".join(done.stdout.split())
+
+
+def wait(command: Sequence[str]) -> None:
+    """Return when a job has ended.
+
+    Args:
+        command: as for `state`.
+    """
+    pause = 1.0
+    while state(command) != "":
+        time.sleep(pause)
+        pause = min(pause * 1.2, _POLL_SECONDS)
 
 
 def pending(run: RunDirectory) -> str | None:
@@ -202,30 +189,14 @@ def is_job(target: object) -> bool:
     return isinstance(target, type) and issubclass(target, Job)
 
 
-def refuse(
-    problems: Iterable[str] = (), *, program: str, dry_run: bool, **counts: int | None
-) -> None:
-    """Raise ValueError with all that is wrong with a launcher's arguments.
-
-    Args:
-        problems: what is wrong, each `argument=value ...`.
-        program: program that submits; looked for unless `dry_run`.
-        dry_run: whether it is not needed.
-        **counts: numbers that must be at least 1; None was not given.
-    """
-    wrong = [
-        f"{name}={value} must be at least 1"
-        for name, value in counts.items()
-        if value is not None and value < 1
+def missing(program: str, dry_run: bool) -> list[str]:
+    """Return that the program which submits is not on this machine, unless it is not needed."""
+    if dry_run or shutil.which(program) is not None:
+        return []
+    return [
+        f"dry_run=false, and the program {program} is not on this machine: run the command "
+        "where it is; launcher.dry_run=true shows here what would be submitted"
     ]
-    wrong += problems
-    if not dry_run and shutil.which(program) is None:
-        wrong.append(
-            f"dry_run=false, and the program {program} is not on this machine: run the command "
-            "where it is; launcher.dry_run=true shows here what would be submitted"
-        )
-    if wrong:
-        raise ValueError("\n".join(wrong))
 
 
 def ranks_script(
@@ -288,6 +259,11 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 
 
 _Dumper.add_representer(str, _represent_text)
+
+
+def path_below(runs: str, run: RunDirectory) -> PurePosixPath:
+    """Return where a run is on machines that have it below a folder of runs of their own."""
+    return PurePosixPath(runs, run.path.parent.name, run.path.name)
 
 
 def manifest(*documents: Mapping[str, Any]) -> str:

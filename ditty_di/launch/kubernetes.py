@@ -6,17 +6,22 @@ import re
 import shlex
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ditty_di.config.early import validated
 from ditty_di.launch import jobs
 from ditty_di.launch.rundir import RunDirectory
+from ditty_di.messages import refuse, too_low
 
 _CONFIG_DIR = "/etc/ditty_di"
 #: Longest name of a JobSet whose pods' names, which append to it, are still DNS labels.
 _MAX_NAME = 40
 
 
+@validated
+@dataclass(eq=False)
 class Kubernetes(jobs.Job):
     """Apply a JobSet (`jobset.x-k8s.io/v1alpha2`) of one indexed job, one pod a machine.
 
@@ -51,6 +56,23 @@ class Kubernetes(jobs.Job):
 
     file, program, scheduler = "jobset.yaml", "kubectl", "Kubernetes"
 
+    image: str
+    volumes: Mapping[str, Any]
+    runs: str | None = None
+    namespace: str | None = None
+    nodes: int = 1
+    nproc: int = 1
+    gpus_per_node: int | None = None
+    gpu_resource: str = "nvidia.com/gpu"
+    resources: Mapping[str, Any] | None = None
+    env: Mapping[str, Any] | None = None
+    setup: Sequence[str] = ()
+    pod: Mapping[str, Any] | None = None
+    grace_seconds: int = 300
+    max_restarts: int = 3
+    name: str = "ditty-di"
+    dry_run: bool = False
+
     @staticmethod
     def validate(
         *,
@@ -65,63 +87,19 @@ class Kubernetes(jobs.Job):
     ) -> None:
         """Raise ValueError for arguments out of range, and when `kubectl` is missing."""
         mounted = list(volumes or ())
-        wrong = [
+        wrong = too_low(1, nodes=nodes, nproc=nproc, gpus_per_node=gpus_per_node)
+        wrong += [
             f"volumes.{path}: a mount path begins with /" for path in mounted if path[:1] != "/"
         ]
         if not mounted:
             wrong.append("volumes=null: the run directory must be on one; write {/runs: CLAIM}")
-        elif runs is not None and not _volume_of(runs, mounted):
+        elif runs is not None and not any(map(PurePosixPath(runs).is_relative_to, mounted)):
             wrong.append(f"runs={runs}: is on none of the volumes ({', '.join(mounted)})")
-        for name, value in (("grace_seconds", grace_seconds), ("max_restarts", max_restarts)):
-            if value < 0:
-                wrong.append(f"{name}={value} must not be negative")
-        jobs.refuse(
-            wrong,
-            program="kubectl",
-            dry_run=dry_run,
-            nodes=nodes,
-            nproc=nproc,
-            gpus_per_node=gpus_per_node,
-        )
+        wrong += too_low(0, grace_seconds=grace_seconds, max_restarts=max_restarts)
+        refuse([*wrong, *jobs.missing("kubectl", dry_run)])
 
-    def __init__(
-        self,
-        image: str,
-        volumes: Mapping[str, Any],
-        runs: str | None = None,
-        namespace: str | None = None,
-        nodes: int = 1,
-        nproc: int = 1,
-        gpus_per_node: int | None = None,
-        gpu_resource: str = "nvidia.com/gpu",
-        resources: Mapping[str, Any] | None = None,
-        env: Mapping[str, Any] | None = None,
-        setup: Sequence[str] = (),
-        pod: Mapping[str, Any] | None = None,
-        grace_seconds: int = 300,
-        max_restarts: int = 3,
-        name: str = "ditty-di",
-        dry_run: bool = False,
-    ) -> None:
-        self.validate(
-            volumes=volumes,
-            runs=runs,
-            nodes=nodes,
-            nproc=nproc,
-            gpus_per_node=gpus_per_node,
-            grace_seconds=grace_seconds,
-            max_restarts=max_restarts,
-            dry_run=dry_run,
-        )
-        super().__init__(dry_run)
-        self.image, self.volumes, self.runs, self.namespace = image, volumes, runs, namespace
-        self.nodes, self.nproc, self.setup = nodes, nproc, setup
-        gpus = {gpu_resource: gpus_per_node} if gpus_per_node else {}
-        self.resources = {k: str(v) for k, v in {**(resources or {}), **gpus}.items()}
-        # torchrun reads how long its ranks may take to end (30 s on versions without the option).
-        self.env = {"PET_SHUTDOWN_TIMEOUT": grace_seconds, **(env or {})}
-        self.pod, self.grace_seconds, self.max_restarts = pod or {}, grace_seconds, max_restarts
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    def __post_init__(self) -> None:
+        slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
         self.name = f"{slug[: _MAX_NAME - 7].rstrip('-') or 'run'}-{uuid.uuid4().hex[:6]}"
 
     def content(self, run: RunDirectory, config_dir: Path) -> str:
@@ -165,9 +143,7 @@ class Kubernetes(jobs.Job):
         }
 
     def _path_in_pods(self, run: RunDirectory) -> PurePosixPath:
-        if self.runs is None:
-            return PurePosixPath(run.path)
-        return PurePosixPath(self.runs, run.path.parent.name, run.path.name)
+        return PurePosixPath(run.path) if self.runs is None else jobs.path_below(self.runs, run)
 
     def _object(self, version: str, kind: str) -> dict[str, Any]:
         metadata = {"name": self.name} | ({"namespace": self.namespace} if self.namespace else {})
@@ -188,12 +164,16 @@ class Kubernetes(jobs.Job):
             node='"$JOB_COMPLETION_INDEX"',
             head=f"{self.name}-ranks-0-0.{self.name}",
         )
+        gpus = {self.gpu_resource: self.gpus_per_node} if self.gpus_per_node else {}
+        resources = {k: str(v) for k, v in {**(self.resources or {}), **gpus}.items()}
+        # torchrun reads how long its ranks may take to end (30 s on versions without the option).
+        env = {"PET_SHUTDOWN_TIMEOUT": self.grace_seconds, **(self.env or {})}
         container = {
             "name": "ranks",
             "image": self.image,
             "command": ["bash", "-c", script],
-            "env": [{"name": name, "value": str(value)} for name, value in self.env.items()],
-            "resources": {"requests": self.resources, "limits": self.resources},
+            "env": [{"name": name, "value": str(value)} for name, value in env.items()],
+            "resources": {"requests": resources, "limits": resources},
             "volumeMounts": [{"name": f"v{n}", "mountPath": p} for n, p in enumerate(paths)],
         }
         pod = {
@@ -205,7 +185,7 @@ class Kubernetes(jobs.Job):
                 | ({"persistentVolumeClaim": {"claimName": s}} if isinstance(s, str) else s)
                 for n, s in enumerate(sources)
             ],
-            **self.pod,
+            **(self.pod or {}),
         }
         job = {
             "parallelism": self.nodes,
@@ -222,9 +202,3 @@ class Kubernetes(jobs.Job):
                 "replicatedJobs": [{"name": "ranks", "replicas": 1, "template": {"spec": job}}],
             }
         }
-
-
-def _volume_of(path: str, mounted: Sequence[str]) -> str | None:
-    """Return the mount path that holds a path, None when none does."""
-    parents = {str(p) for p in (PurePosixPath(path), *PurePosixPath(path).parents)}
-    return next((p for p in mounted if str(PurePosixPath(p)) in parents), None)

@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ditty_di.config.early import validated
 from ditty_di.console import LAUNCHED
 from ditty_di.launch import worker
 from ditty_di.launch.failure import Restarts, how_killed, oom_kills, report
@@ -55,6 +56,8 @@ class Group:
     watch: Callable[[], float | None] | None = None
 
 
+@validated
+@dataclass(eq=False)
 class Local:
     """Run the ranks of a run directory on this machine.
 
@@ -77,6 +80,11 @@ class Local:
         ValueError: `nproc` is less than one, or another argument negative.
     """
 
+    nproc: int | None = None
+    grace_seconds: float = 300.0
+    max_restarts: int = 0
+    dry_run: bool = False
+
     @staticmethod
     def validate(
         *, nproc: int | None = None, grace_seconds: float = 300.0, max_restarts: int = 0
@@ -95,18 +103,8 @@ class Local:
         if max_restarts < 0:
             raise ValueError(f"launcher.max_restarts={max_restarts} must not be negative")
 
-    def __init__(
-        self,
-        nproc: int | None = None,
-        grace_seconds: float = 300.0,
-        max_restarts: int = 0,
-        dry_run: bool = False,
-    ) -> None:
-        self.validate(nproc=nproc, grace_seconds=grace_seconds, max_restarts=max_restarts)
-        self.nproc = nproc
-        self.grace_seconds = grace_seconds
-        self.restarts = Restarts(max_restarts)
-        self.dry_run = dry_run
+    def __post_init__(self) -> None:
+        self.restarts = Restarts(self.max_restarts)
 
     def preview(self, run: RunDirectory, config_dir: Path) -> int:
         """Print what would be started; return the exit code 0.
@@ -176,17 +174,14 @@ class Local:
             run.write_result(result | more | {"seconds": time.time() - started})
         return int(any(codes))  # 1 if rank 0 has written a result that is not good
 
-    def group(self, run: RunDirectory, children: Children) -> AbstractContextManager[Group]:
-        """Return a context in which the ranks run.
+    @contextmanager
+    def group(self, run: RunDirectory, children: Children) -> Iterator[Group]:
+        """Yield which ranks run within the context.
 
         Args:
             run: the run directory.
             children: what runs the ranks.
         """
-        return self._alone()
-
-    @contextmanager
-    def _alone(self) -> Iterator[Group]:
         nproc = self.ranks_here()
         with reserved_port() as port:
             yield Group(nproc, nproc, ("localhost", port))

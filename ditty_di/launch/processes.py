@@ -6,8 +6,9 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ditty_di.launch.parent_death import lifeline, lifeline_env
@@ -18,6 +19,29 @@ _POLL_SECONDS = 0.05
 # have left them in the middle of a save; after one that was killed there is nothing to wait for.
 AFTER_ERROR_SECONDS = 10.0
 _AFTER_DEATH_SECONDS = 2.0
+
+
+@contextlib.contextmanager
+def repeating(do: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Call a function again and again in a thread of its own within the context.
+
+    Args:
+        do: the function.
+        seconds: time between two calls, and before the first.
+    """
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(seconds):
+            do()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class Children:

@@ -7,16 +7,21 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ditty_di.config.early import validated
 from ditty_di.console import LAUNCHED
 from ditty_di.launch import jobs, worker
 from ditty_di.launch.failure import report
 from ditty_di.launch.rundir import RunDirectory
 from ditty_di.launch.signals import StopSignals, announce
+from ditty_di.messages import refuse, too_low
 
 
+@validated
+@dataclass(eq=False)
 class Ray:
     """Run the ranks on a Ray cluster, and wait for their end.
 
@@ -41,51 +46,33 @@ class Ray:
         ValueError: an argument is out of range, or the package `ray` is not installed.
     """
 
+    nproc: int = 1
+    address: str | None = None
+    gpu: bool = False
+    cpus_per_rank: int = 1
+    resources: Mapping[str, float] | None = None
+    env: Mapping[str, Any] | None = None
+    max_restarts: int = 0
+    dry_run: bool = False
+
     @staticmethod
     def validate(
-        *,
-        nproc: int = 1,
-        cpus_per_rank: int = 1,
-        max_restarts: int = 0,
-        dry_run: bool = False,
+        *, nproc: int = 1, cpus_per_rank: int = 1, max_restarts: int = 0, dry_run: bool = False
     ) -> None:
         """Raise ValueError for arguments out of range, and when `ray` is not installed."""
-        counts = {"nproc": (nproc, 1), "cpus_per_rank": (cpus_per_rank, 1)}
-        limits = counts | {"max_restarts": (max_restarts, 0)}
-        wrong = [
-            f"{name}={value} must be at least {least}"
-            for name, (value, least) in limits.items()
-            if value < least
-        ]
+        wrong = too_low(1, nproc=nproc, cpus_per_rank=cpus_per_rank)
+        if max_restarts < 0:
+            wrong.append(f"max_restarts={max_restarts} must be at least 0")
         if not dry_run and importlib.util.find_spec("ray") is None:
             wrong.append("_target_: needs the package ray: pip install 'ditty_di[ray]'")
-        if wrong:
-            raise ValueError("\n".join(wrong))
-
-    def __init__(
-        self,
-        nproc: int = 1,
-        address: str | None = None,
-        gpu: bool = False,
-        cpus_per_rank: int = 1,
-        resources: Mapping[str, float] | None = None,
-        env: Mapping[str, Any] | None = None,
-        max_restarts: int = 0,
-        dry_run: bool = False,
-    ) -> None:
-        self.validate(
-            nproc=nproc, cpus_per_rank=cpus_per_rank, max_restarts=max_restarts, dry_run=dry_run
-        )
-        self.nproc, self.address, self.gpu, self.dry_run = nproc, address, gpu, dry_run
-        self.cpus_per_rank, self.max_restarts = cpus_per_rank, max_restarts
-        self.resources = {"CPU": cpus_per_rank, **({"GPU": 1} if gpu else {}), **(resources or {})}
-        self.env = {name: str(value) for name, value in (env or {}).items()}
+        refuse(wrong)
 
     def _setup(self, run: RunDirectory) -> dict[str, dict[str, Any]]:
         """Return the arguments of what is called, by its name in Ray."""
         path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
         threads = os.environ.get("OMP_NUM_THREADS", str(self.cpus_per_rank))
-        env = {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, LAUNCHED: "1", **self.env}
+        own = {name: str(value) for name, value in (self.env or {}).items()}
+        env = {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, LAUNCHED: "1", **own}
         # Without an address Ray would look for one that runs, or has left a trace of itself.
         init: dict[str, Any] = {
             "address": self.address or "local",
@@ -99,7 +86,11 @@ class Ray:
             "ray.train.ScalingConfig": {
                 "num_workers": self.nproc,
                 "use_gpu": self.gpu,
-                "resources_per_worker": self.resources,
+                "resources_per_worker": {
+                    "CPU": self.cpus_per_rank,
+                    **({"GPU": 1} if self.gpu else {}),
+                    **(self.resources or {}),
+                },
             },
             # Collectives of objects and sums run on the CPU.
             "ray.train.torch.TorchConfig": {

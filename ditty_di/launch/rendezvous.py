@@ -15,7 +15,6 @@ import platform
 import socket
 import struct
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from typing import Any
 
 from ditty_di.config import ConfigError
 from ditty_di.console import status
+from ditty_di.launch.processes import repeating
 
 _PORT = 29400  # torchrun's
 _ABANDONED = "-"  # in `start`: machine 0 could not start the run
@@ -274,25 +274,21 @@ def watching(look: Callable[[], str | None]) -> Iterator[list[str]]:
         look: returns what has happened, or None. "lost" is added where it fails for long.
     """
     seen: list[str] = []
-    over = threading.Event()
+    reached = time.monotonic()
 
     def watch() -> None:
-        reached = time.monotonic()
-        while not seen and not over.wait(_WATCH_SECONDS):
-            try:
-                found = look()
-                reached = time.monotonic()
-            except Exception:
-                found = "lost" if time.monotonic() - reached > _UNREACHABLE_SECONDS else None
-            seen.extend([found] if found else [])
+        nonlocal reached
+        if seen:
+            return
+        try:
+            found = look()
+            reached = time.monotonic()
+        except Exception:
+            found = "lost" if time.monotonic() - reached > _UNREACHABLE_SECONDS else None
+        seen.extend([found] if found else [])
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with repeating(watch, _WATCH_SECONDS):
         yield seen
-    finally:
-        over.set()
-        thread.join()
 
 
 def _local_address(host: str) -> str:

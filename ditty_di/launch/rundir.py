@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from ditty_di.io import json_value, read_json, write_json, write_text
+from ditty_di.io import json_value, read_json, read_text, write_json, write_text
 
 #: Statuses of `result.json` that are no failure.
 GOOD_STATUSES = ("finished", "pruned", "preempted", "submitted")
@@ -304,7 +304,5 @@ def _lives(pid: int) -> bool:
         return False
     except PermissionError:  # another user's
         return True
-    try:  # a zombie has released its locks
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (OSError, IndexError):
-        return True
+    state = read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[:1]
+    return state != ["Z"]  # a zombie has released its locks

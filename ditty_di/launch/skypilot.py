@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ditty_di.config.early import validated
 from ditty_di.launch import jobs
 from ditty_di.launch.rundir import RunDirectory
+from ditty_di.messages import refuse, too_low
 
 _CONFIG_DIR = "~/ditty_di_run"  # replaced by every launch
 
 
+@validated
+@dataclass(eq=False)
 class SkyPilot(jobs.Job):
     """Write a SkyPilot task and call `sky launch`, or `sky jobs launch` for a managed job.
 
@@ -41,6 +46,19 @@ class SkyPilot(jobs.Job):
 
     file, program, scheduler = "sky.yaml", "sky", "SkyPilot"
 
+    runs: str = "/runs"
+    cluster: str | None = None
+    nodes: int = 1
+    nproc: int = 1
+    accelerators: str | None = None
+    resources: Mapping[str, Any] | None = None
+    workdir: str | None = None
+    file_mounts: Mapping[str, Any] | None = None
+    env: Mapping[str, Any] | None = None
+    setup: Sequence[str] = ()
+    name: str = "ditty_di"
+    dry_run: bool = False
+
     @staticmethod
     def validate(
         *,
@@ -53,46 +71,14 @@ class SkyPilot(jobs.Job):
         dry_run: bool = False,
     ) -> None:
         """Raise ValueError for arguments out of range, and when `sky` is missing."""
-        wrong = []
+        wrong = too_low(1, nodes=nodes, nproc=nproc)
         if not PurePosixPath(runs).is_absolute():
             wrong.append(f"runs={runs}: write an absolute path")
         if accelerators is not None and "accelerators" in (resources or {}):
             wrong.append(f"accelerators={accelerators} are in launcher.resources too")
         if workdir is not None and not Path(workdir).is_dir():
             wrong.append(f"workdir={workdir}: there is no such folder")
-        jobs.refuse(wrong, program="sky", dry_run=dry_run, nodes=nodes, nproc=nproc)
-
-    def __init__(
-        self,
-        runs: str = "/runs",
-        cluster: str | None = None,
-        nodes: int = 1,
-        nproc: int = 1,
-        accelerators: str | None = None,
-        resources: Mapping[str, Any] | None = None,
-        workdir: str | None = None,
-        file_mounts: Mapping[str, Any] | None = None,
-        env: Mapping[str, Any] | None = None,
-        setup: Sequence[str] = (),
-        name: str = "ditty_di",
-        dry_run: bool = False,
-    ) -> None:
-        self.validate(
-            runs=runs,
-            nodes=nodes,
-            nproc=nproc,
-            resources=resources,
-            accelerators=accelerators,
-            workdir=workdir,
-            dry_run=dry_run,
-        )
-        super().__init__(dry_run)
-        self.runs, self.cluster, self.nodes, self.nproc = runs, cluster, nodes, nproc
-        self.resources = ({"accelerators": accelerators} if accelerators else {}) | {
-            **(resources or {})
-        }
-        self.workdir, self.file_mounts = workdir, file_mounts or {}
-        self.env, self.setup, self.name = env or {}, setup, name
+        refuse([*wrong, *jobs.missing("sky", dry_run)])
 
     def content(self, run: RunDirectory, config_dir: Path) -> str:
         """Return the task; see `Job.content`."""
@@ -103,16 +89,17 @@ class SkyPilot(jobs.Job):
             for name in jobs.CONFIG_FILES
             if (config_dir / name).exists()
         }
+        gpus = {"accelerators": self.accelerators} if self.accelerators else {}
         task = {
             "name": self.name,
             "num_nodes": self.nodes,
-            "resources": self.resources,
+            "resources": {**gpus, **(self.resources or {})},
             "workdir": self.workdir,
-            "envs": {name: str(value) for name, value in self.env.items()},
-            "file_mounts": {**self.file_mounts, **config},
+            "envs": {name: str(value) for name, value in (self.env or {}).items()},
+            "file_mounts": {**(self.file_mounts or {}), **config},
             "setup": "\n".join(self.setup),
             "run": jobs.ranks_script(
-                str(self._path_there(run)),
+                str(jobs.path_below(self.runs, run)),
                 setup=(),
                 config_dir=_CONFIG_DIR,
                 nodes=self.nodes,
@@ -139,10 +126,7 @@ class SkyPilot(jobs.Job):
         logs = f"sky logs {word}" if self.cluster else f"sky jobs logs --name={word}"
         cancel = f"sky cancel {word} --all" if self.cluster else f"sky jobs cancel --name={word}"
         return {
-            "run on the machines": str(self._path_there(run)),
+            "run on the machines": str(jobs.path_below(self.runs, run)),
             "output": logs,
             "cancel": cancel,
         }
-
-    def _path_there(self, run: RunDirectory) -> PurePosixPath:
-        return PurePosixPath(self.runs, run.path.parent.name, run.path.name)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ditty_di.config.early import validated
 from ditty_di.io import read_json
 from ditty_di.launch import jobs
 from ditty_di.launch.failure import exit_code, report
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
+from ditty_di.messages import refuse, too_low
 
-_POLL_SECONDS = 15.0
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 
 
+@validated
+@dataclass(eq=False)
 class Slurm(jobs.Job):
     """Submit a batch script that starts the ranks with `srun`, one task a rank.
 
@@ -57,6 +60,29 @@ class Slurm(jobs.Job):
 
     file, program, scheduler = "job.sbatch", "sbatch", "Slurm"
 
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    nodes: int = 1
+    nproc: int = 1
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    mem: str | None = None
+    constraint: str | None = None
+    options: Mapping[str, Any] | None = None
+    setup: Sequence[str] = ()
+    container: str | None = None
+    container_mounts: Sequence[str] = ()
+    prefix: str | None = None
+    python: str | None = None
+    requeue: bool = True
+    signal_seconds: int = 120
+    max_restarts: int = 0
+    name: str = "ditty_di"
+    wait: bool = False
+    dry_run: bool = False
+
     @staticmethod
     def validate(
         *,
@@ -72,91 +98,44 @@ class Slurm(jobs.Job):
         dry_run: bool = False,
     ) -> None:
         """Raise ValueError for arguments out of range, and when `sbatch` is missing."""
-        wrong = []
+        counts = {"nodes": nodes, "nproc": nproc, "gpus_per_node": gpus_per_node}
+        wrong = too_low(1, **counts, cpus_per_task=cpus_per_task)
         if time is not None and not _TIME.fullmatch(time):
             wrong.append(f"time={time!r}: write minutes, H:MM:SS or D-HH:MM:SS")
         if gpus_per_node is not None and nproc > gpus_per_node > 0:
             wrong.append(f"nproc={nproc} ranks of a machine need more than {gpus_per_node} GPUs")
         if container and prefix:
             wrong.append(f"prefix={prefix!r}: give a container by `container` or by `prefix`")
-        for name, value in (("signal_seconds", signal_seconds), ("max_restarts", max_restarts)):
-            if value < 0:
-                wrong.append(f"{name}={value} must not be negative")
-        jobs.refuse(
-            wrong,
-            program="sbatch",
-            dry_run=dry_run,
-            nodes=nodes,
-            nproc=nproc,
-            gpus_per_node=gpus_per_node,
-            cpus_per_task=cpus_per_task,
-        )
+        wrong += too_low(0, signal_seconds=signal_seconds, max_restarts=max_restarts)
+        refuse([*wrong, *jobs.missing("sbatch", dry_run)])
 
-    def __init__(
-        self,
-        partition: str | None = None,
-        account: str | None = None,
-        qos: str | None = None,
-        time: str | None = None,
-        nodes: int = 1,
-        nproc: int = 1,
-        gpus_per_node: int | None = None,
-        cpus_per_task: int | None = None,
-        mem: str | None = None,
-        constraint: str | None = None,
-        options: Mapping[str, Any] | None = None,
-        setup: Sequence[str] = (),
-        container: str | None = None,
-        container_mounts: Sequence[str] = (),
-        prefix: str | None = None,
-        python: str | None = None,
-        requeue: bool = True,
-        signal_seconds: int = 120,
-        max_restarts: int = 0,
-        name: str = "ditty_di",
-        wait: bool = False,
-        dry_run: bool = False,
-    ) -> None:
-        self.validate(
-            time=time,
-            nodes=nodes,
-            nproc=nproc,
-            gpus_per_node=gpus_per_node,
-            cpus_per_task=cpus_per_task,
-            container=container,
-            prefix=prefix,
-            signal_seconds=signal_seconds,
-            max_restarts=max_restarts,
-            dry_run=dry_run,
-        )
-        super().__init__(dry_run)
-        self.sbatch = {
-            "job-name": name,
-            "partition": partition,
-            "account": account,
-            "qos": qos,
-            "time": time,
-            "nodes": nodes,
-            "ntasks-per-node": nproc,
-            "gpus-per-node": gpus_per_node,
-            "cpus-per-task": cpus_per_task,
-            "mem": mem,
-            "constraint": constraint,
-            "open-mode": "append",
-            "requeue" if requeue else "no-requeue": True,
-            "signal": f"B:USR1@{signal_seconds}" if requeue and signal_seconds else None,
-            **(options or {}),
-        }
-        self.setup, self.container, self.mounts = setup, container, container_mounts
-        interpreter = python or ("python" if container else sys.executable)
-        self.python = [*shlex.split(prefix or ""), interpreter]
-        self.cpus_per_task, self.requeue, self.wait = cpus_per_task, requeue, wait
-        self.max_restarts = max_restarts
+    def __post_init__(self) -> None:
+        interpreter = self.python or ("python" if self.container else sys.executable)
+        self.words = [*shlex.split(self.prefix or ""), interpreter]
 
     def content(self, run: RunDirectory, config_dir: Path) -> str:
         """Return the batch script; see `Job.content`."""
         log = str(run.logs / "slurm-%j.log").replace("%", "%%").replace("%%j", "%j")
-        mounts = [str(Path.cwd()), str(run.path), *self.mounts]
+        limit = f"B:USR1@{self.signal_seconds}" if self.requeue and self.signal_seconds else None
+        batch = {
+            "job-name": self.name,
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "time": self.time,
+            "nodes": self.nodes,
+            "ntasks-per-node": self.nproc,
+            "gpus-per-node": self.gpus_per_node,
+            "cpus-per-task": self.cpus_per_task,
+            "mem": self.mem,
+            "constraint": self.constraint,
+            "open-mode": "append",
+            "requeue" if self.requeue else "no-requeue": True,
+            "signal": limit,
+            **(self.options or {}),
+            "output": log,
+        }
+        mounts = [str(Path.cwd()), str(run.path), *self.container_mounts]
         step = {
             "cpus-per-task": self.cpus_per_task,
             "container-image": self.container,
@@ -164,11 +143,11 @@ class Slurm(jobs.Job):
             "container-mounts": self.container and ",".join(mounts),
         }
         return _SCRIPT.format(
-            header=header({**self.sbatch, "output": log}),
+            header=header(batch),
             run=shlex.quote(str(run.path)),
             setup="\n".join(self.setup) or ": # launcher.setup",
             step=" ".join(map(shlex.quote, jobs.options(step))),
-            python=shlex.join(self.python),
+            python=shlex.join(self.words),
             attempts=self.max_restarts + 1,
             requeue=REQUEUE if self.requeue else "",
         )
@@ -199,10 +178,8 @@ class Slurm(jobs.Job):
         if code or not self.wait:
             return code
         run = RunDirectory(run_dir)
-        job, pause = str(read_json(run.job)["id"]), 1.0
-        while self.state(job) != "":
-            time.sleep(pause)
-            pause = min(pause * 1.2, _POLL_SECONDS)
+        job = str(read_json(run.job)["id"])
+        jobs.wait(self.state_command(job))
         result = run.read_result() or {"status": "submitted"}
         if result["status"] == "submitted":  # no rank has begun
             log = run.logs / f"slurm-{job}.log"

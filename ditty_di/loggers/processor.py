@@ -28,19 +28,15 @@ class Logger(Protocol):
 
     def start(self, *, step: int, max_steps: int) -> None:
         """Start before the first value; `step` is the restored step, 0 in a new run."""
-        ...
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write the metrics of a step."""
-        ...
 
     def text(self, step: int, name: str, text: str) -> None:
         """Write a text of a step."""
-        ...
 
     def close(self) -> None:
         """Flush and close."""
-        ...
 
 
 class MetricsProcessor:
@@ -60,6 +56,9 @@ class MetricsProcessor:
     `seconds_per_step`, `data_loading_share` (of this rank's time, 0 to 1), `eta_seconds`,
     `tflops` (per device) and `mfu` (0 to 1, CUDA), `memory_gib` and `memory_reserved_gib` (this
     rank's peak since the start; on a CPU `memory_gib` is the peak resident memory of the process).
+
+    Attributes:
+        paused_seconds: time within `pause` so far.
 
     Raises:
         ValueError: `log_interval` is below 1.
@@ -97,7 +96,7 @@ class MetricsProcessor:
         self._failed: list[str] = []
         self._step = self._last_report = 0
         self._speeds: list[float] = []
-        self._paused = self._paused_in_interval = 0.0
+        self.paused_seconds = self._paused_in_interval = 0.0
         self._started = self._interval_started = time.perf_counter()
 
     def start(
@@ -146,13 +145,8 @@ class MetricsProcessor:
             yield
         finally:
             seconds = time.perf_counter() - started
-            self._paused += seconds
+            self.paused_seconds += seconds
             self._paused_in_interval += seconds
-
-    @property
-    def paused_seconds(self) -> float:
-        """Time within `pause` so far."""
-        return self._paused
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write metrics, with speed and memory if the step trained on tokens and is reported.
@@ -210,7 +204,7 @@ class MetricsProcessor:
         return {
             "tokens_per_second": statistics.median(speeds) if speeds else 0.0,
             "peak_memory_gib": self._memory()["memory_gib"],
-            "train_seconds": time.perf_counter() - self._started - self._paused,
+            "train_seconds": time.perf_counter() - self._started - self.paused_seconds,
         }
 
     def close(self) -> None:

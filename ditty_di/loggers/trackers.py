@@ -5,12 +5,18 @@ from __future__ import annotations
 import html
 import time
 from abc import ABC, abstractmethod
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ditty_di.io import read_json, write_json
 from ditty_di.loggers.loggers import missing
+
+
+def _require(tracker: type[Tracker]) -> None:
+    if find_spec(tracker.package) is None:
+        raise ValueError(missing(tracker.__name__, tracker.package))
 
 
 class Tracker(ABC):
@@ -26,8 +32,11 @@ class Tracker(ABC):
         **options: passed to the tracker.
     """
 
-    #: Its package; each class has a `validate` that looks for it.
+    #: Its package; the `validate` of each class raises ValueError where it is not installed.
     package = ""
+
+    def __init_subclass__(cls) -> None:
+        cls.validate = staticmethod(partial(_require, cls))  # type: ignore[attr-defined]
 
     def __init__(self, folder: str, **options: Any) -> None:
         self.folder = Path(folder)
@@ -107,8 +116,8 @@ class Tracker(ABC):
     @abstractmethod
     def _log_text(self, step: int, name: str, text: str) -> None: ...
 
-    @abstractmethod
-    def _finish(self) -> None: ...
+    def _finish(self) -> None:
+        self._run.finish()
 
 
 class WandB(Tracker):
@@ -123,11 +132,6 @@ class WandB(Tracker):
     """
 
     package = "wandb"
-
-    @staticmethod
-    def validate() -> None:
-        """Raise ValueError if wandb is not installed."""
-        _require(WandB)
 
     def _open(self, known: str | None) -> tuple[Any, str, int | None]:
         import wandb
@@ -151,9 +155,6 @@ class WandB(Tracker):
 
         self._run.log({"step": step, name: wandb.Html(f"<pre>{html.escape(text)}</pre>")})
 
-    def _finish(self) -> None:
-        self._run.finish()
-
 
 class MLflow(Tracker):
     """MLflow, with texts as artifacts `<name>/step-<number>.txt`.
@@ -170,11 +171,6 @@ class MLflow(Tracker):
     """
 
     package = "mlflow"
-
-    @staticmethod
-    def validate() -> None:
-        """Raise ValueError if mlflow is not installed."""
-        _require(MLflow)
 
     def __init__(
         self,
@@ -227,11 +223,6 @@ class Trackio(Tracker):
 
     package = "trackio"
 
-    @staticmethod
-    def validate() -> None:
-        """Raise ValueError if trackio is not installed."""
-        _require(Trackio)
-
     def __init__(self, folder: str, *, name: str = "run", **options: Any) -> None:
         super().__init__(folder, **options)
         self.name = name
@@ -253,11 +244,3 @@ class Trackio(Tracker):
         import trackio
 
         self._run.log({name: trackio.Markdown(f"```\n{text}\n```")}, step=step)
-
-    def _finish(self) -> None:
-        self._run.finish()
-
-
-def _require(tracker: type[Tracker]) -> None:
-    if find_spec(tracker.package) is None:
-        raise ValueError(missing(tracker.__name__, tracker.package))

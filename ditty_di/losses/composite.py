@@ -82,8 +82,7 @@ class CompositeLoss(Loss):
             model: as injected.
         """
         for _, part in self.parts:
-            prepare = getattr(part, "prepare_model", None)
-            model = model if prepare is None else prepare(model)
+            model = getattr(part, "prepare_model", lambda model: model)(model)
         return model
 
     def num_valid(self, batch: Batch, /) -> Tensor:

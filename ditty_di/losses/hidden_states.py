@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ditty_di.parallelize.collectives import gather_output
+from ditty_di.replaced import replaced
 
 #: Attribute of a `forward` that defers the head.
 DEFERS = "_defers_the_head"
@@ -56,15 +57,15 @@ def skip_lm_head(model: nn.Module, /) -> nn.Module:
         )
     if hasattr(model.forward, DEFERS):
         raise ValueError(f"model.head: the head of this {kind} is deferred already")
-    replaced = vars(model).get("forward")
-    ordinary = type(model).forward if replaced is None else _without_self(replaced)
+    own = vars(model).get("forward")
+    ordinary = type(model).forward if own is None else _without_self(own)
 
     @functools.wraps(ordinary)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _wants_logits(**kwargs):
             return ordinary(self, *args, **kwargs)
         projection = self.get_output_embeddings()
-        with _replaced(projection):
+        with replaced(vars(projection), "forward", _LazyLogits):
             output = ordinary(self, *args, **kwargs)
         logits = output.logits
         if not isinstance(logits, _LazyLogits):
@@ -149,9 +150,7 @@ class Head:
     def gather(self) -> None:
         """Unshard parameters that FSDP has freed after the forward pass."""
         for module in (self.model, self.projection):
-            unshard: Any = getattr(module, "unshard", None)
-            if unshard is not None:
-                unshard()
+            getattr(module, "unshard", lambda: None)()
 
 
 @dataclass(eq=False)
@@ -227,19 +226,6 @@ def _autocast(device_type: str) -> Callable[[], AbstractContextManager[Any]]:
     enabled = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type)
     return functools.partial(torch.autocast, device_type, dtype=dtype, enabled=enabled)
-
-
-@contextmanager
-def _replaced(projection: nn.Module) -> Iterator[None]:
-    """Make `projection` return its input as `_LazyLogits` within the context."""
-    before = vars(projection).get("forward")
-    projection.forward = _LazyLogits  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del projection.forward
-        if before is not None:
-            projection.forward = before
 
 
 def _operator(name: str, func: Any, reflected: bool = False) -> Any:

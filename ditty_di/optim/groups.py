@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ditty_di.messages import first_of
+from ditty_di.messages import first_of, refuse
 from ditty_di.optim import trial
 from ditty_di.protocols import early_checks
+from ditty_di.runtime import gathered
 
 NamedParameters = Iterable[tuple[str, Tensor]]
 
@@ -94,9 +95,7 @@ def _on_any_rank(flags: list[bool]) -> list[bool]:
     """Combine flags over ranks: a rule may be for parameters of another pipeline stage."""
     if not (dist.is_available() and dist.is_initialized()):
         return flags
-    ranks: list[list[bool]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(ranks, flags)
-    return [any(rank) for rank in zip(*ranks, strict=True)]
+    return [any(rank) for rank in zip(*gathered(flags), strict=True)]
 
 
 def _nothing_taken(rule: _Rule, match: re.Pattern[str], names: list[str]) -> str:
@@ -119,9 +118,7 @@ def _rate(lr: float | None) -> dict[str, float]:
 
 
 def _validate_grouped(*, optimizer: Any = None, lr: Any = None) -> None:
-    wrong = trial.complaints(optimizer, "optimizer.", **_rate(lr))
-    if wrong:
-        raise ValueError("\n".join(wrong))
+    refuse(trial.complaints(optimizer, "optimizer.", **_rate(lr)))
 
 
 @early_checks(validate=_validate_grouped)

@@ -27,7 +27,7 @@ import ditty_di.compat  # noqa: F401
 from torchtitan.distributed import ParallelDims
 
 from ditty_di.batch import Batch, Context
-from ditty_di.messages import first_of
+from ditty_di.messages import first_of, refuse
 from ditty_di.models.weights import transformers_model
 from ditty_di.parallelize.collectives import moved
 from ditty_di.parallelize.data_parallel import repeated_blocks
@@ -66,8 +66,7 @@ def context_parallel(model: nn.Module, /, *, parallel_dims: ParallelDims) -> Non
     from transformers import AttentionInterface
 
     mesh = parallel_dims.get_mesh("cp")
-    if problems := list(_misfits(model)):
-        raise ValueError("\n".join(f"runtime.cp={mesh.size()}: {problem}" for problem in problems))
+    refuse(f"runtime.cp={mesh.size()}: {problem}" for problem in _misfits(model))
     AttentionInterface.register(ATTENTION, attend_to_all)
     split = SequenceSplit(mesh)
     transformers_model(model)[1].set_attn_implementation(ATTENTION)

@@ -20,6 +20,7 @@ import ditty_di.compat  # noqa: F401
 # isort: split
 from torchtitan.distributed import ParallelDims
 
+from ditty_di.messages import refuse
 from ditty_di.models.weights import transformers_model
 from ditty_di.parallelize.fits import Degrees, Parts
 
@@ -40,8 +41,7 @@ def expert_parallel(model: nn.Module, /, *, parallel_dims: ParallelDims) -> None
     from transformers.distributed.expert_parallel import apply_expert_parallelism
 
     mesh = parallel_dims.get_mesh("ep")
-    if problems := misfits(model, mesh.size()):
-        raise ValueError("\n".join(problems))
+    refuse(misfits(model, mesh.size()))
     # No two ranks have the same tokens: those of tensor parallelism have parts of a sequence.
     ranks = (parallel_dims.world_size, 1)
     alone = init_device_mesh(mesh.device_type, ranks, mesh_dim_names=("ranks", "alone"))["alone"]

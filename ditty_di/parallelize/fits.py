@@ -18,6 +18,7 @@ import ditty_di.compat  # noqa: F401
 # isort: split
 from torchtitan.distributed import ParallelDims
 
+from ditty_di.messages import refuse
 from ditty_di.models.towers import towers
 
 
@@ -99,5 +100,4 @@ def require_fit(parts: Parts, parallel_dims: ParallelDims) -> None:
         parts: the parts of the run.
         parallel_dims: its layout.
     """
-    if problems := fits(parts, Degrees.of(parallel_dims)):
-        raise ValueError("\n".join(problems))
+    refuse(fits(parts, Degrees.of(parallel_dims)))

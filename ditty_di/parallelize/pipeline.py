@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ditty_di.batch import Batch
 from ditty_di.compat import run_micro_batches
 from ditty_di.protocols import Loss
-from ditty_di.runtime import Runtime, seed_everything
+from ditty_di.runtime import Runtime, gathered, seed_everything
 from ditty_di.seed import preserved_rng
 
 
@@ -134,16 +134,8 @@ class TorchSchedule:
 
     def run(self, inputs: list[dict[str, Any]], *, backward: bool) -> list[Tensor] | None:
         """Run micro-batches; see `StageSchedule.run`."""
-        losses: list[Tensor] | None = [] if self.has_last_stage else None
-        run_micro_batches(
-            self.schedule,
-            backward=backward,
-            arg_mbs=[(one["input"],) for one in inputs] if self.has_first_stage else None,
-            kwarg_mbs=[{k: v for k, v in one.items() if k != "input"} for one in inputs],
-            target_mbs=list(torch.arange(len(inputs)).split(1)) if self.has_last_stage else None,
-            losses=losses,
-        )
-        return losses
+        ends = {"first": self.has_first_stage, "last": self.has_last_stage}
+        return run_micro_batches(self.schedule, inputs, backward=backward, **ends)
 
 
 @dataclass
@@ -247,10 +239,9 @@ class ModelParts:
             `loss` and metrics of each micro-batch, on the CPU, on all ranks of the pipeline.
         """
         own = self.run_schedule(loss_fn, batches, num_valid_global, size, backward=False)
-        found: list[Any] = [None] * dist.get_world_size(self.group)
         shown = [{name: value.detach().cpu() for name, value in one.items()} for one in own]
-        dist.all_gather_object(found, shown, group=self.group)
-        return [add_up(*of_ranks) for of_ranks in zip(*filter(None, found), strict=True)]
+        found = filter(None, gathered(shown, self.group))
+        return [add_up(*of_ranks) for of_ranks in zip(*found, strict=True)]
 
 
 class SyncedPPRNG:

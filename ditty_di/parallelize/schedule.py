@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map_only
 from ditty_di.compat import forward_only, run_micro_batches
 from ditty_di.fqn import canonical_fqn
 from ditty_di.models.weights import local
+from ditty_di.runtime import gathered
 from ditty_di.seed import preserved_rng
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ class Stages:
         return self.total - 1 in self.modules
 
 
+@dataclass(eq=False)
 class StageSchedule:
     """A schedule of torch's over this rank's stages, for micro-batches of any shape.
 
@@ -135,17 +137,13 @@ class StageSchedule:
         loss_fn: called with the model's output and the number of the micro-batch, `[1]`.
     """
 
-    def __init__(
-        self,
-        schedule: str,
-        stages: Stages,
-        *,
-        group: dist.ProcessGroup,
-        device: torch.device,
-        loss_fn: Callable[..., Tensor],
-    ) -> None:
-        self.name, self.stages, self.group, self.device = schedule, stages, group, device
-        self.loss_fn = loss_fn
+    schedule: str
+    stages: Stages
+    group: dist.ProcessGroup = field(kw_only=True)
+    device: torch.device = field(kw_only=True)
+    loss_fn: Callable[..., Tensor] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
         self._sizes: list[tuple[int, int]] = []
         self._hidden: tuple[torch.Size, torch.dtype] | None = None
         self._made: dict[bool, tuple[Any, Any]] = {}
@@ -175,12 +173,12 @@ class StageSchedule:
         """
         ranks = dist.get_world_size(self.group)
         rounds = max(1, size // ranks)
-        if self.name in ("Interleaved1F1B", "InterleavedZeroBubble") and size % rounds:
+        if self.schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and size % rounds:
             fit = [n for n in range(1, 4 * ranks + 1) if not n % max(1, n // ranks)]
             raise ValueError(
-                f"pipeline.schedule={self.name}: an optimizer step has {size} micro-batches, which "
-                f"do not divide into rounds of {ranks} ranks; {', '.join(map(str, fit))}, ... do "
-                f"(global_batch_size / data.loader.micro_batch_size / data-parallel ranks)"
+                f"pipeline.schedule={self.schedule}: an optimizer step has {size} micro-batches, "
+                f"which do not divide into rounds of {ranks} ranks; {', '.join(map(str, fit))}, "
+                f"... do (global_batch_size / data.loader.micro_batch_size / data-parallel ranks)"
             )
         if size < self.stages.total and dist.get_rank() == 0:
             log.warning(
@@ -206,20 +204,11 @@ class StageSchedule:
         self._sizes = [_size(one["input"]) for one in inputs]
         rows, length = map(max, zip(*self._sizes, strict=True))
         inputs = [_padded(one, rows, length, self._sizes) for one in inputs]
-        keywords = [{k: v for k, v in one.items() if k != "input"} for one in inputs]
         if self.stages.numbered:
-            keywords = [{**one, MICRO_BATCH: n} for n, one in enumerate(keywords)]
-        schedule = self._for_shape(inputs, keywords[0], backward)
-        losses: list[Tensor] | None = [] if self.stages.has_last else None
-        numbers = torch.arange(len(inputs))
-        run_micro_batches(
-            schedule,
-            backward=backward,
-            arg_mbs=None if self.stages.first is None else [(one["input"],) for one in inputs],
-            kwarg_mbs=keywords,
-            target_mbs=list(numbers.split(1)) if self.stages.has_last else None,
-            losses=losses,
-        )
+            inputs = [{**one, MICRO_BATCH: n} for n, one in enumerate(inputs)]
+        schedule = self._for_shape(inputs, backward)
+        ends = {"first": self.stages.first is not None, "last": self.stages.has_last}
+        losses = run_micro_batches(schedule, inputs, backward=backward, **ends)
         if backward:
             self._sum_tied_gradients()
         return losses
@@ -232,15 +221,13 @@ class StageSchedule:
             output = tree_map_only(Tensor, lambda x: _without_padding(x, own, largest), output)
         return self.loss_fn(output, number)
 
-    def _for_shape(
-        self, inputs: list[dict[str, Any]], keywords: dict[str, Any], backward: bool
-    ) -> Any:
+    def _for_shape(self, inputs: list[dict[str, Any]], backward: bool) -> Any:
         """Return torch's schedule; a new one if the shape is not that of the last run."""
         ids = inputs[0]["input"]
         key = (len(inputs), ids.shape, ids.dtype)
         made = self._made.get(backward)
         if made is None or made[0] != key:
-            rest, dtype = self._hidden or self._run_first_stage(ids, keywords)
+            rest, dtype = self._hidden or self._run_first_stage(**inputs[0])
             given = torch.empty_like(ids, device="meta")
             hidden = torch.empty(
                 (*ids.shape[:2], *rest), dtype=dtype, device="meta", requires_grad=True
@@ -258,7 +245,7 @@ class StageSchedule:
                 for number, module in self.stages.modules.items()
             ]
             schedule = self.for_stages(stages, len(inputs))
-            if not backward and several_stages_a_rank(self.name):
+            if not backward and several_stages_a_rank(self.schedule):
                 forward_only(schedule)
             made = self._made[backward] = key, schedule
         return made[1]
@@ -270,29 +257,27 @@ class StageSchedule:
             stages: torch's stages of this rank.
             micro_batches: of a step.
         """
-        kind = cast(Any, get_schedule_class(self.name))
-        own = stages if several_stages_a_rank(self.name) else stages[0]
+        kind = cast(Any, get_schedule_class(self.schedule))
+        own = stages if several_stages_a_rank(self.schedule) else stages[0]
         # The loss is divided by the global count already: no second division.
         return kind(own, micro_batches, loss_fn=self._loss, scale_grads=False)
 
-    def _run_first_stage(self, ids: Tensor, keywords: dict[str, Any]) -> tuple[Any, torch.dtype]:
+    def _run_first_stage(self, input: Tensor, **keywords: Any) -> tuple[Any, torch.dtype]:
         """Return the last dimensions and the dtype of hidden states, on all ranks."""
-        found: list[Any] = [None] * dist.get_world_size(self.group)
         own = None
         if self.stages.first is not None:
             with torch.no_grad(), preserved_rng(self.device):
-                hidden = self.stages.first(ids, **keywords)
+                hidden = self.stages.first(input, **keywords)
             for module in self.stages.first.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
             own = hidden.shape[2:], hidden.dtype
-            if hidden.shape[:2] != ids.shape[:2]:
+            if hidden.shape[:2] != input.shape[:2]:
                 raise ValueError(
                     f"runtime.pp: the first stage makes {list(hidden.shape)} of inputs "
-                    f"{list(ids.shape)}; hidden states must be [rows, length, ...]"
+                    f"{list(input.shape)}; hidden states must be [rows, length, ...]"
                 )
-        dist.all_gather_object(found, own, group=self.group)
-        self._hidden = next(one for one in found if one is not None)
+        self._hidden = next(one for one in gathered(own, self.group) if one is not None)
         return self._hidden
 
     def _sum_tied_gradients(self) -> None:
@@ -303,7 +288,7 @@ class StageSchedule:
         last = next(
             r
             for r in range(ranks)
-            if self.stages.total - 1 in stages_of_rank(self.name, r, ranks, self.stages.total)
+            if self.stages.total - 1 in stages_of_rank(self.schedule, r, ranks, self.stages.total)
         )
         peer = last if self.stages.first is not None else 0
         for parameter in self.tied:

@@ -24,6 +24,7 @@ import ditty_di.compat  # noqa: F401
 from torchtitan.distributed import ParallelDims
 
 from ditty_di.fqn import canonical_fqn
+from ditty_di.messages import refuse
 from ditty_di.models.skipped import Skipped, first_argument
 from ditty_di.models.weights import transformers_model
 from ditty_di.parallelize.decoder import Decoder, instead_of, read_decoder
@@ -77,14 +78,12 @@ def stages_fit(parts: Parts, degrees: Degrees) -> list[str]:
         return []
     options = arguments(parts.pipeline_fn)
     schedule, decoder = options["schedule"], read_decoder(parts.model)
-    problems = decoder.problems or _too_few(decoder, options, degrees.pp)
+    problems = (
+        decoder.problems
+        or _too_few(decoder, options, degrees.pp)
+        or _unfit_tie(parts.model, decoder, schedule) + _untrained(decoder, options, degrees.pp)
+    )
     found = [f"runtime.pp={degrees.pp}: {problem}" for problem in problems]
-    if not found:
-        found = [
-            f"runtime.pp={degrees.pp}: {problem}"
-            for problem in _unfit_tie(parts.model, decoder, schedule)
-            + _untrained(parts.model, decoder, options, degrees.pp)
-        ]
     return found + unfit_degrees(schedule, parts, degrees)
 
 
@@ -111,9 +110,8 @@ def _too_few(decoder: Decoder, options: dict[str, Any], pp: int) -> list[str]:
             f"the model {blocks} layers in {total} stages"
         ]
     if total > blocks:
-        fit = [n for n in range(1, blocks // per_rank + 1)]
         each = f" ({per_rank} a rank)" if per_rank > 1 else ""
-        works = ", ".join(map(str, fit)) or "1"
+        works = ", ".join(map(str, range(1, blocks // per_rank + 1))) or "1"
         return [f"{blocks} layers do not fill {total} stages{each}; pp fits {works}"]
     return []
 
@@ -137,17 +135,17 @@ def _unfit_tie(model: nn.Module, decoder: Decoder, schedule: str) -> list[str]:
     return found
 
 
-def _untrained(model: nn.Module, decoder: Decoder, options: dict[str, Any], pp: int) -> list[str]:
+def _untrained(decoder: Decoder, options: dict[str, Any], pp: int) -> list[str]:
     """Return which ranks would have nothing to train."""
     per_rank = _per_rank(options)
     shares = shares_of(len(decoder.blocks), pp * per_rank, options["layers"])
     for rank in range(pp):
         stages = stages_of_rank(options["schedule"], rank, pp, pp * per_rank)
-        modules = [decoder.blocks[i] for stage in stages for i in shares[stage]]
+        blocks = [i for stage in stages for i in shares[stage]]
+        modules = [decoder.blocks[i] for i in blocks]
         modules += decoder.before.values() if 0 in stages else []
         modules += decoder.after.values() if pp * per_rank - 1 in stages else []
         if not any(p.requires_grad for module in modules for p in module.parameters()):
-            blocks = [i for stage in stages for i in shares[stage]]
             return [
                 f"nothing is trained in the layers {blocks} of pipeline rank {rank}; write "
                 f"pipeline.layers, the numbers of layers of all stages, so that each rank trains "
@@ -206,8 +204,7 @@ def _unfit_zero_bubble(options: dict[str, Any], degrees: Degrees) -> list[str]:
 
 
 def _per_rank(options: dict[str, Any]) -> int:
-    several = several_stages_a_rank(options["schedule"])
-    return (options["stages_per_rank"] or 2) if several else 1
+    return (options["stages_per_rank"] or 2) if several_stages_a_rank(options["schedule"]) else 1
 
 
 # -- split ----------------------------------------------------------------------------------------
@@ -252,8 +249,8 @@ def split(
     """
     options = {"schedule": schedule, "stages_per_rank": stages_per_rank, "layers": layers}
     mesh, decoder = parallel_dims.get_mesh("pp"), read_decoder(model)
-    if problems := decoder.problems or _too_few(decoder, options, mesh.size()):
-        raise ValueError("\n".join(f"runtime.pp={mesh.size()}: {one}" for one in problems))
+    problems = decoder.problems or _too_few(decoder, options, mesh.size())
+    refuse(f"runtime.pp={mesh.size()}: {problem}" for problem in problems)
     total = mesh.size() * _per_rank(options)
     shares = shares_of(len(decoder.blocks), total, layers)
     mine = stages_of_rank(schedule, mesh.get_local_rank(), mesh.size(), total)
@@ -303,24 +300,24 @@ class _Ends:
         return output
 
 
-class _Entry(Skipped):
-    """In place of the block before a stage: return the hidden states that the stage got."""
+class _End(Skipped):
+    """In place of a block beside a stage."""
 
     def __init__(self, ends: _Ends, values: int) -> None:
         super().__init__(values)
         self.ends = ends
+
+
+class _Entry(_End):
+    """In place of the block before a stage: return the hidden states that the stage got."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden, self.ends.hidden = self.ends.hidden, None
         return self.wrapped(hidden)
 
 
-class _Exit(Skipped):
+class _Exit(_End):
     """In place of the block after a stage: keep the hidden states that the stage made."""
-
-    def __init__(self, ends: _Ends, values: int) -> None:
-        super().__init__(values)
-        self.ends = ends
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.ends.output = first_argument(args, kwargs)

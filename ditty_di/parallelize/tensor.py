@@ -30,6 +30,7 @@ import ditty_di.compat  # noqa: F401
 # isort: split
 from torchtitan.distributed import ParallelDims
 
+from ditty_di.messages import refuse
 from ditty_di.models.weights import slices
 from ditty_di.parallelize.collectives import Sequence, shared, summed
 from ditty_di.parallelize.fits import Degrees, Parts
@@ -40,6 +41,7 @@ from ditty_di.parallelize.tensor_plan import (
     lora_pairs,
     read_plan,
 )
+from ditty_di.replaced import replaced
 
 #: Runs a module's forward pass: `(module, forward, args, kwargs)`.
 Around = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -62,8 +64,7 @@ def tensor_parallel(model: nn.Module, /, *, parallel_dims: ParallelDims) -> None
     """
     mesh = parallel_dims.get_mesh("tp")
     plan = read_plan(model, expert_parallel=parallel_dims.ep_enabled)
-    if problems := misfits(model, plan, mesh.size()):
-        raise ValueError("\n".join(problems))
+    refuse(misfits(model, plan, mesh.size()))
     sequence = Sequence(mesh)
     _distribute(model, plan, mesh)
     for layer in plan.rows.values():
@@ -287,13 +288,10 @@ def _some_rows(
     """Look up the tokens whose rows this rank has, and sum up over the ranks."""
     (ids,) = args
     elsewhere = (ids < rows.start) | (ids >= rows.stop)
-    own, padding = vars(table), table.padding_idx
+    padding: Any = table.padding_idx  # its row gets no gradient
     here = padding is not None and rows.start <= padding < rows.stop
-    own["padding_idx"] = padding - rows.start if here else None  # its row gets no gradient
-    try:
+    with replaced(vars(table), "padding_idx", padding - rows.start if here else None):
         found = forward((ids - rows.start).masked_fill(elsewhere, 0))
-    finally:
-        own["padding_idx"] = padding
     return summed(found.masked_fill(elsewhere[..., None], 0.0), mesh)
 
 

@@ -99,7 +99,7 @@ def pipeline_llama(
     def parallelize(part: nn.Module, *, parallel_dims: ParallelDims, **ignored: Any) -> nn.Module:
         return parallelize_fn(part, parallel_dims=parallel_dims)
 
-    ranks, rank = parallel_dims.pp, parallel_dims.get_mesh("pp").get_local_rank()
+    mesh, ranks = parallel_dims.get_mesh("pp"), parallel_dims.pp
     # Its schedule is for one shape and number of micro-batches, and is not used.
     _, modules, _, _ = pipeline_llm(
         model,
@@ -119,16 +119,9 @@ def pipeline_llama(
         loss_fn=loss_fn,
     )
     total = ranks * len(modules)
-    stages = Stages(
-        dict(zip(stages_of_rank(schedule, rank, ranks, total), modules, strict=True)), total
-    )
-    made = StageSchedule(
-        schedule,
-        stages,
-        group=parallel_dims.get_mesh("pp").get_group(),
-        device=device,
-        loss_fn=loss_fn,
-    )
+    numbers = stages_of_rank(schedule, mesh.get_local_rank(), ranks, total)
+    stages = Stages(dict(zip(numbers, modules, strict=True)), total)
+    made = StageSchedule(schedule, stages, group=mesh.get_group(), device=device, loss_fn=loss_fn)
     return made, modules, 0 in stages.modules, stages.has_last
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ditty_di.messages import refuse
+
 GIB = 1 << 30
 
 
@@ -61,8 +63,7 @@ class Device:
                 wrong.append(f"tflops.{name}={value}: write a dtype of torch and a number above 0")
         if tflops is not None and "float32" not in tflops:
             wrong.append("tflops: add float32, which stands in for dtypes without a peak")
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        refuse(wrong)
 
     def __post_init__(self) -> None:
         figures = {k: v for k, v in vars(self).items() if k != "name"}

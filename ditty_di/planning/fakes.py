@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ditty_di.compat import cpu_device
 from ditty_di.data.options import require
 from ditty_di.parallelize import context
+from ditty_di.replaced import replaced
 
 aten = torch.ops.aten
 
@@ -181,16 +182,3 @@ def _evenly_routed(kind: Any) -> Iterator[None]:
         yield
     finally:
         kind.__call__ = ordinary
-
-
-@contextmanager
-def replaced(namespace: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """Replace what a module has under a name, if it has it."""
-    if name not in namespace:
-        yield
-        return
-    before, namespace[name] = namespace[name], value
-    try:
-        yield
-    finally:
-        namespace[name] = before

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ditty_di.planning.device import Device
-from ditty_di.planning.fakes import WithoutValues, replaced
+from ditty_di.planning.fakes import WithoutValues
+from ditty_di.replaced import replaced
 
 aten = torch.ops.aten
 

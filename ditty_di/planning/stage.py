@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -72,6 +72,7 @@ class Step:
         return Counter({k: max(live[k] for live in self.moments.values()) for k in kinds})
 
 
+@dataclass(eq=False)
 class StageRunner:
     """Run one stage of a training on tensors without values.
 
@@ -86,22 +87,15 @@ class StageRunner:
         saves_frozen: whether a checkpoint has frozen parameters, too.
     """
 
-    def __init__(
-        self,
-        stage: Stage,
-        *,
-        optimizer: OptimizerFactory,
-        loss_fn: Loss,
-        processors: Processors,
-        runtime: Runtime,
-        device: Device,
-        micro_batches: int,
-        saves_frozen: bool,
-    ) -> None:
-        self.stage, self.optimizer, self.loss_fn = stage, optimizer, loss_fn
-        self.processors, self.runtime, self.device = processors, runtime, device
-        self.micro_batches, self.saves_frozen = micro_batches, saves_frozen
-        self.output: list[Shape] = []
+    stage: Stage
+    optimizer: OptimizerFactory
+    loss_fn: Loss
+    processors: Processors
+    runtime: Runtime
+    device: Device
+    micro_batches: int
+    saves_frozen: bool
+    output: list[Shape] = field(init=False, default_factory=list)
 
     def run(self, batch: Batch, received: list[Shape]) -> Step:
         """Return what a step with all blocks counts.

@@ -56,7 +56,8 @@ def torchao(
 
     _validate(recipe=recipe)
     if emulate is None:
-        emulate = not _has_float8()
+        cuda = torch.cuda.is_available()
+        emulate = not (cuda and torch.cuda.get_device_capability() >= COMPUTE_CAPABILITY)
         if emulate:
             log.warning(
                 "float8 is emulated: this machine has no accelerator of compute capability %d.%d "
@@ -73,7 +74,3 @@ def torchao(
     return convert_to_float8_training(
         model, config=config, module_filter_fn=lambda module, name: id(module) in chosen
     )
-
-
-def _has_float8() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= COMPUTE_CAPABILITY

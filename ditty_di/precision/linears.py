@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from ditty_di.messages import first_of
+
 log = logging.getLogger(__name__)
 
 #: What float8 kernels want both sides of a weight to be a multiple of.
@@ -50,7 +52,7 @@ def replaceable(model: nn.Module, *, skip: Sequence[str]) -> list[tuple[str, nn.
     log.info(
         "float8: %d linear layers; in the model's own precision: %s",
         len(taken),
-        ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "") or "none",
+        first_of(left, 5) or "none",
     )
     return taken
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from ditty_di.precision.context import forward_within
 from ditty_di.precision.linears import replace, replaceable
 
 MISSING = (
@@ -61,15 +61,7 @@ def convert(
         if linear.bias is not None:
             layer.bias = linear.bias
         model = replace(model, name, layer)
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def in_float8(*args: Any, **kwargs: Any) -> Any:
-        with _autocast(te, recipe):
-            return forward(*args, **kwargs)
-
-    model.forward = in_float8  # type: ignore[method-assign]
-    return model
+    return forward_within(model, lambda module: _autocast(te, recipe))
 
 
 def activation_checkpointing(block: nn.Module, /) -> nn.Module:

@@ -130,19 +130,16 @@ def _cards(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
 def _row(run: Run) -> dict[str, Any]:
     """Return the figures of a run for the table."""
     speeds = [v for v in run.series["tokens_per_second"][1] if v] if run.series else []
+    usual = statistics.median(speeds) if speeds else None
     memory = [v for v in run.series["memory_gib"][1] if v] if run.series else []
     return {
         "objective": run.objective,
         "step": run.step,
         "max_steps": run.max_steps,
-        "speed": run.result.get("tokens_per_second") or _median(speeds),
+        "speed": run.result.get("tokens_per_second") or usual,
         "memory": run.result.get("peak_memory_gib") or max(memory, default=None),
         "seconds": run.result.get("seconds") or run.result.get("train_seconds"),
     }
-
-
-def _median(values: list[float]) -> float | None:
-    return statistics.median(values) if values else None
 
 
 def _sweep(runs: Sequence[Run], keys: dict[str, list[Any]]) -> dict[str, Any] | None:

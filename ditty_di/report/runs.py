@@ -17,7 +17,7 @@ import yaml
 
 from ditty_di.cli.overrides import key_of, without
 from ditty_di.config import ConfigError, flatten
-from ditty_di.io import read_json
+from ditty_di.io import read_json, read_text
 from ditty_di.launch.rundir import RunDirectory
 
 #: Files one of which is enough to be a run: those of a start that failed, or of a copy, may lack.
@@ -199,33 +199,25 @@ class Run:
     @cached_property
     def config_text(self) -> str:
         """The content of `config.yaml`."""
-        try:
-            return self.directory.config.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
+        return read_text(self.directory.config)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The configuration, by dotted key."""
-        value = self._yaml(self.config_text, self.directory.config.name)
-        return flatten(value) if isinstance(value, dict) else {}
+        return flatten(self._yaml(self.directory.config))
 
     @cached_property
     def command(self) -> dict[str, Any]:
         """The content of `overrides.yaml`: overrides, config_name, config_dirs."""
-        try:
-            text = self.directory.overrides.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return {}
-        value = self._yaml(text, self.directory.overrides.name)
-        return value if isinstance(value, dict) else {}
+        return self._yaml(self.directory.overrides)
 
-    def _yaml(self, text: str, name: str) -> Any:
+    def _yaml(self, file: Path) -> dict[str, Any]:
         try:
-            return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            value = yaml.load(read_text(file), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         except yaml.YAMLError:
-            self.problems.append(f"{name} cannot be read")
-            return None
+            self.problems.append(f"{file.name} cannot be read")
+            return {}
+        return value if isinstance(value, dict) else {}
 
     @cached_property
     def overrides(self) -> dict[str, str]:
@@ -275,10 +267,7 @@ def jobs(sweep: Path) -> dict[Path, list[str]]:
     Args:
         sweep: its folder.
     """
-    try:
-        lines = (sweep / "jobs.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
+    lines = read_text(sweep / "jobs.jsonl").splitlines()
     known = [entry for line in lines if (entry := _object(line))]
     # as the folder is now: the sweep may have been moved
     return {sweep.absolute() / Path(e["folder"]).name: e["overrides"] for e in known}

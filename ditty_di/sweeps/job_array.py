@@ -10,7 +10,6 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -20,9 +19,8 @@ from ditty_di.io import write_text
 from ditty_di.launch import jobs as launch_jobs
 from ditty_di.launch.signals import StopSignals
 from ditty_di.launch.slurm import REQUEUE, header
+from ditty_di.messages import refuse, too_low
 from ditty_di.sweeps.parallel import JobsLauncher, SweepJob
-
-_POLL_SECONDS = 15.0
 
 
 class JobArray(JobsLauncher):
@@ -66,7 +64,8 @@ class JobArray(JobsLauncher):
         setup: Sequence[str] = (),
         signal_seconds: int = 120,
     ) -> None:
-        launch_jobs.refuse(program="sbatch", dry_run=False, jobs=jobs, gpus=gpus, cpus=cpus)
+        wrong = too_low(1, jobs=jobs, gpus=gpus, cpus=cpus)
+        refuse([*wrong, *launch_jobs.missing("sbatch", dry_run=False)])
         self.jobs, self.setup_lines = jobs, setup
         self.sbatch = {
             "job-name": "sweep",
@@ -119,12 +118,13 @@ class JobArray(JobsLauncher):
                 if job.run_directory.path.is_dir():
                     job.run_directory.stop.touch()
 
-        pause, waits = 1.0, ["squeue", "--noheader", "--format=%T", f"--jobs={array}"]
         with StopSignals(ask) as signals:
-            while launch_jobs.state(waits) != "":
-                time.sleep(pause)
-                pause = min(pause * 1.2, _POLL_SECONDS)
-        objectives = [self._ended(job, f"{array}_{n}", folder) for n, job in enumerate(jobs)]
+            launch_jobs.wait(["squeue", "--noheader", "--format=%T", f"--jobs={array}"])
+        objectives = []
+        for n, job in enumerate(jobs):
+            log = f"{folder}/slurm-{array}_{n}.log"
+            lost = f"Slurm job {array}_{n} ended without a result; see {log}"
+            objectives.append(job.record(0, lost))
         if signals.first is not None:
             raise KeyboardInterrupt
         return objectives
@@ -144,15 +144,6 @@ class JobArray(JobsLauncher):
             cases="\n".join(cases),
             requeue=REQUEUE,
         )
-
-    @staticmethod
-    def _ended(job: SweepJob, name: str, folder: Path) -> float | None:
-        result = job.run_directory.read_result()
-        if result is None:
-            job.run_directory.path.mkdir(parents=True, exist_ok=True)
-            error = f"Slurm job {name} ended without a result; see {folder}/slurm-{name}.log"
-            job.run_directory.write_result({"status": "failed", "error": error})
-        return job.record(0)
 
 
 _SCRIPT = r"""#!/bin/bash

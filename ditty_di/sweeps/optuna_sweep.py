@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ditty_di.sweeps.parallel import ParallelJobs, folder_of, hydra_section
 from ditty_di.sweeps.study import FOLDER, STUDY, optuna
 
 
+@dataclass(eq=False)
 class OptunaSweep(Sweeper):
     """Ask an Optuna study for the values of each job, and tell it the objective.
 
@@ -41,21 +43,15 @@ class OptunaSweep(Sweeper):
         custom_search_space: import path of a function `(config, trial)` that suggests further ones.
     """
 
-    def __init__(
-        self,
-        sampler: Any = None,
-        *,
-        storage: str | None = None,
-        study_name: str | None = None,
-        n_trials: int = 20,
-        n_jobs: int | None = None,
-        max_failure_rate: float = 1.0,
-        params: Mapping[str, Any] | None = None,
-        custom_search_space: str | None = None,
-    ) -> None:
-        self.sampler, self.storage, self.study_name = sampler, storage, study_name
-        self.n_trials, self.n_jobs, self.params = n_trials, n_jobs, dict(params or {})
-        self.max_failure_rate, self.custom_search_space = max_failure_rate, custom_search_space
+    sampler: Any = None
+    _: KW_ONLY
+    storage: str | None = None
+    study_name: str | None = None
+    n_trials: int = 20
+    n_jobs: int | None = None
+    max_failure_rate: float = 1.0
+    params: Mapping[str, Any] | None = None
+    custom_search_space: str | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -114,7 +110,7 @@ class OptunaSweep(Sweeper):
     def _read_space(self, arguments: Sequence[str]) -> None:
         """Sort the overrides into fixed ones and suggestions."""
         typed = OverridesParser.create().parse_overrides(
-            [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+            [*(f"{key}={value}" for key, value in (self.params or {}).items()), *arguments]
         )
         by_key = {override.get_key_element(): override for override in typed}  # the last one counts
         self._fixed = [str(o.input_line) for o in by_key.values() if not o.is_sweep_override()]

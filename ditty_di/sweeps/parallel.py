@@ -30,9 +30,11 @@ from ditty_di.cli import composing
 from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import argument, quoted
 from ditty_di.config import ConfigError, Graph
+from ditty_di.io import read_text
 from ditty_di.launch.local import visible_gpus
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
 from ditty_di.launch.worker import collect_garbage
+from ditty_di.messages import columns
 from ditty_di.sweeps.warm import TARGETS, WarmJobs
 
 #: Columns that are left out where no job has a value.
@@ -106,7 +108,8 @@ def job(command: Command) -> float | None:
     """
     config = HydraConfig.get()
     objectives: list[float | None] = []
-    _run([SweepJob(config, command)], [{}], lambda number, objective: objectives.append(objective))
+    jobs = [(0, SweepJob(config, command))]
+    _run(jobs, [{}], lambda number, objective: objectives.append(objective))
     return objectives[0]
 
 
@@ -137,10 +140,8 @@ class SweepJob:
     """A job of a sweep, from Hydra's own section of its configuration."""
 
     def __init__(self, config: Any, command: Command) -> None:
-        self.run_directory, self.sweep_folder = (
-            RunDirectory(folder_of(config)),
-            Path(config.sweep.dir),
-        )
+        self.run_directory = RunDirectory(folder_of(config))
+        self.sweep_folder = Path(config.sweep.dir)
         self.overrides = list(config.overrides.task)
         folders = [option for path in command.config_dirs for option in ("--config-dir", path)]
         search = [o for o in config.overrides.hydra if o.startswith("hydra.searchpath=")]
@@ -148,12 +149,17 @@ class SweepJob:
         options = ["--config-name", command.config_name, *folders, *search]
         self.arguments = [*options, *self.overrides, run_option]
 
-    def record(self, code: int) -> float | None:
-        """Add the ended job to the sweep's list; return its objective, None if it failed."""
+    def record(self, code: int, lost: str | None = None) -> float | None:
+        """Add the ended job to the sweep's list; return its objective, None if it failed.
+
+        Args:
+            code: exit code of its process, minus the signal's number if one killed it.
+            lost: the error of a job without a result; None names the exit code.
+        """
         result = self.run_directory.read_result()
         if result is None or (code and result["status"] in GOOD_STATUSES):
             how = f"exit code {code}" if code >= 0 else signal.strsignal(-code)
-            result = {"status": "failed", "error": f"the job's process ended with {how}"}
+            result = {"status": "failed", "error": lost or f"the job's process ended with {how}"}
             self.run_directory.path.mkdir(parents=True, exist_ok=True)
             self.run_directory.write_result(result)
         line = {"folder": str(self.run_directory), "overrides": self.overrides}
@@ -163,29 +169,33 @@ class SweepJob:
 
 
 def _run(
-    jobs: Iterable[SweepJob],
+    jobs: Iterable[tuple[int, SweepJob]],
     slots: Sequence[dict[str, str]],
     ended: Callable[[int, float | None], None],
 ) -> None:
     """Run jobs, as many at once as there are slots.
 
     Args:
-        jobs: the next one is taken when a slot is free.
+        jobs: with their numbers; the next one is taken when a slot is free.
         slots: environment variables of the jobs in each slot.
-        ended: called with the position of a job and its objective as it ends.
+        ended: called with the number of a job and its objective as it ends.
 
     Raises:
         KeyboardInterrupt: the sweep was asked to stop.
     """
-    started: list[SweepJob] = []
+    started: list[tuple[int, SweepJob]] = []
 
     def commands() -> Iterable[list[str]]:
-        for job in jobs:
-            started.append(job)
+        for number, job in jobs:
+            started.append((number, job))
             yield job.arguments
 
+    def end(position: int, code: int) -> None:
+        number, job = started[position]
+        ended(number, job.record(code))
+
     runner = WarmJobs(slots)
-    runner.run(commands(), lambda number, code: ended(number, started[number].record(code)))
+    runner.run(commands(), end)
     if runner.signals.first is not None:
         raise KeyboardInterrupt
 
@@ -283,14 +293,8 @@ class ParallelJobs(JobsLauncher):
         ended: Callable[[int, float | None], None],
     ) -> None:
         """Run jobs, each asked for as soon as there is room for it; see `JobsLauncher.run`."""
-        numbers: list[int] = []
-
-        def composed() -> Iterable[SweepJob]:
-            for number, overrides in jobs:
-                numbers.append(number)
-                yield self.composed(number, overrides)
-
-        _run(composed(), self.slots, lambda n, objective: ended(numbers[n], objective))
+        composed = ((number, self.composed(number, overrides)) for number, overrides in jobs)
+        _run(composed, self.slots, ended)
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
@@ -302,9 +306,8 @@ def table(folder: Path) -> list[dict[str, Any]]:
     Returns:
         The rows.
     """
-    try:
-        lines = (folder / "jobs.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    lines = read_text(folder / "jobs.jsonl").splitlines()
+    if not lines:
         return []
     # A sweep that was started again in its folder has run its jobs again.
     jobs = {entry["folder"]: entry["overrides"] for entry in map(json.loads, lines)}
@@ -322,23 +325,18 @@ def table(folder: Path) -> list[dict[str, Any]]:
         differing = [o for o in overrides if counts[o] < len(jobs) or len(jobs) == 1]
         rows.append(row | {"changed": shlex.join(differing)})
     rows.sort(key=_rank)
-    columns = ["job", "changed", *_COLUMNS[1:3], *more, *_COLUMNS[3:]]
-    rows = [dict.fromkeys(columns) | row for row in rows]
+    names = ["job", "changed", *_COLUMNS[1:3], *more, *_COLUMNS[3:]]
+    rows = [dict.fromkeys(names) | row for row in rows]
     (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     print(f"\nbest first; the same table in {folder}/results.csv and results.json")
     print(f"as a page: python -m ditty_di task=report {argument('run', str(folder))}")
-    shown = [
-        c for c in columns[:-1] if c not in _OPTIONAL or any(row[c] is not None for row in rows)
-    ]
-    cells = [[_cell(row[column]) for column in shown] for row in rows]
-    cells.insert(0, [column.replace("_", " ") for column in shown])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)).rstrip())
+    shown = [c for c in names[:-1] if c not in _OPTIONAL or any(row[c] is not None for row in rows)]
+    heads = [column.replace("_", " ") for column in shown]
+    print(columns([heads, *([_cell(row[column]) for column in shown] for row in rows)]))
     for row in rows:
         if row["error"]:
             print(f"job {row['job']}: {row['error'].splitlines()[0]}")

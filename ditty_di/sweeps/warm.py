@@ -21,6 +21,7 @@ from typing import Any
 from ditty_di.console import QUIET
 from ditty_di.launch import parent_death
 from ditty_di.launch.signals import StopSignals
+from ditty_di.replaced import replaced
 
 #: Environment variable of the warm parent: the targets that it imports, separated by spaces.
 TARGETS = "DITTY_DI_WARM_TARGETS"
@@ -108,11 +109,8 @@ def _start(process: BaseProcess) -> None:
     Jobs need nothing of it, and a script that calls `ditty_di.__main__.main` without a guard would
     start its sweep once more in each of them.
     """
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
+    with replaced(sys.modules, "__main__", ModuleType("__main__")):
         process.start()
-    finally:
-        sys.modules["__main__"] = main
 
 
 def _job(arguments: list[str], env: dict[str, str]) -> None:

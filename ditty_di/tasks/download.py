@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ditty_di.data.tokenization.hub import readable
 from ditty_di.data.tokenization.ranks import rank_and_world
 from ditty_di.data.tokenization.sources import Source, all_sources
+from ditty_di.messages import readable
 from ditty_di.protocols import early_checks
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from ditty_di.cli import ranks
 from ditty_di.config import ConfigError, Difference, Graph, Node, Problem, difference, flatten
 from ditty_di.console import status
+from ditty_di.messages import columns, first_of
 
 
 def check(
@@ -111,8 +112,7 @@ def tree(graph: Graph, root: str) -> str:
             return
         drawn[node.key] = at
         others = [use for use in shared.get(node.key, ()) if use != at]
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        mark = f"   -> shared, also at {', '.join(others[:3])}{more}" if others else ""
+        mark = f"   -> shared, also at {first_of(others)}" if others else ""
         partial = " (partial)" if node.partial else ""
         called = name if at == node.key or name == node.key else f"{name} = {node.key}"
         lines.append(f"{first}{called}: {node.target}{partial}{mark}")
@@ -172,7 +172,7 @@ def diff(
         names = [*results[0], *(name for name in results[1] if name not in results[0])]
         rows = [["result", "a", "b"]]
         rows += [[name, *(_text(r.get(name, "")) for r in results)] for name in names]
-        print(_table(rows))
+        print(columns(rows))
 
 
 class _Run:
@@ -217,13 +217,7 @@ def _section(title: str, changes: list[Difference]) -> None:
     rows = [[f"  {key}", _text(old), "->", _text(new)] for key, old, new in changes]
     print(f"{title}: {len(changes) or 'no'} difference{'s' * (len(changes) != 1)}")
     if rows:
-        print(_table(rows))
-
-
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+        print(columns(rows))
 
 
 def _text(value: Any) -> str:

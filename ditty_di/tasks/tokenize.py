@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from ditty_di.data.tokenization.finish import (
     missing,
     require_space,
 )
-from ditty_di.data.tokenization.hub import readable
 from ditty_di.data.tokenization.part import Job, Receipt, Totals, run_part
 from ditty_di.data.tokenization.plan import Part, part_size, plan, settings_of
 from ditty_di.data.tokenization.progress import progress
@@ -33,6 +32,7 @@ from ditty_di.data.tokenization.sample import TextSample, report
 from ditty_di.data.tokenization.sources import Source, all_sources
 from ditty_di.data.tokenizer import document_end_id, tokenizer_fingerprint
 from ditty_di.io import write_json
+from ditty_di.messages import readable
 from ditty_di.protocols import early_checks
 
 _REMOTE_FOLDER = """\
@@ -163,25 +163,24 @@ class _Tokenization:
         on_error: str,
     ) -> None:
         """Make the folder, which has the tokenizer."""
-        self.digest = tokenizer_fingerprint(tokenizer)
+        self.digest, eos = tokenizer_fingerprint(tokenizer), document_end_id(tokenizer)
+        settings = self.settings(
+            tokenizer=self.digest,
+            eos=eos,
+            validation_fraction=validation_fraction,
+            split_special_tokens=split_special_tokens,
+        )
         self.job = Job(
             folder=self.folder,
             tokenizer=self.folder / "tokenizer" / "tokenizer.json",
-            key="",
-            eos=document_end_id(tokenizer),
+            key=begin(self.folder, settings),
+            eos=eos,
             vocab_size=len(tokenizer),
             reading=self.reading,
             validation_fraction=validation_fraction,
             split_special_tokens=split_special_tokens,
             on_error=on_error,
         )
-        settings = self.settings(
-            tokenizer=self.digest,
-            eos=self.job.eos,
-            validation_fraction=validation_fraction,
-            split_special_tokens=split_special_tokens,
-        )
-        self.job = replace(self.job, key=begin(self.folder, settings))
         build_once(self.folder / "tokenizer", tokenizer.save_pretrained)
 
     def run(

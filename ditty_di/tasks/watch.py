@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ditty_di.config import ConfigError, Graph
-from ditty_di.io import read_json
+from ditty_di.io import read_json, read_text
 from ditty_di.launch.rundir import RunDirectory
 from ditty_di.report import runs as reading
 from ditty_di.report.words import clock, number
@@ -99,11 +99,10 @@ def _modified(file: Any) -> tuple[int, int] | None:
 
 def _max_steps(run: RunDirectory) -> int | None:
     """Return the trainer's `max_steps` without parsing all of a configuration."""
-    with suppress(OSError):
-        text = run.config.read_text(encoding="utf-8", errors="replace")
-        for pattern in (r"^trainer:\n(?:  .*\n)*?  max_steps: (\d+)$", r"^max_steps: (\d+)$"):
-            if found := re.search(pattern, text, re.MULTILINE):
-                return int(found[1])
+    text = read_text(run.config)
+    for pattern in (r"^trainer:\n(?:  .*\n)*?  max_steps: (\d+)$", r"^max_steps: (\d+)$"):
+        if found := re.search(pattern, text, re.MULTILINE):
+            return int(found[1])
     return None
 
 

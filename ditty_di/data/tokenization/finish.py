@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ditty_di.data.shards.manifest import Manifest, Shard
-from ditty_di.data.tokenization.hub import readable
 from ditty_di.data.tokenization.part import RECEIPTS, Job, Receipt, Totals
 from ditty_di.data.tokenization.plan import Part, key_of
 from ditty_di.io import read_json, write_json
+from ditty_di.messages import readable
 
 #: File with the options that the folder was begun with.
 SETTINGS = "settings.json"

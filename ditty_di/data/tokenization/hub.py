@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ditty_di.data.cache import cache_folder, fingerprint
 from ditty_di.io import read_json, write_json
+from ditty_di.messages import readable
 
 log = logging.getLogger(__name__)
 
@@ -167,13 +168,6 @@ def _check(file: Path, entry: dict) -> None:
         same = digest.hexdigest() == entry["blob"]
     if not same:
         raise ValueError(f"{file.resolve()} has another content than the Hub's: delete it")
-
-
-def readable(size: float) -> str:
-    """Return a number of bytes for people: `1.2 GB`."""
-    units = [(10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")]
-    factor, unit = next(((f, u) for f, u in units if size >= f), (1, "bytes"))
-    return f"{size / factor:.1f} {unit}" if factor > 1 else f"{size:.0f} bytes"
 
 
 def _literal(name: str) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ditty_di.data.tokenization.finish import missing
-from ditty_di.data.tokenization.hub import readable
 from ditty_di.data.tokenization.plan import Part
+from ditty_di.messages import readable
 
 #: Seconds between the first two messages, and the most between any two.
 SECONDS = (10.0, 60.0)
