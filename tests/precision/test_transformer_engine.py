@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
@@ -65,7 +66,8 @@ def engine(monkeypatch):
     modules[""].__dict__.update(common=modules[".common"], pytorch=modules[".pytorch"])
     modules[".common"].__dict__.update(recipe=modules[".common.recipe"])
     for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, f"transformer_engine{name}", module)
+        module.__spec__ = ModuleSpec(module.__name__, None)  # peft looks for it
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     return modules[".pytorch"]
 
 
