@@ -44,7 +44,7 @@ class PaddedCollate:
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        rows = _one_by_one(rows)
+        rows = one_by_one(rows)
         given = _given(rows)
         length = _padded_length([len(labels) for _, labels in given], self.pad_to_multiple_of)
         inputs = _padded([row["input"] for row, _ in given], len(rows), length, self.pad_id or 0)
@@ -187,7 +187,7 @@ class Seq2SeqCollate:
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        rows = _one_by_one(rows)
+        rows = one_by_one(rows)
         given, pad = _given(rows), self.pad_id or 0
         sources = [row["input"] for row, _ in given]
         encoder = _masked(sources, len(rows), pad, self.pad_to_multiple_of)
@@ -233,7 +233,7 @@ class EncoderCollate:
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        rows = _one_by_one(rows)
+        rows = one_by_one(rows)
         given = _given(rows)
         texts = [row["input"] for row, _ in given]
         inputs = _masked(texts, len(rows), self.pad_id or 0, self.pad_to_multiple_of)
@@ -334,7 +334,7 @@ def _given(rows: Sequence[LoadedBatch | None]) -> list[LoadedBatch]:
     return [row for row in rows if row is not None]
 
 
-def _one_by_one(rows: Sequence[Any]) -> Sequence[LoadedBatch | None]:
+def one_by_one(rows: Sequence[Any]) -> Sequence[LoadedBatch | None]:
     """Return the rows of a micro-batch of `TokenBudgetDataset`, or those given."""
     if not any(isinstance(row, list) for row in rows):
         return rows

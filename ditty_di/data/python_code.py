@@ -155,13 +155,10 @@ def described_functions(cache_dir: str | os.PathLike[str] | None = None) -> Path
         ValueError: This Python has no source files.
     """
 
-    def write(folder: Path, pairs: Path) -> None:
-        for split in _SPLITS:
-            read = _pairs_of(pairs, split)
-            rows = [{"anchor": p["output"].strip(), "positive": _code(p)} for p in read]
-            _write_rows(folder, split, rows)
+    def described(pair: dict[str, str]) -> dict[str, Any]:
+        return {"anchor": pair["output"].strip(), "positive": _code(pair)}
 
-    return _made_of_pairs("described", write, cache_dir)
+    return _made_of_pairs("described", partial(_write_each, described), cache_dir)
 
 
 def tagged_functions(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -177,13 +174,7 @@ def tagged_functions(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         ValueError: This Python has no source files.
     """
 
-    def write(folder: Path, pairs: Path) -> None:
-        for split in _SPLITS:
-            tagged = ([*_tagged(_code(pair))] for pair in _pairs_of(pairs, split))
-            rows = [{"tokens": [t for t, _ in row], "tags": [t for _, t in row]} for row in tagged]
-            _write_rows(folder, split, rows)
-
-    return _made_of_pairs("tags", write, cache_dir)
+    return _made_of_pairs("tags", partial(_write_each, _tagged), cache_dir)
 
 
 def held_out_module(name: str) -> bool:
@@ -256,7 +247,7 @@ def _header(node: ast.AST, name: str) -> str:
 
 
 def _write_pairs(folder: Path, max_chars: int) -> None:
-    splits: dict[str, list[str]] = {split: [] for split in _SPLITS}
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in _SPLITS}
     seen: set[str] = set()
     held_out: dict[str, str] = {}
     for module, path in _modules():
@@ -267,11 +258,10 @@ def _write_pairs(folder: Path, max_chars: int) -> None:
             if not {source, summary} & seen:
                 seen |= {source, summary}
                 pair = {"input": f"{source}\n\n# Summary:", "output": f" {summary}"}
-                splits[split].append(json.dumps({**pair, "module": module, "name": name}) + "\n")
+                splits[split].append({**pair, "module": module, "name": name})
     options.require(bool(splits["train"]), _NO_SOURCES)
-    for split, lines in splits.items():
-        (folder / split).mkdir(parents=True)
-        (folder / split / "functions.jsonl").write_text("".join(lines), encoding="utf-8")
+    for split, rows in splits.items():
+        _write_rows(folder, split, rows)
 
 
 def _made_of_pairs(
@@ -295,6 +285,13 @@ def _write_rows(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
     (folder / split / "functions.jsonl").write_text(text, encoding="utf-8")
 
 
+def _write_each(
+    row_of: Callable[[dict[str, str]], dict[str, Any]], folder: Path, pairs: Path
+) -> None:
+    for split in _SPLITS:
+        _write_rows(folder, split, [row_of(pair) for pair in _pairs_of(pairs, split)])
+
+
 def _package(pair: dict[str, str]) -> str:
     return pair["module"].partition(".")[0]
 
@@ -303,17 +300,19 @@ def _code(pair: dict[str, str]) -> str:
     return pair["input"].removesuffix("\n\n# Summary:")
 
 
-def _tagged(source: str) -> Iterator[tuple[str, str]]:
-    """Yield the tokens of a function with their tags."""
+def _tagged(pair: dict[str, str]) -> dict[str, list[str]]:
+    """Return the tokens of a pair's function, and their tags."""
     kinds = {
         tokenize.OP: "operator",
         tokenize.NUMBER: "number",
         tokenize.STRING: "string",
         tokenize.COMMENT: "comment",
     }
-    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.string.strip()]
-    before = ""
-    for token, following in zip(tokens, [*(t.string for t in tokens[1:]), ""], strict=True):
+    found = tokenize.generate_tokens(io.StringIO(_code(pair)).readline)
+    tokens = [token for token in found if token.string.strip()]
+    words = [token.string for token in tokens]
+    tags: list[str] = []
+    for token, before, following in zip(tokens, ["", *words], [*words[1:], ""], strict=False):
         tag = kinds.get(token.type, "name")
         if token.type == tokenize.NAME:
             if keyword.iskeyword(token.string):
@@ -324,8 +323,8 @@ def _tagged(source: str) -> Iterator[tuple[str, str]]:
                 tag = "call"
             elif before == ".":
                 tag = "attribute"
-        yield token.string, tag
-        before = token.string
+        tags.append(tag)
+    return {"tokens": words, "tags": tags}
 
 
 def _functions(path: Path, max_chars: int) -> Iterator[tuple[str, str, str]]:
