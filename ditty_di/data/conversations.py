@@ -305,11 +305,8 @@ def call_forms(messages: list[Message]) -> Iterator[list[Message]]:
 
     First with arguments as objects, then as JSON text (DeepSeek-V3 joins them with text), then both
     with calls in the other of the two layouts `{"name": ..., "arguments": ...}` and
-    `{"type": "function", "function": {...}}`. Messages without calls come once, as they are.
+    `{"type": "function", "function": {...}}`.
     """
-    if not any("tool_calls" in message for message in messages):
-        yield messages
-        return
     for layout in (lambda call: call, _other_layout):
         for arguments in (_as_object, _as_text):
             yield [

@@ -34,12 +34,8 @@ class Dataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class SamplerFactory(Protocol):
-    """`Sampler`, or a partial of a subclass of it."""
-
-    def __call__(self, rows: int, seed: int, shuffle: bool, /) -> Sampler:
-        """Return the order of a dataset's rows."""
-        ...
+#: `Sampler`, or a partial of a subclass: of the number of rows, the seed, and whether to shuffle.
+SamplerFactory = Callable[[int, int, bool], Sampler]
 
 
 class ResumableLoader:

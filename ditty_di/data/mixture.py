@@ -186,7 +186,7 @@ class MixtureSampler(KeyedSampler):
         ]
         ends = np.cumsum([*self.source_rows.values()])
         self._first = ends - [*self.source_rows.values()]
-        self.period = sys.maxsize  # each source has its own epochs
+        self.epoch_rows = sys.maxsize  # each source has its own epochs
 
     def identity(self) -> dict[str, Any]:
         """Return everything that determines the order; it is saved with a position."""

@@ -173,7 +173,6 @@ def tagged_functions(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         ValueError: This Python has no source files.
     """
-
     return _made_of_pairs("tags", partial(_write_each, _tagged), cache_dir)
 
 
