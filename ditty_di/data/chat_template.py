@@ -185,12 +185,10 @@ class ChatTemplate:
         accepts_text, accepts_parts = self._contents
         if isinstance(content, str) and not accepts_text:
             return message | {"content": _parts(content)}
-        parts = isinstance(content, list) and (
-            message["role"] != "tool" or bool(conv.text_of(content))
-        )
-        return (
-            message | {"content": conv.text_of(content)} if parts and not accepts_parts else message
-        )
+        if isinstance(content, list) and not accepts_parts:
+            text = conv.text_of(content)
+            return message | {"content": text} if text or message["role"] != "tool" else message
+        return message
 
     @cached_property
     def _contents(self) -> tuple[bool, bool]:

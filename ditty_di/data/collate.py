@@ -44,12 +44,11 @@ class PaddedCollate:
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        rows = one_by_one(rows)
-        given = _given(rows)
+        number, given = _given(rows)
         length = _padded_length([len(labels) for _, labels in given], self.pad_to_multiple_of)
-        inputs = _padded([row["input"] for row, _ in given], len(rows), length, self.pad_id or 0)
-        labels = _padded([labels for _, labels in given], len(rows), length, self.ignore_index)
-        return {"input": inputs, **_sources(given, len(rows))}, labels
+        inputs = _padded([row["input"] for row, _ in given], number, length, self.pad_id or 0)
+        labels = _padded([labels for _, labels in given], number, length, self.ignore_index)
+        return {"input": inputs, **_sources(given, number)}, labels
 
 
 class _Documents:
@@ -91,7 +90,7 @@ class PaddingFreeCollate(_Documents):
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        given = _given(rows)
+        _, given = _given(rows)
         if not given:  # a rank without rows still takes part in the forward pass
             pad, label = torch.tensor([self.pad_id or 0]), torch.tensor([self.ignore_index])
             given = [({"input": pad}, label)]
@@ -187,17 +186,16 @@ class Seq2SeqCollate:
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        rows = one_by_one(rows)
-        given, pad = _given(rows), self.pad_id or 0
+        (number, given), pad = _given(rows), self.pad_id or 0
         sources = [row["input"] for row, _ in given]
-        encoder = _masked(sources, len(rows), pad, self.pad_to_multiple_of)
+        encoder = _masked(sources, number, pad, self.pad_to_multiple_of)
         targets = [labels for _, labels in given]
         length = _padded_length([len(labels) for labels in targets], self.pad_to_multiple_of)
-        labels = _padded(targets, len(rows), length, self.ignore_index)
-        start = labels.new_full((len(rows), 1), self.decoder_start_token_id)
+        labels = _padded(targets, number, length, self.ignore_index)
+        start = labels.new_full((number, 1), self.decoder_start_token_id)
         decoder = torch.cat([start, labels[:, :-1]], dim=1)
         decoder = decoder.masked_fill(decoder == self.ignore_index, pad)
-        return {**encoder, "decoder_input_ids": decoder, **_sources(given, len(rows))}, labels
+        return {**encoder, "decoder_input_ids": decoder, **_sources(given, number)}, labels
 
 
 @dataclass(frozen=True)
@@ -233,17 +231,16 @@ class EncoderCollate:
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        rows = one_by_one(rows)
-        given = _given(rows)
+        number, given = _given(rows)
         texts = [row["input"] for row, _ in given]
-        inputs = _masked(texts, len(rows), self.pad_id or 0, self.pad_to_multiple_of)
+        inputs = _masked(texts, number, self.pad_id or 0, self.pad_to_multiple_of)
         length = inputs["input"].shape[1]
         if given and all("token_type_ids" in row for row, _ in given):
             types = [row["token_type_ids"] for row, _ in given]
-            inputs["token_type_ids"] = _padded(types, len(rows), length, 0)
+            inputs["token_type_ids"] = _padded(types, number, length, 0)
         size = length if self.label_per_token else 1
-        labels = _padded([labels for _, labels in given], len(rows), size, self.ignore_index)
-        inputs |= _sources(given, len(rows))
+        labels = _padded([labels for _, labels in given], number, size, self.ignore_index)
+        inputs |= _sources(given, number)
         return inputs, labels if self.label_per_token else labels[:, 0]
 
 
@@ -270,13 +267,13 @@ class PairsCollate:
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        given, empty = _given(rows), torch.zeros(0, dtype=torch.int64)
+        (number, given), empty = _given(rows), torch.zeros(0, dtype=torch.int64)
         texts = [
             part
             for name in ("anchor", "positive", "negative")[: 3 if self.negatives else 2]
-            for part in [*(row[name] for row, _ in given), *[empty] * (len(rows) - len(given))]
+            for part in [*(row[name] for row, _ in given), *[empty] * (number - len(given))]
         ]
-        labels = torch.full((len(rows),), self.ignore_index)
+        labels = torch.full((number,), self.ignore_index)
         labels[: len(given)] = 0
         return _masked(texts, len(texts), self.pad_id or 0, self.pad_to_multiple_of), labels
 
@@ -330,8 +327,10 @@ def varlen_arguments(position_ids: Tensor) -> dict[str, Any]:
     return {f"cu_seq_lens_{of}": ends for of in "qk"} | {f"max_length_{of}": longest for of in "qk"}
 
 
-def _given(rows: Sequence[LoadedBatch | None]) -> list[LoadedBatch]:
-    return [row for row in rows if row is not None]
+def _given(rows: Sequence[LoadedBatch | None]) -> tuple[int, list[LoadedBatch]]:
+    """Return the number of rows, and those that are not padding."""
+    rows = one_by_one(rows)
+    return len(rows), [row for row in rows if row is not None]
 
 
 def one_by_one(rows: Sequence[Any]) -> Sequence[LoadedBatch | None]:

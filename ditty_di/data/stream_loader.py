@@ -131,11 +131,10 @@ class StreamLoader(ResumableLoader):
         saved = {name: state_dict.get(name) for name in other}
         self._require_order(saved, {name: here[name] for name in other})
         self._consumed = int(state_dict["consumed"])
-        begun = [stream for stream in self.own if stream < self._consumed]
-        missing = [_STATE.format(stream) for stream in begun]
-        missing = [name for name in missing if name not in state_dict]
+        begun = {n: _STATE.format(n) for n in self.own if n < self._consumed}
+        missing = [name for name in begun.values() if name not in state_dict]
         options.require(not missing, f"the saved data position lacks {', '.join(missing)}")
-        self._states = {stream: state_dict[_STATE.format(stream)] for stream in begun}
+        self._states = {stream: state_dict[name] for stream, name in begun.items()}
         self._resuming = True
 
     def get_metrics(self) -> dict[str, float]:
