@@ -26,6 +26,7 @@ from ditty_di.models.weights import (
     swapped,
     torch_reset,
     transformers_model,
+    uninitialized_like,
 )
 from ditty_di.seed import derived_seed, run_seed, seed_torch
 
@@ -107,19 +108,13 @@ def _whole(model: nn.Module, names: set[str]) -> Iterator[None]:
     Raises:
         ValueError: one of `names` was not set.
     """
-
-    def scratch(tensor: Tensor) -> Tensor:
-        unset = torch.nan if tensor.is_floating_point() else 0
-        device = local(tensor).device
-        return torch.full(tensor.shape, unset, dtype=tensor.dtype, device=device)
-
     modules = {path: model.get_submodule(path) for path in _by_module(names)}
     wanted = {
         id(getattr(modules[path], name.rpartition(".")[2])): name
         for path, own_names in _by_module(names).items()
         for name in own_names
     }
-    with swapped(modules.values(), scratch) as pairs:
+    with swapped(modules.values(), uninitialized_like) as pairs:
         yield
     made = {wanted[id(own)]: (own, new) for own, new in pairs if id(own) in wanted}
     if not_set := [
