@@ -209,13 +209,10 @@ def _replace(
 def _filled(layer: Any, weight: Tensor) -> Any:
     """Return a layer, filled from a weight that has values."""
     if not weight.is_meta:
-        layer.fill_from(partial(_part, weight.detach()))
+        own = weight.detach()
+        layer.fill_from(lambda name, index: own if index is None else own[index])
     return layer
 
 
 def _named(path: str, names: Sequence[str]) -> bool:
     return any(name in path.split(".") or f".{path}".endswith(f".{name}") for name in names)
-
-
-def _part(weight: Tensor, name: str, index: Any) -> Tensor:
-    return weight if index is None else weight[index]
