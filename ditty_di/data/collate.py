@@ -8,7 +8,7 @@ row of a mixture is kept: `[rows]`, or that of each token where rows become one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,20 @@ class PaddedCollate:
         return {"input": inputs, **_sources(given, number)}, labels
 
 
-class _Documents:
+class ByArguments:
+    """Base of the collate functions with a contract that depends on their arguments."""
+
+    contract_for: Callable[..., str]
+
+    @property
+    def contract(self) -> str:
+        """The contract of a micro-batch."""
+        return self.contract_for(**vars(self))
+
+
+class _Documents(ByArguments):
     """Base of the collate functions whose batches separate documents by their positions."""
 
-    varlen: bool
     #: The model is tested before training: documents of a row must not attend to each other.
     packs_documents = True
 
@@ -62,11 +72,6 @@ class _Documents:
     def contract_for(cls, *, varlen: bool = True, **_: Any) -> str:
         """Return the contract of a collate function with these arguments."""
         return _POSITIONS.format(_VARLEN if varlen else "")
-
-    @property
-    def contract(self) -> str:
-        """The contract of a micro-batch."""
-        return self.contract_for(varlen=self.varlen)
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ class Seq2SeqCollate:
 
 
 @dataclass(frozen=True)
-class EncoderCollate:
+class EncoderCollate(ByArguments):
     """Pad rows for a bidirectional model, or a classifier, on the right, with an attention mask.
 
     `input` and `attention_mask` are int64 `[rows, longest]`, and so are `token_type_ids` if the
@@ -223,11 +228,6 @@ class EncoderCollate:
     def contract_for(cls, *, label_per_token: bool = False, **_: Any) -> str:
         """Return the contract of a collate function with these arguments."""
         return _ENCODER.format(2 if label_per_token else 1)
-
-    @property
-    def contract(self) -> str:
-        """The contract of a micro-batch."""
-        return self.contract_for(label_per_token=self.label_per_token)
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditty_di.data import options
 from ditty_di.data.cache import fingerprint
-from ditty_di.data.collate import PackedCollate
+from ditty_di.data.collate import ByArguments, PackedCollate
 from ditty_di.data.file_cache import FileCache
 from ditty_di.data.keyed import STORED_ROWS, KeyedSampler
 from ditty_di.data.pooled import PooledSampler
@@ -67,10 +67,7 @@ class Shards:
         text = f"overlap={overlap} must be at least 0 and below seq_len={seq_len}"
         options.require(overlap == 0 or 0 < overlap < seq_len, text)
 
-    @classmethod
-    def contract_for(cls, *, documents: str = "masked", **_: Any) -> str:
-        """Return the contract of a micro-batch of these rows."""
-        return WindowRows.contract_for(documents)
+    contract_for = staticmethod(WindowRows.contract_for)
 
     def __init__(
         self,
@@ -213,7 +210,7 @@ class Shards:
 
 
 @dataclass(frozen=True)
-class ShardsCollate:
+class ShardsCollate(ByArguments):
     """Stack rows of `Shards`: every tensor is `[rows, seq_len]`.
 
     Args:
@@ -230,11 +227,6 @@ class ShardsCollate:
         return (
             PackedCollate.contract_for(varlen=varlen) if documents == "masked" else JOINED_CONTRACT
         )
-
-    @property
-    def contract(self) -> str:
-        """The contract of a micro-batch."""
-        return self.contract_for(documents=self.documents, varlen=self.varlen)
 
     @property
     def packs_documents(self) -> bool:
