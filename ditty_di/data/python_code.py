@@ -88,7 +88,8 @@ def python_code(cache_dir: str | os.PathLike[str] | None = None) -> Corpus:
     def read() -> Corpus:
         sides: tuple[list[str], list[str]] = ([], [])
         for module, path in _modules():
-            if module.partition(".")[0] not in _NOT_PROGRAMS and _parse(path) is not None:
+            is_program = module.partition(".")[0] not in _NOT_PROGRAMS
+            if is_program and _parse(path.read_bytes()) is not None:
                 sides[held_out_module(module)].extend(filter(None, [_source(path).strip()]))
         options.require(bool(sides[0]), _NO_SOURCES)
         return Corpus([*_topics(), *sides[0]], sides[1])
@@ -190,12 +191,12 @@ def _modules() -> Iterator[tuple[str, Path]]:
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
-def _parse(path: Path) -> ast.Module | None:
-    """Return the module's tree; None for files that are broken on purpose (templates, tests)."""
+def _parse(source: str | bytes) -> ast.Module | None:
+    """Return the tree of a source; None for files that are broken on purpose (templates, tests)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old sources
         try:
-            return ast.parse(path.read_bytes())
+            return ast.parse(source)
         except (SyntaxError, ValueError):
             return None
 
@@ -210,7 +211,7 @@ def _source(path: Path) -> str:
 def _topics() -> Iterator[str]:
     """Yield the texts behind `help("topic")`: one literal dict in one source file."""
     path = _LIBRARY / "pydoc_data" / "topics.py"
-    tree = _parse(path) if path.is_file() else None
+    tree = _parse(path.read_bytes()) if path.is_file() else None
     for node in tree.body if tree else []:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             for _, text in sorted(ast.literal_eval(node.value).items()):
@@ -219,7 +220,7 @@ def _topics() -> Iterator[str]:
 
 def _docstrings() -> Iterator[tuple[str, str]]:
     for module, path in _modules():
-        if (tree := _parse(path)) is not None:
+        if (tree := _parse(path.read_bytes())) is not None:
             yield from _docstrings_in(tree, module)
 
 
@@ -328,7 +329,7 @@ def _tagged(pair: dict[str, str]) -> dict[str, list[str]]:
 
 def _functions(path: Path, max_chars: int) -> Iterator[tuple[str, str, str]]:
     """Yield name, source without docstring, and summary of each function that has one."""
-    tree, lines = _parse(path), _source(path).splitlines()
+    tree, lines = _parse(path.read_bytes()), _source(path).splitlines()
     for node in ast.walk(tree) if tree and lines else []:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
             continue  # nothing but a docstring
@@ -340,7 +341,8 @@ def _functions(path: Path, max_chars: int) -> Iterator[tuple[str, str, str]]:
         kept += lines[docstring.end_lineno or docstring.lineno : node.end_lineno]
         source = textwrap.dedent("\n".join(kept)).strip("\n")
         # Leaves out `def f(): "doc"; body`, whose lines cannot be separated.
-        if kept and len(source) <= max_chars and _is_one_statement(source):
+        alone = _parse(source) if kept and len(source) <= max_chars else None
+        if alone is not None and len(alone.body) == 1:
             yield node.name, source, summary
 
 
@@ -349,10 +351,3 @@ def _summary(docstring: str) -> str:
     first, _, rest = docstring.strip().partition("\n")
     whole = not rest.strip() or not rest.split("\n", 1)[0].strip() or first.endswith(".")
     return re.sub(r"\s+", " ", first).strip() if whole else ""
-
-
-def _is_one_statement(source: str) -> bool:
-    try:
-        return len(ast.parse(source).body) == 1
-    except (SyntaxError, ValueError):
-        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -148,7 +149,7 @@ class StreamLoader(ResumableLoader):
     def _batches(self) -> Iterator[LoadedBatch]:
         with preserved_rng():
             self.dataset.check()
-        reader = _Reader(self.dataset, self.seed, self._order(), self._states)
+        reader = _Reader(self.dataset, self.seed, self._order(), dict(self._states))
         if self.num_workers:
             return self._collated(self._with_workers(reader))
         return preserving(self._collated(iter(reader)))
@@ -183,6 +184,7 @@ class StreamLoader(ResumableLoader):
             )
 
 
+@dataclass(eq=False)
 class _Reader(IterableDataset):
     """The rows of some streams in turn.
 
@@ -195,14 +197,10 @@ class _Reader(IterableDataset):
         states: Where streams go on that have begun.
     """
 
-    def __init__(
-        self,
-        dataset: StreamedDataset,
-        seed: int,
-        order: list[int],
-        states: dict[int, dict[str, Any]],
-    ) -> None:
-        self.dataset, self.seed, self.order, self.states = dataset, seed, order, dict(states)
+    dataset: StreamedDataset
+    seed: int
+    order: list[int]
+    states: dict[int, dict[str, Any]]
 
     def __iter__(self) -> Iterator[_Row]:
         worker = torch.utils.data.get_worker_info()
