@@ -50,16 +50,10 @@ class StreamMixture:
         self.ratios = {name: given[name] for name in self.sources}
         self.schedule = Schedule({0: self.ratios})
         self._datasets = [*self.sources.values()]
-
-    @property
-    def source_names(self) -> list[str]:
-        """The name of each source, by its number."""
-        return [*self.sources]
-
-    @property
-    def seq_len(self) -> int | None:
-        """Length of the rows in tokens, if the sources say it."""
-        return getattr(self._datasets[0], "seq_len", None)
+        #: The name of each source, by its number.
+        self.source_names = [*self.sources]
+        #: Length of the rows in tokens, if the sources say it.
+        self.seq_len: int | None = getattr(self._datasets[0], "seq_len", None)
 
     def check(self) -> None:
         """Raise `ValueError` unless each stream goes on exactly from its state."""
