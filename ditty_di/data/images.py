@@ -72,6 +72,8 @@ class Images:
         text = f"the processor {type(processor).__name__} has no image token: it reads no images"
         require(token is not None and hasattr(processor, "image_processor"), text)
         self.processor, self.token = processor, str(token)
+        #: A black image.
+        self.blank = Image.new("RGB", _BLANK)
         self._placeholders: dict[str, str] = {}
 
     @cached_property
@@ -133,11 +135,6 @@ class Images:
             text=[self.token], images=[image], return_text_replacement_offsets=True
         )
         return str(made["text_replacement_offsets"][0][0]["replacement"])
-
-    @cached_property
-    def blank(self) -> Image.Image:
-        """A black image."""
-        return Image.new("RGB", _BLANK)
 
     @cached_property
     def blank_ids(self) -> Tensor:
