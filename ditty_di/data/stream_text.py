@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from io import BytesIO
 from typing import Any
 
@@ -177,6 +178,7 @@ def document(example: Any, text_key: str, split: str, validation_fraction: float
     return data if held_out == (split == "validation") else b""
 
 
+@dataclass(eq=False)
 class StreamSample(Sample):
     """Text from the beginning of a dataset to train a tokenizer on, read anew by each iteration.
 
@@ -189,20 +191,17 @@ class StreamSample(Sample):
         text_key: See `StreamedText`.
     """
 
-    def __init__(
-        self,
-        dataset: Iterable[Any],
-        *,
-        sample_mb: float = 20.0,
-        validation_fraction: float = 0.01,
-        text_key: str = "text",
-    ) -> None:
-        self.validate(sample_mb=sample_mb, validation_fraction=validation_fraction)
-        self.dataset, self.bytes = dataset, int(sample_mb * 2**20)
-        self.validation_fraction, self.text_key = validation_fraction, text_key
+    dataset: Iterable[Any]
+    _: KW_ONLY
+    sample_mb: float = 20.0
+    validation_fraction: float = 0.01
+    text_key: str = "text"
+
+    def __post_init__(self) -> None:
+        self.validate(sample_mb=self.sample_mb, validation_fraction=self.validation_fraction)
 
     def __iter__(self) -> Iterator[str]:
-        left = self.bytes
+        left = int(self.sample_mb * 2**20)
         for example in iterated_alone(self.dataset):
             data = document(example, self.text_key, "train", self.validation_fraction)
             if data:
