@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -104,28 +104,28 @@ class ImageRenderer(Renderer):
         """
         if not isinstance(record, Mapping):
             return record
-        whole = dict(record)
-        for key in _GIVEN:
-            if isinstance(value := record.get(key), list):
-                whole[key] = [self._files.path(image, folder) for image in value]
-            elif value is not None:
-                whole[key] = self._files.path(value, folder)
-        for key in self.chat_format.keys_of(record):
-            if isinstance(turns := record[key], list):
-                whole[key] = [self._resolved_turn(turn, folder) for turn in turns]
-        return whole
+        path, key = partial(self._files.path, folder=folder), self.chat_format.content_key
 
-    def _resolved_turn(self, turn: Any, folder: Path | None) -> Any:
-        content = turn.get(self.chat_format.content_key) if isinstance(turn, Mapping) else None
-        if not isinstance(content, list):
-            return turn
-        parts = []
-        for part in content:
-            if isinstance(part, Mapping) and part.get("type") == "image":
-                names = [name for name in ("path", "image") if name in part]
-                part = {**part, **{name: self._files.path(part[name], folder) for name in names}}
-            parts.append(part)
-        return {**turn, self.chat_format.content_key: parts}
+        def of_part(part: Any) -> Any:
+            if not isinstance(part, Mapping) or part.get("type") != "image":
+                return part
+            return {
+                **part,
+                **{name: path(part[name]) for name in ("path", "image") if name in part},
+            }
+
+        def of_turn(turn: Any) -> Any:
+            content = turn.get(key) if isinstance(turn, Mapping) else None
+            return {**turn, key: [*map(of_part, content)]} if isinstance(content, list) else turn
+
+        whole = dict(record)
+        for name in _GIVEN:
+            if (value := record.get(name)) is not None:
+                whole[name] = [*map(path, value)] if isinstance(value, list) else path(value)
+        for name in self.chat_format.keys_of(record):
+            if isinstance(turns := record[name], list):
+                whole[name] = [*map(of_turn, turns)]
+        return whole
 
     def origins(self, records: Iterable[tuple[str, Any]]) -> str:
         """Return the folders that paths in the records are relative to."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ditty_di.data import given_tokens, options
 from ditty_di.data.audit import Encoded, Note, refusal
 from ditty_di.data.cache import fingerprint
-from ditty_di.data.conversations import ChatFormat, Conversation, holds, is_turns, paths_of
+from ditty_di.data.conversations import ChatFormat, Conversation, holds, is_turns
 from ditty_di.data.templates import ASSISTANT_TURNS, ChatRenderer, PromptTemplate
 from ditty_di.data.token_spans import Markers, TokenSpans, special_tokens_around
 from ditty_di.data.tokenizer import eos_id, tokenizer_fingerprint
@@ -364,11 +364,8 @@ class Renderer:
             *self._renderer.template.unread(chat, self._ignored),
         }
         found: list[Encoded | ValueError] = []
-        parts = self._renderer.parts(chat)
-        for (part, _), (ids, mask, own) in zip(parts, self._renderer(chat), strict=True):
-            images = paths_of(part.messages)
-            whole = Encoded(ids, mask, -1, False, frozenset(notes | own), images)
-            found.append(self._limited(whole))
+        for whole in self._renderer(chat):
+            found.append(self._limited(whole._replace(notes=whole.notes | notes)))
             notes = set()  # once a record
         return found
 
