@@ -57,12 +57,10 @@ def nf4(
     Raises:
         ValueError: the model has no linear layer outside `skip`.
     """
-    options: dict[str, Any] = {
-        "block_size": block_size,
-        "double_quant": double_quant,
-        "kernels": kernels,
-    }
-    made = partial(NF4Linear, **options), partial(NF4Experts, **options)
+    made = [
+        partial(kind, block_size=block_size, double_quant=double_quant, kernels=kernels)
+        for kind in (NF4Linear, NF4Experts)
+    ]
     quantized = _replace(model, skip, include, *made)
     dtype = next(m.dtype for m in quantized.modules() if isinstance(m, NF4Linear))
     if not double_quant and dtype != torch.bfloat16:
