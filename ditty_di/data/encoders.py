@@ -94,18 +94,17 @@ class _Encoder:
 
     def __call__(self, records: Sequence[Any]) -> list[Columns | ValueError]:
         """Return the columns of each record; for a bad record the error in their place."""
-        found: list[Columns | ValueError] = []
-        good: list[Any] = []
-        for record in records:
-            try:
-                if isinstance(record, ValueError):
-                    raise record
-                good.append(self._checked(record))
-                found.append({})
-            except ValueError as error:
-                found.append(error)
-        made = iter(self._encoded(good))
-        return [next(made) if isinstance(one, dict) else one for one in found]
+        found = [self._or_error(record) for record in records]
+        made = iter(self._encoded([one for one in found if not isinstance(one, ValueError)]))
+        return [one if isinstance(one, ValueError) else next(made) for one in found]
+
+    def _or_error(self, record: Any) -> Any:
+        if isinstance(record, ValueError):
+            return record
+        try:
+            return self._checked(record)
+        except ValueError as error:
+            return error
 
     def _checked(self, record: Mapping[str, Any]) -> Any:
         """Return what `_encoded` needs of a record; raise ValueError for a bad one."""
