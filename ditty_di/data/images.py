@@ -110,15 +110,10 @@ class Images:
             f"image{'s' * (len(paths) != 1)}: give each an image",
         )
         replaced = [self._placeholder(path) for path in paths]
-        starts = [sum(map(len, parts[: n + 1])) + n * len(self.token) for n in range(found)]
+        growth = [len(new) - len(self.token) for new in replaced]
 
         def moved(at: int) -> int:
-            grown = (
-                len(new) - len(self.token)
-                for start, new in zip(starts, replaced, strict=True)
-                if start < at
-            )
-            return at + sum(grown)
+            return at + sum(growth[: text.count(self.token, 0, at)])
 
         whole = "".join(part + new for part, new in zip(parts, [*replaced, ""], strict=True))
         return whole, [(moved(start), moved(end)) for start, end in spans]

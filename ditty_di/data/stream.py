@@ -146,7 +146,7 @@ class Streamed:
             address: That of the first row; None: the beginning.
             once: End where the dataset ends; else begin again.
         """
-        step = 1 if self._by_files else self.streams
+        step, first = (1, 0) if self._by_files else (self.streams, stream)
         dataset = self._of_stream(stream)
         start = state = dataset.state_dict()
         number, expected = 0, None
@@ -155,7 +155,7 @@ class Streamed:
             dataset.load_state_dict(copy.deepcopy(state))
         while True:
             for example in dataset:
-                if step == 1 or number % step == stream:
+                if number % step == first:
                     digest = digest_of(example).hex()[:16]
                     options.require(expected in (None, digest), _CHANGED.format(stream=stream))
                     expected = None
@@ -163,7 +163,7 @@ class Streamed:
                 state, number = dataset.state_dict(), number + 1
             options.require(expected is None, _CHANGED.format(stream=stream))
             text = f"stream {stream} of {self.streams} has no example; lower streams"
-            options.require(number > (0 if step == 1 else stream), text)
+            options.require(number > first, text)
             if once:
                 return
             state, number = start, 0
