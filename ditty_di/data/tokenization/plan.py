@@ -103,9 +103,8 @@ def _row_groups(path: AnyFile, text_key: str, part_bytes: int) -> Iterator[Segme
     try:
         with parquet_file(path) as opened:
             found = opened.metadata
-        column = found.schema.to_arrow_schema().names.index(text_key)
-        paths = [found.row_group(0).column(i).path_in_schema for i in range(found.num_columns)]
-        column = paths.index(text_key) if found.num_row_groups else column
+        names = [found.schema.column(i).path for i in range(found.num_columns)]
+        column = names.index(text_key)
     except (pyarrow.ArrowException, OSError, ValueError):  # reading it says what is wrong
         yield Segment(path, 0, None, path.stat().st_size)
         return
