@@ -150,9 +150,10 @@ def hugging_face(model: nn.Module) -> InitModule:
         left = {n: t for _, n, t in own_tensors(module) if not t.is_meta and _is_uninitialized(t)}
         if not left or id(module) not in paths:
             return
+        whole = constructed()
         for name, tensor in left.items():
             try:
-                value = getattr(constructed().get_submodule(paths[id(module)]), name)
+                value = getattr(whole.get_submodule(paths[id(module)]), name)
             except AttributeError:
                 continue  # an adapter's
             if value.shape == tensor.shape:
@@ -194,11 +195,10 @@ def transformers_model(model: nn.Module) -> tuple[str, Any]:
 def torchtitan(model: nn.Module) -> InitModule:
     """Return torchtitan's initializer: each module's own `param_init`, then its buffers."""
 
-    def init(module: nn.Module) -> None:
-        titan: Any = module
-        if hasattr(titan, "_init_self_parameters"):
-            titan._init_self_parameters()
-            titan._init_self_buffers(buffer_device=None)
+    def init(module: Any) -> None:
+        if hasattr(module, "_init_self_parameters"):
+            module._init_self_parameters()
+            module._init_self_buffers(buffer_device=None)
 
     return init
 
