@@ -82,10 +82,9 @@ class Reading:
     def __post_init__(self) -> None:
         options.one_of(("file", "line", "paragraph"), documents=self.documents)
         options.one_of(("split", "error"), long_documents=self.long_documents)
-        known = f"must be above 0, and at most {MAX_LINE >> 20}"
-        options.require(
-            64 <= self.limit <= MAX_LINE, f"max_document_mb={self.max_document_mb} {known}"
-        )
+        most = MAX_LINE >> 20
+        text = f"max_document_mb={self.max_document_mb} must be above 0, and at most {most}"
+        options.require(64 <= self.limit <= MAX_LINE, text)
 
     @property
     def limit(self) -> int:
