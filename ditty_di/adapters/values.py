@@ -26,6 +26,7 @@ from ditty_di.models.weights import (
     swapped,
     torch_reset,
     transformers_model,
+    uninitialized_like,
 )
 from ditty_di.seed import derived_seed, run_seed, seed_torch
 
@@ -107,19 +108,9 @@ def _whole(model: nn.Module, names: set[str]) -> Iterator[None]:
     Raises:
         ValueError: one of `names` was not set.
     """
-
-    def scratch(tensor: Tensor) -> Tensor:
-        unset = torch.nan if tensor.is_floating_point() else 0
-        device = local(tensor).device
-        return torch.full(tensor.shape, unset, dtype=tensor.dtype, device=device)
-
-    modules = {path: model.get_submodule(path) for path in _by_module(names)}
-    wanted = {
-        id(getattr(modules[path], name.rpartition(".")[2])): name
-        for path, own_names in _by_module(names).items()
-        for name in own_names
-    }
-    with swapped(modules.values(), scratch) as pairs:
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    wanted = {id(getattr(owner, name.rpartition(".")[2])): name for name, owner in owners.items()}
+    with swapped(dict.fromkeys(owners.values()), uninitialized_like) as pairs:
         yield
     made = {wanted[id(own)]: (own, new) for own, new in pairs if id(own) in wanted}
     if not_set := [

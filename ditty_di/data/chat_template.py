@@ -62,19 +62,16 @@ class ChatTemplate:
         if key not in self._rendered:
             if len(self._rendered) >= _RENDERINGS_KEPT:
                 self._rendered.clear()
-            self._rendered[key] = chat, self._render(chat, prompt)
+            with _refusing():
+                found: Any = self.tokenizer.apply_chat_template(
+                    chat.messages,
+                    tools=chat.tools,  # type: ignore[arg-type]
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **chat.kwargs,
+                )
+            self._rendered[key] = chat, check_text(str(found), "a turn")
         return self._rendered[key][1]
-
-    def _render(self, chat: Conversation, prompt: bool) -> str:
-        with _refusing():
-            found: Any = self.tokenizer.apply_chat_template(
-                chat.messages,
-                tools=chat.tools,  # type: ignore[arg-type]
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **chat.kwargs,
-            )
-        return check_text(str(found), "a turn")
 
     def attempt(self, chat: Conversation, *, prompt: bool = False) -> str | None:
         """Return what `render` returns, or None if the template refuses the conversation."""
@@ -117,18 +114,17 @@ class ChatTemplate:
         """
         chat = self._fitted_tools(chat)
         chat = chat.with_messages([self._fitted_content(m) for m in chat.messages])
-        accepted, first = None, None
-        for messages in conv.call_forms(chat.messages):
-            form = chat.with_messages(messages)
-            if messages is chat.messages:  # without calls
-                return form
-            first = first or form
+        if not any("tool_calls" in message for message in chat.messages):
+            return chat
+        forms = [chat.with_messages(messages) for messages in conv.call_forms(chat.messages)]
+        accepted = None
+        for form in forms:
             text = self.attempt(form)
-            if text is not None and all(_shows_calls(text, message) for message in messages):
+            if text is not None and all(_shows_calls(text, message) for message in form.messages):
                 return form
             accepted = accepted or (form if text is not None else None)
-        if accepted is None and first is not None:
-            self.render(first)  # raises what is wrong with it
+        if accepted is None:
+            self.render(forms[0])  # raises what is wrong with it
         return accepted or chat
 
     def with_system(self, chat: Conversation, text: str) -> Conversation | None:
@@ -189,12 +185,10 @@ class ChatTemplate:
         accepts_text, accepts_parts = self._contents
         if isinstance(content, str) and not accepts_text:
             return message | {"content": _parts(content)}
-        parts = isinstance(content, list) and (
-            message["role"] != "tool" or bool(conv.text_of(content))
-        )
-        return (
-            message | {"content": conv.text_of(content)} if parts and not accepts_parts else message
-        )
+        if isinstance(content, list) and not accepts_parts:
+            text = conv.text_of(content)
+            return message | {"content": text} if text or message["role"] != "tool" else message
+        return message
 
     @cached_property
     def _contents(self) -> tuple[bool, bool]:

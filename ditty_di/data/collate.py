@@ -8,7 +8,7 @@ row of a mixture is kept: `[rows]`, or that of each token where rows become one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,18 +44,27 @@ class PaddedCollate:
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        rows = _one_by_one(rows)
-        given = _given(rows)
+        number, given = _given(rows)
         length = _padded_length([len(labels) for _, labels in given], self.pad_to_multiple_of)
-        inputs = _padded([row["input"] for row, _ in given], len(rows), length, self.pad_id or 0)
-        labels = _padded([labels for _, labels in given], len(rows), length, self.ignore_index)
-        return {"input": inputs, **_sources(given, len(rows))}, labels
+        inputs = _padded([row["input"] for row, _ in given], number, length, self.pad_id or 0)
+        labels = _padded([labels for _, labels in given], number, length, self.ignore_index)
+        return {"input": inputs, **_sources(given, number)}, labels
 
 
-class _Documents:
+class ByArguments:
+    """Base of the collate functions with a contract that depends on their arguments."""
+
+    contract_for: Callable[..., str]
+
+    @property
+    def contract(self) -> str:
+        """The contract of a micro-batch."""
+        return self.contract_for(**vars(self))
+
+
+class _Documents(ByArguments):
     """Base of the collate functions whose batches separate documents by their positions."""
 
-    varlen: bool
     #: The model is tested before training: documents of a row must not attend to each other.
     packs_documents = True
 
@@ -63,11 +72,6 @@ class _Documents:
     def contract_for(cls, *, varlen: bool = True, **_: Any) -> str:
         """Return the contract of a collate function with these arguments."""
         return _POSITIONS.format(_VARLEN if varlen else "")
-
-    @property
-    def contract(self) -> str:
-        """The contract of a micro-batch."""
-        return self.contract_for(varlen=self.varlen)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class PaddingFreeCollate(_Documents):
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        given = _given(rows)
+        _, given = _given(rows)
         if not given:  # a rank without rows still takes part in the forward pass
             pad, label = torch.tensor([self.pad_id or 0]), torch.tensor([self.ignore_index])
             given = [({"input": pad}, label)]
@@ -187,21 +191,20 @@ class Seq2SeqCollate:
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        rows = _one_by_one(rows)
-        given, pad = _given(rows), self.pad_id or 0
+        (number, given), pad = _given(rows), self.pad_id or 0
         sources = [row["input"] for row, _ in given]
-        encoder = _masked(sources, len(rows), pad, self.pad_to_multiple_of)
+        encoder = _masked(sources, number, pad, self.pad_to_multiple_of)
         targets = [labels for _, labels in given]
         length = _padded_length([len(labels) for labels in targets], self.pad_to_multiple_of)
-        labels = _padded(targets, len(rows), length, self.ignore_index)
-        start = labels.new_full((len(rows), 1), self.decoder_start_token_id)
+        labels = _padded(targets, number, length, self.ignore_index)
+        start = labels.new_full((number, 1), self.decoder_start_token_id)
         decoder = torch.cat([start, labels[:, :-1]], dim=1)
         decoder = decoder.masked_fill(decoder == self.ignore_index, pad)
-        return {**encoder, "decoder_input_ids": decoder, **_sources(given, len(rows))}, labels
+        return {**encoder, "decoder_input_ids": decoder, **_sources(given, number)}, labels
 
 
 @dataclass(frozen=True)
-class EncoderCollate:
+class EncoderCollate(ByArguments):
     """Pad rows for a bidirectional model, or a classifier, on the right, with an attention mask.
 
     `input` and `attention_mask` are int64 `[rows, longest]`, and so are `token_type_ids` if the
@@ -226,24 +229,18 @@ class EncoderCollate:
         """Return the contract of a collate function with these arguments."""
         return _ENCODER.format(2 if label_per_token else 1)
 
-    @property
-    def contract(self) -> str:
-        """The contract of a micro-batch."""
-        return self.contract_for(label_per_token=self.label_per_token)
-
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        rows = _one_by_one(rows)
-        given = _given(rows)
+        number, given = _given(rows)
         texts = [row["input"] for row, _ in given]
-        inputs = _masked(texts, len(rows), self.pad_id or 0, self.pad_to_multiple_of)
+        inputs = _masked(texts, number, self.pad_id or 0, self.pad_to_multiple_of)
         length = inputs["input"].shape[1]
         if given and all("token_type_ids" in row for row, _ in given):
             types = [row["token_type_ids"] for row, _ in given]
-            inputs["token_type_ids"] = _padded(types, len(rows), length, 0)
+            inputs["token_type_ids"] = _padded(types, number, length, 0)
         size = length if self.label_per_token else 1
-        labels = _padded([labels for _, labels in given], len(rows), size, self.ignore_index)
-        inputs |= _sources(given, len(rows))
+        labels = _padded([labels for _, labels in given], number, size, self.ignore_index)
+        inputs |= _sources(given, number)
         return inputs, labels if self.label_per_token else labels[:, 0]
 
 
@@ -270,13 +267,13 @@ class PairsCollate:
 
     def __call__(self, rows: Sequence[LoadedBatch | None]) -> LoadedBatch:
         """Return the micro-batch of the rows."""
-        given, empty = _given(rows), torch.zeros(0, dtype=torch.int64)
+        (number, given), empty = _given(rows), torch.zeros(0, dtype=torch.int64)
         texts = [
             part
             for name in ("anchor", "positive", "negative")[: 3 if self.negatives else 2]
-            for part in [*(row[name] for row, _ in given), *[empty] * (len(rows) - len(given))]
+            for part in [*(row[name] for row, _ in given), *[empty] * (number - len(given))]
         ]
-        labels = torch.full((len(rows),), self.ignore_index)
+        labels = torch.full((number,), self.ignore_index)
         labels[: len(given)] = 0
         return _masked(texts, len(texts), self.pad_id or 0, self.pad_to_multiple_of), labels
 
@@ -330,11 +327,13 @@ def varlen_arguments(position_ids: Tensor) -> dict[str, Any]:
     return {f"cu_seq_lens_{of}": ends for of in "qk"} | {f"max_length_{of}": longest for of in "qk"}
 
 
-def _given(rows: Sequence[LoadedBatch | None]) -> list[LoadedBatch]:
-    return [row for row in rows if row is not None]
+def _given(rows: Sequence[LoadedBatch | None]) -> tuple[int, list[LoadedBatch]]:
+    """Return the number of rows, and those that are not padding."""
+    rows = one_by_one(rows)
+    return len(rows), [row for row in rows if row is not None]
 
 
-def _one_by_one(rows: Sequence[Any]) -> Sequence[LoadedBatch | None]:
+def one_by_one(rows: Sequence[Any]) -> Sequence[LoadedBatch | None]:
     """Return the rows of a micro-batch of `TokenBudgetDataset`, or those given."""
     if not any(isinstance(row, list) for row in rows):
         return rows

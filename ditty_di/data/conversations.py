@@ -150,6 +150,19 @@ class ChatFormat:
         kwargs = _template_arguments(record.get("chat_template_kwargs"))
         return Conversation(messages, answers, _tools(record.get("tools")), kwargs, tuple(notes))
 
+    def asked(self, record: Mapping[str, Any]) -> Conversation:
+        """Return the record's conversation up to where the assistant is to answer.
+
+        Raises:
+            ValueError: The record is not a conversation, or only the assistant speaks.
+        """
+        chat = self.of(record, answered=False)
+        messages = list(chat.messages)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        require(bool(messages), f'"{self.key}" has no turn that the assistant could answer')
+        return chat.with_messages(messages)
+
     def _message(self, turn: Message, where: str) -> tuple[Message, bool]:
         require(turn.get(self.role_key) is not None, f'{where} has no "{self.role_key}"')
         role = str(turn[self.role_key])
@@ -292,11 +305,8 @@ def call_forms(messages: list[Message]) -> Iterator[list[Message]]:
 
     First with arguments as objects, then as JSON text (DeepSeek-V3 joins them with text), then both
     with calls in the other of the two layouts `{"name": ..., "arguments": ...}` and
-    `{"type": "function", "function": {...}}`. Messages without calls come once, as they are.
+    `{"type": "function", "function": {...}}`.
     """
-    if not any("tool_calls" in message for message in messages):
-        yield messages
-        return
     for layout in (lambda call: call, _other_layout):
         for arguments in (_as_object, _as_text):
             yield [

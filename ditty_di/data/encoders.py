@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ def _label_name(label: Any) -> str | None:
     return str(label) if isinstance(label, int) and not isinstance(label, bool) else None
 
 
+@dataclass(eq=False)
 class _Encoder:
     """Base of the encoders: a tokenizer with a limit, and the fields of a record.
 
@@ -67,38 +69,42 @@ class _Encoder:
             their end. None: no limit.
     """
 
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    max_tokens: int | None = None
+
     @staticmethod
     def validate(*, max_tokens: int | None = None) -> None:
         """Raise `ValueError` for a limit below 1."""
         options.at_least(1, max_tokens=max_tokens)
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, **identity: Any
-    ) -> None:
-        self.validate(max_tokens=max_tokens)
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
-        self._identity = json.dumps({"max_tokens": max_tokens, **identity}, sort_keys=True)
+    def __post_init__(self) -> None:
+        self.validate(max_tokens=self.max_tokens)
 
     def fingerprint(self) -> str:
         """Return a digest of everything that decides about the columns."""
         # 1: raise it when the same records would be encoded in another way.
         kind = f"{type(self).__qualname__} 1"
-        return fingerprint(kind, self._identity, tokenizer_fingerprint(self.tokenizer))
+        identity = json.dumps({"max_tokens": self.max_tokens, **self._identity()}, sort_keys=True)
+        return fingerprint(kind, identity, tokenizer_fingerprint(self.tokenizer))
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what decides about the columns beside the tokenizer and its limit."""
+        raise NotImplementedError
 
     def __call__(self, records: Sequence[Any]) -> list[Columns | ValueError]:
         """Return the columns of each record; for a bad record the error in their place."""
-        found: list[Columns | ValueError] = []
-        good: list[Any] = []
-        for record in records:
-            try:
-                if isinstance(record, ValueError):
-                    raise record
-                good.append(self._checked(record))
-                found.append({})
-            except ValueError as error:
-                found.append(error)
-        made = iter(self._encoded(good))
-        return [next(made) if isinstance(one, dict) else one for one in found]
+        found = [self._or_error(record) for record in records]
+        made = iter(self._encoded([one for one in found if not isinstance(one, ValueError)]))
+        return [one if isinstance(one, ValueError) else next(made) for one in found]
+
+    def _or_error(self, record: Any) -> Any:
+        if isinstance(record, ValueError):
+            return record
+        try:
+            return self._checked(record)
+        except ValueError as error:
+            return error
 
     def _checked(self, record: Mapping[str, Any]) -> Any:
         """Return what `_encoded` needs of a record; raise ValueError for a bad one."""
@@ -162,6 +168,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
+@dataclass(eq=False)
 class LabeledTexts(_Encoder):
     """Encode `{"text": ..., "label": ...}`, or pairs with a `text_pair` beside the text.
 
@@ -177,26 +184,25 @@ class LabeledTexts(_Encoder):
         label_key: Field of the label, a name or an integer.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        labels: Sequence[str],
-        *,
-        max_tokens: int | None = None,
-        text_key: str = "text",
-        pair_key: str = "text_pair",
-        label_key: str = "label",
-    ) -> None:
-        self.labels = _Labels(labels)
-        self._keys = (text_key, pair_key, label_key)
-        super().__init__(tokenizer, max_tokens, labels=self.labels.names, keys=self._keys)
+    labels: Sequence[str]
+    _: KW_ONLY
+    text_key: str = "text"
+    pair_key: str = "text_pair"
+    label_key: str = "label"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._labels = _Labels(self.labels)
+
+    def _identity(self) -> dict[str, Any]:
+        keys = (self.text_key, self.pair_key, self.label_key)
+        return {"labels": self._labels.names, "keys": keys}
 
     def _checked(self, record: Mapping[str, Any]) -> tuple[str, str | None, int]:
-        text_key, pair_key, label_key = self._keys
-        options.require(label_key in record, f'no "{label_key}"')
-        pair = None if record.get(pair_key) is None else _text(record, pair_key)
-        number = self.labels.number(record[label_key], label_key)
-        return _text(record, text_key), pair, number
+        options.require(self.label_key in record, f'no "{self.label_key}"')
+        pair = None if record.get(self.pair_key) is None else _text(record, self.pair_key)
+        number = self._labels.number(record[self.label_key], self.label_key)
+        return _text(record, self.text_key), pair, number
 
     def _encoded(self, good: list[tuple[str, str | None, int]]) -> list[Columns]:
         rows: dict[int, Columns] = {}
@@ -213,6 +219,7 @@ class LabeledTexts(_Encoder):
         return [rows[n] for n in range(len(good))]
 
 
+@dataclass(eq=False)
 class LabeledTokens(_Encoder):
     """Encode `{"tokens": [...], "tags": [...]}`: a text in words, and a label for each of them.
 
@@ -228,38 +235,34 @@ class LabeledTokens(_Encoder):
         ignore_index: Label of what is excluded from the loss.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        labels: Sequence[str],
-        *,
-        max_tokens: int | None = None,
-        tokens_key: str = "tokens",
-        tags_key: str = "tags",
-        ignore_index: int = -100,
-    ) -> None:
-        if not tokenizer.is_fast:
+    labels: Sequence[str]
+    _: KW_ONLY
+    tokens_key: str = "tokens"
+    tags_key: str = "tags"
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
             raise ValueError(
-                f"tokenizer: a {type(tokenizer).__name__} does not tell which word a token is of; "
-                f"use a fast tokenizer, one with a tokenizer.json"
+                f"tokenizer: a {type(self.tokenizer).__name__} does not tell which word a token is "
+                f"of; use a fast tokenizer, one with a tokenizer.json"
             )
-        self.labels, self.ignore_index = _Labels(labels), ignore_index
-        self._keys = (tokens_key, tags_key)
-        identity = {"labels": self.labels.names, "keys": self._keys, "ignored": ignore_index}
-        super().__init__(tokenizer, max_tokens, **identity)
+        super().__post_init__()
+        self._labels = _Labels(self.labels)
+
+    def _identity(self) -> dict[str, Any]:
+        keys = (self.tokens_key, self.tags_key)
+        return {"labels": self._labels.names, "keys": keys, "ignored": self.ignore_index}
 
     def _checked(self, record: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-        tokens_key, tags_key = self._keys
-        for key in self._keys:
+        for key in (self.tokens_key, self.tags_key):
             options.require(key in record, f'no "{key}"')
             options.require(isinstance(record[key], list), f'"{key}" is not a list')
-        words, tags = record[tokens_key], record[tags_key]
-        options.require(
-            bool(words) and all(isinstance(word, str) for word in words),
-            f'"{tokens_key}" is not a list of words',
-        )
+        words, tags = record[self.tokens_key], record[self.tags_key]
+        are_words = bool(words) and all(isinstance(word, str) for word in words)
+        options.require(are_words, f'"{self.tokens_key}" is not a list of words')
         options.require(len(words) == len(tags), f"{len(tags)} tags for {len(words)} tokens")
-        return words, [self.labels.number(tag, tags_key) for tag in tags]
+        return words, [self._labels.number(tag, self.tags_key) for tag in tags]
 
     def _encoded(self, good: list[tuple[list[str], list[int]]]) -> list[Columns]:
         made = self._tokenized([words for words, _ in good], is_split_into_words=True)
@@ -274,6 +277,7 @@ class LabeledTokens(_Encoder):
         return found
 
 
+@dataclass(eq=False)
 class TextPairs(_Encoder):
     """Encode pairs of texts that belong together, `{"anchor": ..., "positive": ...}`.
 
@@ -289,30 +293,27 @@ class TextPairs(_Encoder):
         negatives: Whether records have a `negative_key`: all of them, or none.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_tokens: int | None = None,
-        anchor_key: str | None = None,
-        positive_key: str = "positive",
-        negative_key: str = "negative",
-        negatives: bool = False,
-    ) -> None:
-        self._anchor_key, self._others = anchor_key, [positive_key]
-        self._refused = None if negatives else negative_key
-        if negatives:
-            self._others.append(negative_key)
-        super().__init__(tokenizer, max_tokens, anchor=anchor_key, others=self._others)
+    _: KW_ONLY
+    anchor_key: str | None = None
+    positive_key: str = "positive"
+    negative_key: str = "negative"
+    negatives: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._others = [self.positive_key, *([self.negative_key] if self.negatives else [])]
+
+    def _identity(self) -> dict[str, Any]:
+        return {"anchor": self.anchor_key, "others": self._others}
 
     def _checked(self, record: Mapping[str, Any]) -> list[str]:
-        key = self._anchor_key or ("anchor" if "anchor" in record else "query")
-        if self._anchor_key is None:
+        key = self.anchor_key or ("anchor" if "anchor" in record else "query")
+        if self.anchor_key is None:
             options.require(key in record, 'no "anchor" or "query"')
-        options.require(
-            record.get(self._refused or "") is None,
-            f'there is a "{self._refused}": write data.negatives=true if all records have one',
+        text = (
+            f'there is a "{self.negative_key}": write data.negatives=true if all records have one'
         )
+        options.require(self.negatives or record.get(self.negative_key) is None, text)
         return [_text(record, name) for name in (key, *self._others)]
 
     def _encoded(self, good: list[list[str]]) -> list[Columns]:
@@ -324,6 +325,7 @@ class TextPairs(_Encoder):
         return found
 
 
+@dataclass(eq=False)
 class PlainTexts(_Encoder):
     """Encode `{"text": ...}` for `MaskedTokens`: columns `input`, and `labels` that are the same.
 
@@ -333,18 +335,14 @@ class PlainTexts(_Encoder):
         text_key: Field of the text.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_tokens: int | None = None,
-        text_key: str = "text",
-    ) -> None:
-        self._key = text_key
-        super().__init__(tokenizer, max_tokens, key=text_key)
+    _: KW_ONLY
+    text_key: str = "text"
+
+    def _identity(self) -> dict[str, Any]:
+        return {"key": self.text_key}
 
     def _checked(self, record: Mapping[str, Any]) -> str:
-        return _text(record, self._key)
+        return _text(record, self.text_key)
 
     def _encoded(self, good: list[str]) -> list[Columns]:
         made = self._tokenized(good)["input_ids"]

@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -39,6 +40,8 @@ _OPENERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\xfd7zXZ\x00": lzma.open,
     b"\x28\xb5\x2f\xfd": _zstd,
 }
+#: What decompression raises for damaged data, beside `OSError` (`is_of_content`).
+_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 # First bytes of files without records, and what to do about them.
 _REFUSED = {
     b"PK\x03\x04": "a zip archive (.zip, .xlsx): unpack it, and save a sheet as .csv",
@@ -131,10 +134,10 @@ def read_values(file: AnyFile) -> Values:
     try:
         if kind == ".parquet":
             yield from _parquet(file)
-            return
-        with opened(file) as stream:
-            require_records(file, stream.peek(_HEAD)[:_HEAD])
-            yield from READERS.get(kind, _json)(stream)
+        else:
+            with opened(file) as stream:
+                require_records(file, stream.peek(_HEAD)[:_HEAD])
+                yield from READERS.get(kind, _json)(stream)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error.reason}") from error
     except csv.Error as error:
@@ -157,14 +160,15 @@ def read_lines(file: AnyFile) -> Iterator[tuple[str, str]]:
                 yield f"line {number}", text.rstrip("\r\n")
 
 
-def _start(file: AnyFile, count: int) -> bytes:
+def first_bytes(file: AnyFile, count: int = _HEAD) -> bytes:
+    """Return the first bytes of a file, decompressed."""
     with opened(file) as stream:
-        return stream.read(count).removeprefix(_BOM).lstrip()
+        return stream.read(count)
 
 
 def has_several(file: AnyFile) -> bool:
     """Return whether a JSON file begins as a list of objects or as one object a line."""
-    start = _start(file, 1 << 16)
+    start = first_bytes(file, 1 << 16).removeprefix(_BOM).lstrip()
     first, newline, _ = start.partition(b"\n")
     is_list = re.match(rb"\[\s*\{", start) is not None
     return is_list or (bool(newline) and isinstance(parse_line(first), dict))
@@ -172,24 +176,16 @@ def has_several(file: AnyFile) -> bool:
 
 def looks_like_json(file: AnyFile) -> bool:
     """Return whether a file begins like JSON objects or a list of them."""
-    return re.match(rb'\[\s*\{|\{\s*"', _start(file, _HEAD)) is not None
+    start = first_bytes(file).removeprefix(_BOM).lstrip()
+    return re.match(rb'\[\s*\{|\{\s*"', start) is not None
 
 
-def require_records(file: AnyFile, start: bytes | None = None) -> None:
-    """Check the first bytes of a file.
-
-    Args:
-        file: The file.
-        start: Its first bytes, decompressed; None reads them.
+def require_records(file: AnyFile, start: bytes) -> None:
+    """Check the first bytes of a file, decompressed.
 
     Raises:
         ValueError: They are not those of records.
     """
-    if start is None:
-        if kind_of(file) == ".parquet":
-            return
-        with opened(file) as stream:
-            start = stream.read(_HEAD)
     require_text(file, start)
     text = start.removeprefix(_BOM).lstrip()
     if kind_of(file) not in READERS and text and not text.startswith((b"{", b"[")):
@@ -216,23 +212,16 @@ def opened(file: AnyFile) -> Iterator[io.BufferedReader]:
         if opener is None:
             yield raw
             return
-        with _decompressing(file), opener(raw) as stream:
-            yield io.BufferedReader(stream)
+        try:
+            with opener(raw) as stream:
+                yield io.BufferedReader(stream)
+        except (*_DAMAGED, OSError) as error:
+            if isinstance(error, _DAMAGED) or is_of_content(error):
+                raise ValueError(f"{file} cannot be decompressed: {error}") from error
+            raise
 
 
-@contextmanager
-def _decompressing(file: AnyFile) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{file} cannot be decompressed: {error}") from error
-    except OSError as error:
-        if is_of_content(error):
-            raise ValueError(f"{file} cannot be decompressed: {error}") from error
-        raise
-
-
-def is_of_content(error: OSError) -> bool:
+def is_of_content(error: Exception) -> bool:
     """Return whether an error is how pyarrow and bz2 report damaged data, not of disk or store."""
     return type(error) is OSError and error.errno is None
 
@@ -325,28 +314,25 @@ def _skip_blanks(text: str, at: int) -> int:
 # --- tables --------------------------------------------------------------------------------------
 
 
-def _table(delimiters: str) -> Callable[[IO[bytes]], Values]:
-    """Return a reader of rows below a header, with the first delimiter that the header has."""
-
-    def read(stream: IO[bytes]) -> Values:
-        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # 131,072 characters by default
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        first = text.readline()
-        delimiter = next((d for d in delimiters if d in first), delimiters[0])
-        header = next(csv.reader([first], delimiter=delimiter), [])
-        names = [name for name in header if name]  # an index column has no name
-        if len({*names}) < len(names):
-            raise csv.Error(f"its header names a column twice: {header}")
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
-        line = 2
-        for row in rows if header else ():
-            value: Any = {n: v for n, v in zip(header, row, strict=False) if n}
-            if len(row) != len(header):
-                value = ValueError(f"{len(row)} fields, where the header has {len(header)}")
-            yield from [(f"line {line}", value)] if row else []
-            line = rows.line_num + 2
-
-    return read
+def _table(stream: IO[bytes], delimiters: str) -> Values:
+    """Yield the rows below a header; the first delimiter that the header has separates fields."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # 131,072 characters by default
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    first = text.readline()
+    delimiter = next((d for d in delimiters if d in first), delimiters[0])
+    header = next(csv.reader([first], delimiter=delimiter), [])
+    names = [name for name in header if name]  # an index column has no name
+    if len({*names}) < len(names):
+        raise csv.Error(f"its header names a column twice: {header}")
+    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    line = 2
+    for row in rows if header else ():
+        value: Any = {n: v for n, v in zip(header, row, strict=False) if n}
+        if len(row) != len(header):
+            value = ValueError(f"{len(row)} fields, where the header has {len(header)}")
+        if row:
+            yield f"line {line}", value
+        line = rows.line_num + 2
 
 
 def parquet_file(file: AnyFile, **options: Any) -> Any:
@@ -367,49 +353,38 @@ def _parquet(file: AnyFile) -> Values:
 
     try:
         with parquet_file(file) as table:
-            names = class_names(datasets.Features.from_arrow_schema(table.schema_arrow))
-            rows = (row for batch in table.iter_batches(ROWS_AT_ONCE) for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
-                yield f"row {number}", with_names(row, names)
+            features = datasets.Features.from_arrow_schema(table.schema_arrow)
+            for number, row in enumerate(table_rows(table.iter_batches(ROWS_AT_ONCE), features), 1):
+                yield f"row {number}", row
     except pyarrow.ArrowException as error:
         raise ValueError(f"{file} is not a Parquet file that can be read: {error}") from error
 
 
-def class_names(features: Any) -> dict[str, Callable[[Any], str]]:
-    """Return the columns of class labels, or of lists of them, with a function to their names.
-
-    Args:
-        features: `datasets.Features`.
-    """
-    labels = {key: getattr(feature, "feature", feature) for key, feature in features.items()}
-    return {key: label.int2str for key, label in labels.items() if hasattr(label, "int2str")}
-
-
-def with_names(row: dict[str, Any], names: dict[str, Callable[[Any], str]]) -> dict[str, Any]:
-    """Return the row with class labels as names, or None for hidden labels (-1).
+def table_rows(tables: Iterable[Any], features: Any) -> Iterator[dict[str, Any]]:
+    """Yield rows with class labels, and lists of them, as names; None for hidden labels (-1).
 
     Objects lose their None values: Arrow gives every object of a column the keys of all others.
 
     Args:
-        row: One row of a table.
-        names: From `class_names`.
+        tables: Arrow tables, or batches of one.
+        features: Their `datasets.Features`.
     """
-    row = {key: _without_nulls(value) for key, value in row.items()}
-    for key, convert in names.items():
-        row[key] = _named(row[key], convert)
-    return row
+    labels = {key: getattr(feature, "feature", feature) for key, feature in features.items()}
+    names = {key: getattr(label, "int2str", None) for key, label in labels.items()}
+    for table in tables:
+        for row in table.to_pylist():
+            yield {key: _clean(value, names[key]) for key, value in row.items()}
 
 
-def _named(value: Any, convert: Callable[[Any], str]) -> Any:
+def _clean(value: Any, to_name: Callable[[Any], str] | None) -> Any:
+    """Return a value without nulls in objects; labels of a column with names by their name."""
     if isinstance(value, list):
-        return [_named(label, convert) for label in value]
-    return None if value is None or value < 0 else convert(value)
-
-
-def _without_nulls(value: Any) -> Any:
+        return [_clean(item, to_name) for item in value]
     if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+        return {k: _clean(v, to_name) for k, v in value.items() if v is not None}
+    if to_name is None or value is None:
+        return value
+    return None if value < 0 else to_name(value)
 
 
 #: Readers by suffix: of a stream, but Parquet of a file.
@@ -417,7 +392,7 @@ READERS: dict[str, Callable[[Any], Values]] = {
     ".jsonl": _json,
     ".ndjson": _json,
     ".json": _json,
-    ".csv": _table(",;\t"),
-    ".tsv": _table("\t"),
+    ".csv": partial(_table, delimiters=",;\t"),
+    ".tsv": partial(_table, delimiters="\t"),
     ".parquet": _parquet,
 }

@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ditty_di.data.conversations import Conversation, holds, paths_of, text_of
 from ditty_di.data.files import folder_of
 from ditty_di.data.images import IMAGES, ImageFiles, Images, given_images
 from ditty_di.data.options import require
-from ditty_di.data.renderer import Renderer
+from ditty_di.data.renderer import Renderer, lacks
 from ditty_di.data.templates import ChatRenderer
 
 _GIVEN = ("image", IMAGES)
@@ -104,28 +104,28 @@ class ImageRenderer(Renderer):
         """
         if not isinstance(record, Mapping):
             return record
-        whole = dict(record)
-        for key in _GIVEN:
-            if isinstance(value := record.get(key), list):
-                whole[key] = [self._files.path(image, folder) for image in value]
-            elif value is not None:
-                whole[key] = self._files.path(value, folder)
-        for key in self.chat_format.keys_of(record):
-            if isinstance(turns := record[key], list):
-                whole[key] = [self._resolved_turn(turn, folder) for turn in turns]
-        return whole
+        path, key = partial(self._files.path, folder=folder), self.chat_format.content_key
 
-    def _resolved_turn(self, turn: Any, folder: Path | None) -> Any:
-        content = turn.get(self.chat_format.content_key) if isinstance(turn, Mapping) else None
-        if not isinstance(content, list):
-            return turn
-        parts = []
-        for part in content:
-            if isinstance(part, Mapping) and part.get("type") == "image":
-                names = [name for name in ("path", "image") if name in part]
-                part = {**part, **{name: self._files.path(part[name], folder) for name in names}}
-            parts.append(part)
-        return {**turn, self.chat_format.content_key: parts}
+        def of_part(part: Any) -> Any:
+            if not isinstance(part, Mapping) or part.get("type") != "image":
+                return part
+            return {
+                **part,
+                **{name: path(part[name]) for name in ("path", "image") if name in part},
+            }
+
+        def of_turn(turn: Any) -> Any:
+            content = turn.get(key) if isinstance(turn, Mapping) else None
+            return {**turn, key: [*map(of_part, content)]} if isinstance(content, list) else turn
+
+        whole = dict(record)
+        for name in _GIVEN:
+            if (value := record.get(name)) is not None:
+                whole[name] = [*map(path, value)] if isinstance(value, list) else path(value)
+        for name in self.chat_format.keys_of(record):
+            if isinstance(turns := record[name], list):
+                whole[name] = [*map(of_turn, turns)]
+        return whole
 
     def origins(self, records: Iterable[tuple[str, Any]]) -> str:
         """Return the folders that paths in the records are relative to."""
@@ -146,10 +146,7 @@ class ImageRenderer(Renderer):
         whole = self._as_turns(record, answered=False)
         if not self.chat_format.keys_of(whole):
             return []
-        messages = list(self.chat_format.of(whole, answered=False).messages)
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        return list(paths_of(messages))
+        return list(paths_of(self.chat_format.asked(whole).messages))
 
     @cached_property
     def _renderer(self) -> ChatRenderer:
@@ -198,60 +195,54 @@ class ImageRenderer(Renderer):
             return record
         form = self.chat_format
         rest = {key: value for key, value in record.items() if key not in _GIVEN}
-        if not (keys := form.keys_of(record)):
-            return self._one_question(rest, paths, answered)
-        key, content_key = keys[0], form.content_key
+        keys, content_key = form.keys_of(record), form.content_key
+        if not keys:
+            rest = self._as_question(rest, answered)
+        key = keys[0] if keys else form.key
         require(isinstance(rest[key], list), f'"{key}" must be a list of objects beside images')
         turns = [dict(turn) if isinstance(turn, Mapping) else turn for turn in rest[key]]
-        said = [turn for turn in turns if isinstance(turn, dict)]
-        marked = _markers(turn.get(content_key) for turn in said)
-        _check_markers(marked, paths)
-        empty = [part for turn in turns for part in _empty_parts(turn, content_key)]
-        if marked:
-            given = iter(paths)
+        # An answer that is not part of a conversation has no images.
+        said = [turn for turn in (turns if keys else turns[:1]) if isinstance(turn, dict)]
+        contents = [turn.get(content_key) for turn in said]
+        markers = sum(map(_markers, contents))
+        images = f"{len(paths)} image{'s' * (len(paths) != 1)}"
+        text = f"the text has {markers} markers {_MARKER} for {images}; write as many, or none"
+        require(markers in (0, len(paths)), text)
+        empty = sum(_is_empty(part) for c in contents if isinstance(c, list) for part in c)
+        given = map(_image, paths)
+        if markers:
             for turn in said:
-                if _markers([turn.get(content_key)]):
+                if _markers(turn.get(content_key)):
                     turn[content_key] = _at_markers(turn[content_key], given)
         elif empty:
-            text = f"{len(empty)} parts are images without a path, and {len(paths)} images given"
-            require(len(empty) == len(paths), text)
-            given = iter(paths)
-            for turn in turns:
-                if _empty_parts(turn, content_key):
-                    turn[content_key] = [
-                        {"type": "image", "path": next(given)} if _is_empty(part) else part
-                        for part in turn[content_key]
-                    ]
+            text = f"{empty} parts are images without a path, and {len(paths)} images given"
+            require(empty == len(paths), text)
+            for turn in said:
+                if isinstance(parts := turn.get(content_key), list):
+                    turn[content_key] = [next(given) if _is_empty(p) else p for p in parts]
         else:
             names = {"user"} | {own for own, role in (form.roles or {}).items() if role == "user"}
             first = next((turn for turn in said if turn.get(form.role_key) in names), None)
             if first is None:
                 raise ValueError("an image is given, and no turn of the user to put it in")
-            first[content_key] = _with_images(paths, first.get(content_key))
+            first[content_key] = [*given, *_parts(first.get(content_key))]
         return rest | {key: turns}
 
-    def _one_question(
-        self, record: dict[str, Any], paths: Sequence[str], answered: bool
-    ) -> dict[str, Any]:
-        form = self.chat_format
-        read: set[str] = set()
-        question, answer = "", ""
-        if self._defaults and all(record.get(key) is None for key in (*self._keys, "prompt")):
+    def _as_question(self, record: dict[str, Any], answered: bool) -> dict[str, Any]:
+        """Return a record of an input and an output as a conversation of two turns."""
+        form, answer = self.chat_format, ""
+        if self._defaults and lacks(record, (*self._keys, "prompt")):
             require(not answered or isinstance(record.get(_CAPTION), str), _NO_ANSWER)
-            answer, read = str(record.get(_CAPTION, "")), {_CAPTION}
+            question, answer, read = "", str(record.get(_CAPTION, "")), {_CAPTION}
         else:
             parts = self._formats_for(record)
             question, read = parts[0](record), parts[0].keys_read(record)
             if answered:
                 answer, read = parts[1](record), read | parts[1].keys_read(record)
         own = {role: name for name, role in (form.roles or {}).items()}  # the records' names
-        marked = _markers([question])
-        _check_markers(marked, paths)
-        asked = _at_markers(question, iter(paths)) if marked else _with_images(paths, question)
-        contents = {"user": asked, "assistant": answer}
         turns = [
             {form.role_key: own.get(role, role), form.content_key: content}
-            for role, content in contents.items()
+            for role, content in (("user", question), ("assistant", answer))
         ]
         rest = {key: value for key, value in record.items() if key not in read}
         return rest | {form.key: turns if answered else turns[:1]}
@@ -266,36 +257,33 @@ ImageRenderer.__signature__ = inspect.Signature([*_NAMED, *_OPTIONS])  # type: i
 _NO_ANSWER = 'an image has neither "messages", "input" and "output", nor "text" beside it'
 
 
-def _with_images(paths: Sequence[str], content: Any) -> list[Any]:
-    """Return a content with images before it."""
-    images: list[Any] = [{"type": "image", "path": path} for path in paths]
+def _image(path: str) -> dict[str, str]:
+    return {"type": "image", "path": path}
+
+
+def _parts(content: Any) -> list[Any]:
+    """Return a content as a list of parts."""
     if isinstance(content, list):
-        return [*images, *content]
-    return [*images, {"type": "text", "text": content}] if content else images
+        return content
+    return [{"type": "text", "text": content}] if content else []
 
 
-def _markers(contents: Iterable[Any]) -> int:
-    """Return the number of markers in contents."""
-    return sum(text_of(content).count(_MARKER) for content in contents)
+def _markers(content: Any) -> int:
+    """Return the number of markers in a content."""
+    return text_of(content).count(_MARKER)
 
 
-def _check_markers(markers: int, paths: Sequence[str]) -> None:
-    images = f"{len(paths)} image{'s' * (len(paths) != 1)}"
-    text = f"the text has {markers} markers {_MARKER} for {images}; write as many, or none"
-    require(markers in (0, len(paths)), text)
-
-
-def _at_markers(content: Any, paths: Iterator[str]) -> list[Any]:
+def _at_markers(content: Any, images: Iterator[Any]) -> list[Any]:
     """Return a content with the next images in place of its markers."""
     found: list[Any] = []
-    for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+    for part in _parts(content):
         if not (text := text_of([part])):
             found.append(part)
             continue
         first, *rest = text.split(_MARKER)
         pieces: list[Any] = [{"type": "text", "text": first}]
         for piece in rest:
-            pieces += [{"type": "image", "path": next(paths)}, {"type": "text", "text": piece}]
+            pieces += [next(images), {"type": "text", "text": piece}]
         found += [one for one in pieces if one.get("text", True)]
     return found
 
@@ -303,8 +291,3 @@ def _at_markers(content: Any, paths: Iterator[str]) -> list[Any]:
 def _is_empty(part: Any) -> bool:
     is_image = isinstance(part, Mapping) and part.get("type") == "image"
     return is_image and part.get("path", part.get("image")) is None
-
-
-def _empty_parts(turn: Any, content_key: str) -> list[Any]:
-    content = turn.get(content_key) if isinstance(turn, Mapping) else None
-    return [part for part in content if _is_empty(part)] if isinstance(content, list) else []

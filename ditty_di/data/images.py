@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ditty_di.data.cache import cache_folder, fingerprint
+from ditty_di.data.collate import one_by_one
 from ditty_di.data.options import require
 from ditty_di.io import replacing
 from ditty_di.protocols import LoadedBatch
@@ -71,6 +72,8 @@ class Images:
         text = f"the processor {type(processor).__name__} has no image token: it reads no images"
         require(token is not None and hasattr(processor, "image_processor"), text)
         self.processor, self.token = processor, str(token)
+        #: A black image.
+        self.blank = Image.new("RGB", _BLANK)
         self._placeholders: dict[str, str] = {}
 
     @cached_property
@@ -107,15 +110,10 @@ class Images:
             f"image{'s' * (len(paths) != 1)}: give each an image",
         )
         replaced = [self._placeholder(path) for path in paths]
-        starts = [sum(map(len, parts[: n + 1])) + n * len(self.token) for n in range(found)]
+        growth = [len(new) - len(self.token) for new in replaced]
 
         def moved(at: int) -> int:
-            grown = (
-                len(new) - len(self.token)
-                for start, new in zip(starts, replaced, strict=True)
-                if start < at
-            )
-            return at + sum(grown)
+            return at + sum(growth[: text.count(self.token, 0, at)])
 
         whole = "".join(part + new for part, new in zip(parts, [*replaced, ""], strict=True))
         return whole, [(moved(start), moved(end)) for start, end in spans]
@@ -132,11 +130,6 @@ class Images:
             text=[self.token], images=[image], return_text_replacement_offsets=True
         )
         return str(made["text_replacement_offsets"][0][0]["replacement"])
-
-    @cached_property
-    def blank(self) -> Image.Image:
-        """A black image."""
-        return Image.new("RGB", _BLANK)
 
     @cached_property
     def blank_ids(self) -> Tensor:
@@ -220,11 +213,11 @@ class ImageTextCollate:
         Raises:
             ValueError: see `Images.inputs`.
         """
-        given = [row for row in _one_by_one(rows) if row is not None]
+        given = [row for row in one_by_one(rows) if row is not None]
         images: list[Any] = [path for row, _ in given for path in row.get(IMAGES, ())]
         text = _without_images(rows)
         if not images:
-            text, images = self._with_blank(text), [self.images.blank]
+            text, images = [*text, self._blank_row(given)], [self.images.blank]
         inputs, labels = self.collate(text)
         return inputs | self.images.inputs(inputs["input"], images), labels
 
@@ -232,43 +225,27 @@ class ImageTextCollate:
         """Return the micro-batch of the rows' token ids alone, as a probe of the model needs it."""
         return self.collate(_without_images(rows))
 
-    def _with_blank(self, rows: list[Any]) -> list[Any]:
-        """Return the rows and one of a black image, in their form."""
+    def _blank_row(self, rows: Sequence[LoadedBatch]) -> LoadedBatch:
+        """Return a row of a black image, in the form of the others."""
         ids = self.images.blank_ids
-        first = next((row for row in _one_by_one(rows) if row is not None), None)
+        others, labels = rows[0] if rows else ({}, ids)
         inputs: dict[str, Any] = {"input": ids}
-        if first is not None and "position_ids" in first[0]:  # packed rows have one length
-            length = len(first[1])
+        if "position_ids" in others:  # packed rows have one length
+            length = len(labels)
             text = f"a row of {length} tokens has no room for the {len(ids)} of a blank image"
             require(len(ids) <= length, f"{text}; raise data.seq_len")
-            padding = torch.zeros(length - len(ids), dtype=torch.int64)
-            inputs = {
-                "input": torch.cat([inputs["input"], padding]),
-                "position_ids": torch.arange(length),
-            }
-        if first is not None and "source" in first[0]:
-            inputs["source"] = torch.zeros_like(first[0]["source"])
-        blank = inputs, torch.full_like(inputs["input"], self.ignore_index)
-        if rows and isinstance(rows[0], list):
-            return [[*rows[0], blank]]
-        return [*rows, blank]
+            inputs["input"] = torch.cat([ids, ids.new_zeros(length - len(ids))])
+            inputs["position_ids"] = torch.arange(length)
+        if "source" in others:
+            inputs["source"] = torch.zeros_like(others["source"])
+        return inputs, torch.full_like(inputs["input"], self.ignore_index)
 
 
-def _one_by_one(rows: Sequence[Any]) -> Sequence[LoadedBatch | None]:
-    """Return the rows, also of rows that are lists of rows (`TokenBudgetDataset`)."""
-    return [own for row in rows for own in (row if isinstance(row, list) else [row])]
+def _without_images(rows: Sequence[LoadedBatch | None]) -> list[LoadedBatch | None]:
+    def without(inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name != IMAGES}
 
-
-def _without_images(rows: Sequence[Any]) -> list[Any]:
-    def stripped(row: Any) -> Any:
-        if row is None:
-            return None
-        if isinstance(row, list):
-            return [stripped(own) for own in row]
-        inputs, labels = row
-        return {name: value for name, value in inputs.items() if name != IMAGES}, labels
-
-    return [stripped(row) for row in rows]
+    return [None if row is None else (without(row[0]), row[1]) for row in one_by_one(rows)]
 
 
 # -- images in records ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -80,9 +80,9 @@ class KeyedSampler(Sampler):
     def __init__(self, rows: int, seed: int, shuffle: bool, *, purpose: str = "") -> None:
         super().__init__(rows, seed, shuffle)
         self.purpose = purpose
-        self.period = rows  # positions after which the next epoch's order begins
         self._block = lru_cache(maxsize=4)(self._rows_of_block)
-        self._permutation = lru_cache(maxsize=2)(self._permutation_of)
+        permutation = partial(KeyedPermutation, rows, seed, purpose=purpose)
+        self._permutation = lru_cache(maxsize=2)(permutation)
 
     def epoch(self, number: int) -> np.ndarray:
         """Return the rows of one epoch in their order, `[rows]`."""
@@ -96,22 +96,11 @@ class KeyedSampler(Sampler):
         """Return everything that determines the order; it is saved with a position."""
         return {**super().identity(), "order": "keyed 1"}
 
-    def between(self, start: int, stop: int) -> list[int]:
-        """Return the rows at positions `start` to `stop - 1`; empty when `stop <= start`."""
-        found: list[int] = []
-        while start < stop:
-            epoch, index = divmod(start, self.period)
-            block, first = divmod(index, BLOCK)
-            some = self._block(epoch, block)[first : first + stop - start]
-            found += some
-            start += len(some)
-        return found
-
-    def _rows_of_block(self, epoch: int, block: int) -> list[int]:
-        first = block * BLOCK
-        indices = np.arange(first, min(first + BLOCK, self.period))
-        rows: list[int] = self.rows_at(epoch, indices).tolist()
+    def _rows_from(self, epoch: int, index: int) -> np.ndarray:
+        block, first = divmod(index, BLOCK)
+        rows: np.ndarray = self._block(epoch, block)[first:]
         return rows
 
-    def _permutation_of(self, epoch: int) -> KeyedPermutation:
-        return KeyedPermutation(self.rows, self.seed, epoch, self.purpose)
+    def _rows_of_block(self, epoch: int, block: int) -> np.ndarray:
+        first = block * BLOCK
+        return self.rows_at(epoch, np.arange(first, min(first + BLOCK, self.epoch_rows)))

@@ -159,6 +159,8 @@ class Loader(ResumableLoader):
         self._collate = collate_fn or default_collate
         self._pads = bool(getattr(collate_fn, "pads_rows", False))
         self._step = micro_batch_size * dp_world_size  # rows of a global micro-batch
+        #: Whether the loader repeats its data without an end.
+        self.endless = epochs is None
         self._end = math.inf if epochs is None else _rows_in(epochs, rows)
         text = f"drop_last leaves nothing: {self._end} rows make no micro-batch of {self._step}"
         options.require(not drop_last or self._end >= self._step, text)
@@ -173,11 +175,6 @@ class Loader(ResumableLoader):
             # A TypeError: list() asks for the length as a hint and takes this for "unknown".
             raise TypeError("a loader with epochs=None never ends: it has no length")
         return int(self._end // self._step if self._drop_last else -(-self._end // self._step))
-
-    @property
-    def endless(self) -> bool:
-        """Whether the loader repeats its data without an end (`epochs=None`)."""
-        return self._end == math.inf
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         self._start = self._consumed = self._consumed if self._resuming else 0
@@ -275,7 +272,7 @@ class Loader(ResumableLoader):
 
         The first row decides, the same on all ranks.
         """
-        ends_even = self._end == math.inf or (self._end - start) % self._step == 0
+        ends_even = self.endless or (self._end - start) % self._step == 0
         if ends_even or start >= self._end or self._drop_last or self._pads:
             return False
         with preserved_rng():

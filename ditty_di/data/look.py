@@ -62,14 +62,21 @@ def render_rows(
                 (output.tolist(), [True] * len(output)),
             ]
         else:
-            starts = [0]
-            if positions is not None:
-                starts += (np.flatnonzero(positions[row, 1:] == 0) + 1).tolist()
-            parts = [
-                _unshifted(ids[row, a:b].tolist(), labels[row, a:b].tolist(), ignore_index)
-                for a, b in zip(starts, [*starts[1:], ids.shape[1]], strict=True)
-            ]
+            restarts = None if positions is None else positions[row]
+            found = _documents(ids[row], labels[row], restarts, ignore_index)
+            parts = [document for _, document in found]
         yield "\n".join(_shown(parts, tokenizer, max_chars))
+
+
+def _documents(
+    ids: Tensor, labels: Tensor, positions: Tensor | None, ignore_index: int
+) -> Iterator[tuple[int, tuple[list[int], list[bool]]]]:
+    """Yield where each document of a row begins, its tokens, and which of them are in the loss."""
+    starts = [0]
+    if positions is not None:
+        starts += (np.flatnonzero(positions[1:] == 0) + 1).tolist()
+    for a, b in zip(starts, [*starts[1:], len(ids)], strict=True):
+        yield a, _unshifted(ids[a:b].tolist(), labels[a:b].tolist(), ignore_index)
 
 
 def _unshifted(
@@ -162,17 +169,11 @@ def documents(
     for index in range(min(rows, len(dataset))):
         row = dataset[index]
         for inputs, labels in row if isinstance(row, list) else [row]:
-            require(
-                is_text({"input": inputs["input"][None]}, labels[None]), "rows are not token ids"
-            )
-            source = inputs.get("source", "")
-            ids, targets = inputs["input"].numpy(), labels.numpy()
-            starts = [0]
-            if "position_ids" in inputs:
-                starts = np.flatnonzero(inputs["position_ids"].numpy() == 0).tolist()
-            for a, b in zip(starts, [*starts[1:], len(ids)], strict=True):
-                tokens, trained = _unshifted(ids[a:b].tolist(), targets[a:b].tolist(), ignore_index)
-                of_token = source[a] if isinstance(source, Tensor) and source.dim() else source
+            ids, source = inputs["input"], inputs.get("source", "")
+            require(is_text({"input": ids[None]}, labels[None]), "rows are not token ids")
+            found = _documents(ids, labels, inputs.get("position_ids"), ignore_index)
+            for start, (tokens, trained) in found:
+                of_token = source[start] if isinstance(source, Tensor) and source.dim() else source
                 if any(trained):  # else padding
                     yield named_sources(of_token, names), np.asarray(tokens, np.int64), sum(trained)
 

@@ -61,9 +61,15 @@ class Mixture:
         self.rows = {name: len(source) for name, source in self.sources.items()}
         empty = [name for name, rows in self.rows.items() if not rows]
         options.require(bool(self.rows) and not empty, f"sources without rows: {empty or 'all'}")
+        #: The name of each source, by its number.
+        self.source_names = [*self.sources]
         self._datasets = [*self.sources.values()]
         self._ends: list[int] = np.cumsum([*self.rows.values()]).tolist()
         self.stages = _stages(self.rows, ratios, curriculum, global_batch_size)
+        #: Whether remote shards are shuffled with all other rows; with ratios each is by itself.
+        self.needs_pools = not self.stages and any(
+            getattr(dataset, "needs_pools", False) for dataset in self._datasets
+        )
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -73,11 +79,6 @@ class Mixture:
         number = bisect_right(self._ends, row)
         found = self._datasets[number][row - (self._ends[number - 1] if number else 0)]
         return with_source(torch.tensor(number), found)
-
-    @property
-    def source_names(self) -> list[str]:
-        """The name of each source, by its number."""
-        return [*self.sources]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -107,11 +108,6 @@ class Mixture:
         if self.stages:
             return partial(MixtureSampler, dataset=self)
         return KeyedSampler if len(self) > STORED_ROWS else None
-
-    @property
-    def needs_pools(self) -> bool:
-        """Whether remote shards are shuffled with all other rows; with ratios each is by itself."""
-        return not self.stages and any(getattr(d, "needs_pools", False) for d in self._datasets)
 
     def fingerprint(self) -> str | None:
         """Return a digest of the sources; None if one has none."""
@@ -186,7 +182,7 @@ class MixtureSampler(KeyedSampler):
         ]
         ends = np.cumsum([*self.source_rows.values()])
         self._first = ends - [*self.source_rows.values()]
-        self.period = sys.maxsize  # each source has its own epochs
+        self.epoch_rows = sys.maxsize  # each source has its own epochs
 
     def identity(self) -> dict[str, Any]:
         """Return everything that determines the order; it is saved with a position."""

@@ -140,8 +140,7 @@ class PackedDataset(GroupedRows):
                 f"longest has {lengths.max()} tokens): raise seq_len, cut examples with "
                 f"max_tokens={seq_len}, or give truncation=cut or truncation=drop"
             )
-        dropped = lengths > seq_len if truncation == "drop" else np.zeros(len(lengths), bool)
-        chosen = np.flatnonzero(~dropped)
+        chosen = np.flatnonzero((lengths <= seq_len) | (truncation == "cut"))
         lengths = np.minimum(lengths, seq_len)
         packs = best_fit_decreasing(lengths[chosen], seq_len, seed)
         options.require(bool(packs), f"no example fits a row of seq_len={seq_len}")

@@ -94,11 +94,9 @@ class PooledSampler(KeyedSampler):
             self._begin(epoch, pool)
             here = pools == pool
             start = ends[pool - 1] if pool else 0
-            permutation, shards, shard_ends = self._in_pool(epoch, pool)
+            permutation, shard_ends, moves = self._in_pool(epoch, pool)
             rows = permutation(indices[here] - start)
-            shard = np.searchsorted(shard_ends, rows, side="right")
-            before = shard_ends[shard] - self._sizes[shards[shard]]
-            found[here] = self._first[shards[shard]] + rows - before
+            found[here] = rows + moves[np.searchsorted(shard_ends, rows, side="right")]
         return found
 
     def _layout_of(self, epoch: int) -> _Layout:
@@ -114,10 +112,12 @@ class PooledSampler(KeyedSampler):
     def _permutation_of_pool(
         self, epoch: int, pool: int
     ) -> tuple[KeyedPermutation, np.ndarray, np.ndarray]:
+        """Return the order, where each shard ends in the pool, and from there to the dataset."""
         shards = self._shards_of(epoch, pool)
         ends = np.cumsum(self._sizes[shards])
+        moves = self._first[shards] - (ends - self._sizes[shards])
         key = f"{self.purpose} pool {pool}"
-        return KeyedPermutation(int(ends[-1]), self.seed, epoch, key), shards, ends
+        return KeyedPermutation(int(ends[-1]), self.seed, epoch, key), ends, moves
 
     def _begin(self, epoch: int, pool: int) -> None:
         """Tell the dataset which shards come next, where a pool begins."""

@@ -88,7 +88,8 @@ def python_code(cache_dir: str | os.PathLike[str] | None = None) -> Corpus:
     def read() -> Corpus:
         sides: tuple[list[str], list[str]] = ([], [])
         for module, path in _modules():
-            if module.partition(".")[0] not in _NOT_PROGRAMS and _parse(path) is not None:
+            is_program = module.partition(".")[0] not in _NOT_PROGRAMS
+            if is_program and _parse(path.read_bytes()) is not None:
                 sides[held_out_module(module)].extend(filter(None, [_source(path).strip()]))
         options.require(bool(sides[0]), _NO_SOURCES)
         return Corpus([*_topics(), *sides[0]], sides[1])
@@ -155,13 +156,10 @@ def described_functions(cache_dir: str | os.PathLike[str] | None = None) -> Path
         ValueError: This Python has no source files.
     """
 
-    def write(folder: Path, pairs: Path) -> None:
-        for split in _SPLITS:
-            read = _pairs_of(pairs, split)
-            rows = [{"anchor": p["output"].strip(), "positive": _code(p)} for p in read]
-            _write_rows(folder, split, rows)
+    def described(pair: dict[str, str]) -> dict[str, Any]:
+        return {"anchor": pair["output"].strip(), "positive": _code(pair)}
 
-    return _made_of_pairs("described", write, cache_dir)
+    return _made_of_pairs("described", partial(_write_each, described), cache_dir)
 
 
 def tagged_functions(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -176,14 +174,7 @@ def tagged_functions(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     Raises:
         ValueError: This Python has no source files.
     """
-
-    def write(folder: Path, pairs: Path) -> None:
-        for split in _SPLITS:
-            tagged = ([*_tagged(_code(pair))] for pair in _pairs_of(pairs, split))
-            rows = [{"tokens": [t for t, _ in row], "tags": [t for _, t in row]} for row in tagged]
-            _write_rows(folder, split, rows)
-
-    return _made_of_pairs("tags", write, cache_dir)
+    return _made_of_pairs("tags", partial(_write_each, _tagged), cache_dir)
 
 
 def held_out_module(name: str) -> bool:
@@ -200,12 +191,12 @@ def _modules() -> Iterator[tuple[str, Path]]:
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
-def _parse(path: Path) -> ast.Module | None:
-    """Return the module's tree; None for files that are broken on purpose (templates, tests)."""
+def _parse(source: str | bytes) -> ast.Module | None:
+    """Return the tree of a source; None for files that are broken on purpose (templates, tests)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old sources
         try:
-            return ast.parse(path.read_bytes())
+            return ast.parse(source)
         except (SyntaxError, ValueError):
             return None
 
@@ -220,7 +211,7 @@ def _source(path: Path) -> str:
 def _topics() -> Iterator[str]:
     """Yield the texts behind `help("topic")`: one literal dict in one source file."""
     path = _LIBRARY / "pydoc_data" / "topics.py"
-    tree = _parse(path) if path.is_file() else None
+    tree = _parse(path.read_bytes()) if path.is_file() else None
     for node in tree.body if tree else []:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             for _, text in sorted(ast.literal_eval(node.value).items()):
@@ -229,7 +220,7 @@ def _topics() -> Iterator[str]:
 
 def _docstrings() -> Iterator[tuple[str, str]]:
     for module, path in _modules():
-        if (tree := _parse(path)) is not None:
+        if (tree := _parse(path.read_bytes())) is not None:
             yield from _docstrings_in(tree, module)
 
 
@@ -256,7 +247,7 @@ def _header(node: ast.AST, name: str) -> str:
 
 
 def _write_pairs(folder: Path, max_chars: int) -> None:
-    splits: dict[str, list[str]] = {split: [] for split in _SPLITS}
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in _SPLITS}
     seen: set[str] = set()
     held_out: dict[str, str] = {}
     for module, path in _modules():
@@ -267,11 +258,10 @@ def _write_pairs(folder: Path, max_chars: int) -> None:
             if not {source, summary} & seen:
                 seen |= {source, summary}
                 pair = {"input": f"{source}\n\n# Summary:", "output": f" {summary}"}
-                splits[split].append(json.dumps({**pair, "module": module, "name": name}) + "\n")
+                splits[split].append({**pair, "module": module, "name": name})
     options.require(bool(splits["train"]), _NO_SOURCES)
-    for split, lines in splits.items():
-        (folder / split).mkdir(parents=True)
-        (folder / split / "functions.jsonl").write_text("".join(lines), encoding="utf-8")
+    for split, rows in splits.items():
+        _write_rows(folder, split, rows)
 
 
 def _made_of_pairs(
@@ -295,6 +285,13 @@ def _write_rows(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
     (folder / split / "functions.jsonl").write_text(text, encoding="utf-8")
 
 
+def _write_each(
+    row_of: Callable[[dict[str, str]], dict[str, Any]], folder: Path, pairs: Path
+) -> None:
+    for split in _SPLITS:
+        _write_rows(folder, split, [row_of(pair) for pair in _pairs_of(pairs, split)])
+
+
 def _package(pair: dict[str, str]) -> str:
     return pair["module"].partition(".")[0]
 
@@ -303,17 +300,19 @@ def _code(pair: dict[str, str]) -> str:
     return pair["input"].removesuffix("\n\n# Summary:")
 
 
-def _tagged(source: str) -> Iterator[tuple[str, str]]:
-    """Yield the tokens of a function with their tags."""
+def _tagged(pair: dict[str, str]) -> dict[str, list[str]]:
+    """Return the tokens of a pair's function, and their tags."""
     kinds = {
         tokenize.OP: "operator",
         tokenize.NUMBER: "number",
         tokenize.STRING: "string",
         tokenize.COMMENT: "comment",
     }
-    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.string.strip()]
-    before = ""
-    for token, following in zip(tokens, [*(t.string for t in tokens[1:]), ""], strict=True):
+    found = tokenize.generate_tokens(io.StringIO(_code(pair)).readline)
+    tokens = [token for token in found if token.string.strip()]
+    words = [token.string for token in tokens]
+    tags: list[str] = []
+    for token, before, following in zip(tokens, ["", *words], [*words[1:], ""], strict=False):
         tag = kinds.get(token.type, "name")
         if token.type == tokenize.NAME:
             if keyword.iskeyword(token.string):
@@ -324,13 +323,13 @@ def _tagged(source: str) -> Iterator[tuple[str, str]]:
                 tag = "call"
             elif before == ".":
                 tag = "attribute"
-        yield token.string, tag
-        before = token.string
+        tags.append(tag)
+    return {"tokens": words, "tags": tags}
 
 
 def _functions(path: Path, max_chars: int) -> Iterator[tuple[str, str, str]]:
     """Yield name, source without docstring, and summary of each function that has one."""
-    tree, lines = _parse(path), _source(path).splitlines()
+    tree, lines = _parse(path.read_bytes()), _source(path).splitlines()
     for node in ast.walk(tree) if tree and lines else []:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
             continue  # nothing but a docstring
@@ -342,7 +341,8 @@ def _functions(path: Path, max_chars: int) -> Iterator[tuple[str, str, str]]:
         kept += lines[docstring.end_lineno or docstring.lineno : node.end_lineno]
         source = textwrap.dedent("\n".join(kept)).strip("\n")
         # Leaves out `def f(): "doc"; body`, whose lines cannot be separated.
-        if kept and len(source) <= max_chars and _is_one_statement(source):
+        alone = _parse(source) if kept and len(source) <= max_chars else None
+        if alone is not None and len(alone.body) == 1:
             yield node.name, source, summary
 
 
@@ -351,10 +351,3 @@ def _summary(docstring: str) -> str:
     first, _, rest = docstring.strip().partition("\n")
     whole = not rest.strip() or not rest.split("\n", 1)[0].strip() or first.endswith(".")
     return re.sub(r"\s+", " ", first).strip() if whole else ""
-
-
-def _is_one_statement(source: str) -> bool:
-    try:
-        return len(ast.parse(source).body) == 1
-    except (SyntaxError, ValueError):
-        return False

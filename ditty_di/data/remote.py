@@ -86,6 +86,14 @@ def filesystem(url: str) -> tuple[Any, str]:
         return found
 
 
+@contextmanager
+def _store(url: str) -> Iterator[tuple[Any, str]]:
+    """Yield the file system of a URL, and the path in it; errors in the block are explained."""
+    found = filesystem(url)
+    with explained(url):
+        yield found
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
     """A remote file, with as much of `Path` as the readers of files use.
@@ -103,8 +111,7 @@ class RemoteFile:
     @classmethod
     def find(cls, url: str) -> RemoteFile:
         """Ask the store for a file's size and version."""
-        fs, path = filesystem(url)
-        with explained(url):
+        with _store(url) as (fs, path):
             return _file(url, fs.info(path))
 
     @property
@@ -141,14 +148,12 @@ class RemoteFile:
 
     def fetch(self, target: Path) -> None:
         """Write its content to a file of this machine."""
-        fs, path = filesystem(self.url)
-        with explained(self.url):
+        with _store(self.url) as (fs, path):
             fs.get_file(path, str(target))
 
     def read_bytes(self) -> bytes:
         """Return its content."""
-        fs, path = filesystem(self.url)
-        with explained(self.url):
+        with _store(self.url) as (fs, path):
             return bytes(fs.cat_file(path))
 
     def __str__(self) -> str:
@@ -161,8 +166,7 @@ class _Raw(io.RawIOBase):
     def __init__(self, url: str) -> None:
         super().__init__()
         self._url = url
-        fs, path = filesystem(url)
-        with explained(url):
+        with _store(url) as (fs, path):
             self._file = fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
 
     def readable(self) -> bool:
@@ -202,10 +206,9 @@ def listed(url: str, patterns: Sequence[str] = ("**",)) -> dict[str, RemoteFile]
     Raises:
         ImportError, ValueError, PermissionError, ConnectionError: See `explained`.
     """
-    fs, root = filesystem(url)
-    root = root.rstrip("/")
     found: dict[str, Any] = {}
-    with explained(url):
+    with _store(url) as (fs, root):
+        root = root.rstrip("/")
         if (wildcard := _WILDCARD.search(root)) is not None:
             found = fs.glob(root, detail=True)
             root = root[: wildcard.start()].rpartition("/")[0]

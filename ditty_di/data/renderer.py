@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ditty_di.data import given_tokens, options
 from ditty_di.data.audit import Encoded, Note, refusal
 from ditty_di.data.cache import fingerprint
-from ditty_di.data.conversations import ChatFormat, Conversation, holds, is_turns, paths_of
+from ditty_di.data.conversations import ChatFormat, Conversation, holds, is_turns
 from ditty_di.data.templates import ASSISTANT_TURNS, ChatRenderer, PromptTemplate
 from ditty_di.data.token_spans import Markers, TokenSpans, special_tokens_around
 from ditty_di.data.tokenizer import eos_id, tokenizer_fingerprint
@@ -25,6 +25,7 @@ _TRUNCATIONS = ("left", "right")
 _AUDITS = ("warn", "refuse")
 _DEFAULT_FORMATS = ("__input__", "__output__")
 _PROMPT_COMPLETION = ("prompt", "completion")
+_PROMPT_COMPLETION_FORMATS = [PromptTemplate(f"__{name}__", {}) for name in _PROMPT_COMPLETION]
 # Characters on each side that decide whether a token spans the border of input and output.
 _BORDER = 32
 
@@ -115,15 +116,8 @@ class Renderer:
         self.tokenizer = tokenizer
         self.chat_format = ChatFormat(messages_key, role_key, content_key, roles)
         self._keys = (input_key, output_key)
-        self._formats = (
-            PromptTemplate(input_format, aliases),
-            PromptTemplate(output_format, aliases),
-        )
+        self._formats = [PromptTemplate(text, aliases) for text in (input_format, output_format)]
         self._defaults = (input_format, output_format) == _DEFAULT_FORMATS
-        self._prompt_completion = (
-            PromptTemplate("__prompt__", {}),
-            PromptTemplate("__completion__", {}),
-        )
         self._assistant_turns = assistant_turns
         self._refuses = audit == "refuse"
         self._ignored = {ignored_fields} if isinstance(ignored_fields, str) else set(ignored_fields)
@@ -183,9 +177,8 @@ class Renderer:
                     ids = self._checked_ids(record["input_ids"], "input_ids")
                     found[i] = [self._masked(record, *given_tokens.labeled(ids, record))]
                 elif self._is_segmented(record):
-                    found[i] = [
-                        self._masked(record, *given_tokens.segmented(record, self._tokenize))
-                    ]
+                    segments = given_tokens.segmented(record, self._tokenize)
+                    found[i] = [self._masked(record, *segments)]
                 else:
                     pairs[i] = (self._part(record, 0), self._part(record, 1))
             except ValueError as error:
@@ -244,7 +237,7 @@ class Renderer:
         if record.get(self.chat_format.key) is not None or is_turns(record.get("prompt")):
             return self._asked(record)
         if self._defaults and self._keys[0] not in record and "prompt" in record:
-            part: str | list[int] = self._prompt_completion[0](record)
+            part: str | list[int] = _PROMPT_COMPLETION_FORMATS[0](record)
         else:
             part = self._part(record, 0)
         ids = self._tokenize([part])[0] if isinstance(part, str) else part
@@ -257,10 +250,10 @@ class Renderer:
 
     # --- inputs and outputs ----------------------------------------------------------------------
 
-    def _formats_for(self, record: Mapping[str, Any]) -> tuple[PromptTemplate, PromptTemplate]:
-        neither = self._defaults and all(record.get(key) is None for key in self._keys)
+    def _formats_for(self, record: Mapping[str, Any]) -> list[PromptTemplate]:
+        neither = self._defaults and lacks(record, self._keys)
         if neither and all(record.get(key) is not None for key in _PROMPT_COMPLETION):
-            return self._prompt_completion
+            return _PROMPT_COMPLETION_FORMATS
         return self._formats
 
     def _part(self, record: Mapping[str, Any], which: int) -> str | list[int]:
@@ -335,23 +328,18 @@ class Renderer:
     def _is_tokenized(self, record: Mapping[str, Any]) -> bool:
         if record.get("input_ids") is None or {"input_ids", "labels"} & set(self._keys):
             return False
-        if any(record.get(key) is not None for key in given_tokens.MASK_KEYS):
+        if not lacks(record, given_tokens.MASK_KEYS):
             return True
-        others = (*self._keys, *_PROMPT_COMPLETION)
-        return self._defaults and all(record.get(key) is None for key in others)
+        return self._defaults and lacks(record, (*self._keys, *_PROMPT_COMPLETION))
 
     def _is_segmented(self, record: Mapping[str, Any]) -> bool:
-        return (
-            record.get(given_tokens.SEGMENTS_KEY) is not None and record.get(self._keys[0]) is None
-        )
+        return not lacks(record, [given_tokens.SEGMENTS_KEY]) and lacks(record, self._keys[:1])
 
     def _masked(self, record: Mapping[str, Any], ids: list[int], mask: list[bool]) -> Encoded:
         inputs = mask.index(True) if True in mask else len(mask)
         inputs = inputs if all(mask[inputs:]) else -1
         notes = {Note("unread", key) for key in self.unread(record)}
-        if self._is_tokenized(record) and all(
-            record.get(key) is None for key in given_tokens.MASK_KEYS
-        ):
+        if self._is_tokenized(record) and lacks(record, given_tokens.MASK_KEYS):
             notes.add(Note("all_in_loss"))
         output = [i for i, is_output in zip(ids, mask, strict=True) if is_output]
         if output and not self._markers.ends(output):
@@ -376,11 +364,8 @@ class Renderer:
             *self._renderer.template.unread(chat, self._ignored),
         }
         found: list[Encoded | ValueError] = []
-        parts = self._renderer.parts(chat)
-        for (part, _), (ids, mask, own) in zip(parts, self._renderer(chat), strict=True):
-            images = paths_of(part.messages)
-            whole = Encoded(ids, mask, -1, False, frozenset(notes | own), images)
-            found.append(self._limited(whole))
+        for whole in self._renderer(chat):
+            found.append(self._limited(whole._replace(notes=whole.notes | notes)))
             notes = set()  # once a record
         return found
 
@@ -396,11 +381,10 @@ class Renderer:
         return template.fitted(chat), unread
 
     def _asked(self, record: Mapping[str, Any]) -> list[int]:
-        chat = self.chat_format.of(record, answered=False)
-        messages = list(chat.messages)
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        text = f'"{self.chat_format.key}" has no turn that the assistant could answer'
-        options.require(bool(messages), text)
-        chat, _ = self._read(record, chat.with_messages(messages))
+        chat, _ = self._read(record, self.chat_format.asked(record))
         return self._tokens.ids(self._renderer.template.render(chat, prompt=True))
+
+
+def lacks(record: Mapping[str, Any], keys: Iterable[str]) -> bool:
+    """Return whether a record has none of the keys, or null there."""
+    return all(record.get(key) is None for key in keys)

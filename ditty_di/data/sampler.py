@@ -42,7 +42,7 @@ class Sampler:
 
     def __init__(self, rows: int, seed: int, shuffle: bool) -> None:
         self.rows, self.seed, self.shuffle = rows, seed, shuffle
-        self.epoch_rows = rows  # that `epoch` returns
+        self.epoch_rows = rows  # positions after which the next epoch's order begins
         # Two, as a micro-batch may span the end of an epoch.
         self._epoch = lru_cache(maxsize=2)(self.epoch)
         self._counted: tuple[int, np.ndarray] | None = None
@@ -79,11 +79,15 @@ class Sampler:
         """Return the rows at positions `start` to `stop - 1`; empty when `stop <= start`."""
         found: list[int] = []
         while start < stop:
-            epoch, first = divmod(start, self.epoch_rows)
-            last = min(self.epoch_rows, first + stop - start)
-            found += self._epoch(epoch)[first:last].tolist()
-            start += last - first
+            rows = self._rows_from(*divmod(start, self.epoch_rows))[: stop - start]
+            found += rows.tolist()
+            start += len(rows)
         return found
+
+    def _rows_from(self, epoch: int, index: int) -> np.ndarray:
+        """Return rows of an epoch from an index on, at least one."""
+        rows: np.ndarray = self._epoch(epoch)[index:]
+        return rows
 
 
 class LengthGroupedSampler(Sampler):

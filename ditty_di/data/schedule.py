@@ -114,9 +114,7 @@ class Schedule:
 
     def __init__(self, stages: Mapping[int, Mapping[str, float | str]]) -> None:
         begins = sorted(stages)
-        options.require(
-            bool(begins) and begins[0] == 0, f"the first stage is at {begins[:1]}, not 0"
-        )
+        options.require(begins[:1] == [0], f"the first stage is at {begins[:1]}, not 0")
         self.names = [*stages[0]]
         other = [begin for begin in begins if {*stages[begin]} != {*self.names}]
         options.require(not other, f"the stages at {other} have other sources than {self.names}")

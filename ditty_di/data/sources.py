@@ -24,7 +24,7 @@ from ditty_di.data.files import (
     READERS,
     ROWS_AT_ONCE,
     as_record,
-    class_names,
+    first_bytes,
     has_several,
     is_data_file,
     kind_of,
@@ -32,7 +32,7 @@ from ditty_di.data.files import (
     name_of,
     read_values,
     require_records,
-    with_names,
+    table_rows,
 )
 from ditty_di.data.splits import content_hash, threshold
 from ditty_di.protocols import early_checks
@@ -104,7 +104,7 @@ def _validate(
     try:
         source = _local(path)
         for file in source.files[:_FILES_CHECKED] if source else ():
-            require_records(file)
+            require_records(file, first_bytes(file))
     except (OSError, ValueError) as error:
         if split != "train":  # reported for the training split already
             return
@@ -349,13 +349,11 @@ def _of_dataset(name: str, found: Any) -> _Source:
 
 
 def _records_of_dataset(name: str, dataset: Any) -> RecordDataset:
-    names = class_names(dataset.features)
-
     def read() -> Iterator[tuple[str, Any]]:
         # As Arrow has them, not decoded: images stay bytes and paths.
         tables = dataset.with_format("arrow").iter(ROWS_AT_ONCE)
-        rows = (row for table in tables for row in table.to_pylist())
-        return ((f"{name}, row {i}", with_names(row, names)) for i, row in enumerate(rows))
+        rows = table_rows(tables, dataset.features)
+        return ((f"{name}, row {i}", row) for i, row in enumerate(rows))
 
     return RecordDataset(
         read,

@@ -6,6 +6,7 @@ import copy
 import logging
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -145,7 +146,7 @@ class Streamed:
             address: That of the first row; None: the beginning.
             once: End where the dataset ends; else begin again.
         """
-        step = 1 if self._by_files else self.streams
+        step, first = (1, 0) if self._by_files else (self.streams, stream)
         dataset = self._of_stream(stream)
         start = state = dataset.state_dict()
         number, expected = 0, None
@@ -154,7 +155,7 @@ class Streamed:
             dataset.load_state_dict(copy.deepcopy(state))
         while True:
             for example in dataset:
-                if step == 1 or number % step == stream:
+                if number % step == first:
                     digest = digest_of(example).hex()[:16]
                     options.require(expected in (None, digest), _CHANGED.format(stream=stream))
                     expected = None
@@ -162,7 +163,7 @@ class Streamed:
                 state, number = dataset.state_dict(), number + 1
             options.require(expected is None, _CHANGED.format(stream=stream))
             text = f"stream {stream} of {self.streams} has no example; lower streams"
-            options.require(number > (0 if step == 1 else stream), text)
+            options.require(number > first, text)
             if once:
                 return
             state, number = start, 0
@@ -216,9 +217,7 @@ class _Blocks:
         at = state or {"block": 0, "done": 0, "address": None}
         self._size, self._purpose, self._seed = dataset.shuffle_rows, f"stream {stream}", seed
         self._source = dataset.rows(stream, at["address"])
-        self._rows: list[Any] = []
-        self._ahead: list[Any] = []
-        self._ahead_address: Address = {}
+        self._ahead: list[tuple[Address, Any]] = []
         self._block = at["block"] - 1
         self._next_block()
         self._done = at["done"]
@@ -229,22 +228,15 @@ class _Blocks:
         row = self._rows[self._order[self._done]]
         self._done += 1
         if 1 < self._size > len(self._ahead):
-            self._read()
+            self._ahead.append(next(self._source))
         return row
 
     def state_dict(self) -> dict[str, Any]:
         return {"block": self._block, "done": self._done, "address": self._address}
 
     def _next_block(self) -> None:
-        while len(self._ahead) < self._size:
-            self._read()
-        self._rows, self._address, self._ahead = self._ahead, self._ahead_address, []
-        self._block, self._done = self._block + 1, 0
+        self._ahead += islice(self._source, self._size - len(self._ahead))
+        self._address, self._rows = self._ahead[0][0], [row for _, row in self._ahead]
+        self._ahead, self._block, self._done = [], self._block + 1, 0
         permutation = KeyedPermutation(self._size, self._seed, self._block, self._purpose)
         self._order = permutation(np.arange(self._size)).tolist()
-
-    def _read(self) -> None:
-        address, row = next(self._source)
-        if not self._ahead:
-            self._ahead_address = address
-        self._ahead.append(row)

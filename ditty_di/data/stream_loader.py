@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -131,11 +132,10 @@ class StreamLoader(ResumableLoader):
         saved = {name: state_dict.get(name) for name in other}
         self._require_order(saved, {name: here[name] for name in other})
         self._consumed = int(state_dict["consumed"])
-        begun = [stream for stream in self.own if stream < self._consumed]
-        missing = [_STATE.format(stream) for stream in begun]
-        missing = [name for name in missing if name not in state_dict]
+        begun = {n: _STATE.format(n) for n in self.own if n < self._consumed}
+        missing = [name for name in begun.values() if name not in state_dict]
         options.require(not missing, f"the saved data position lacks {', '.join(missing)}")
-        self._states = {stream: state_dict[_STATE.format(stream)] for stream in begun}
+        self._states = {stream: state_dict[name] for stream, name in begun.items()}
         self._resuming = True
 
     def get_metrics(self) -> dict[str, float]:
@@ -149,7 +149,7 @@ class StreamLoader(ResumableLoader):
     def _batches(self) -> Iterator[LoadedBatch]:
         with preserved_rng():
             self.dataset.check()
-        reader = _Reader(self.dataset, self.seed, self._order(), self._states)
+        reader = _Reader(self.dataset, self.seed, self._order(), dict(self._states))
         if self.num_workers:
             return self._collated(self._with_workers(reader))
         return preserving(self._collated(iter(reader)))
@@ -184,6 +184,7 @@ class StreamLoader(ResumableLoader):
             )
 
 
+@dataclass(eq=False)
 class _Reader(IterableDataset):
     """The rows of some streams in turn.
 
@@ -196,14 +197,10 @@ class _Reader(IterableDataset):
         states: Where streams go on that have begun.
     """
 
-    def __init__(
-        self,
-        dataset: StreamedDataset,
-        seed: int,
-        order: list[int],
-        states: dict[int, dict[str, Any]],
-    ) -> None:
-        self.dataset, self.seed, self.order, self.states = dataset, seed, order, dict(states)
+    dataset: StreamedDataset
+    seed: int
+    order: list[int]
+    states: dict[int, dict[str, Any]]
 
     def __iter__(self) -> Iterator[_Row]:
         worker = torch.utils.data.get_worker_info()

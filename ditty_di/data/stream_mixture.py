@@ -40,31 +40,25 @@ class StreamMixture:
             given.keys() == self.sources.keys(),
             f"ratios are those of {[*given]}, the sources are {[*self.sources]}",
         )
-        self.streamed = {name for name, source in self.sources.items() if hasattr(source, "open")}
+        self.streamed = {name: s for name, s in self.sources.items() if hasattr(s, "open")}
         text = f"none of the sources {[*self.sources]} is a stream: take a Mixture"
         options.require(bool(self.streamed), text)
-        numbers = {name: self.sources[name].streams for name in sorted(self.streamed)}
+        numbers = {name: source.streams for name, source in sorted(self.streamed.items())}
         text = f"streams={numbers}: all sources of a mixture have the same number of streams"
         options.require(len({*numbers.values()}) == 1, text)
         self.streams: int = next(iter(numbers.values()))
         self.ratios = {name: given[name] for name in self.sources}
         self.schedule = Schedule({0: self.ratios})
         self._datasets = [*self.sources.values()]
-
-    @property
-    def source_names(self) -> list[str]:
-        """The name of each source, by its number."""
-        return [*self.sources]
-
-    @property
-    def seq_len(self) -> int | None:
-        """Length of the rows in tokens, if the sources say it."""
-        return getattr(self._datasets[0], "seq_len", None)
+        #: The name of each source, by its number.
+        self.source_names = [*self.sources]
+        #: Length of the rows in tokens, if the sources say it.
+        self.seq_len: int | None = getattr(self._datasets[0], "seq_len", None)
 
     def check(self) -> None:
         """Raise `ValueError` unless each stream goes on exactly from its state."""
-        for name in self.streamed:
-            self.sources[name].check()
+        for source in self.streamed.values():
+            source.check()
 
     def identity(self) -> dict[str, Any]:
         """Return everything that determines the order of rows but the seed."""
@@ -111,9 +105,8 @@ class _MixedRows:
     ) -> None:
         self._mixture, self._stream, self._rows = mixture, stream, state["rows"]
         self._opened = {
-            name: mixture.sources[name].open(stream, seed, state["sources"].get(name))
-            for name in mixture.sources
-            if name in mixture.streamed
+            name: source.open(stream, seed, state["sources"].get(name))
+            for name, source in mixture.streamed.items()
         }
         self._samplers = {
             name: getattr(source, "keyed_sampler", KeyedSampler)(

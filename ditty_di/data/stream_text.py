@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from io import BytesIO
 from typing import Any
 
@@ -64,10 +65,7 @@ class StreamedText(Streamed):
         options.one_of(_SPLITS, split=split)
         options.fraction(validation_fraction=validation_fraction)
 
-    @classmethod
-    def contract_for(cls, *, documents: str = "masked", **_: Any) -> str:
-        """Return the contract of a micro-batch of these rows."""
-        return WindowRows.contract_for(documents)
+    contract_for = staticmethod(WindowRows.contract_for)
 
     def __init__(
         self,
@@ -119,27 +117,29 @@ class StreamedText(Streamed):
             once: End where the dataset ends, with a shorter window; else begin again.
         """
         skipped = 0 if address is None else address["offset"]
-        held: list[tuple[Address, int, np.ndarray]] = []  # address, tokens before, tokens
-        length, documents = 0, self._documents(stream, address, once)
-        while True:
-            for found, ids in documents:
-                held.append((found, skipped, ids[skipped:]))
-                length += len(ids) - skipped
-                skipped = 0
-                if length > self.seq_len:
-                    break
-            if length < 2:
-                return
-            first, offset, _ = held[0]
-            yield {**first, "offset": offset}, _window(held, self.seq_len + 1)
-            if length <= self.seq_len:
-                return
-            length -= self.seq_len
-            left = self.seq_len
-            while left >= len(held[0][2]):
-                left -= len(held.pop(0)[2])
-            found, offset, ids = held[0]
-            held[0] = found, offset + left, ids[left:]
+        tokens = np.empty(0, np.int32)
+        begins: list[tuple[int, Address]] = []  # where documents begin in `tokens`, or before it
+        for found, ids in self._documents(stream, address, once):
+            begins.append((len(tokens) - skipped, found))
+            tokens = np.concatenate([tokens, ids[skipped:]])
+            skipped = 0
+            while len(tokens) > self.seq_len:
+                yield self._window(tokens, begins)
+                tokens = tokens[self.seq_len :]
+                begins = [(at - self.seq_len, of) for at, of in begins]
+                while len(begins) > 1 and begins[1][0] <= 0:
+                    del begins[0]
+        if len(tokens) > 1:
+            yield self._window(tokens, begins)
+
+    def _window(
+        self, tokens: np.ndarray, begins: list[tuple[int, Address]]
+    ) -> tuple[Address, tuple[np.ndarray, np.ndarray]]:
+        """Return the address of the first tokens, and with them where documents begin later."""
+        (at, first), *others = begins
+        starts = [start for start, _ in others if start <= self.seq_len]
+        row = tokens[: self.seq_len + 1].copy(), np.array(starts, np.int64)
+        return {**first, "offset": -at}, row
 
     def _documents(
         self, stream: int, address: Address | None, once: bool
@@ -163,20 +163,6 @@ class StreamedText(Streamed):
                 yield found, np.array([*ids, self.eos], np.int32)
 
 
-def _window(
-    held: list[tuple[Address, int, np.ndarray]], size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first tokens, up to `size`, and where documents begin after the first."""
-    parts, starts, length = list[np.ndarray](), list[int](), 0
-    for _, _, ids in held:
-        if length >= size:
-            break
-        starts.append(length)
-        parts.append(ids[: size - length])
-        length += len(parts[-1])
-    return np.concatenate(parts), np.array(starts[1:], np.int64)
-
-
 def document(example: Any, text_key: str, split: str, validation_fraction: float) -> bytes:
     """Return an example's text as UTF-8; nothing if it is blank or of the other split.
 
@@ -192,6 +178,7 @@ def document(example: Any, text_key: str, split: str, validation_fraction: float
     return data if held_out == (split == "validation") else b""
 
 
+@dataclass(eq=False)
 class StreamSample(Sample):
     """Text from the beginning of a dataset to train a tokenizer on, read anew by each iteration.
 
@@ -204,20 +191,17 @@ class StreamSample(Sample):
         text_key: See `StreamedText`.
     """
 
-    def __init__(
-        self,
-        dataset: Iterable[Any],
-        *,
-        sample_mb: float = 20.0,
-        validation_fraction: float = 0.01,
-        text_key: str = "text",
-    ) -> None:
-        self.validate(sample_mb=sample_mb, validation_fraction=validation_fraction)
-        self.dataset, self.bytes = dataset, int(sample_mb * 2**20)
-        self.validation_fraction, self.text_key = validation_fraction, text_key
+    dataset: Iterable[Any]
+    _: KW_ONLY
+    sample_mb: float = 20.0
+    validation_fraction: float = 0.01
+    text_key: str = "text"
+
+    def __post_init__(self) -> None:
+        self.validate(sample_mb=self.sample_mb, validation_fraction=self.validation_fraction)
 
     def __iter__(self) -> Iterator[str]:
-        left = self.bytes
+        left = int(self.sample_mb * 2**20)
         for example in iterated_alone(self.dataset):
             data = document(example, self.text_key, "train", self.validation_fraction)
             if data:

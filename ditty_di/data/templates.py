@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ditty_di.data.audit import Note
+from ditty_di.data.audit import Encoded, Note
 from ditty_di.data.chat_template import ChatTemplate
-from ditty_di.data.conversations import Conversation, text_of
+from ditty_di.data.conversations import Conversation, paths_of, text_of
 from ditty_di.data.options import check_text, require
 from ditty_di.data.token_spans import Markers, TokenSpans
 
@@ -36,8 +36,8 @@ ASSISTANT_TURNS = {
     "last": lambda answers: [(answers[-1] + 1, answers[-1:])],
 }
 
-#: An example: token ids, which of them are output (trained on) `[tokens]`, and audit findings.
-Rendered = tuple[list[int], list[bool], set[Note]]
+#: Token ids, which of them are output (trained on) `[tokens]`, and audit findings.
+_Rendered = tuple[list[int], list[bool], set[Note]]
 
 
 def field_text(record: Mapping[str, Any], key: str) -> str:
@@ -148,7 +148,7 @@ class ChatRenderer:
         self._choose = ASSISTANT_TURNS[assistant_turns]
         self._markers = Markers(tokenizer)
 
-    def __call__(self, chat: Conversation) -> Iterator[Rendered]:
+    def __call__(self, chat: Conversation) -> Iterator[Encoded]:
         """Yield the examples of a conversation.
 
         A conversation whose answers are all left out (`weight: 0`) is one example without output.
@@ -159,23 +159,22 @@ class ChatRenderer:
         Raises:
             ValueError: The template does not render the conversation turn by turn.
         """
-        for part, answers in self.parts(chat):
+        chosen = self._choose(chat.answers) if chat.answers else [(len(chat.messages), [])]
+        for count, answers in chosen:
+            part = chat.with_messages(chat.messages[:count])
             whole = self.template.render(part)
             if spans := self.template.marked(part):
-                yield self._by_marks(part, whole, spans, answers)
+                ids, output, notes = self._by_marks(part, whole, spans, answers)
             else:
-                yield self._by_differences(part, whole, answers)
-
-    def parts(self, chat: Conversation) -> list[tuple[Conversation, list[int]]]:
-        """Return the beginning of the conversation, and its answers, that each example is of."""
-        chosen = self._choose(chat.answers) if chat.answers else [(len(chat.messages), [])]
-        return [(chat.with_messages(chat.messages[:count]), answers) for count, answers in chosen]
+                ids, output, notes = self._by_differences(part, whole, answers)
+            images = paths_of(part.messages)
+            yield Encoded(ids, output, -1, False, frozenset(notes), images)
 
     # --- the template's marks --------------------------------------------------------------------
 
     def _by_marks(
         self, chat: Conversation, whole: str, spans: list[tuple[int, int]], answers: list[int]
-    ) -> Rendered:
+    ) -> _Rendered:
         if answers != [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]:
             spans = [span for i in answers for span in self._marks_of(chat, spans, i)]
         if self.tokens.tokenizer.is_fast:
@@ -201,7 +200,7 @@ class ChatRenderer:
 
     # --- what the template adds to its prompts ---------------------------------------------------
 
-    def _by_differences(self, chat: Conversation, whole: str, answers: list[int]) -> Rendered:
+    def _by_differences(self, chat: Conversation, whole: str, answers: list[int]) -> _Rendered:
         notes: set[Note] = set()
         cuts: list[int] = []
         for turn in answers:

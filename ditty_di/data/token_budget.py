@@ -71,9 +71,11 @@ class TokenBudgetDataset(GroupedRows):
         self._bounds = np.fromiter(ends, np.int64)
         #: Length of the longest row, in tokens.
         self.longest = int(given.sum(1).max())
+        longest = np.maximum.reduceat(padded[self._members], self._bounds[:-1])
+        real = given.sum() / (longest.sum(1) * np.diff(self._bounds)).sum()
         log.info(
             "%d rows in %d micro-batches of at most %d tokens: %.1f %% of the tokens are real",
-            *(len(tokens), len(self), max_tokens, 100 * self._efficiency(given, padded)),
+            *(len(tokens), len(self), max_tokens, 100 * real),
         )
 
     def __getitem__(self, index: int) -> list[Any]:
@@ -82,11 +84,6 @@ class TokenBudgetDataset(GroupedRows):
     def fingerprint(self) -> str | None:
         """Return a digest of the rows and their micro-batches; None if the rows have none."""
         return fingerprint_with(self.examples, self._bounds.tobytes(), self._members.tobytes())
-
-    def _efficiency(self, given: np.ndarray, padded: np.ndarray) -> float:
-        """Return the fraction of the tokens that is not padding."""
-        longest = np.maximum.reduceat(padded[self._members], self._bounds[:-1])
-        return float(given.sum() / (longest.sum(1) * np.diff(self._bounds)).sum())
 
 
 def _cuts(padded: Iterable[list[int]], max_tokens: int) -> Iterator[int]:

@@ -6,6 +6,7 @@ import copy
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +28,6 @@ class TokenSpans:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._exact: Any = None
 
     def ids(self, text: str) -> list[int]:
         """Return token ids `[tokens]`."""
@@ -35,12 +35,22 @@ class TokenSpans:
 
     def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return token ids and spans `[tokens]`; only for a fast tokenizer."""
-        if self._exact is None:
-            self._exact = _without_trimming(self.tokenizer)
         found = self._exact(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         return list(found["input_ids"]), list(found["offset_mapping"])
+
+    @cached_property
+    def _exact(self) -> Any:
+        """The tokenizer, or a copy without its post-processor if that trims the spans."""
+        text = "a b\n c"
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        borders = [0, *(border for span in found["offset_mapping"] for border in span), len(text)]
+        if borders[::2] == borders[1::2]:  # each span begins where the previous one ends
+            return self.tokenizer
+        exact: Any = copy.deepcopy(self.tokenizer)
+        exact.backend_tokenizer.post_processor = None
+        return exact
 
     def differs(self, text: str, cut: int) -> bool:
         """Return whether the tokens at `cut` depend on both sides of it.
@@ -149,18 +159,6 @@ class Markers:
         begin, end = max(0, position - self._longest), position + self._longest
         starts = (m.start() for m in self._words.finditer(text, begin, end) if m.end() > position)
         return min(position, next(starts, position))
-
-
-def _without_trimming(tokenizer: Any) -> Any:
-    """Return the tokenizer, or a copy without its post-processor if that trims the spans."""
-    text = "a b\n c"
-    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    borders = [0, *(border for span in spans for border in span), len(text)]
-    if borders[::2] == borders[1::2]:  # each span begins where the previous one ends
-        return tokenizer
-    exact = copy.deepcopy(tokenizer)
-    exact.backend_tokenizer.post_processor = None
-    return exact
 
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

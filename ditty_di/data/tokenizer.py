@@ -116,13 +116,12 @@ def _trained(
         show_progress=False,
     )
     size, smallest = trainer.vocab_size, _MIN_VOCAB_SIZE + len(special_tokens)
-    require(
-        not isinstance(documents, Sequence) or bool(documents),
-        "no documents to train a tokenizer on: the training split is empty",
-    )
     needed = f"256 bytes and {smallest - 256} special tokens need at least {smallest}"
     require(size >= smallest, f"vocab_size={size} is too small: {needed}")
     if isinstance(documents, Sequence):
+        require(
+            bool(documents), "no documents to train a tokenizer on: the training split is empty"
+        )
         content, number = fingerprint(*documents), f"{len(documents):,}"
     else:
         content, number = documents.fingerprint(), "a sample of the"

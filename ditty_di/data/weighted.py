@@ -59,6 +59,7 @@ class WeightedSampler(Sampler):
         sound = bool(np.isfinite(self.weights).all()) and self.weights.min() >= 0
         options.require(sound, "weights must be finite and not negative")
         self._rows = np.flatnonzero(self.weights)  # that may be drawn
+        self._sums = np.cumsum(self.weights[self._rows])
         options.require(len(self._rows) > 0, "weights: one must be above 0")
         text = f"num_samples={num_samples} counts draws without replacement: give replacement=false"
         options.require(not replacement or num_samples is None, text)
@@ -91,10 +92,6 @@ class WeightedSampler(Sampler):
             **super().identity(),
             "order": f"weighted 1, {how} replacement, weights {self._digest}",
         }
-
-    @cached_property
-    def _sums(self) -> np.ndarray:
-        return np.cumsum(self.weights[self._rows])
 
     @cached_property
     def _digest(self) -> str:

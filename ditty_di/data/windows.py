@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class WindowRows:
         options.one_of(_DOCUMENTS, documents=documents)
 
     @staticmethod
-    def contract_for(documents: str = "masked") -> str:
+    def contract_for(*, documents: str = "masked", **_: Any) -> str:
         """Return the contract of a micro-batch of these rows."""
         return POSITIONS_CONTRACT if documents == "masked" else JOINED_CONTRACT
 

@@ -9,9 +9,8 @@ import os
 import signal
 from collections.abc import Iterator
 
-from ditty_di.launch import parent_death, signals
-
-_STOP_SIGNALS = signals.SIGNALS
+from ditty_di.launch import parent_death
+from ditty_di.launch.signals import SIGNALS
 
 # A worker must not collect garbage of the process that it is forked from: the destructor of a gloo
 # process group waits for threads, which a fork does not have, and the worker hangs (torch 2.13).
@@ -27,7 +26,7 @@ def stop_signals_blocked() -> Iterator[None]:
     if multiprocessing.get_start_method() == "forkserver":
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -43,6 +42,6 @@ def start_worker(of_main_thread: bool, worker: int) -> None:
     """
     if of_main_thread:  # a thread that ends before the process would end the worker too
         parent_death.die_with_parent_thread()
-    for number in _STOP_SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ditty_di.export.run_info import RunInfo
+from ditty_di.io import read_json
 
 #: Keys of the configuration that the card shows, and their names in the card.
 _SECTIONS = {
@@ -57,7 +57,8 @@ def write_card(
     source = "weights" if known.at("weights") else "model"  # a model brings its own weights
     base = record.get("base") or known.at(f"{source}.path")
     revision = record.get("revision") or known.at(f"{source}.revision")
-    seq2seq = bool(_config(folder).get("is_encoder_decoder")) or bool(record.get("seq2seq"))
+    config = read_json(folder / "config.json") or {}
+    seq2seq = bool(config.get("is_encoder_decoder")) or bool(record.get("seq2seq"))
     auto, tag = "AutoModelForCausalLM", "text-generation"
     if seq2seq:
         auto, tag = "AutoModelForSeq2SeqLM", "text2text-generation"
@@ -88,13 +89,6 @@ def write_card(
         versions=list(_versions(known)),
     )
     (folder / "README.md").write_text(f"{card.content}\n", encoding="utf-8")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _on_hub(name: Any) -> str | None:

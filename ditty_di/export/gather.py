@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ditty_di.fqn import canonical_fqn
 from ditty_di.io import is_first_rank
 from ditty_di.models.conversion import kept_in_float32
 from ditty_di.models.skipped import skipped_paths
-from ditty_di.models.weights import materialize
+from ditty_di.models.weights import materialize, tensors
 from ditty_di.parallelize.pipeline import ModelParts
 
 
@@ -52,7 +53,7 @@ def whole_models(parts: ModelParts) -> Iterator[list[nn.Module]]:
     ranks = dist.get_process_group_ranks(parts.group)
     here: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, tensor in _tensors(parts.modules):
+        for name, tensor in chain.from_iterable(map(tensors, parts.modules)):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if ranks[0] == 0:  # other pipelines have the same
                 here[canonical_fqn(name)] = whole.detach().cpu()
@@ -62,8 +63,8 @@ def whole_models(parts: ModelParts) -> Iterator[list[nn.Module]]:
     dist.all_gather_object(
         found, {name: (t.shape, t.dtype) for name, t in here.items()}, group=parts.group
     )
-    for source, tensors in enumerate(found[1:], 1):
-        for name, (shape, dtype) in tensors.items():
+    for source, shapes in enumerate(found[1:], 1):
+        for name, (shape, dtype) in shapes.items():
             if source == dist.get_rank(parts.group):
                 dist.send(here[name].contiguous(), group=parts.group, group_dst=0)
             elif is_first_rank():
@@ -73,14 +74,9 @@ def whole_models(parts: ModelParts) -> Iterator[list[nn.Module]]:
         model = copy.deepcopy(parts.whole)
         materialize(model, torch.device("cpu"))
         with torch.no_grad():
-            for name, tensor in _tensors([model]):
+            for name, tensor in tensors(model):
                 tensor.copy_(here.pop(canonical_fqn(name)))
         yield [model]
-
-
-def _tensors(modules: Iterable[nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    for module in modules:
-        yield from (*module.named_parameters(), *module.named_buffers())
 
 
 def gathered(model: nn.Module, dtype: str | None = None) -> dict[str, Tensor] | None:

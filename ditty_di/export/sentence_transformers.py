@@ -72,27 +72,25 @@ class SentenceTransformersExport(HuggingFaceExport):
             "include_prompt": True,
             **{f"pooling_mode_{name}": MODES[mode] == key for key, name in _POOLING_KEYS.items()},
         }
-        _write(folder / "modules.json", modules)
-        (folder / "1_Pooling").mkdir()
-        _write(folder / "1_Pooling" / "config.json", pooling)
-        if self.normalize:
-            (folder / "2_Normalize").mkdir()
-            _write(folder / "2_Normalize" / "config.json", {})
         limit = self.max_seq_length or self.tokenizer.model_max_length
-        _write(
-            folder / "sentence_bert_config.json",
-            {"max_seq_length": limit, "do_lower_case": False},
-        )
-        _write(
-            folder / "config_sentence_transformers.json",
-            {
+        files: dict[str, Any] = {
+            "modules.json": modules,
+            "1_Pooling/config.json": pooling,
+            "sentence_bert_config.json": {"max_seq_length": limit, "do_lower_case": False},
+            "config_sentence_transformers.json": {
                 "model_type": "SentenceTransformer",
                 "__version__": {name: _version(name) for name in ("transformers", "torch")},
                 "prompts": {},
                 "default_prompt_name": None,
                 "similarity_fn_name": "cosine" if self.cosine else "dot",
             },
-        )
+        }
+        if self.normalize:
+            files["2_Normalize/config.json"] = {}
+        for name, content in files.items():
+            file = folder / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 #: What sentence-transformers calls its modes, and the rest of their keys in the configuration.
@@ -104,10 +102,6 @@ _POOLING_KEYS = {
     "weightedmean": "weightedmean_tokens",
     "lasttoken": "lasttoken",
 }
-
-
-def _write(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _version(package: str) -> str:

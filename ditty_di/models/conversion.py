@@ -256,11 +256,9 @@ def fit_to_files(files: ModelFiles, model: Any) -> None:
     Raises:
         ValueError: the files lack one of the experts, or have more than the model.
     """
-    try:
-        names = convert_names(files.tensor_names(), model)
-    except (FileNotFoundError, ConnectionError):  # raised again when the weights are read
+    names = require_experts(files, model)
+    if names is None:
         return
-    _require_all_experts(files, names, model)
     model._weight_conversions = names.conversions
     both = [pair for pair in model.all_tied_weights_keys.items() if set(pair) <= set(names.groups)]
     if not both:
@@ -279,20 +277,20 @@ def fit_to_files(files: ModelFiles, model: Any) -> None:
         model.config.tie_word_embeddings = False
 
 
-def require_experts(files: ModelFiles, model: Any) -> None:
-    """Raise ValueError where the files lack one of the experts, or have more than the model.
+def require_experts(files: ModelFiles, model: Any) -> Names | None:
+    """Return the names that the files' tensors have in the model; None if there are no weights.
 
     Args:
-        files: if there are no weights, nothing is done.
+        files: of the model.
         model: of transformers, on meta.
+
+    Raises:
+        ValueError: the files lack one of the experts, or have more than the model.
     """
     try:
-        _require_all_experts(files, convert_names(files.tensor_names(), model), model)
+        names = convert_names(files.tensor_names(), model)
     except (FileNotFoundError, ConnectionError):  # raised again when the weights are read
-        return
-
-
-def _require_all_experts(files: ModelFiles, names: Names, model: Any) -> None:
+        return None
     for name, group in names.groups.items():
         if group.converter is not None:
             try:
@@ -300,6 +298,7 @@ def _require_all_experts(files: ModelFiles, names: Names, model: Any) -> None:
             except ValueError as error:
                 raise ValueError(f"model: {files.path}: {name}: {error}") from None
     _require_fused(files, names, model)
+    return names
 
 
 def _require_fused(files: ModelFiles, names: Names, model: Any) -> None:

@@ -52,7 +52,7 @@ def summary(model: nn.Module) -> str:
         if ids & added:
             continue
         total += size
-        quantized += size * _is_packed(parameters)
+        quantized += size * any(not p.is_floating_point() for p in parameters)
         under += size * bool(ids & adapted)
         if not is_trained and not ids & adapted:
             rest.append((name, size))
@@ -84,10 +84,6 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, int, list[nn.Parameter]]
             yield base_fqn(name), packed.in_features * packed.out_features, parts
         for name, parameter in own.items():
             yield base_fqn(f"{path}.{name}".lstrip(".")), parameter.numel(), [parameter]
-
-
-def _is_packed(parameters: list[nn.Parameter]) -> bool:
-    return any(not p.is_floating_point() for p in parameters)
 
 
 def _adapters(model: nn.Module) -> tuple[set[int], set[int]]:

@@ -30,11 +30,7 @@ class Deferred:
         self, shape: Sequence[int], dtype: torch.dtype, into: Callable[[Tensor, Index], None]
     ) -> None:
         self.shape, self.dtype, self._into = torch.Size(shape), dtype, into
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
+        self.ndim = len(self.shape)
 
     def size(self, dim: int | None = None) -> Any:
         """Return the shape, or the size of one dimension."""

@@ -38,7 +38,7 @@ from ditty_di.models.conversion import fit_to_files, kept_in_float32, require_ex
 from ditty_di.models.files import ModelFiles
 from ditty_di.models.pretrained import Pretrained
 from ditty_di.models.routers import require_enough_experts
-from ditty_di.models.weights import InitModule, hugging_face, initialize, own_tensors
+from ditty_di.models.weights import InitModule, hugging_face, initialize, meta_like, own_tensors
 from ditty_di.protocols import ModelTransform, early_checks
 
 #: Choices of the group `model` that open a folder, to name in a message.
@@ -395,7 +395,4 @@ def _match_from_pretrained(model: Any, dtype: torch.dtype) -> None:
             to = torch.float32 if is_wide(f"{path}.{name}") else tensor.dtype
             if tensor.is_meta and to == tensor.dtype:
                 continue
-            made = torch.empty_like(tensor, dtype=to, device="meta")
-            if isinstance(tensor, nn.Parameter):
-                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-            table[name] = new.setdefault(id(tensor), made)
+            table[name] = new.setdefault(id(tensor), meta_like(tensor, to))

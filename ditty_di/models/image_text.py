@@ -16,8 +16,10 @@ from ditty_di.batch import document_index
 from ditty_di.models.hugging_face import builders
 
 
-class DocumentPositions:
-    """A forward pre-hook: 3-D rotary positions for rows of several documents.
+def document_positions(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Compute 3-D rotary positions for rows of several documents: a forward pre-hook.
 
     Models such as Qwen2.5-VL give an image's tokens positions of time, height and width, and count
     on behind them from the largest. They compute these themselves for rows of one document. With
@@ -27,20 +29,20 @@ class DocumentPositions:
 
     Args:
         model: has `get_rope_index`, as transformers calls it.
-    """
+        args: of the call.
+        kwargs: of the call.
 
-    def __call__(
-        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Return the arguments with other `position_ids`; None leaves them as they are."""
-        positions, ids = kwargs.get("position_ids"), kwargs.get("input_ids")
-        kinds, grids = kwargs.get("mm_token_type_ids"), kwargs.get("image_grid_thw")
-        if positions is None or positions.dim() != 2 or ids is None:
-            return None
-        spread = positions.expand(3, -1, -1)  # [3, rows, length], right for text
-        if kinds is not None and grids is not None:
-            spread = _of_documents(model, ids, positions, kinds, grids)
-        return args, {**kwargs, "position_ids": torch.cat([positions[None], spread])}
+    Returns:
+        The arguments with other `position_ids`; None leaves them as they are.
+    """
+    positions, ids = kwargs.get("position_ids"), kwargs.get("input_ids")
+    kinds, grids = kwargs.get("mm_token_type_ids"), kwargs.get("image_grid_thw")
+    if positions is None or positions.dim() != 2 or ids is None:
+        return None
+    spread = positions.expand(3, -1, -1)  # [3, rows, length], right for text
+    if kinds is not None and grids is not None:
+        spread = _of_documents(model, ids, positions, kinds, grids)
+    return args, {**kwargs, "position_ids": torch.cat([positions[None], spread])}
 
 
 def _of_documents(
@@ -71,7 +73,7 @@ def _of_documents(
 def _with_document_positions(model: nn.Module, /) -> nn.Module:
     for part in model.modules():
         if hasattr(part, "get_rope_index"):
-            part.register_forward_pre_hook(DocumentPositions(), with_kwargs=True)
+            part.register_forward_pre_hook(document_positions, with_kwargs=True)
     return model
 
 

@@ -87,12 +87,11 @@ class Pretrained:
                 two different tensors for weights that the model ties, or a quantized layer whose
                 shards are not what one process would have.
         """
-        seed = run_seed() if self.seed is None else self.seed
         prefix, base = transformers_model(model)
         paths = ModelFiles(self.path, self.revision).weights()
         size = sum(path.stat().st_size for path in paths)
         log.info("reading the weights of %s (%.3g GB) ...", self.path, size / 1e9)
-        source = _Source(Safetensors(paths), base, prefix, seed)
+        source = _Source(Safetensors(paths), base, prefix, self.seed)
         with torch.no_grad():
             if base is not None:
                 _init_unsaved(model, source)
@@ -101,12 +100,12 @@ class Pretrained:
         if source.problems:
             shown = "\n  ".join(source.problems[:10])
             raise ValueError(f"weights: {self.path} does not fit the model:\n  {shown}")
-        if lacking and self.init_missing is None:
-            raise ValueError(
-                f"weights: {self.path} has no values for {len(lacking)} tensors of the model: "
-                f"{lacking[:5]}; {source.remedy(lacking)}"
-            )
-        if lacking and self.init_missing is not None:
+        if lacking:
+            if self.init_missing is None:
+                raise ValueError(
+                    f"weights: {self.path} has no values for {len(lacking)} tensors of the model: "
+                    f"{lacking[:5]}; {source.remedy(lacking)}"
+                )
             self.init_missing(model, lacking, device=device)
         if unused := source.unused():
             log.warning(

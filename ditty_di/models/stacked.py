@@ -30,11 +30,7 @@ class Stacked:
 
     shape: torch.Size
     dtype: torch.dtype
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return 3
+    ndim = 3
 
     def multiply(
         self, x: Tensor, *, transposed: bool, expert: int | None = None, ends: Tensor | None = None

@@ -13,11 +13,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -30,7 +31,7 @@ InitModule = Callable[[nn.Module], None]
 
 def is_meta(model: nn.Module) -> bool:
     """Return whether any tensor of the model is on the meta device."""
-    return any(t.is_meta for _, t in _tensors(model))
+    return any(t.is_meta for _, t in tensors(model))
 
 
 def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -41,12 +42,17 @@ def on_meta(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         memo: objects by `id` that the copy has others for; gets those of all others, too.
     """
     memo = {} if memo is None else memo
-    for tensor in (*model.parameters(), *model.buffers()):
-        made = torch.empty_like(tensor, device="meta", requires_grad=False)
-        if isinstance(tensor, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-        memo.setdefault(id(tensor), made)
+    for _, tensor in tensors(model):
+        memo.setdefault(id(tensor), meta_like(tensor))
     return copy.deepcopy(model, memo)
+
+
+def meta_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor without values, a parameter like the given one, maybe of another dtype."""
+    made = torch.empty_like(tensor, dtype=dtype, device="meta", requires_grad=False)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return made
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
@@ -64,11 +70,10 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     """
     owners = defaultdict(list)
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[id(parameter)].append((module, name))
-    kept = {name: t for name, t in _tensors(model) if not t.is_meta}
-    if kept and len(kept) < sum(1 for _ in _tensors(model)):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners[id(parameter)].append((module, name))
+    kept = {name: t for name, t in tensors(model) if not t.is_meta}
+    if kept and len(kept) < sum(1 for _ in tensors(model)):
         raise ValueError(
             f"model: some of its tensors are on the meta device and others are not (for example "
             f"{next(iter(kept))!r}); build all of it under torch.device('meta'), or none"
@@ -80,13 +85,13 @@ def materialize(model: nn.Module, device: torch.device) -> None:
         for module, name in others:
             module._parameters[name] = first._parameters[first_name]
     with torch.no_grad():
-        for _, tensor in _tensors(model):
+        for _, tensor in tensors(model):
             local(tensor).fill_(_uninitialized_value(tensor.dtype))
 
 
 def uninitialized(model: nn.Module) -> list[str]:
     """Return the names of tensors that are on meta, hold NaN, or integers as allocated."""
-    return [name for name, t in _tensors(model) if t.is_meta or _is_uninitialized(local(t))]
+    return [name for name, t in tensors(model) if t.is_meta or _is_uninitialized(local(t))]
 
 
 def _uninitialized_value(dtype: torch.dtype) -> float | int:
@@ -111,13 +116,7 @@ def _is_uninitialized(tensor: Tensor) -> bool:
 
 def torch_reset(model: nn.Module) -> InitModule:
     """Return PyTorch's initializer: a module's own `reset_parameters()`."""
-
-    def init(module: nn.Module) -> None:
-        reset = getattr(module, "reset_parameters", None)
-        if reset is not None:
-            reset()
-
-    return init
+    return lambda module: getattr(module, "reset_parameters", lambda: None)()
 
 
 def hugging_face(model: nn.Module) -> InitModule:
@@ -141,22 +140,20 @@ def hugging_face(model: nn.Module) -> InitModule:
         )
     initialize = initializer(model)
     paths = {id(m): base_fqn(n.removeprefix(prefix).lstrip(".")) for n, m in model.named_modules()}
-    constructed: list[Any] = []
+    constructed = cache(partial(_constructed, base))
 
     def init(module: nn.Module) -> None:
         if hasattr(module, "fill_from"):
             module.reset_parameters()  # type: ignore[operator]
             return
         initialize(module)
-        own = own_tensors(module)
-        left = {name: t for _, name, t in own if not t.is_meta and _is_uninitialized(t)}
+        left = {n: t for _, n, t in own_tensors(module) if not t.is_meta and _is_uninitialized(t)}
         if not left or id(module) not in paths:
             return
-        if not constructed:
-            constructed.append(_constructed(base))
+        whole = constructed()
         for name, tensor in left.items():
             try:
-                value = getattr(constructed[0].get_submodule(paths[id(module)]), name)
+                value = getattr(whole.get_submodule(paths[id(module)]), name)
             except AttributeError:
                 continue  # an adapter's
             if value.shape == tensor.shape:
@@ -167,16 +164,13 @@ def hugging_face(model: nn.Module) -> InitModule:
 
 def _constructed(base: Any) -> Any:
     """Return a model of the class of `base` as its constructor leaves it, whole on the CPU."""
-    config, seed = copy.deepcopy(base.config), torch.initial_seed()
     with torch.device("cpu"), torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        return own_class(base)(config)
+        torch.manual_seed(torch.initial_seed())
+        return own_class(base)(copy.deepcopy(base.config))
 
 
 def own_class(model: Any) -> Any:
     """Return the class that a model had before `fully_shard` added one of its own."""
-    from torch.distributed.fsdp import FSDPModule
-
     return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
 
 
@@ -185,16 +179,10 @@ def initializer(model: nn.Module) -> InitModule:
 
     A model may consist of others, such as a text and a vision model, each with its own.
     """
-    owners: dict[int, Any] = {}
-
-    def visit(module: nn.Module, owner: Any) -> None:
-        owner = module if hasattr(type(module), "_init_weights") else owner
-        owners[id(module)] = owner
-        for child in module.children():
-            visit(child, owner)
-
     outermost = transformers_model(model)[1]
-    visit(model, outermost)
+    # Models come before those inside them, so of several owners the innermost is kept.
+    models: list[Any] = [m for m in model.modules() if hasattr(type(m), "_init_weights")]
+    owners = {id(module): owner for owner in models for module in owner.modules()}
     return lambda module: owners.get(id(module), outermost)._init_weights(module)
 
 
@@ -207,11 +195,10 @@ def transformers_model(model: nn.Module) -> tuple[str, Any]:
 def torchtitan(model: nn.Module) -> InitModule:
     """Return torchtitan's initializer: each module's own `param_init`, then its buffers."""
 
-    def init(module: nn.Module) -> None:
-        titan: Any = module
-        if hasattr(titan, "_init_self_parameters"):
-            titan._init_self_parameters()
-            titan._init_self_buffers(buffer_device=None)
+    def init(module: Any) -> None:
+        if hasattr(module, "_init_self_parameters"):
+            module._init_self_parameters()
+            module._init_self_buffers(buffer_device=None)
 
     return init
 
@@ -243,29 +230,26 @@ def initialize(
     seed = run_seed() if seed is None else seed
     init_module = init(model)
     done: set[int] = set()
-    owners: dict[int, nn.Module] = {}  # of a tied tensor the first module that has it
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), module)
+    # Of a tied tensor the first module that has it.
+    owners = {id(p): m for m in [*model.modules()][::-1] for p in m.parameters(recurse=False)}
+
+    def dropped(tensor: Tensor) -> Tensor | None:
+        return uninitialized_like(tensor) if id(tensor) in done else None
+
     with torch.no_grad(), torch.random.fork_rng([device] if device.type != "cpu" else []):
         for path, unit, whole_tree in _units(model):
             modules = list(unit.modules()) if whole_tree else [unit]
             names = {id(m): name for name, m in unit.named_modules(prefix=path)}
-            children = [] if whole_tree else list(unit.children())
+            children = {} if whole_tree else dict(unit.named_children())
             # What a unit writes into children that have their values is dropped, and done below.
-            with unsharded(modules, done), swapped(children, partial(_dropped, done)):
+            with unsharded(modules, done), swapped(children.values(), dropped):
                 for module in reversed(modules):
-                    name = canonical_fqn(names[id(module)])
-                    seed_torch(derived_seed(seed, name), device)
+                    seed_torch(derived_seed(seed, canonical_fqn(names[id(module)])), device)
                     init_module(module)
-            for name, child in [] if whole_tree else unit.named_children():
+            for name, child in children.items():
                 seed_torch(derived_seed(seed, canonical_fqn(f"{path}>{name}")), device)
                 own = [p for p in child.parameters(recurse=False) if owners[id(p)] is child]
-                _init_child(unit, child, own, init_module)
-
-
-def _dropped(done: set[int], tensor: Tensor) -> Tensor | None:
-    return _uninitialized_like(tensor) if id(tensor) in done else None
+                _init_child(unit, own, init_module)
 
 
 def _units(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
@@ -278,9 +262,7 @@ def _units(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, b
     yield path, model, False
 
 
-def _init_child(
-    parent: nn.Module, child: nn.Module, parameters: list[nn.Parameter], init_module: InitModule
-) -> None:
+def _init_child(parent: nn.Module, parameters: list[nn.Parameter], init_module: InitModule) -> None:
     """Apply what a parent's initialization writes into a child, as T5's does to its embedding.
 
     The child's own parameters are unsharded for it, one child after another, and everything else
@@ -288,7 +270,7 @@ def _init_child(
     is tied to the embedding is left out (ModernBERT, a third of the embedding's deviation):
     transformers ties them afterwards.
     """
-    wholes = {id(p): _uninitialized_like(p) for p in parameters}
+    wholes = {id(p): uninitialized_like(p) for p in parameters}
     if not wholes:
         return
 
@@ -307,7 +289,8 @@ def _init_child(
 # -- tensors and their shards ---------------------------------------------------------------------
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of each parameter and buffer once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
@@ -353,12 +336,12 @@ def _is_one_piece(tensor: DTensor) -> bool:
     splits = [(getattr(p, "dim", None), getattr(p, "split_factor", 1)) for p in tensor.placements]
     for n, (dim, factor) in enumerate(splits):
         later = [sizes[m] for m in range(n + 1, len(splits)) if splits[m] == (dim, 1)]
-        if factor != 1 and factor != math.prod(later):
+        if factor not in (1, math.prod(later)):
             return False
     return True
 
 
-def _uninitialized_like(tensor: Tensor) -> Tensor:
+def uninitialized_like(tensor: Tensor) -> Tensor:
     """Return an unsharded tensor of the same shape, marked as unset."""
     value, device = _uninitialized_value(tensor.dtype), local(tensor).device
     return torch.full(tensor.shape, value, dtype=tensor.dtype, device=device)
@@ -404,7 +387,7 @@ def unsharded(modules: list[nn.Module], done: set[int]) -> Iterator[None]:
 
     def replacement(tensor: Tensor) -> Tensor | None:
         if id(tensor) in done or isinstance(tensor, DTensor):
-            return _uninitialized_like(tensor)
+            return uninitialized_like(tensor)
         done.add(id(tensor))
         return None
 

@@ -57,12 +57,10 @@ def nf4(
     Raises:
         ValueError: the model has no linear layer outside `skip`.
     """
-    options: dict[str, Any] = {
-        "block_size": block_size,
-        "double_quant": double_quant,
-        "kernels": kernels,
-    }
-    made = partial(NF4Linear, **options), partial(NF4Experts, **options)
+    made = [
+        partial(kind, block_size=block_size, double_quant=double_quant, kernels=kernels)
+        for kind in (NF4Linear, NF4Experts)
+    ]
     quantized = _replace(model, skip, include, *made)
     dtype = next(m.dtype for m in quantized.modules() if isinstance(m, NF4Linear))
     if not double_quant and dtype != torch.bfloat16:
@@ -209,13 +207,10 @@ def _replace(
 def _filled(layer: Any, weight: Tensor) -> Any:
     """Return a layer, filled from a weight that has values."""
     if not weight.is_meta:
-        layer.fill_from(partial(_part, weight.detach()))
+        own = weight.detach()
+        layer.fill_from(lambda name, index: own if index is None else own[index])
     return layer
 
 
 def _named(path: str, names: Sequence[str]) -> bool:
     return any(name in path.split(".") or f".{path}".endswith(f".{name}") for name in names)
-
-
-def _part(weight: Tensor, name: str, index: Any) -> Tensor:
-    return weight if index is None else weight[index]

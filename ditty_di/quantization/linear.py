@@ -43,6 +43,8 @@ class QuantizedLinear(nn.Module):
     qweight: nn.Parameter
     scale: nn.Parameter
     bias: nn.Parameter | None
+    #: Number of inputs that are packed together, so that ranks cannot share them.
+    column_step = 1
 
     def __init__(
         self,
@@ -63,11 +65,6 @@ class QuantizedLinear(nn.Module):
     def allocate(self, device: torch.device | str | None) -> None:
         """Create the packed tensors, uninitialized."""
         raise NotImplementedError
-
-    @property
-    def column_step(self) -> int:
-        """Number of inputs that are packed together, so that ranks cannot share them."""
-        return 1
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Return rows of the weight `[rows, in]` as the module's packed tensors, by name."""

@@ -243,7 +243,8 @@ class NF4Linear(QuantizedLinear):
         """Create `qweight`, `scale` and, if the scales are quantized too, `row_scale`."""
         if block_size < 2 or block_size % 2:
             raise ValueError(f"quantize: block_size={block_size} must be even, such as 64")
-        self.block_size, self.double_quant = block_size, double_quant
+        self.block_size = self.column_step = block_size
+        self.double_quant = double_quant
         self._on_cuda, self._elsewhere = _decoders(kernels, block_size)
         rows, blocks = self.out_features, -(-self.in_features // block_size)
         scale_dtype = torch.uint8 if double_quant else torch.bfloat16
@@ -252,11 +253,6 @@ class NF4Linear(QuantizedLinear):
         row_scale = frozen(rows, 1, torch.bfloat16, device) if double_quant else None
         self.register_parameter("row_scale", row_scale)
         self._pairs = pairs(self.qweight.device)
-
-    @property
-    def column_step(self) -> int:
-        """The block size."""
-        return self.block_size
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Return rows of the weight as `qweight`, `scale` and, if it is doubled, `row_scale`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
@@ -59,6 +58,8 @@ class Float8CurrentScaling: ...
 @pytest.fixture
 def engine(monkeypatch):
     """A stand-in for the third-party package."""
+    import peft  # noqa: F401  # looks for the real one when it is imported
+
     names = ("", ".common", ".common.recipe", ".pytorch")
     modules = {name: ModuleType(f"transformer_engine{name}") for name in names}
     modules[".pytorch"].__dict__.update(Linear=Linear, autocast=autocast)
@@ -66,8 +67,7 @@ def engine(monkeypatch):
     modules[""].__dict__.update(common=modules[".common"], pytorch=modules[".pytorch"])
     modules[".common"].__dict__.update(recipe=modules[".common.recipe"])
     for name, module in modules.items():
-        module.__spec__ = ModuleSpec(module.__name__, None)  # peft looks for it
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(sys.modules, f"transformer_engine{name}", module)
     return modules[".pytorch"]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ditty_di.data import options
 from ditty_di.data.cache import fingerprint
-from ditty_di.data.collate import PackedCollate
+from ditty_di.data.collate import ByArguments, PackedCollate
 from ditty_di.data.file_cache import FileCache
 from ditty_di.data.keyed import STORED_ROWS, KeyedSampler
 from ditty_di.data.pooled import PooledSampler
@@ -67,10 +67,7 @@ class Shards:
         text = f"overlap={overlap} must be at least 0 and below seq_len={seq_len}"
         options.require(overlap == 0 or 0 < overlap < seq_len, text)
 
-    @classmethod
-    def contract_for(cls, *, documents: str = "masked", **_: Any) -> str:
-        """Return the contract of a micro-batch of these rows."""
-        return WindowRows.contract_for(documents)
+    contract_for = staticmethod(WindowRows.contract_for)
 
     def __init__(
         self,
@@ -99,6 +96,13 @@ class Shards:
             if tokenizer is not None:
                 self.manifest.require_tokenizer(tokenizer_fingerprint(tokenizer), str(path))
         self.files = OpenFiles(shards, max_open_files)
+        #: Number of tokens of all shards.
+        self.tokens = sum(shard.tokens for shard in shards)
+        self._remote = {
+            n: shard.open for n, shard in enumerate(shards) if isinstance(shard.open, RemoteShard)
+        }
+        #: Whether shards are fetched when they are read: no order may need all of them at once.
+        self.needs_pools = bool(self._remote)
         self._stride = seq_len - overlap
         # A shard of n tokens has n - 1 labels, of which a row has `stride`, the first one more.
         labels = np.array([shard.tokens for shard in shards], np.int64) - 1
@@ -113,11 +117,6 @@ class Shards:
         return self._ends[-1]
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens of all shards."""
-        return sum(shard.tokens for shard in self.files.shards)
-
-    @property
     def sampler(self) -> Callable[..., KeyedSampler] | None:
         """The order of remote or very many rows; None: the loader's default."""
         return self.keyed_sampler if self.needs_pools or len(self) > STORED_ROWS else None
@@ -126,16 +125,6 @@ class Shards:
     def keyed_sampler(self) -> Callable[..., KeyedSampler]:
         """The order of any number of rows, as `KeyedSampler` or a partial of a subclass."""
         return partial(PooledSampler, dataset=self) if self.needs_pools else KeyedSampler
-
-    @property
-    def needs_pools(self) -> bool:
-        """Whether shards are fetched when they are read: no order may need all of them at once."""
-        return bool(self._remote)
-
-    @property
-    def _remote(self) -> dict[int, RemoteShard]:
-        shards = enumerate(self.files.shards)
-        return {n: shard.open for n, shard in shards if isinstance(shard.open, RemoteShard)}
 
     def prepare_pool(self, pool: int, shards: Sequence[int] = ()) -> None:
         """Prepare for reading rows of up to `pool` shards at a time.
@@ -213,7 +202,7 @@ class Shards:
 
 
 @dataclass(frozen=True)
-class ShardsCollate:
+class ShardsCollate(ByArguments):
     """Stack rows of `Shards`: every tensor is `[rows, seq_len]`.
 
     Args:
@@ -230,11 +219,6 @@ class ShardsCollate:
         return (
             PackedCollate.contract_for(varlen=varlen) if documents == "masked" else JOINED_CONTRACT
         )
-
-    @property
-    def contract(self) -> str:
-        """The contract of a micro-batch."""
-        return self.contract_for(documents=self.documents, varlen=self.varlen)
 
     @property
     def packs_documents(self) -> bool:

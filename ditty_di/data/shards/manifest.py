@@ -82,10 +82,8 @@ class Manifest:
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write `manifest.json`, whole or not at all, one line a shard."""
-        head = {
-            **{name: getattr(self, name) for name in ("format", "key", "tokenizer", "vocab_size")},
-            **{name: getattr(self, name) for name in ("eos", "validation", "tokens")},
-        }
+        names = ("format", "key", "tokenizer", "vocab_size", "eos", "validation", "tokens")
+        head = {name: getattr(self, name) for name in names}
         lines = ",\n  ".join(json.dumps(dataclasses.asdict(shard)) for shard in self.shards)
         text = f'{json.dumps(head, indent=1)[:-2]},\n "shards": [\n  {lines}\n ]\n}}\n'
         with replacing(Path(folder) / NAME) as path:

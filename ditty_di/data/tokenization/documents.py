@@ -82,10 +82,9 @@ class Reading:
     def __post_init__(self) -> None:
         options.one_of(("file", "line", "paragraph"), documents=self.documents)
         options.one_of(("split", "error"), long_documents=self.long_documents)
-        known = f"must be above 0, and at most {MAX_LINE >> 20}"
-        options.require(
-            64 <= self.limit <= MAX_LINE, f"max_document_mb={self.max_document_mb} {known}"
-        )
+        most = MAX_LINE >> 20
+        text = f"max_document_mb={self.max_document_mb} must be above 0, and at most {most}"
+        options.require(64 <= self.limit <= MAX_LINE, text)
 
     @property
     def limit(self) -> int:
@@ -94,9 +93,9 @@ class Reading:
 
     def has_ranges(self, file: AnyFile) -> bool:
         """Return whether documents can be read from any byte of a file on."""
-        if kind_of(file) in RECORDS:
-            return kind_of(file) in LINES and file.suffix.lower() not in COMPRESSED
-        return self.documents != "file" and file.suffix.lower() not in COMPRESSED
+        kind = kind_of(file)
+        of_lines = kind in LINES if kind in RECORDS else self.documents != "file"
+        return of_lines and file.suffix.lower() not in COMPRESSED
 
     def read(self, file: AnyFile, start: int = 0, stop: int | None = None) -> Found:
         """Yield the documents that begin in a range of a file, and errors in place of bad ones.
@@ -130,43 +129,42 @@ class Reading:
                 yield from self._long_record(line, file, f"byte {at}")
             elif line.strip(_BLANKS):
                 value = parse_line(line)
-                try:
-                    text = text_of(as_record(value), self.text_key)
-                except ValueError as error:
-                    reason = str(error).partition(" at byte ")[0]
-                    where = f"byte {at + _offset(line, value)}"
-                    yield DocumentError(file, where, reason, _kind(value))
+                if isinstance(value, UnicodeDecodeError):
+                    yield _not_utf8(file, at, value)
                 else:
-                    yield from self._document(text, file, f"byte {at}")
+                    yield from self._record(value, file, f"byte {at + _offset(line, value)}")
 
     def _long_record(self, line: bytes, file: AnyFile, where: str) -> Found:
         """Yield the document of a line of many megabytes, of which little is decoded at once."""
         short, strings = without_long_strings(line)
         value = parse_line(short)
-        try:
-            text = text_of(as_record(value), self.text_key)
-        except ValueError as error:
-            yield DocumentError(file, where, str(error), _kind(value))
+        text = value.get(self.text_key) if isinstance(value, dict) else None
+        if not isinstance(text, str) or text not in strings:
+            yield from self._record(value, file, where)
             return
         try:
-            if text in strings:
-                yield from self._stream(strings[text].read, file, where)
-            else:
-                yield from self._document(text, file, where)
+            yield from self._stream(strings[text].read, file, where)
         except ValueError as error:
             yield DocumentError(file, where, str(error), "not JSON")
 
     def _values(self, file: AnyFile) -> Found:
         try:
             for where, value in read_values(file):
-                try:
-                    text = text_of(as_record(value), self.text_key)
-                except ValueError as error:
-                    yield DocumentError(file, where, str(error), _kind(value))
-                else:
-                    yield from self._document(text, file, where)
+                yield from self._record(value, file, where)
         except ValueError as error:
             yield _of_file(file, error)
+
+    def _record(self, value: Any, file: AnyFile, where: str) -> Found:
+        """Yield the document of a value of a file, or of the error in its place."""
+        try:
+            text = text_of(as_record(value), self.text_key)
+        except ValueError as error:
+            kind = "no text"
+            if isinstance(value, ValueError):
+                kind = "not UTF-8" if isinstance(value, UnicodeDecodeError) else "not JSON"
+            yield DocumentError(file, where, str(error), kind)
+        else:
+            yield from self._document(text, file, where)
 
     def _rows(self, file: AnyFile, start: int, stop: int | None) -> Found:
         import pyarrow
@@ -291,20 +289,12 @@ def _not_utf8(file: AnyFile, at: int, error: UnicodeDecodeError) -> DocumentErro
     return DocumentError(file, f"byte {at + error.start}", reason, "not UTF-8")
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, UnicodeDecodeError):
-        return "not UTF-8"
-    return "not JSON" if isinstance(value, ValueError) else "no text"
-
-
 def _offset(line: bytes, value: Any) -> int:
     """Return the byte of a line at which it is wrong; 0 if it is the value that is wrong."""
-    if isinstance(value, UnicodeDecodeError):
-        return value.start
-    if isinstance(value, json.JSONDecodeError):
-        blanks = len(line) - len(line.lstrip(_BLANKS))
-        return blanks + len(value.doc[: value.pos].encode())
-    return 0
+    if not isinstance(value, json.JSONDecodeError):
+        return 0
+    blanks = len(line) - len(line.lstrip(_BLANKS))
+    return blanks + len(value.doc[: value.pos].encode())
 
 
 def _lines(
@@ -318,10 +308,10 @@ def _lines(
     at = start
     try:
         with opened(file) as stream:
-            if not start:
-                (require_records if records else require_text)(file, stream.peek(200)[:200])
             if start:
                 at = _skip(stream, start, paragraphs)
+            else:
+                (require_records if records else require_text)(file, stream.peek(200)[:200])
             blank = True
             while stop is None or at < stop or (paragraphs and not blank):
                 line = stream.readline(MAX_LINE)
@@ -361,7 +351,6 @@ def _skip(stream: BufferedReader, start: int, paragraphs: bool) -> int:
             break
         begin -= size
     stream.seek(begin)
-    while line := stream.readline(MAX_LINE):
-        if not line.strip(_BLANKS):
-            return stream.tell()
+    while stream.readline(MAX_LINE).strip(_BLANKS):
+        pass
     return stream.tell()

@@ -125,22 +125,16 @@ class Ray(_AllParts):
         """Tokenize the parts on the cluster, which reads and writes the same folders."""
         import ray
 
+        def do(part: Part) -> Receipt:  # Ray asks for a plain function
+            return work(part)
+
         ray.init(address=self.address, ignore_reinit_error=True, **self.options)
         variables = {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}
-        task = ray.remote(num_cpus=self.num_cpus, runtime_env=variables)(work_of(work))
+        task = ray.remote(num_cpus=self.num_cpus, runtime_env=variables)(do)
         left = [task.remote(part) for part in parts]
         while left:
             (done,), left = ray.wait(left, num_returns=1)
             yield ray.get(done)
-
-
-def work_of(work: Work) -> Work:
-    """Return the work as a plain function, which Ray asks for."""
-
-    def do(part: Part) -> Receipt:
-        return work(part)
-
-    return do
 
 
 class Datatrove(_AllParts):

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from ditty_di.data.cache import cache_folder, fingerprint
@@ -46,23 +47,25 @@ def download(
 
     key = fingerprint(repo, str(revision), *patterns)[:16]
     known = cache_folder() / "downloads" / f"{repo.replace('/', '--')}-{key}.json"
+    unreachable: ConnectionError | None = None
     try:
         with _explained(repo, revision):
             listing = _listing(repo, patterns, revision)
     except ConnectionError as error:
         # Without a network: what an earlier download has brought is taken.
-        listing = read_json(known)
-        names = _chosen(listing, choose) if listing else []
-        folder = _cached(repo, listing, names) if listing else None
-        if folder is None:
+        unreachable, listing = error, read_json(known)
+        if not listing:
             raise
-        log.info("%s: the hub was not asked (%s)", repo, error)
+    names = choose({name: entry["size"] for name, entry in listing["files"].items()})
+    folder = _cached(repo, listing, names)
+    if unreachable is not None:
+        if folder is None:
+            raise unreachable
+        log.info("%s: the hub was not asked (%s)", repo, unreachable)
     else:
-        names = _chosen(listing, choose)
-        folder = _cached(repo, listing, names)
         if folder is None:
             _require_space(repo, listing, names)
-            exact = [_literal(name) for name in names]
+            exact = [escape(name) for name in names]
             with _explained(repo, revision):
                 snapshot_download(
                     repo, repo_type="dataset", revision=listing["commit"], allow_patterns=exact
@@ -76,10 +79,6 @@ def download(
         for name in names:
             _check(folder / name, listing["files"][name])
     return folder, names
-
-
-def _chosen(listing: dict, choose: Callable[[dict[str, int]], list[str]]) -> list[str]:
-    return choose({name: entry["size"] for name, entry in listing["files"].items()})
 
 
 def _listing(repo: str, patterns: Sequence[str], revision: str | None) -> dict:
@@ -129,11 +128,9 @@ def _require_space(repo: str, listing: dict, names: Sequence[str]) -> None:
 
     cache = Path(constants.HF_HUB_CACHE)
     blobs = cache / f"datasets--{repo.replace('/', '--')}" / "blobs"
-    needed = 0
-    for name in names:
-        entry = listing["files"][name]
-        if _size(blobs / (entry["sha256"] or entry["blob"])) != entry["size"]:
-            needed += entry["size"]
+    entries = [listing["files"][name] for name in names]
+    sizes = ((_size(blobs / (e["sha256"] or e["blob"])), e["size"]) for e in entries)
+    needed = sum(size for found, size in sizes if found != size)
     log.info("downloading %d files of %s, %s", len(names), repo, readable(needed))
     require_space(cache, needed, repo, "HF_HOME")
 
@@ -157,22 +154,13 @@ def require_space(folder: Path, needed: int, what: str, variable: str = "DITTY_D
 
 
 def _check(file: Path, entry: dict) -> None:
-    if entry["sha256"] is not None:
-        with file.open("rb") as stream:
-            same = hashlib.file_digest(stream, "sha256").hexdigest() == entry["sha256"]
-    else:  # as git names a file of its own
+    digest = hashlib.sha256()
+    if entry["sha256"] is None:  # as git names a file of its own
         digest = hashlib.sha1(b"blob %d\0" % entry["size"])
-        with file.open("rb") as stream:
-            while data := stream.read(1 << 20):
-                digest.update(data)
-        same = digest.hexdigest() == entry["blob"]
-    if not same:
+    with file.open("rb") as stream:
+        hashlib.file_digest(stream, lambda: digest)
+    if digest.hexdigest() != (entry["sha256"] or entry["blob"]):
         raise ValueError(f"{file.resolve()} has another content than the Hub's: delete it")
-
-
-def _literal(name: str) -> str:
-    """Return a pattern that matches only this name."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 @contextmanager

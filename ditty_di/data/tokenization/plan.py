@@ -69,19 +69,16 @@ def plan(files: Sequence[File], reading: Reading, part_bytes: int) -> tuple[Part
         reading: How documents are found in them.
         part_bytes: Text of a part, in bytes.
     """
-    parts: list[Part] = []
-    together: list[Segment] = []
+    parts: list[list[Segment]] = []
     size = 0
     for file in files:
         for segment in _segments(file.path, reading, part_bytes):
-            if together and size + segment.size > part_bytes:
-                parts.append(Part(len(parts), tuple(together)))
-                together, size = [], 0
-            together.append(segment)
+            if not parts or size + segment.size > part_bytes:
+                parts.append([])
+                size = 0
+            parts[-1].append(segment)
             size += segment.size
-    if together:
-        parts.append(Part(len(parts), tuple(together)))
-    return tuple(parts)
+    return tuple(Part(number, tuple(segments)) for number, segments in enumerate(parts))
 
 
 def _segments(path: AnyFile, reading: Reading, part_bytes: int) -> Iterator[Segment]:
@@ -106,9 +103,8 @@ def _row_groups(path: AnyFile, text_key: str, part_bytes: int) -> Iterator[Segme
     try:
         with parquet_file(path) as opened:
             found = opened.metadata
-        column = found.schema.to_arrow_schema().names.index(text_key)
-        paths = [found.row_group(0).column(i).path_in_schema for i in range(found.num_columns)]
-        column = paths.index(text_key) if found.num_row_groups else column
+        names = [found.schema.column(i).path for i in range(found.num_columns)]
+        column = names.index(text_key)
     except (pyarrow.ArrowException, OSError, ValueError):  # reading it says what is wrong
         yield Segment(path, 0, None, path.stat().st_size)
         return

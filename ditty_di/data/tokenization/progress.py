@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -14,6 +13,7 @@ import numpy as np
 
 from ditty_di.data.tokenization.finish import missing
 from ditty_di.data.tokenization.plan import Part
+from ditty_di.data.tokenization.ranks import file_sizes
 from ditty_di.messages import readable
 
 #: Seconds between the first two messages, and the most between any two.
@@ -73,13 +73,9 @@ def _done(folder: Path, parts: Sequence[Part], dtype: np.dtype, bytes_per_token:
     """Return the bytes of text that are tokenized, about."""
     left = {*missing(folder, parts)}
     written = dict.fromkeys(left, 0)
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if (found := _BEING_WRITTEN.fullmatch(entry.name)) and int(found[1]) in written:
-                try:
-                    written[int(found[1])] += entry.stat().st_size
-                except FileNotFoundError:  # renamed meanwhile
-                    continue
+    for name, size in file_sizes(folder).items():
+        if (found := _BEING_WRITTEN.fullmatch(name)) and int(found[1]) in written:
+            written[int(found[1])] += size
     each = bytes_per_token / dtype.itemsize
     return sum(
         min(part.size, int(written[part.number] * each)) if part.number in left else part.size

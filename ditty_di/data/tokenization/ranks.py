@@ -57,15 +57,16 @@ def wait_for_others(
         patience: Seconds without any change after which it gives up.
         interval: Seconds between two looks.
     """
-    seen, changed = _content(folder), time.monotonic()
+    seen, changed = file_sizes(folder), time.monotonic()
     while (left := missing()) and time.monotonic() - changed < patience:
         time.sleep(min(interval, patience))
-        if (now := _content(folder)) != seen:
+        if (now := file_sizes(folder)) != seen:
             seen, changed = now, time.monotonic()
     return left
 
 
-def _content(folder: Path) -> dict[str, int]:
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the sizes of what is in a folder, in bytes, by name."""
     found = {}
     with os.scandir(folder) as entries:
         for entry in entries:

@@ -73,7 +73,8 @@ class TextSample(Sample):
         parts = plan(source.files(), reading, 1 << 22)
         budget = self.bytes // len(self.sources)
         if sum(part.size for part in parts) > budget:
-            parts = tuple(parts[i] for i in _spread(len(parts), _PLACES))
+            count = min(len(parts), _PLACES)
+            parts = tuple(parts[i * len(parts) // count] for i in range(count))
         left = budget
         for number, part in enumerate(parts):
             share = left // (len(parts) - number)
@@ -96,12 +97,6 @@ class TextSample(Sample):
                 begins = piece.ends
                 if not held_out:
                     yield piece
-
-
-def _spread(length: int, number: int) -> list[int]:
-    """Return up to `number` indices, evenly over `length`."""
-    count = min(length, number)
-    return [i * length // count for i in range(count)]
 
 
 def report(tokenizer: Any, sample: TextSample) -> dict[str, Any]:

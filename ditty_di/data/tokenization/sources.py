@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import glob
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,15 +52,6 @@ class Source(Protocol):
         """Bring the files here; return what there is, for a message."""
 
 
-def _validate(*, documents: str = "file", sample: Any = None, patterns: Any = ()) -> None:
-    """Raise `ValueError` for an option out of range."""
-    options.one_of(("file", "line", "paragraph"), documents=documents)
-    size_of(sample)
-    options.require(
-        not isinstance(patterns, str), f"patterns={patterns!r}: write a list, [{patterns}]"
-    )
-
-
 @dataclass(kw_only=True)
 class _Documents:
     """Base of sources of files.
@@ -74,7 +66,13 @@ class _Documents:
     documents: str = "file"
     sample: float | str | None = None
 
-    validate = staticmethod(_validate)
+    @staticmethod
+    def validate(*, documents: str = "file", sample: Any = None, patterns: Any = ()) -> None:
+        """Raise `ValueError` for an option out of range."""
+        options.one_of(("file", "line", "paragraph"), documents=documents)
+        size_of(sample)
+        text = f"patterns={patterns!r}: write a list, [{patterns}]"
+        options.require(not isinstance(patterns, str), text)
 
     def __post_init__(self) -> None:
         given = vars(self)
@@ -172,10 +170,9 @@ class TextFiles(_Documents):
                     if self._has_documents(name) and file.is_file():
                         yield File(name, file)
         else:
-            matching = [Path(match) for match in glob(str(root), recursive=True)]
             # Below the part without wildcards: equal names in two folders are two files.
-            fixed = Path(*_before_wildcard(root.parts))
-            for file in matching:
+            fixed = Path(*takewhile(lambda part: not has_wildcard(part), root.parts[:-1]))
+            for file in map(Path, glob(str(root), recursive=True)):
                 if file.is_file():
                     yield File(file.relative_to(fixed).as_posix(), file)
 
@@ -286,10 +283,3 @@ def size_of(sample: float | str | None) -> int | None:
             f"sample={sample!r}: write a number of MiB, or a size such as 500MB or 2GB"
         )
     return int(size)
-
-
-def _before_wildcard(parts: Sequence[str]) -> Iterator[str]:
-    for part in parts[:-1]:
-        if has_wildcard(part):
-            return
-        yield part

@@ -73,7 +73,8 @@ class WordEncoder:
         """Return the ids of each text."""
         if not self.cut:
             return self._encoded(texts)
-        words = [self._words(self.cut, text) for text in texts]
+        cut, whole = self.cut, self._whole
+        words = [[text] if whole and whole.search(text) else cut.split(text) for text in texts]
         if len(self._known) > _REMEMBERED:
             self._known.clear()
         new = list(set(chain.from_iterable(words)).difference(self._known))
@@ -83,9 +84,6 @@ class WordEncoder:
             if len(word) > _LONG:
                 del self._known[word]
         return found
-
-    def _words(self, cut: re.Pattern[str], text: str) -> list[str]:
-        return [text] if self._whole and self._whole.search(text) else cut.split(text)
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
         if self.separator:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from ditty_di.data.tokenization.documents import Reading
 from ditty_di.data.tokenization.plan import key_of, part_size, plan, settings_of
@@ -50,6 +52,15 @@ def test_a_moved_folder_is_the_same_input_and_a_changed_file_is_not(folder, tmp_
     assert key(tmp_path / "moved") == before
     (folder / "a" / "one.txt").write_text("longer than before, surely")
     assert key(folder) != before
+
+
+def test_a_table_without_row_groups_has_no_parts(tmp_path):
+    table = pyarrow.table({"number": [1, 2], "text": ["one", "two"]})
+    parquet.write_table(table, tmp_path / "full.parquet")
+    with parquet.ParquetWriter(tmp_path / "none.parquet", table.schema):
+        pass
+    (part,) = plan(TextFiles(tmp_path).files(), Reading(), 1 << 20)
+    assert [segment.path.name for segment in part.segments] == ["full.parquet"]
 
 
 def test_a_part_is_a_64th_of_the_text_within_bounds(tmp_path):
