@@ -27,7 +27,7 @@ from ditty_di.checkpoint.staging import Staging
 from ditty_di.checkpoint.together import Together, without_stacks
 from ditty_di.checkpoint.writing import Writer
 from ditty_di.config.early import validated
-from ditty_di.data.remote import is_url
+from ditty_di.data.reading.remote import is_url
 from ditty_di.messages import first_of, refuse
 from ditty_di.protocols import Stateful
 

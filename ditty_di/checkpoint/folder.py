@@ -39,7 +39,7 @@ from ditty_di.checkpoint.manifest import (
 )
 from ditty_di.checkpoint.restricted import Planner, Reader
 from ditty_di.checkpoint.retention import BEST, Retention, best_step
-from ditty_di.data.remote import is_url
+from ditty_di.data.reading.remote import is_url
 from ditty_di.io import fsync
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from ditty_di.checkpoint.manifest import (
 )
 from ditty_di.checkpoint.retention import BEST, best_step
 from ditty_di.data.cache import build_once, cache_folder, fingerprint
-from ditty_di.data.remote import (
+from ditty_di.data.reading.remote import (
     RemoteFile,
     explained,
     filesystem,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ditty_di.data import options
 from ditty_di.data.cache import build_once, cache_folder, chunks, counted, fingerprint
 from ditty_di.data.content import array_digest
-from ditty_di.data.sources import RecordDataset
+from ditty_di.data.reading.sources import RecordDataset
 
 # Raise it when the same rows would be stored in another way.
 _FORMAT = 1

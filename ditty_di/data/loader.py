@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from ditty_di.data import options
-from ditty_di.data.pooled import require_pools
-from ditty_di.data.row_seeds import PADDING, SeededRows, draws, preserving
-from ditty_di.data.sampler import Sampler
+from ditty_di.data.sampling.pooled import require_pools
+from ditty_di.data.sampling.row_seeds import PADDING, SeededRows, draws, preserving
+from ditty_di.data.sampling.sampler import Sampler
 from ditty_di.data.workers import start_worker, stop_signals_blocked
 from ditty_di.launch import parent_death
 from ditty_di.protocols import LoadedBatch, early_checks

@@ -14,8 +14,8 @@ from filelock import FileLock
 
 from ditty_di.config import View
 from ditty_di.data.cache import cache_folder, counted, fingerprint
-from ditty_di.data.files import as_record
-from ditty_di.data.sources import RecordDataset
+from ditty_di.data.reading.files import as_record
+from ditty_di.data.reading.sources import RecordDataset
 from ditty_di.data.tokenization.documents import DocumentError, Reading
 from ditty_di.messages import did_you_mean
 from ditty_di.protocols import early_checks

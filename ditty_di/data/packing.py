@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditty_di.data import options
 from ditty_di.data.content import fingerprint_with
-from ditty_di.data.sampler import permutation
+from ditty_di.data.sampling.sampler import permutation
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import numpy as np
 from ditty_di.data import options
 from ditty_di.data.content import fingerprint_with
 from ditty_di.data.packing import GroupedRows, RaggedRows
-from ditty_di.data.sampler import permutation
+from ditty_di.data.sampling.sampler import permutation
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ditty_di.data import options
-from ditty_di.data.audit import Encoded, Findings
 from ditty_di.data.cache import build_once, cache_folder, chunks, counted, fingerprint
 from ditty_di.data.content import array_digest, fingerprint_with
-from ditty_di.data.files import folder_of
-from ditty_di.data.renderer import Renderer
-from ditty_di.data.sources import RecordDataset
+from ditty_di.data.reading.files import folder_of
+from ditty_di.data.reading.sources import RecordDataset
+from ditty_di.data.rendering.audit import Encoded, Findings
+from ditty_di.data.rendering.renderer import Renderer
 from ditty_di.data.tokens import id_dtype
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ditty_di.data.conversations import ChatFormat, is_turns
-from ditty_di.data.files import READERS, kind_of, looks_like_json, read_lines, read_values
-from ditty_di.data.renderer import Renderer
-from ditty_di.data.templates import PromptTemplate
+from ditty_di.data.reading.files import READERS, kind_of, looks_like_json, read_lines, read_values
+from ditty_di.data.rendering.conversations import ChatFormat, is_turns
+from ditty_di.data.rendering.renderer import Renderer
+from ditty_di.data.rendering.templates import PromptTemplate
 from ditty_di.generation.sampling import prompt_ids
 
 
@@ -36,7 +36,7 @@ class Prompts:
     as
     `messages`, with the roles that it maps. Any other record goes to `renderer`; without one, the
     prompt is the text under `input`, or `input_format` with the record's fields in it
-    (`ditty_di.data.templates.PromptTemplate`).
+    (`ditty_di.data.rendering.templates.PromptTemplate`).
 
     Args:
         tokenizer: of the model.
@@ -158,9 +158,9 @@ class Prompts:
 def read_prompts(path: str, prompts: Prompts) -> list[tuple[dict[str, Any], list[int]]]:
     """Return the records of a file as they are prompted, and their token ids.
 
-    The file has JSON objects or a table (`ditty_di.data.files.read_values`), or, with any other
-    suffix and content, text: each line is a prompt. Blank lines are skipped. A `prompt` is taken as
-    the `input`; a record without `id` gets its position in the file, from 0.
+    The file has JSON objects or a table (`ditty_di.data.reading.files.read_values`), or, with any
+    other suffix and content, text: each line is a prompt. Blank lines are skipped. A `prompt` is
+    taken as the `input`; a record without `id` gets its position in the file, from 0.
 
     Args:
         path: of the file.

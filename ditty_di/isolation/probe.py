@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ditty_di.batch import document_index
 from ditty_di.data.collate import varlen_arguments
-from ditty_di.data.images import Images
+from ditty_di.data.rendering.images import Images
 from ditty_di.isolation.forms import FORMS, DocumentInputs
 from ditty_di.isolation.positions import position_limit, positions_of
 from ditty_di.models.evaluation import evaluating

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ditty_di.batch import Batch
-from ditty_di.data.images import Images
+from ditty_di.data.rendering.images import Images
 from ditty_di.isolation.copies import copy_of_each_kind, fill_randomly
 from ditty_di.isolation.positions import check_positions, holds_several, position_limit
 from ditty_di.isolation.probe import Isolation, NotIsolated

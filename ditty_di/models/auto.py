@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ditty_di.data.remote import fetched_folder, is_url, listed
+from ditty_di.data.reading.remote import fetched_folder, is_url, listed
 from ditty_di.data.tokenizer import TextStream, train_bpe
 from ditty_di.models.tokenizer import add_to, from_pretrained
 

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ditty_di.data import options, remote
+from ditty_di.data import options
 from ditty_di.data.cache import build_once
-from ditty_di.data.remote import is_url
+from ditty_di.data.reading import remote
+from ditty_di.data.reading.remote import is_url
 from ditty_di.data.shards.manifest import NAME, Manifest
 from ditty_di.data.shards.megatron import token_dtype
 from ditty_di.data.tokenization.documents import Reading

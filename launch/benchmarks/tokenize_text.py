@@ -35,7 +35,7 @@ import numpy as np
 from _here import environment
 
 from ditty_di.data import train_bpe
-from ditty_di.data.python_code import python_code, python_docs
+from ditty_di.data.reading.python_code import python_code, python_docs
 from ditty_di.data.tokenization import Pool, TextFiles, part
 from ditty_di.tasks.tokenize import tokenize
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ditty_di.assets import base
 from ditty_di.batch import Batch
 from ditty_di.data import TokenDataset, tokenize
-from ditty_di.data.python_code import python_code
+from ditty_di.data.reading.python_code import python_code
 from ditty_di.losses import CrossEntropyLoss
 
 

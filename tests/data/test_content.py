@@ -14,7 +14,7 @@ from ditty_di.data import (
     in_memory,
 )
 from ditty_di.data.content import DataContent, array_digest, rows_digest
-from ditty_di.data.rows import Rows as Chosen
+from ditty_di.data.reading.rows import Rows as Chosen
 from tests.data.words import word_tokenizer
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditty_di.data import python_docs, text_files
-from ditty_di.data.corpus import _cut, split_documents
+from ditty_di.data.reading.corpus import _cut, split_documents
 
 
 def normalized(text):

@@ -18,8 +18,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditty_di.data.file_cache import FileCache
-from ditty_di.data.remote import RemoteFile
+from ditty_di.data.reading.file_cache import FileCache
+from ditty_di.data.reading.remote import RemoteFile
 
 SIZE = 1000
 FORK = multiprocessing.get_context("fork")

@@ -8,7 +8,7 @@ import lzma
 import pytest
 
 from ditty_di.data import records
-from ditty_di.data.files import read_values
+from ditty_di.data.reading.files import read_values
 
 TWO = [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]
 

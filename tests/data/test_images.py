@@ -17,7 +17,7 @@ from ditty_di.data import (
     in_memory,
     records,
 )
-from ditty_di.data.images import read_image
+from ditty_di.data.rendering.images import read_image
 from tests.models import image_text as tiny
 
 USER, ASSISTANT = "user : ", " <end> assistant : "

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditty_di.data.keyed import KeyedPermutation, KeyedSampler
+from ditty_di.data.sampling.keyed import KeyedPermutation, KeyedSampler
 
 
 def order(rows, seed=0, epoch=0, purpose=""):

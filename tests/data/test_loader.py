@@ -20,7 +20,7 @@ from ditty_di.data import (
     PaddingFreeCollate,
     training_steps,
 )
-from ditty_di.data.sampler import permutation
+from ditty_di.data.sampling.sampler import permutation
 
 
 class Rows:

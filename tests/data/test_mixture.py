@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ditty_di.batch import Batch
 from ditty_di.data import KeyedSampler, Loader, Mixture
-from ditty_di.data.keyed import STORED_ROWS
-from ditty_di.data.schedule import Schedule, chairman_assignment, period_of
+from ditty_di.data.sampling.keyed import STORED_ROWS
+from ditty_di.data.sampling.schedule import Schedule, chairman_assignment, period_of
 
 
 class Numbers:

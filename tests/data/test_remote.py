@@ -8,8 +8,8 @@ import sys
 import fsspec
 import pytest
 
-from ditty_di.data.files import opened
-from ditty_di.data.remote import RemoteFile, fetched_folder, is_url, listed, upload
+from ditty_di.data.reading.files import opened
+from ditty_di.data.reading.remote import RemoteFile, fetched_folder, is_url, listed, upload
 
 CONTENT = bytes(random.Random(0).randbytes(100_000))
 

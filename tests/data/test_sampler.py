@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditty_di.data.sampler import LengthGroupedSampler, Sampler, permutation
+from ditty_di.data.sampling.sampler import LengthGroupedSampler, Sampler, permutation
 
 
 @given(st.integers(0, 2**64), st.integers(0, 2**40), st.integers(1, 200))

@@ -24,7 +24,7 @@ from ditty_di.data import (
     iterable_dataset,
     train_bpe,
 )
-from ditty_di.data.remote import upload
+from ditty_di.data.reading.remote import upload
 from ditty_di.data.shards import IndexWriter, Manifest
 from tests import warm
 from tests.warm import ditty_di

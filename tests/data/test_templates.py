@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import ByteLevel
 
 from ditty_di.data import Renderer
-from ditty_di.data.templates import PromptTemplate
-from ditty_di.data.token_spans import TokenSpans
+from ditty_di.data.rendering.templates import PromptTemplate
+from ditty_di.data.rendering.token_spans import TokenSpans
 from tests.data import templates as t
 from tests.data.templates import bot, chat_tokenizer, shown, user
 

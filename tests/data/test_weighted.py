@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditty_di.data import Loader, WeightedSampler
-from ditty_di.data.weighted import _log
+from ditty_di.data.sampling.weighted import _log
 from tests.data.test_loader import Rows, read
 
 WEIGHTS = [3.0, 0.0, 1.0, 0.5, 2.5, 0.0, 1.0]

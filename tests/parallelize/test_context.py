@@ -12,7 +12,7 @@ from torch import nn
 
 from ditty_di.batch import Batch, Context
 from ditty_di.data.loader import Loader
-from ditty_di.data.mixture import Mixture
+from ditty_di.data.sampling.mixture import Mixture
 from ditty_di.loggers.processor import MetricsProcessor
 from ditty_di.losses import CrossEntropyLoss, LinearCrossEntropyLoss
 from ditty_di.models.causal_lm import from_config

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ditty_di.data import options
-from ditty_di.data.mixture import Mixture
-from ditty_di.data.remote import is_url
+from ditty_di.data.reading.remote import is_url
+from ditty_di.data.sampling.mixture import Mixture
 from ditty_di.data.shards.dataset import Shards
 from ditty_di.data.shards.find import shard_file
 

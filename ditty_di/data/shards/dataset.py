@@ -14,9 +14,9 @@ from torch import Tensor
 from ditty_di.data import options
 from ditty_di.data.cache import fingerprint
 from ditty_di.data.collate import ByArguments, PackedCollate
-from ditty_di.data.file_cache import FileCache
-from ditty_di.data.keyed import STORED_ROWS, KeyedSampler
-from ditty_di.data.pooled import PooledSampler
+from ditty_di.data.reading.file_cache import FileCache
+from ditty_di.data.sampling.keyed import STORED_ROWS, KeyedSampler
+from ditty_di.data.sampling.pooled import PooledSampler
 from ditty_di.data.shards.files import OpenFiles
 from ditty_di.data.shards.find import ShardPath, find_shards
 from ditty_di.data.shards.remote import RemoteShard, fetch_ahead, require_pool

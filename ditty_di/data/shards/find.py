@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ditty_di.data.file_cache import FileCache
-from ditty_di.data.remote import is_url
+from ditty_di.data.reading.file_cache import FileCache
+from ditty_di.data.reading.remote import is_url
 from ditty_di.data.shards import manifest
 from ditty_di.data.shards.files import (
     DatatroveFile,

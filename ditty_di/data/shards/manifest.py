@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ditty_di.data.remote import RemoteFile, is_url
+from ditty_di.data.reading.remote import RemoteFile, is_url
 from ditty_di.io import fsync, replacing
 
 NAME = "manifest.json"

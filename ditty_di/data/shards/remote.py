@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ditty_di.data.file_cache import FileCache
-from ditty_di.data.remote import RemoteFile
+from ditty_di.data.reading.file_cache import FileCache
+from ditty_di.data.reading.remote import RemoteFile
 from ditty_di.data.shards.files import MegatronFile
 from ditty_di.data.shards.manifest import Shard
 from ditty_di.data.shards.megatron import MegatronIndex

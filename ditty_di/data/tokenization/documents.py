@@ -9,8 +9,8 @@ from io import BufferedReader, BytesIO
 from typing import Any
 
 from ditty_di.data import options
-from ditty_di.data.corpus import text_of
-from ditty_di.data.files import (
+from ditty_di.data.reading.corpus import text_of
+from ditty_di.data.reading.files import (
     COMPRESSED,
     AnyFile,
     as_record,

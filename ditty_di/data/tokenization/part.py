@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from ditty_di.data.reading.splits import content_hash
 from ditty_di.data.shards.megatron import IndexWriter, token_dtype
-from ditty_di.data.splits import content_hash
 from ditty_di.data.tokenization.documents import DocumentError, Piece, Reading
 from ditty_di.data.tokenization.plan import Part
 from ditty_di.data.tokenization.words import WordEncoder

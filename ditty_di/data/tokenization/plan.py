@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ditty_di.data.cache import fingerprint
-from ditty_di.data.files import COMPRESSED, AnyFile, kind_of, parquet_file
+from ditty_di.data.reading.files import COMPRESSED, AnyFile, kind_of, parquet_file
 from ditty_di.data.tokenization.documents import Reading
 from ditty_di.data.tokenization.sources import File
 

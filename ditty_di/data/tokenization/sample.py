@@ -10,7 +10,7 @@ import numpy as np
 
 from ditty_di.data import options
 from ditty_di.data.cache import fingerprint_of
-from ditty_di.data.splits import content_hash
+from ditty_di.data.reading.splits import content_hash
 from ditty_di.data.tokenization.documents import DocumentError, Piece, Reading
 from ditty_di.data.tokenization.plan import Part, plan
 from ditty_di.data.tokenization.sources import Source, all_sources

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from ditty_di.data import options
 from ditty_di.data.cache import cache_folder, counted
-from ditty_di.data.file_cache import FileCache
-from ditty_di.data.files import AnyFile, kind_of
-from ditty_di.data.remote import RemoteFile, has_wildcard, is_url, listed
+from ditty_di.data.reading.file_cache import FileCache
+from ditty_di.data.reading.files import AnyFile, kind_of
+from ditty_di.data.reading.remote import RemoteFile, has_wildcard, is_url, listed
 from ditty_di.data.tokenization import hub
 from ditty_di.data.tokenization.documents import RECORDS
 

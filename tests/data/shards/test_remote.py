@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ditty_di.data import FileCache, KeyedSampler, Loader, Mixture, PooledSampler, Shards
-from ditty_di.data.remote import upload
+from ditty_di.data.reading.remote import upload
 from ditty_di.data.shards import IndexWriter, Manifest
 from ditty_di.data.shards.blends import megatron_blend
 

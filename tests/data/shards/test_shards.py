@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditty_di.data import Shards, ShardsCollate, train_bpe
-from ditty_di.data.keyed import STORED_ROWS, KeyedSampler
+from ditty_di.data.sampling.keyed import STORED_ROWS, KeyedSampler
 from ditty_di.data.shards import IndexWriter, Manifest
 from ditty_di.data.shards.megatron import write_index
 from ditty_di.data.tokens import tokenizer_fingerprint

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from ditty_di.data import shards, train_bpe
-from ditty_di.data.remote import upload
+from ditty_di.data.reading.remote import upload
 from ditty_di.data.shards import IndexWriter, Manifest, token_dtype
 from ditty_di.data.tokens import tokenizer_fingerprint
 from tests.warm import ditty_di

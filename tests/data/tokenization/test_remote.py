@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from ditty_di.data import Shards
-from ditty_di.data.remote import RemoteFile, listed, upload
+from ditty_di.data.reading.remote import RemoteFile, listed, upload
 from ditty_di.data.shards import Manifest
 from ditty_di.data.tokenization import Pool, TextFiles
 from ditty_di.models.auto import tokenizer as auto_tokenizer

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
+from ditty_di.data.reading.splits import content_hash
 from ditty_di.data.shards import Manifest, MegatronIndex
-from ditty_di.data.splits import content_hash
 from ditty_di.data.tokenization import DocumentError, Pool, TextFiles
 from ditty_di.data.tokenization.documents import Reading
 from ditty_di.data.tokenization.finish import UnfinishedError

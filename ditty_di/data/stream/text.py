@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ditty_di.data import options
-from ditty_di.data.corpus import text_of
-from ditty_di.data.splits import content_hash
-from ditty_di.data.stream import Address, StatefulIterable, Streamed, iterated_alone
+from ditty_di.data.reading.corpus import text_of
+from ditty_di.data.reading.splits import content_hash
+from ditty_di.data.stream.streamed import Address, StatefulIterable, Streamed, iterated_alone
 from ditty_di.data.tokenization.long_documents import pieces
 from ditty_di.data.tokenization.sample import Sample
 from ditty_di.data.tokenization.words import WordEncoder

@@ -10,7 +10,7 @@ import numpy as np
 
 from ditty_di.data import options
 from ditty_di.data.cache import fingerprint
-from ditty_di.data.sampler import Sampler
+from ditty_di.data.sampling.sampler import Sampler
 
 #: Third word of the seeds, so that the numbers are others than those of `permutation`.
 _PURPOSE = 1

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ditty_di.data.audit import Note
 from ditty_di.data.options import require
+from ditty_di.data.rendering.audit import Note
 
 #: Keys of a turn that say whether it is trained on: OpenAI's, axolotl's, ms-swift's.
 _TRAIN_KEYS = ("weight", "train", "loss")

@@ -15,9 +15,9 @@ import torch
 from ditty_di.data import options
 from ditty_di.data.cache import fingerprint
 from ditty_di.data.content import own_digest
-from ditty_di.data.keyed import STORED_ROWS, KeyedSampler
-from ditty_di.data.sampler import Sampler
-from ditty_di.data.schedule import Schedule, period_of
+from ditty_di.data.sampling.keyed import STORED_ROWS, KeyedSampler
+from ditty_di.data.sampling.sampler import Sampler
+from ditty_di.data.sampling.schedule import Schedule, period_of
 
 log = logging.getLogger(__name__)
 

@@ -12,15 +12,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ditty_di.data.audit import Encoded
 from ditty_di.data.cache import fingerprint
-from ditty_di.data.chat_template import ChatTemplate
-from ditty_di.data.conversations import Conversation, holds, paths_of, text_of
-from ditty_di.data.files import folder_of
-from ditty_di.data.images import IMAGES, ImageFiles, Images, given_images
 from ditty_di.data.options import require
-from ditty_di.data.renderer import Renderer, lacks
-from ditty_di.data.templates import ChatRenderer
+from ditty_di.data.reading.files import folder_of
+from ditty_di.data.rendering.audit import Encoded
+from ditty_di.data.rendering.chat_template import ChatTemplate
+from ditty_di.data.rendering.conversations import Conversation, holds, paths_of, text_of
+from ditty_di.data.rendering.images import IMAGES, ImageFiles, Images, given_images
+from ditty_di.data.rendering.renderer import Renderer, lacks
+from ditty_di.data.rendering.templates import ChatRenderer
 
 _GIVEN = ("image", IMAGES)
 #: Key of a caption: the answer of a record that has an image and no input.

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from ditty_di.data import options
 from ditty_di.data.loader import ResumableLoader, as_pair
-from ditty_di.data.row_seeds import preserving
-from ditty_di.data.stream import RowStream
+from ditty_di.data.sampling.row_seeds import preserving
+from ditty_di.data.stream.streamed import RowStream
 from ditty_di.data.workers import start_worker, stop_signals_blocked
 from ditty_di.launch import parent_death
 from ditty_di.protocols import LoadedBatch

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ditty_di.data import options
 from ditty_di.data.cache import fingerprint
-from ditty_di.data.files import (
+from ditty_di.data.reading.files import (
     COMPRESSED,
     READERS,
     ROWS_AT_ONCE,
@@ -34,7 +34,7 @@ from ditty_di.data.files import (
     require_records,
     table_rows,
 )
-from ditty_di.data.splits import content_hash, threshold
+from ditty_di.data.reading.splits import content_hash, threshold
 from ditty_di.protocols import early_checks
 
 log = logging.getLogger(__name__)

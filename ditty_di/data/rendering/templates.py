@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ditty_di.data.audit import Encoded, Note
-from ditty_di.data.chat_template import ChatTemplate
-from ditty_di.data.conversations import Conversation, paths_of, text_of
 from ditty_di.data.options import check_text, require
-from ditty_di.data.token_spans import Markers, TokenSpans
+from ditty_di.data.rendering.audit import Encoded, Note
+from ditty_di.data.rendering.chat_template import ChatTemplate
+from ditty_di.data.rendering.conversations import Conversation, paths_of, text_of
+from ditty_di.data.rendering.token_spans import Markers, TokenSpans
 
 _PLACEHOLDER = re.compile(r"__([A-Za-z0-9]+(?:_[A-Za-z0-9]+)*)__")
 

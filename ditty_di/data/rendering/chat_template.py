@@ -13,10 +13,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ditty_di.data import conversations as conv
-from ditty_di.data.audit import Note
-from ditty_di.data.conversations import Conversation, Message
 from ditty_di.data.options import check_text, require
+from ditty_di.data.rendering import conversations as conv
+from ditty_di.data.rendering.audit import Note
+from ditty_di.data.rendering.conversations import Conversation, Message
 
 _NO_TEMPLATE = """\
 the tokenizer {name!r} has no chat template, so `messages` cannot be rendered. Use the tokenizer \

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ditty_di.data import options
-from ditty_di.data.keyed import KeyedPermutation, KeyedSampler
-from ditty_di.data.sampler import Sampler
+from ditty_di.data.sampling.keyed import KeyedPermutation, KeyedSampler
+from ditty_di.data.sampling.sampler import Sampler
 
 
 class ShardedRows(Protocol):

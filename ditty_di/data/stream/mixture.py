@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from ditty_di.data import options
-from ditty_di.data.keyed import KeyedSampler
-from ditty_di.data.mixture import with_source
-from ditty_di.data.schedule import Schedule, period_of
-from ditty_di.data.stream import RowStream
+from ditty_di.data.sampling.keyed import KeyedSampler
+from ditty_di.data.sampling.mixture import with_source
+from ditty_di.data.sampling.schedule import Schedule, period_of
+from ditty_di.data.stream.streamed import RowStream
 
 
 class StreamMixture:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ditty_di.data import options
 from ditty_di.data.cache import cache_folder
-from ditty_di.data.remote import RemoteFile
+from ditty_di.data.reading.remote import RemoteFile
 from ditty_di.io import fsync
 
 log = logging.getLogger(__name__)

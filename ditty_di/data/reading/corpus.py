@@ -12,8 +12,8 @@ from typing import Any
 
 from ditty_di.data import options
 from ditty_di.data.cache import build_once, cache_folder
-from ditty_di.data.files import as_record, kind_of, located, opened, read_lines, read_values
-from ditty_di.data.splits import content_hash, threshold
+from ditty_di.data.reading.files import as_record, kind_of, located, opened, read_lines, read_values
+from ditty_di.data.reading.splits import content_hash, threshold
 from ditty_di.protocols import early_checks
 
 # Formats of a single file; in a folder a .json file may be anything.

@@ -26,8 +26,8 @@ from typing import Any
 
 from ditty_di.data import options
 from ditty_di.data.cache import build_once, cache_folder, counted
-from ditty_di.data.corpus import Corpus, cached_corpus, distinct, split_documents
-from ditty_di.data.splits import content_hash
+from ditty_di.data.reading.corpus import Corpus, cached_corpus, distinct, split_documents
+from ditty_di.data.reading.splits import content_hash
 
 # Shorter texts ("Return self.", "See base class.") carry no information and repeat in variants.
 _MIN_DOCUMENT_CHARS = 40

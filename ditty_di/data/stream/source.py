@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditty_di.data import options
-from ditty_di.data.files import kind_of
-from ditty_di.data.remote import is_url
+from ditty_di.data.reading.files import kind_of
+from ditty_di.data.reading.remote import is_url
 from ditty_di.data.tokenization.sources import TextFiles
 from ditty_di.protocols import early_checks
 

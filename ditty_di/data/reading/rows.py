@@ -10,7 +10,7 @@ import numpy as np
 from ditty_di.data import options
 from ditty_di.data.content import fingerprint_with
 from ditty_di.data.loader import Dataset
-from ditty_di.data.sampler import permutation
+from ditty_di.data.sampling.sampler import permutation
 from ditty_di.protocols import early_checks
 
 _FORMS = '(x, y), ({"input": x, ...}, y) or {"input": x, "labels": y}'

@@ -11,12 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ditty_di.data import given_tokens, options
-from ditty_di.data.audit import Encoded, Note, refusal
+from ditty_di.data import options
 from ditty_di.data.cache import fingerprint
-from ditty_di.data.conversations import ChatFormat, Conversation, holds, is_turns
-from ditty_di.data.templates import ASSISTANT_TURNS, ChatRenderer, PromptTemplate
-from ditty_di.data.token_spans import Markers, TokenSpans, special_tokens_around
+from ditty_di.data.rendering import given_tokens
+from ditty_di.data.rendering.audit import Encoded, Note, refusal
+from ditty_di.data.rendering.conversations import ChatFormat, Conversation, holds, is_turns
+from ditty_di.data.rendering.templates import ASSISTANT_TURNS, ChatRenderer, PromptTemplate
+from ditty_di.data.rendering.token_spans import Markers, TokenSpans, special_tokens_around
 from ditty_di.data.tokenizer import eos_id, tokenizer_fingerprint
 
 # Raise it when the same records and options would give other ids.
@@ -79,7 +80,8 @@ class Renderer:
         audit: What happens to an example that is probably not as its author intended, such as one
             whose fields nothing reads, whose tools the template does not render, or whose answers
             have no end. `warn` keeps it with `Encoded.notes`, `refuse` makes it an error.
-            `ditty_di.data.audit.KINDS` lists the findings, and which of them are never refused.
+            `ditty_di.data.rendering.audit.KINDS` lists the findings, and which of them are never
+            refused.
         ignored_fields: Fields of records and turns that may be left unread.
 
     Raises:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ditty_di.data import options
 from ditty_di.data.content import digest_of
-from ditty_di.data.keyed import KeyedPermutation
+from ditty_di.data.sampling.keyed import KeyedPermutation
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ditty_di.data.sampler import Sampler
+from ditty_di.data.sampling.sampler import Sampler
 
 #: Indices that are computed together: 0.4 microseconds each, against 25 for a few alone.
 BLOCK = 1024

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from ditty_di.data.options import require
-from ditty_di.data.remote import RemoteFile
+from ditty_di.data.reading.remote import RemoteFile
 
 #: A file of this machine, or a remote one.
 AnyFile = Path | RemoteFile

@@ -1,0 +1,1 @@
+"""Where documents and records come from: files, object stores, the Hub, what ships with Python."""
