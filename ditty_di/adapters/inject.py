@@ -14,6 +14,7 @@ from torch import nn
 from ditty_di.adapters import targets, tied
 from ditty_di.adapters.state import NAME
 from ditty_di.dtypes import dtype_by_name, dtype_name
+from ditty_di.messages import refuse
 from ditty_di.models.coverage import left_out, within_block
 from ditty_di.models.heads import head_of
 from ditty_di.models.stacked import fused_weights
@@ -41,8 +42,7 @@ def _validate(*, config: Any = None) -> None:
         wrong.append(f"config.r={rank} must be at least 1, such as 16")
     if isinstance(dropout, int | float) and not 0 <= dropout < 1:
         wrong.append(f"config.lora_dropout={dropout} must be at least 0 and below 1")
-    if wrong:
-        raise ValueError("\n".join(wrong))
+    refuse(wrong)
 
 
 @early_checks(validate=_validate)

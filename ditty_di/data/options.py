@@ -6,6 +6,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
+from ditty_di.messages import refuse, too_low
+
 
 def require(condition: bool, message: str) -> None:
     """Raise `ValueError` with `message` unless the condition holds."""
@@ -15,9 +17,7 @@ def require(condition: bool, message: str) -> None:
 
 def at_least(minimum: float, **options: float | None) -> None:
     """Require each option to be None or at least `minimum`."""
-    bound = f"must be at least {minimum}" if minimum else "must not be negative"
-    for name, value in options.items():
-        require(value is None or value >= minimum, f"{name}={value} {bound}")
+    refuse(too_low(minimum, **options))
 
 
 def one_of(known: Iterable[str], **options: Any) -> None:

@@ -14,6 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils._runtime import is_xet_available
 
+from ditty_di.messages import causes
+
 #: Files of an earlier upload that the new one does not replace are deleted: shards of another size
 #: would otherwise stay beside the new ones, and be loaded.
 _STALE = ["*.safetensors", "*.safetensors.index.json"]
@@ -133,9 +135,7 @@ def _explained(folder: Path, to: str, private: bool, endpoint: str) -> Iterator[
 
 
 def _reason(error: BaseException, to: str, endpoint: str) -> str:
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
+    chain = [*causes(error)]
     for found in chain:
         if isinstance(found, HubError):
             return str(found)

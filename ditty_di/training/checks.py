@@ -13,7 +13,7 @@ from typing import Any, ParamSpec
 from torch import nn
 
 from ditty_di import isolation
-from ditty_di.messages import first_of
+from ditty_di.messages import first_of, refuse
 from ditty_di.models.evaluation import evaluating
 from ditty_di.optim import trial
 from ditty_di.parallelize.fits import Degrees, Parts, fits
@@ -42,15 +42,15 @@ def validate(
         ValueError: arguments out of range, an optimizer whose constructor rejects its own
             arguments, or rows per step that are not a multiple of a micro-batch.
     """
-    at_least_1 = {
-        "max_steps": max_steps,
-        "global_batch_size": global_batch_size,
-        "gc_interval": gc_interval,
+    limits = {
+        "max_steps": (max_steps, 1),
+        "global_batch_size": (global_batch_size, 1),
+        "gc_interval": (gc_interval, 1),
+        "max_skipped_steps": (max_skipped_steps, 0),
     }
-    limits = [(name, value, 1) for name, value in at_least_1.items()]
     wrong = [
         f"trainer.{name}={value} must be at least {limit}"
-        for name, value, limit in [*limits, ("max_skipped_steps", max_skipped_steps, 0)]
+        for name, (value, limit) in limits.items()
         if _is_number(value) and not value >= limit
     ]
     if _is_number(max_grad_norm) and not max_grad_norm > 0:
@@ -65,8 +65,7 @@ def validate(
             f"global_batch_size={global_batch_size} is not a multiple of the {rows} rows of a "
             f"micro-batch (the loader's micro_batch_size)"
         )
-    if wrong:
-        raise ValueError("\n".join(wrong))
+    refuse(wrong)
 
 
 def rehearse(build: Callable[[str], Any]) -> list[str]:
@@ -89,8 +88,7 @@ def rehearse(build: Callable[[str], Any]) -> list[str]:
     if degrees.split_the_model or getattr(loss_fn, "fits", None):
         slots = {name: build(name) for name in ("parallelize_fn", "pipeline_fn")}
         slots["collate_fn"] = build("dataloader.collate_fn")
-        if problems := fits(Parts(build("model"), loss_fn, **slots), degrees):
-            raise ValueError("\n".join(problems))
+        refuse(fits(Parts(build("model"), loss_fn, **slots), degrees))
     return isolation.rehearse(build)
 
 

@@ -17,7 +17,7 @@ from torch.distributed import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from ditty_di.protocols import Loss
-from ditty_di.runtime import Runtime
+from ditty_di.runtime import Runtime, gathered
 
 
 class LossParameters:
@@ -199,12 +199,10 @@ class MetricAccumulator:
     def metrics(self) -> dict[str, float]:
         """Return the metrics added since `clear`, summed over the ranks; collective."""
         shapes = {name: tuple(torch.as_tensor(v).shape) for name, v in self._metrics.items()}
-        if (ranks := dist.get_world_size()) > 1:
+        if dist.get_world_size() > 1:
             # Only the last pipeline stage has a loss, and a loss may report what only some batches
             # have: summed by position, numbers would get each other's names.
-            gathered: list[Any] = [None] * ranks
-            dist.all_gather_object(gathered, shapes)
-            shapes = dict(sorted(item for one in gathered for item in one.items()))
+            shapes = dict(sorted(item for one in gathered(shapes) for item in one.items()))
         if not shapes:
             return {}
         names = list(shapes)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ditty_di.models.weights import local
 from ditty_di.protocols import Stateful
+from ditty_di.runtime import gathered
 
 log = logging.getLogger(__name__)
 
@@ -233,11 +234,9 @@ class Agreement:
             return [message]
         try:
             dist.monitored_barrier(self.group, timedelta(seconds=_AGREEMENT_SECONDS))
-            messages: list[Any] = [None] * self.ranks
-            dist.all_gather_object(messages, message, group=self.group)
+            return gathered(message, self.group)
         except Exception:
             return None
-        return messages
 
     def close(self) -> None:
         """Destroy the group."""

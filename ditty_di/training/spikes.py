@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any
 
+from ditty_di.messages import refuse
+
 log = logging.getLogger(__name__)
 
 _WATCHED = ("loss", "grad_norm")
@@ -63,8 +65,7 @@ class RunningLimit(ABC):
             wrong.append(f"min_steps={min_steps} must be 2 to {window}, the window")
         if max_skipped < 0:
             wrong.append(f"max_skipped={max_skipped} must not be negative; 0 stops at a spike")
-        if wrong:
-            raise ValueError("\n".join(wrong))
+        refuse(wrong)
 
     def __post_init__(self) -> None:
         self.validate(**{field.name: getattr(self, field.name) for field in fields(self)})

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import warm
@@ -30,7 +31,9 @@ def address():
         head = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert any("Ray runtime started" in line for line in head.stdout)
         yield f"127.0.0.1:{port}"
-    head.terminate()
+    # Asked to end, it waits for half a minute.
+    for process in (*psutil.Process(head.pid).children(recursive=True), head):
+        process.kill()
     head.communicate(timeout=60)
 
 
