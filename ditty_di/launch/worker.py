@@ -135,8 +135,8 @@ def own_process() -> None:
     """Prepare a process that only runs one job; call it first.
 
     The process ends with its parent, and its data loader workers with it; once asked to stop, it
-    is not killed by a repeated request. It collects no garbage while it imports, which is a tenth
-    of the time until the first step.
+    is not killed by a repeated request. It collects no garbage before its job is known: what
+    modules make stays.
     """
     gc.disable()
     parent_death.follow_parent()

@@ -141,20 +141,38 @@ def llama(
     Raises:
         ValueError: a base with other entries, or heads that do not divide a width.
     """
-    given = dict(locals())
-    _validate(base=base, **{name: given[name] for name in WIDTHS})
+    _validate(
+        base=base,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+    )
     base_hidden = base.get("hidden_size", hidden_size)
     base_head = base_hidden / base.get("num_attention_heads", num_attention_heads)
     head = hidden_size / num_attention_heads
-    changed = {
-        "rope_parameters": None if rope_parameters is None else dict(rope_parameters),
-        "attention_multiplier": attention_multiplier * base_head**0.5 / head,
-        "logits_scaling": hidden_size / base_hidden / output_multiplier,
-        "mup_base": dict(base),
-    }
-    entries = {k: v for k, v in given.items() if k not in ("base", "output_multiplier")}
     make: Any = GraniteConfig  # keeps entries that it does not know
-    return make(**entries | changed)
+    return make(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_position_embeddings,
+        pad_token_id=pad_token_id,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+        tie_word_embeddings=tie_word_embeddings,
+        initializer_range=initializer_range,
+        rms_norm_eps=rms_norm_eps,
+        rope_parameters=None if rope_parameters is None else dict(rope_parameters),
+        embedding_multiplier=embedding_multiplier,
+        attention_multiplier=attention_multiplier * base_head**0.5 / head,
+        residual_multiplier=residual_multiplier,
+        logits_scaling=hidden_size / base_hidden / output_multiplier,
+        mup_base=dict(base),
+    )
 
 
 # -- the widths of a model ------------------------------------------------------------------------
