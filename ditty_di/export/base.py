@@ -117,6 +117,7 @@ class Export:
             yield folder
             for part in (self.tokenizer, self.processor):
                 if part is not None:
+                    _forget_calls(part)
                     part.save_pretrained(folder)
             if self.push_to:
                 record |= {"push_to": self.push_to, "private": self.private}
@@ -125,6 +126,20 @@ class Export:
         print(f"exported: {self.folder}")
         if self.push_to:
             push_folder(self.folder, self.push_to, private=self.private)
+
+
+def _forget_calls(part: Any) -> None:
+    """Reset the truncation and padding of the last call, which a tokenizer writes into its file.
+
+    They depend on whether the data of the run were tokenized by it or taken from the cache.
+
+    Args:
+        part: a tokenizer, or a processor that has one.
+    """
+    backend = getattr(getattr(part, "tokenizer", part), "backend_tokenizer", None)
+    if backend is not None:  # of a fast tokenizer
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def require_writable(folder: Path, tokenizer: Any = None) -> None:

@@ -75,6 +75,14 @@ def test_a_wrong_dtype_or_size_of_files_is_found_before_the_training(kind, optio
         Graph({"export": node}).check("export")
 
 
+def test_calls_of_the_tokenizer_leave_no_trace_in_its_export(tokenizer, model, tmp_path):
+    """Data that were in the cache called no tokenizer: the exports of both runs are the same."""
+    tokenizer(["a b c", "d"], truncation=True, max_length=2, padding="max_length")
+    HuggingFaceExport(tokenizer, str(tmp_path / "export"))([model])
+    written = json.loads((tmp_path / "export" / "tokenizer.json").read_text())
+    assert (written["truncation"], written["padding"]) == (None, None)
+
+
 def test_an_export_is_replaced_by_a_whole_one_only(tokenizer, model, tmp_path):
     path = tmp_path / "export"
     path.mkdir()
