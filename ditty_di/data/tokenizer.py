@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -188,10 +189,37 @@ def id_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
     return np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
 
 
+@contextmanager
+def without_limits(tokenizer: Any) -> Iterator[None]:
+    """Turn truncation and padding off within the context, for saving a tokenizer.
+
+    A fast tokenizer keeps those of its last call and saves them, so that its file would depend on
+    whether it was called, or its texts were in the cache.
+
+    Args:
+        tokenizer: of transformers, or the like; others than fast ones are left alone.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield
+        return
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a digest of everything the tokenizer saves, except limits and locations."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        with without_limits(tokenizer):
+            tokenizer.save_pretrained(folder)
         parts: list[str | bytes] = []
         for path in sorted(Path(folder).rglob("*")):
             if path.name == "tokenizer_config.json":

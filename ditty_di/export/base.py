@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ditty_di.data.tokenizer import without_limits
 from ditty_di.export.card import write_card
 from ditty_di.export.folder import replaced_whole, write_record
 from ditty_di.export.gather import only_part
@@ -117,8 +118,8 @@ class Export:
             yield folder
             for part in (self.tokenizer, self.processor):
                 if part is not None:
-                    _forget_calls(part)
-                    part.save_pretrained(folder)
+                    with without_limits(getattr(part, "tokenizer", part)):
+                        part.save_pretrained(folder)
             if self.push_to:
                 record |= {"push_to": self.push_to, "private": self.private}
             write_record(folder, record)
@@ -126,20 +127,6 @@ class Export:
         print(f"exported: {self.folder}")
         if self.push_to:
             push_folder(self.folder, self.push_to, private=self.private)
-
-
-def _forget_calls(part: Any) -> None:
-    """Reset the truncation and padding of the last call, which a tokenizer writes into its file.
-
-    They depend on whether the data of the run were tokenized by it or taken from the cache.
-
-    Args:
-        part: a tokenizer, or a processor that has one.
-    """
-    backend = getattr(getattr(part, "tokenizer", part), "backend_tokenizer", None)
-    if backend is not None:  # of a fast tokenizer
-        backend.no_truncation()
-        backend.no_padding()
 
 
 def require_writable(folder: Path, tokenizer: Any = None) -> None:

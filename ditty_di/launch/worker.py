@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ditty_di.config import Graph
+from ditty_di.config.targets import TargetError
 from ditty_di.console import LAUNCHED, Console, quiet_imports
 from ditty_di.launch import hang, parent_death, signals
 from ditty_di.launch.failure import (
@@ -68,8 +69,9 @@ def main(run_dir: str | Path) -> int:
                 run.join(rank)
                 graph = Graph.load(run.to_build)
                 for node in graph.nodes("task").values():
-                    graph.locate(node.target)
-                collect_garbage()
+                    with contextlib.suppress(TargetError):  # told with its key when it is built
+                        graph.locate(node.target)
+                collect_garbage()  # no earlier, so that importing does not
                 made = graph.build("task")
                 if isinstance(made, functools.partial):  # it works on the graph
                     made = made(graph)

@@ -36,7 +36,9 @@ class Tracker(ABC):
     package = ""
 
     def __init_subclass__(cls) -> None:
-        cls.validate = staticmethod(partial(_require, cls))  # type: ignore[attr-defined]
+        super().__init_subclass__()
+        if "validate" not in vars(cls):
+            cls.validate = staticmethod(partial(_require, cls))  # type: ignore[attr-defined]
 
     def __init__(self, folder: str, **options: Any) -> None:
         self.folder = Path(folder)

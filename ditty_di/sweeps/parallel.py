@@ -30,7 +30,6 @@ from ditty_di.cli import composing
 from ditty_di.cli.command import Command
 from ditty_di.cli.overrides import argument, quoted
 from ditty_di.config import ConfigError, Graph
-from ditty_di.io import read_text
 from ditty_di.launch.local import visible_gpus
 from ditty_di.launch.rundir import GOOD_STATUSES, RunDirectory
 from ditty_di.launch.worker import collect_garbage
@@ -306,9 +305,9 @@ def table(folder: Path) -> list[dict[str, Any]]:
     Returns:
         The rows.
     """
-    lines = read_text(folder / "jobs.jsonl").splitlines()
-    if not lines:
+    if not (file := folder / "jobs.jsonl").exists():
         return []
+    lines = file.read_text(encoding="utf-8").splitlines()
     # A sweep that was started again in its folder has run its jobs again.
     jobs = {entry["folder"]: entry["overrides"] for entry in map(json.loads, lines)}
     counts = Counter(override for overrides in jobs.values() for override in overrides)
@@ -328,8 +327,8 @@ def table(folder: Path) -> list[dict[str, Any]]:
     names = ["job", "changed", *_COLUMNS[1:3], *more, *_COLUMNS[3:]]
     rows = [dict.fromkeys(names) | row for row in rows]
     (folder / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as table_file:
+        writer = csv.DictWriter(table_file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     print(f"\nbest first; the same table in {folder}/results.csv and results.json")

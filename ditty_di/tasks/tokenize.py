@@ -31,7 +31,7 @@ from ditty_di.data.tokenization.progress import progress
 from ditty_di.data.tokenization.ranks import wait_for_others
 from ditty_di.data.tokenization.sample import TextSample, report
 from ditty_di.data.tokenization.sources import Source, all_sources
-from ditty_di.data.tokenizer import document_end_id, tokenizer_fingerprint
+from ditty_di.data.tokenizer import document_end_id, tokenizer_fingerprint, without_limits
 from ditty_di.io import write_json
 from ditty_di.messages import readable
 from ditty_di.protocols import early_checks
@@ -182,7 +182,8 @@ class _Tokenization:
             split_special_tokens=split_special_tokens,
             on_error=on_error,
         )
-        build_once(self.folder / "tokenizer", tokenizer.save_pretrained)
+        with without_limits(tokenizer):
+            build_once(self.folder / "tokenizer", tokenizer.save_pretrained)
 
     def run(
         self, engine: Engine, tokenizer: Any, report_mb: float, check: bool, patience: float

@@ -10,10 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-import ditty_di.compat  # noqa: F401
-
-# isort: split
-
 from ditty_di import protocols
 from ditty_di.batch import Batch
 from ditty_di.callbacks import Callback, Callbacks

@@ -57,6 +57,9 @@ def test_options_may_stand_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert command.options == ["--cfg", "job"]
     assert command.overrides == ["a=1", "+experiment=x", "b=2"]
     assert (command.config_name, command.config_dirs) == ("own", [str(tmp_path)])
+    assert command.only_prints and not parse(["a=1"]).only_prints
+    (tmp_path / "here").mkdir()
+    assert parse(["--config-path", "here", "a=1"]).config_dirs == [str(tmp_path / "here")]
 
 
 def test_a_runs_overrides_are_kept_without_what_was_for_one_start(

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig
 
 from ditty_di.data import python_docs, train_bpe
+from ditty_di.data.tokenizer import tokenizer_fingerprint
 
 DOCUMENTS = ["Hello world, this is some text. " * 3, "def f(x):\n\treturn x  # ünïcödé 🙂"]
 
@@ -46,6 +47,17 @@ def test_the_same_documents_give_the_same_tokenizer(cache_dir, tmp_path):
     other = train_bpe(documents[1:], 1000, cache_dir=tmp_path)
     assert other.get_vocab() != again.get_vocab(), "cached by content"
     assert len(list((tmp_path / "tokenizers").glob("bpe-*[!k]"))) == 2
+
+
+def test_what_identifies_a_tokenizer_does_not_depend_on_its_last_call(tokenizer):
+    """Else data are tokenized twice, and shards refuse their own tokenizer."""
+    tokenizer("a b")
+    known = tokenizer_fingerprint(tokenizer)
+    tokenizer(["a b c", "d"], truncation=True, max_length=2, padding="max_length")
+    limits = tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding
+    assert tokenizer_fingerprint(tokenizer) == known
+    backend = tokenizer.backend_tokenizer
+    assert (backend.truncation, backend.padding) == limits and None not in limits
 
 
 def test_the_length_limit_is_the_callers(tokenizer, cache_dir):

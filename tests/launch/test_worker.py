@@ -120,6 +120,13 @@ def test_a_failure_names_rank_step_node_and_the_line(
     assert (result(run.path)["step"], result(run.path)["node"]) == (13, "task.shard")
 
 
+def test_a_target_that_cannot_be_imported_is_told_with_its_key(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "finish", value={"_target_": "no_such_module.Thing"})
+    assert worker.main(run.path) == 1
+    assert "task.value._target_: " in result(run.path)["error"]
+    assert "no module 'no_such_module'" in result(run.path)["error"]
+
+
 def test_an_exception_of_a_data_loader_worker_is_told_by_its_own_line(tmp_path: Path) -> None:
     text = (
         "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call "

@@ -152,3 +152,9 @@ def test_a_missing_package_is_named(kind, monkeypatch, tmp_path):
     with pytest.raises(ImportError, match=message):
         kind(str(tmp_path / "run")).start(step=0, max_steps=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_subclass_keeps_its_own_validate():
+    def mine() -> None: ...
+
+    assert type("Own", (WandB,), {"validate": staticmethod(mine)}).validate is mine
